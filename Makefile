@@ -1,0 +1,90 @@
+# Everything a developer runs. Each environment is a folder of its own, made on first use and again when what it is made
+# from changes; nothing outside this folder is touched.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check docs bench prove lowest dist clean
+
+# The first Python that is new enough and can make environments; PYTHON=… chooses another.
+PYTHON ?=
+can_build := import sys, venv, ensurepip; assert sys.version_info >= (3, 11)
+python := $(firstword $(foreach name,$(or $(PYTHON),python3 python3.13 python3.12 python3.11),\
+	$(shell $(name) -c '$(can_build)' 2>/dev/null && echo $(name))))
+
+PORT ?= 8000
+ARGS ?=
+SHARE ?= 1
+
+# What an installed copy is made from, beside the modules themselves.
+project := setup.cfg setup.py pyproject.toml
+
+# What the sdist holds; the wheel holds the first of these alone.
+shipped := flask_asyncroute benchmarks docs example_app prove requirements tests \
+	CHANGES.rst LICENSE MANIFEST.in Makefile README.rst $(project)
+sources = find $(wildcard $(1)) -type f ! -path '*/__pycache__/*' ! -path 'docs/_build/*' ! -name '*.db*' | sort
+
+define make_environment
+$(if $(python),,$(error No usable $(or $(PYTHON),python3). \
+	Python 3.11 or newer with its venv module is needed (on Debian and Ubuntu: apt-get install python3-venv); \
+	if one has another name, say so: make $(MAKECMDGOALS) PYTHON=/path/to/python3))
+$(python) -m venv --clear $(@D)
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+@touch $@
+endef
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+demo: .venv-demo/.made  ## start the example application on http://127.0.0.1:8000/ (PORT=… for another port)
+	@echo "The example application: http://127.0.0.1:$(PORT)/ (Ctrl-C ends it)"
+	.venv-demo/bin/python -m gunicorn --workers 4 --threads 4 --bind 127.0.0.1:$(PORT) --no-control-socket \
+		'example_app:create_app()'
+
+test: .venv/.made  ## run all tests (ARGS="-k name" for some of them)
+	.venv/bin/python -m pytest $(ARGS)
+
+check: .venv/.made  ## lint, formatting, types, the order of the modules, and the documentation without a warning
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+	.venv/bin/python -m pytest --quiet tests/test_architecture.py
+	$(MAKE) --no-print-directory docs
+
+docs: .venv/.made  ## build the documentation in docs/_build/html
+	.venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
+
+bench: .venv/.made  ## measure what a start and a get cost beside a plain view
+	.venv/bin/python -m benchmarks $(ARGS)
+
+prove: .venv/.made  ## the long trials: races, kills, floods (SHARE=0.05 for a twentieth of each)
+	.venv/bin/python -m prove --share $(SHARE) $(ARGS)
+
+lowest: .venv-lowest/.made  ## run the tests, but for the live ones, with the oldest versions that setup.cfg allows
+	.venv-lowest/bin/python -m pytest -m "not live" $(ARGS)
+
+dist: .venv/.made  ## build sdist and wheel in dist/ and check that they hold what they should, and nothing else
+	rm -rf build dist *.egg-info
+	.venv/bin/python -m build --outdir dist .
+	@mkdir -p build
+	@$(call sources,flask_asyncroute) >build/wheel.wanted
+	@.venv/bin/python -m zipfile --list dist/*.whl | awk 'NR > 1 && $$1 !~ /dist-info/ {print $$1}' | sort >build/wheel.found
+	diff build/wheel.wanted build/wheel.found
+	@$(call sources,$(shipped)) >build/sdist.wanted
+	@tar -tf dist/*.tar.gz | cut -d/ -f2- | grep -v -e '/$$' -e '^$$' -e '^PKG-INFO$$' -e '^[^/]*egg-info/' | sort >build/sdist.found
+	diff build/sdist.wanted build/sdist.found
+	@ls -l dist
+
+clean:  ## remove the environments and all that was built
+	rm -rf .venv .venv-demo .venv-lowest .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build *.egg-info
+
+.venv/.made: requirements/dev.txt $(project)
+	$(make_environment)
+
+.venv-demo/.made: requirements/demo.txt $(project)
+	$(make_environment)
+
+.venv-lowest/.made: requirements/lowest.txt $(project)
+	$(make_environment)

@@ -1,0 +1,25 @@
+"""How the documentation is built: `make docs`, without the network and without a warning."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed_version
+
+project = "flask_asyncroute"
+copyright = "2026 flask_asyncroute contributors"
+author = "flask_asyncroute contributors"
+release = installed_version("flask-asyncroute")
+version = release
+
+extensions = ["sphinx.ext.autodoc", "pallets_sphinx_themes"]
+exclude_patterns = ["_build"]
+default_role = "code"
+# Types stand in the signatures; the docstrings do not repeat them.
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "signature"
+
+html_theme = "flask"
+html_title = "flask_asyncroute"
+html_static_path: list[str] = []
+html_show_sourcelink = False
+html_context = {"project_links": []}

@@ -1,0 +1,241 @@
+"""The ``ASYNCROUTE_*`` keys of an app: one table, checked at ``init_app``, read again and frozen at first use."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import checks, options
+from .checks import Check, refuse
+from .errors import ConfigurationError
+from .permissions import Access
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+PREFIX = "ASYNCROUTE_"
+SQLITE_SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def _store(label: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise refuse(
+            label, "a URL such as 'sqlite:///asyncroute.db' or 'memory://' (an Engine is not served yet)", value
+        )
+    if value == "memory://":
+        return value
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(value)
+    except ArgumentError:
+        raise refuse(label, "a URL such as 'sqlite:///asyncroute.db' or 'memory://'", value) from None
+    if url.drivername not in ("sqlite", "sqlite+pysqlite"):
+        raise ConfigurationError(
+            f"{label}: {url.drivername!r} is not served by this version; use 'sqlite:///…' or 'memory://'."
+        )
+    if url.database in (None, "", ":memory:") or url.query.get("mode") == "memory":
+        raise ConfigurationError(f"{label}: an SQLite database in memory has one connection; use 'memory://' instead.")
+    for name, setting in url.query.items():
+        if name != "synchronous" or not isinstance(setting, str) or setting.upper() not in SQLITE_SYNCHRONOUS:
+            raise ConfigurationError(
+                f"{label}: after the '?' only synchronous= is known, with one of {', '.join(SQLITE_SYNCHRONOUS)}; "
+                f"not {name}={setting}."
+            )
+    return value
+
+
+def _path(label: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value):
+        raise refuse(label, "a path such as '/task'", value)
+    return value
+
+
+def _prefix(label: str, value: Any) -> str:
+    return "" if value == "" else _path(label, value)
+
+
+def _header_name(label: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9-]{1,64}", value):
+        raise refuse(label, "a name of letters, digits and '-', at most 64", value)
+    return value
+
+
+def _accepted_status(label: str, value: Any) -> int:
+    if value not in (200, 202) or isinstance(value, (bool, float)):
+        raise refuse(label, "202 or 200", value)
+    return int(value)
+
+
+def _interval(label: str, value: Any) -> float:
+    interval = checks.seconds(label, value)
+    if interval < 0.1:
+        raise refuse(label, "0.1 seconds or more", value)
+    return interval
+
+
+def _admins(label: str, value: Any) -> Access:
+    if not isinstance(value, Access):
+        raise refuse(label, "an Access", value)
+    return value
+
+
+def _not_served(label: str, value: Any) -> None:
+    if value is not None:
+        raise ConfigurationError(f"{label} is not served by this version; remove it from the configuration.")
+
+
+def _origins(label: str, value: Any) -> tuple[str, ...]:
+    for origin in checks.names(label, value):
+        if not re.fullmatch(r"https?://[^/\s?#]+", origin):
+            raise refuse(f"a member of {label}", "an origin such as 'https://app.example'", origin)
+    return tuple(origin.lower() for origin in value)
+
+
+def _operations(label: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, (list, tuple)) and "events" in value:
+        raise ConfigurationError(f"{label}: 'events' is not served by this version; leave it out.")
+    return checks.some_of("get", "stop", "query")(label, value)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One configuration key: how its value is checked and what it is where the app says nothing."""
+
+    check: Check
+    default: Any
+
+
+KEYS: dict[str, Key] = {
+    "STORE": Key(_store, "sqlite:///asyncroute.db"),
+    "NAMESPACE": Key(checks.optional(checks.short_name), None),
+    "CREATE_TABLES": Key(checks.boolean, True),
+    "OPERATIONS": Key(_operations, ("get", "stop", "query")),
+    "URL_PREFIX": Key(_prefix, ""),
+    "TASK_PATH": Key(_path, "/task"),
+    "TASKS_PATH": Key(_path, "/tasks"),
+    "TASK_ID_IN": Key(checks.some_of("path", "query", "header", "cookie"), ("path", "query")),
+    "TASK_ID_NAME": Key(_header_name, "Id"),
+    "ACCEPTED_STATUS": Key(_accepted_status, 202),
+    "MAX_BODY": Key(checks.whole(1), 64 * 1024 * 1024),
+    "MAX_RESULT": Key(checks.whole(1), 1024 * 1024),
+    "EXPOSE_ERRORS": Key(checks.boolean, True),
+    "SNAPSHOT_DROP": Key(checks.names, ()),
+    "USER_ID_FIELD": Key(checks.short_name, "id"),
+    "ADMINS": Key(checks.optional(_admins), None),
+    "LIST_ANONYMOUS": Key(checks.optional(checks.boolean), None),
+    "TRUSTED_ORIGINS": Key(_origins, ()),
+    "HOUSEKEEPING_INTERVAL": Key(_interval, 30.0),
+    "TIMEOUT": Key(options.DEFAULTED["timeout"], 36_000_000_000),
+    "CANCELLABLE": Key(options.DEFAULTED["cancellable"], True),
+    "EXECUTOR": Key(options.DEFAULTED["executor"], "thread"),
+    "MIN_WORKERS": Key(options.DEFAULTED["min_workers"], None),
+    "MAX_WORKERS": Key(options.DEFAULTED["max_workers"], 2),
+    "QUEUE_SIZE": Key(options.DEFAULTED["queue_size"], 1000),
+    "INTERRUPT_AFTER": Key(options.DEFAULTED["interrupt_after"], 1.0),
+    "ID_GENERATOR": Key(options.DEFAULTED["id_generator"], _new_id),
+    "PERMISSION": Key(options.DEFAULTED["permission"], None),
+    "CALLBACK": Key(options.DEFAULTED["callback"], None),
+    "SSE": Key(options.DEFAULTED["sse"], options.Sse()),
+    "RESPONSE_TYPES": Key(options.DEFAULTED["response_types"], ("application/json",)),
+    "RETENTION": Key(options.DEFAULTED["retention"], 86_400_000_000),
+    "ON_LOSS": Key(options.DEFAULTED["on_loss"], "abort"),
+    "APP": Key(_not_served, None),
+    "CELERY": Key(_not_served, None),
+    "DRAIN": Key(_not_served, None),
+    "MAX_WAIT": Key(_not_served, None),
+    "MAX_STREAMS": Key(_not_served, None),
+    "STREAM_AGE": Key(_not_served, None),
+    "MAX_TASKS_PER_USER": Key(_not_served, None),
+    "CALLBACK_ATTEMPTS": Key(_not_served, None),
+    "CALLBACK_SECRET": Key(_not_served, None),
+    "CALLBACK_ALLOWED_HOSTS": Key(_not_served, None),
+    "OPENAPI_PATH": Key(_not_served, None),
+    "DOCS_PATH": Key(_not_served, None),
+    "DASHBOARD_PATH": Key(_not_served, None),
+}
+"""Every key without its prefix. A key that is not here is an error too, so that a misspelt one is not silently ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The checked configuration of one app. Sizes in bytes, times in seconds; ``defaults`` as `options.resolve` takes them."""
+
+    store: str
+    namespace: str
+    create_tables: bool
+    operations: tuple[str, ...]
+    url_prefix: str
+    task_path: str
+    tasks_path: str
+    task_id_in: tuple[str, ...]
+    task_id_name: str
+    accepted_status: int
+    max_body: int
+    max_result: int
+    expose_errors: bool
+    snapshot_drop: frozenset[str]
+    user_id_field: str
+    admins: Access
+    list_anonymous: bool
+    trusted_origins: tuple[str, ...]
+    housekeeping_interval: float
+    defaults: Mapping[str, Any]
+
+    @property
+    def routing(self) -> tuple[Any, ...]:
+        """What decided the URL rules at ``init_app`` and cannot change after it."""
+        return self.operations, self.url_prefix, self.task_path, self.tasks_path, self.task_id_in
+
+
+def read(app: Flask) -> Config:
+    """Read and check the configuration of ``app``.
+
+    :raises ConfigurationError: naming the key and what it should hold.
+    """
+    given = {name: value for name, value in app.config.items() if name.startswith(PREFIX)}
+    for name in given:
+        if name[len(PREFIX) :] not in KEYS:
+            near = difflib.get_close_matches(name, [PREFIX + key for key in KEYS], 1)
+            hint = f" Did you mean {near[0]}?" if near else " Remove it."
+            raise ConfigurationError(f"{name} is not a configuration key of flask_asyncroute.{hint}")
+    values: dict[str, Any] = {}
+    for name, key in KEYS.items():
+        label = PREFIX + name
+        values[name] = key.check(label, given[label]) if label in given else key.default
+    if values["TASK_PATH"] == values["TASKS_PATH"]:
+        raise ConfigurationError("ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH are the same; they must differ.")
+    if values["CALLBACK"] is not None:
+        raise ConfigurationError("ASYNCROUTE_CALLBACK: callbacks are not served by this version; remove it.")
+    listed = values["LIST_ANONYMOUS"]
+    return Config(
+        store=values["STORE"],
+        namespace=values["NAMESPACE"] or app.name[: checks.MAX_NAME],
+        create_tables=values["CREATE_TABLES"],
+        operations=values["OPERATIONS"],
+        url_prefix=values["URL_PREFIX"],
+        task_path=values["TASK_PATH"],
+        tasks_path=values["TASKS_PATH"],
+        task_id_in=values["TASK_ID_IN"],
+        task_id_name=values["TASK_ID_NAME"],
+        accepted_status=values["ACCEPTED_STATUS"],
+        max_body=values["MAX_BODY"],
+        max_result=values["MAX_RESULT"],
+        expose_errors=values["EXPOSE_ERRORS"],
+        snapshot_drop=frozenset(name.lower() for name in values["SNAPSHOT_DROP"]),
+        user_id_field=values["USER_ID_FIELD"],
+        admins=values["ADMINS"] or Access(),
+        list_anonymous=listed if listed is not None else bool(app.debug or app.testing),
+        trusted_origins=values["TRUSTED_ORIGINS"],
+        housekeeping_interval=values["HOUSEKEEPING_INTERVAL"],
+        defaults={name: values[name.upper()] for name in options.DEFAULTED},
+    )

@@ -1,0 +1,266 @@
+"""The one room that touches Flask's contexts: a request captured and rebuilt, an app context, the caller, `current_task`.
+
+`dispatcher` captures in the request, `worker` rebuilds wherever the task runs. Whatever pushes a context pops it here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import Context, ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import msgspec
+from flask import Request, current_app, has_app_context, request, session
+from flask.ctx import RequestContext
+from flask.json.tag import TaggedJSONSerializer
+from flask.sessions import SecureCookieSession
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
+from werkzeug.http import dump_cookie, parse_cookie
+from werkzeug.local import LocalProxy
+
+from .current import CurrentTask
+from .errors import BodyTooLarge, CannotStart, InvalidRequest, NoCurrentTask, SessionIsReadOnly
+from .execution import Execution
+from .permissions import Caller
+from .snapshot import Body, Snapshot, empty, form_body, read_body
+from .typing import IdentityLoader
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+T = TypeVar("T")
+
+_KEPT = frozenset({str, int, bool})
+_DROPPED = frozenset({"HTTP_TRANSFER_ENCODING", "wsgi.input_terminated", "CONTENT_LENGTH"})
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_tagged = TaggedJSONSerializer()
+_running: ContextVar[CurrentTask] = ContextVar("flask_asyncroute.current_task")
+
+
+def _current() -> CurrentTask:
+    try:
+        return _running.get()
+    except LookupError:
+        raise NoCurrentTask(
+            "current_task was used where no task runs. It is there inside a view under task() or route() while its task runs; "
+            "in tests use flask_asyncroute.testing.fake_task()."
+        ) from None
+
+
+current_task = cast(CurrentTask, LocalProxy(_current))
+"""The task that runs here (a :class:`~flask_asyncroute.current.CurrentTask`); elsewhere any use raises `NoCurrentTask`."""
+
+
+@contextmanager
+def running(execution: Execution) -> Iterator[CurrentTask]:
+    """Make ``execution`` the current task of this context."""
+    task = CurrentTask(execution)
+    token = _running.set(task)
+    try:
+        yield task
+    finally:
+        _running.reset(token)
+
+
+def apart(function: Callable[[], T]) -> T:
+    """Call ``function`` in an empty context: no request, no `g`, no current task of whoever calls."""
+    return Context().run(function)
+
+
+@contextmanager
+def in_app(app: Flask) -> Iterator[None]:
+    """Push an app context, where the app's own is not there already."""
+    if has_app_context() and current_app._get_current_object() is app:  # type: ignore[attr-defined]
+        yield
+        return
+    with app.app_context():
+        yield
+
+
+def capture(arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]) -> tuple[Snapshot, Body | None]:
+    """Take from the present request what its task will need.
+
+    :param arguments: what the view was called with; URL variables are matched again later, the rest must be JSON.
+    :param max_body: bytes.
+    :param drop: lower-case names of headers and cookies that must not be stored.
+    :raises RequestRefused: for a body that is too large or incomplete, or a session or argument that cannot be stored.
+    """
+    current: Request = request._get_current_object()  # type: ignore[attr-defined]
+    environ = {key: value for key, value in current.environ.items() if type(value) in _KEPT and key not in _DROPPED}
+    if drop:
+        _drop_names(environ, drop)
+    body = None
+    if current.content_length or "HTTP_TRANSFER_ENCODING" in current.environ:
+        body = _capture_body(current, environ, max_body)
+    try:
+        variables = current.view_args or {}
+        names = tuple(name for name in arguments if name in variables and arguments[name] is variables[name])
+        injected = {name: _json_argument(name, arguments[name]) for name in arguments if name not in names}
+        return Snapshot(environ=environ, session=_capture_session(), url_names=names, injected=injected), body
+    except BaseException:
+        if body is not None:
+            body.close()
+        raise
+
+
+def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body:
+    announced = current.content_length
+    if announced is not None and announced > limit:
+        raise BodyTooLarge(f"The body has {announced} bytes; at most {limit} are taken (ASYNCROUTE_MAX_BODY).")
+    try:
+        was_parsed = "form" in current.__dict__ and getattr(current, "_cached_data", None) is None
+        if was_parsed and current.mimetype in _FORMS:
+            content_type, body = form_body(current.mimetype, current.form, current.files)
+            if current.mimetype == "multipart/form-data":
+                environ["CONTENT_TYPE"] = content_type
+            return body
+        cached = getattr(current, "_cached_data", None)
+        if cached is not None:
+            return Body([cached])
+        return read_body(current.stream, announced, limit)
+    except RequestEntityTooLarge:
+        raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken.") from None
+    except ClientDisconnected:
+        raise InvalidRequest("The body was cut short: the client went away. Send it again.") from None
+    except (HTTPException, InvalidRequest, BodyTooLarge):
+        raise
+    except Exception as error:
+        # Servers raise errors of their own for a body that they cannot read: gunicorn's InvalidChunkSize is no OSError.
+        raise InvalidRequest(f"The body cannot be read ({type(error).__name__}). Send it again.") from error
+
+
+def _capture_session() -> str | None:
+    held = dict(session)
+    if not held:
+        return None
+    try:
+        return _tagged.dumps(held)
+    except (TypeError, ValueError, RecursionError):
+        for key, value in held.items():
+            try:
+                _tagged.dumps({key: value})
+            except (TypeError, ValueError, RecursionError):
+                raise CannotStart(
+                    f"The session's {key!r} holds a {type(value).__name__}, which cannot be stored with a task. Keep JSON there."
+                ) from None
+        raise
+
+
+def _json_argument(name: str, value: Any) -> Any:
+    try:
+        encoded = msgspec.json.encode(value, enc_hook=_no_json)
+        if msgspec.json.decode(encoded) != (list(value) if isinstance(value, tuple) else value):
+            raise TypeError
+    except (TypeError, ValueError, RecursionError):
+        raise CannotStart(
+            f"A decorator above the async route passed {name!r} a {type(value).__name__}, which cannot be stored with a task. "
+            "Let it pass JSON, or load the object in a before_task function."
+        ) from None
+    return value
+
+
+def _no_json(value: Any) -> Any:
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+def _drop_names(environ: dict[str, Any], names: frozenset[str]) -> None:
+    for name in names:
+        environ.pop("HTTP_" + name.upper().replace("-", "_"), None)
+    cookies = environ.get("HTTP_COOKIE")
+    if cookies is not None:
+        kept = [(key, value) for key, value in parse_cookie(cookies).items(multi=True) if key.lower() not in names]
+        if kept:
+            environ["HTTP_COOKIE"] = "; ".join(dump_cookie(key, value, path=None) for key, value in kept)
+        else:
+            del environ["HTTP_COOKIE"]
+
+
+class TaskSession(SecureCookieSession):
+    """The session as it was at the start; a write raises."""
+
+    def __init__(self, initial: Mapping[str, Any]) -> None:
+        super().__init__()
+        dict.update(self, initial)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise SessionIsReadOnly(
+            "A task cannot write to session: its response was sent when the task started. Return the value, or keep it in "
+            "async_routes.state."
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+@contextmanager
+def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[str, Any]]:
+    """Push the request of ``snapshot`` as if it were here; yield the arguments of the view's call.
+
+    Teardown functions run at the end, `before_request` and `after_request` functions do not.
+
+    :raises HTTPException: where the app no longer has the URL.
+    """
+    environ: dict[str, Any] = {
+        **snapshot.environ,
+        "wsgi.version": (1, 0),
+        "wsgi.input": empty() if body is None else body.open(),
+        "wsgi.errors": sys.stderr,
+    }
+    if body is not None:
+        environ["CONTENT_LENGTH"] = str(body.size)
+    held = TaskSession({} if snapshot.session is None else _tagged.loads(snapshot.session))
+    with RequestContext(app, environ, session=held) as context:
+        if context.request.routing_exception is not None:
+            raise context.request.routing_exception
+        matched = context.request.view_args or {}
+        variables = {name: matched[name] for name in snapshot.url_names}
+        context.request.view_args = variables
+        yield {**variables, **snapshot.injected}
+
+
+def identify(app: Flask, loader: IdentityLoader | None, id_field: str) -> Caller | None:
+    """Return who makes the present request: what the app's identity loader says, else Flask-Login's user.
+
+    :raises CannotStart: for an identity without a usable id.
+    """
+    if loader is not None:
+        identity = loader()
+    elif hasattr(app, "login_manager"):
+        from flask_login import current_user
+
+        identity = current_user._get_current_object() if current_user.is_authenticated else None
+        if identity is not None and id_field == "id":
+            return Caller(
+                _user_id(identity.get_id()), *(_names(identity, kind) for kind in ("groups", "roles", "scopes"))
+            )
+    else:
+        return None
+    if identity is None:
+        return None
+    return Caller(
+        _user_id(_field(identity, id_field)), *(_names(identity, kind) for kind in ("groups", "roles", "scopes"))
+    )
+
+
+def _field(identity: Any, name: str) -> Any:
+    return identity.get(name) if isinstance(identity, Mapping) else getattr(identity, name, None)
+
+
+def _user_id(value: Any) -> str:
+    user = "" if value is None else str(value)
+    if not 0 < len(user) <= 255:
+        raise CannotStart(
+            "The identity loader returned an identity whose id is missing or not 1 to 255 characters long; "
+            "see ASYNCROUTE_USER_ID_FIELD."
+        )
+    return user
+
+
+def _names(identity: Any, kind: str) -> frozenset[str]:
+    held = _field(identity, kind)
+    if held is None:
+        return frozenset()
+    if isinstance(held, str):
+        raise CannotStart(f"The identity's {kind} must be a list of names, not a text.")
+    return frozenset(map(str, held))

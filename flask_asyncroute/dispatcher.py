@@ -1,0 +1,241 @@
+"""Starts, stops and times out tasks: what a request, an operation or the clock asks for becomes steps of the lifecycle.
+
+One per process and app. It knows which tasks run here; everything else it asks the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from flask import request
+
+from . import context, snapshot
+from .config import Config
+from .encoding import clean_text
+from .errors import CannotStart, IdTaken, NotAuthenticated, NotCancellable, NotPermitted, TaskFinished, TaskNotFound
+from .execution import Execution
+from .executors.base import TaskExecutor
+from .lifecycle import Lifecycle
+from .permissions import Caller, Permission
+from .registry import Route
+from .states import State
+from .stores.base import TaskStore
+from .task import MAX_NAME, AsyncRouteTask, now_us
+from .typing import IdentityLoader
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+logger = logging.getLogger("flask_asyncroute")
+
+ID_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}\Z")
+ID_TRIES = 4
+"""An id that is taken is generated anew three times."""
+STOPPED = "Aborted by the user"
+TIMED_OUT = "Timeout"
+
+
+class Dispatcher:
+    """Turns requests into tasks and ends tasks before their time. Thread-safe.
+
+    :param executor_of: gives the executor of a route.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        config: Config,
+        store: TaskStore,
+        lifecycle: Lifecycle,
+        identity_loader: Callable[[], IdentityLoader | None],
+        executor_of: Callable[[Route], TaskExecutor],
+        routes: Mapping[str, Route],
+    ) -> None:
+        self._app = app
+        self._config = config
+        self._store = store
+        self._lifecycle = lifecycle
+        self._identity_loader = identity_loader
+        self._executor_of = executor_of
+        self._routes = routes
+        self._lock = threading.Lock()
+        self.running: dict[str, tuple[Execution, TaskExecutor]] = {}
+        """The runs of this process whose code has not ended, by task id."""
+
+    def caller(self) -> Caller | None:
+        """Return who makes the present request."""
+        return context.identify(self._app, self._identity_loader(), self._config.user_id_field)
+
+    def start(self, route: Route, arguments: Mapping[str, Any]) -> AsyncRouteTask:
+        """Make the present request a task of ``route`` and have it run; return it as it was stored.
+
+        Nothing is stored where this raises.
+
+        :param arguments: what the view was called with, the route's own ``arguments`` not among them.
+        :raises RequestRefused: with the status of the answer.
+        """
+        executor = self._executor_of(route)
+        caller = self.caller()
+        permission = self._permission(route, caller)
+        captured, body = context.capture(arguments, self._config.max_body, self._config.snapshot_drop)
+        try:
+            executor.reserve()
+            try:
+                task = self._create(route, caller, permission, captured, body)
+            except BaseException:
+                executor.unreserve()
+                raise
+        except BaseException:
+            if body is not None:
+                body.close()
+            raise
+        executor.submit(task.id)
+        return task
+
+    def stop(self, task: AsyncRouteTask) -> AsyncRouteTask:
+        """Stop a task; return it as it is then. One that is Aborted already is returned as it is.
+
+        :raises TaskFinished: where it has Completed or Failed.
+        :raises NotCancellable: where its route does not allow it.
+        :raises TaskNotFound: where it was removed meanwhile.
+        """
+        current: AsyncRouteTask | None = task
+        while current is not None:
+            if current.state is State.ABORTED:
+                return current
+            if current.state.is_terminal:
+                raise TaskFinished(
+                    f"The task has ended: its State is {current.state}. There is nothing left to stop.",
+                    task_id=current.id,
+                )
+            if not current.cancellable:
+                raise NotCancellable("This task cannot be stopped: its route does not allow it.", task_id=current.id)
+            aborted = self._lifecycle.abort(current, STOPPED)
+            if aborted is not None:
+                return aborted
+            current = self._store.get(task.id)
+        raise unknown(task.id)
+
+    def expire(self, execution: Execution) -> None:
+        """Abort a task of this process whose time is up; its view is asked to stop whether or not the store could be told."""
+        execution.is_expired = True
+        try:
+            self._lifecycle.expire(execution, TIMED_OUT)
+        finally:
+            execution.ask_to_stop()
+
+    def expire_of_others(self, task: AsyncRouteTask) -> None:
+        """Abort a task whose time is long up and whose process has not seen to it."""
+        self._lifecycle.abort(task, TIMED_OUT)
+
+    def heard(self, task: AsyncRouteTask) -> None:
+        """Take note that a task has changed, here or elsewhere; one that runs or waits here is stopped where it was aborted."""
+        if task.state is not State.ABORTED:
+            return
+        run = self.running.get(task.id)
+        if run is not None:
+            execution, executor = run
+            execution.ask_to_stop()
+            if task.stopping:
+                executor.abandon(task.id)
+            return
+        route = self._routes.get(task.endpoint)
+        if route is not None:
+            self._executor_of(route).discard(task.id)
+
+    def begin(self, execution: Execution, executor: TaskExecutor) -> None:
+        """Count a run as one of this process."""
+        with self._lock:
+            self.running[execution.task_id] = (execution, executor)
+
+    def end(self, execution: Execution) -> None:
+        """Count a run no longer."""
+        with self._lock:
+            self.running.pop(execution.task_id, None)
+
+    def _permission(self, route: Route, caller: Caller | None) -> Permission | None:
+        asked = route.options.permission
+        if asked is None:
+            return None
+        if caller is None:
+            raise NotAuthenticated("This route starts tasks for known callers only. Sign in and try again.")
+        if isinstance(asked, Permission):
+            return asked
+        try:
+            permission = asked()
+        except Exception as error:
+            logger.exception("The permission function of endpoint %s raised.", route.endpoint)
+            raise NotPermitted("The permission for this task could not be determined.") from error
+        if not isinstance(permission, Permission):
+            logger.error(
+                "The permission function of endpoint %s returned a %s; it must return a Permission.",
+                route.endpoint, type(permission).__name__,
+            )  # fmt: skip
+            raise NotPermitted("The permission for this task could not be determined.")
+        return permission
+
+    def _create(
+        self,
+        route: Route,
+        caller: Caller | None,
+        permission: Permission | None,
+        captured: snapshot.Snapshot,
+        body: snapshot.Body | None,
+    ) -> AsyncRouteTask:
+        options = route.options
+        method = request.method
+        rule = request.url_rule
+        name = options.name or f"[{method.capitalize()}]{rule.rule if rule is not None else request.path}"
+        owner = None if caller is None else caller.id
+        granted = None
+        grants: set[tuple[str, str]] = set()
+        if owner is not None and permission is not None:
+            grants = {*permission.read, *permission.write} - {("users", owner)}
+            granted = msgspec.json.encode(permission)
+        data = snapshot.encode(captured)
+        for _ in range(ID_TRIES):
+            task = AsyncRouteTask(
+                id=self._new_id(route),
+                async_route_id=name[:MAX_NAME],
+                endpoint=route.endpoint,
+                state=State.NOT_STARTED,
+                cancellable=options.cancellable,
+                user=owner,
+                url=clean_text(request.base_url, 2048),
+                method=method,
+                created_us=now_us(),
+                permission_json=granted,
+                timeout_us=options.timeout,
+                retention_us=options.retention,
+                on_loss=options.on_loss,
+                body_size=0 if body is None else body.size,
+            )
+            try:
+                self._lifecycle.create(task, data, body, grants)
+            except IdTaken:
+                continue
+            return task
+        raise CannotStart(f"The id generator of this route gave {ID_TRIES} ids in a row that exist already.")
+
+    def _new_id(self, route: Route) -> str:
+        try:
+            task_id = route.options.id_generator()
+        except Exception as error:
+            logger.exception("The id generator of endpoint %s raised.", route.endpoint)
+            raise CannotStart("The id generator of this route failed. Nothing was started.") from error
+        if not isinstance(task_id, str) or not ID_PATTERN.match(task_id):
+            logger.error("The id generator of endpoint %s returned %r.", route.endpoint, task_id)
+            raise CannotStart(
+                "The id generator of this route returned something else than 1 to 128 of A-Z a-z 0-9 . _ ~ -. Nothing was started."
+            )
+        return task_id
+
+
+def unknown(task_id: str) -> TaskNotFound:
+    """Return the error for an id that is unknown or that the caller may not read: one and the same."""
+    return TaskNotFound("There is no task with this id, or it is not yours to read.", task_id=task_id)

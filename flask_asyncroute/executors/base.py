@@ -1,0 +1,105 @@
+"""The port of all executors: a bounded number of tasks, by id. What runs a task is `worker`, found by import string."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from ..errors import QueueFull
+from ..execution import Execution
+
+Run = Callable[["TaskExecutor", str], None]
+"""Runs the task with this id for an executor, and returns when its code has ended; never raises an Exception."""
+
+RUN = "flask_asyncroute.worker:run"
+
+
+class TaskExecutor(ABC):
+    """Runs tasks of one pool in one process. Thread-safe.
+
+    :param run: what to call with a task's id.
+    :param max_workers: how many tasks run at once.
+    :param queue_size: how many more may wait.
+    """
+
+    interrupt_after: float | None = None
+    """Seconds from asking a run to stop until :meth:`interrupt` may be called; None: never."""
+
+    def __init__(self, run: Run, max_workers: int, queue_size: int) -> None:
+        self._run = run
+        self._max_workers = max_workers
+        self._queue_size = queue_size
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._futures: dict[str, Future[None] | None] = {}
+
+    def reserve(self) -> None:
+        """Take a place for one task; give it back with :meth:`unreserve` or use it with :meth:`submit`.
+
+        :raises QueueFull: where none is left.
+        """
+        with self._lock:
+            if self._taken >= self._max_workers + self._queue_size:
+                raise QueueFull(
+                    f"{self._queue_size} tasks are waiting for this route, which is as many as may wait. Try again later.",
+                    retry_after=5,
+                )
+            self._taken += 1
+
+    def unreserve(self) -> None:
+        """Give a place back."""
+        with self._lock:
+            self._taken -= 1
+
+    def submit(self, task_id: str) -> None:
+        """Run a task as soon as there is room, on a place that was reserved; returns at once."""
+        with self._lock:
+            self._futures[task_id] = None
+        future = self._start(task_id)
+        with self._lock:
+            if task_id in self._futures:
+                self._futures[task_id] = future
+
+    def free(self) -> int:
+        """Return how many tasks would start at once if they were submitted now."""
+        return max(self._max_workers - self._taken, 0)
+
+    def holds(self, task_id: str) -> bool:
+        """Return whether a task waits or runs here."""
+        return task_id in self._futures
+
+    def discard(self, task_id: str) -> None:
+        """Take a task that need not run any more out of the queue, if it has not begun."""
+        with self._lock:
+            future = self._futures.get(task_id)
+            if future is not None and future.cancel():
+                del self._futures[task_id]
+                self._taken -= 1
+
+    def interrupt(self, execution: Execution) -> bool:
+        """Interrupt a run that was asked to stop and did not; return whether there is nothing more to try."""
+        return True
+
+    def abandon(self, task_id: str) -> None:  # noqa: B027 - most executors have nothing to do
+        """Stop counting a run whose task is over though its code is not: its place is free for another."""
+
+    @abstractmethod
+    def _start(self, task_id: str) -> Future[None]:
+        """Have :meth:`_run_counted` called with the id."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Take no more tasks; those that run go on."""
+
+    def _run_counted(self, task_id: str) -> None:
+        try:
+            self._run(self, task_id)
+        finally:
+            self._leave(task_id)
+
+    def _leave(self, task_id: str) -> None:
+        with self._lock:
+            self._futures.pop(task_id, None)
+            self._taken -= 1

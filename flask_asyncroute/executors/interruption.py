@@ -1,0 +1,93 @@
+"""Raising `TaskAborted` inside a thread that does not stop by itself, where that can do no harm.
+
+CPython raises an asynchronous exception in a thread wherever it happens to be. So it is raised only while the thread
+still runs this very task, and only while nothing between the view and the innermost frame holds a lock of a module that
+must not lose it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from ..errors import TaskAborted
+from ..execution import Execution
+from ..typing import View
+
+FORBIDDEN = ("logging", "threading", "queue", "importlib", "_frozen_importlib", "_frozen_importlib_external",
+             "sqlalchemy.pool", "psycopg_pool", "flask_asyncroute")  # fmt: skip
+
+_raise_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
+    ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
+)
+_withdraw_from = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
+    ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
+)
+"""The same function; NULL takes back what has not arrived yet."""
+
+
+def call(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
+    """Call a view such that :func:`interrupt` can find it on this thread. Returns when no interruption can come any more."""
+    with execution.thread_lock:
+        execution.thread_id = threading.get_ident()
+    try:
+        return _call(view, arguments, execution)
+    finally:
+        leave(execution)
+
+
+def leave(execution: Execution) -> None:
+    """Make sure that this thread is not interrupted for ``execution`` from here on. Called again it does no harm."""
+    while True:
+        try:
+            with execution.thread_lock:
+                if execution.thread_id == threading.get_ident():
+                    execution.thread_id = None
+                    # What was raised and has not arrived yet must not hit what this thread does next.
+                    _withdraw_from(threading.get_ident(), None)
+            return
+        except TaskAborted:
+            continue
+
+
+def interrupt(execution: Execution) -> bool:
+    """Raise `TaskAborted` in the thread that runs ``execution``, if that is safe now.
+
+    :return: whether it was raised or the view is not on a thread any more; False: try again a little later.
+    """
+    with execution.thread_lock:
+        thread_id = execution.thread_id
+        if thread_id is None:
+            return True
+        frame = sys._current_frames().get(thread_id)
+        if frame is None or not _is_safe(frame, execution):
+            return False
+        place = (frame, frame.f_lasti)
+        _raise_in(thread_id, TaskAborted)
+        now = sys._current_frames().get(thread_id)
+        if (now, now.f_lasti if now is not None else 0) != place and not (now is not None and _is_safe(now, execution)):
+            # The thread moved on in between, to where it would be harmed: take the exception back, if it is not there yet.
+            _withdraw_from(thread_id, None)
+            return False
+    return True
+
+
+def _call(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
+    return view(**arguments)
+
+
+def _is_safe(frame: FrameType | None, execution: Execution) -> bool:
+    """Return whether all frames from ``frame`` out to the view's call may be cut short."""
+    is_inside = False
+    while frame is not None:
+        if frame.f_code is _call.__code__:
+            return is_inside and frame.f_locals.get("execution") is execution
+        name = frame.f_globals.get("__name__", "")
+        if any(name == module or name.startswith(module + ".") for module in FORBIDDEN):
+            return False
+        is_inside = True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,168 @@
+"""One thread per process that finds what is due: time that is up, interruptions, progress to write, tasks to take over,
+tasks whose retention is over.
+
+It calls the dispatcher, the lifecycle and the executors; it decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from . import signals
+from .dispatcher import Dispatcher
+from .errors import AsyncRouteError
+from .execution import Execution
+from .executors.base import TaskExecutor
+from .lifecycle import Lifecycle
+from .stores.base import TaskStore
+from .task import now_us
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+logger = logging.getLogger("flask_asyncroute")
+
+REPORT_SECONDS = 0.1
+"""Progress of one task is written at most this often."""
+RETRY_SECONDS = 0.01
+"""Between two looks whether a thread can be interrupted."""
+TAKEOVER_SECONDS = 0.5
+TEND_SECONDS = 1.0
+LONGEST_SLEEP = 30.0
+OVERDUE_US = 5_000_000
+"""A task this far over its time has no process that would see to it."""
+PAGE = 500
+
+
+class Housekeeper:
+    """Runs what is due, on one daemon thread that starts with the first :meth:`start`.
+
+    :param take_over: submits waiting tasks that nobody runs; called about twice a second.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        store: TaskStore,
+        lifecycle: Lifecycle,
+        dispatcher: Dispatcher,
+        interval: float,
+        take_over: Callable[[], None],
+    ) -> None:
+        self._app = app
+        self._store = store
+        self._lifecycle = lifecycle
+        self._dispatcher = dispatcher
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        jobs: list[tuple[float, Callable[[], None]]] = [(interval, self._sweep)]
+        if store.is_shared:
+            jobs += [(TAKEOVER_SECONDS, take_over), (TEND_SECONDS, store.tend)]
+        self._jobs = [_Job(seconds, work) for seconds, work in jobs]
+
+    def start(self) -> None:
+        """Start the thread, if it does not run yet."""
+        if self._thread is None:
+            with self._lock:
+                if self._thread is None and not self._is_closed:
+                    arguments = (weakref.ref(self), self._wake)
+                    self._thread = threading.Thread(
+                        target=_keep, args=arguments, name="asyncroute-housekeeper", daemon=True
+                    )
+                    self._thread.start()
+
+    def wake(self) -> None:
+        """Look at once for what is due: something has changed."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        with self._lock:
+            self._is_closed = True
+            thread = self._thread
+        self._wake.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(5)
+
+    def _step(self) -> float:
+        """Do what is due; return in how many seconds to look again."""
+        now = time.monotonic()
+        due = now + LONGEST_SLEEP
+        for execution, executor in list(self._dispatcher.running.values()):
+            try:
+                due = min(due, self._attend(execution, executor, now))
+            except AsyncRouteError as error:
+                logger.error("Task %s could not be attended to: %s", execution.task_id, error)
+                due = min(due, now + 1.0)
+        for job in self._jobs:
+            if job.due <= now:
+                try:
+                    job.work()
+                except Exception:
+                    logger.exception("Housekeeping (%s) failed; it is tried again.", job.work.__name__)
+                job.due = time.monotonic() + job.seconds
+            due = min(due, job.due)
+        return max(due - time.monotonic(), 0.0)
+
+    def _attend(self, execution: Execution, executor: TaskExecutor, now: float) -> float:
+        """Do what is due for one run; return when to look at it again."""
+        due = now + LONGEST_SLEEP
+        if execution.interrupt_at is not None:
+            if execution.interrupt_at <= now:
+                execution.interrupt_at = None if executor.interrupt(execution) else now + RETRY_SECONDS
+            due = min(due, execution.interrupt_at or due)
+        if execution.deadline is not None and not execution.is_expired and not execution.stop.is_set():
+            if execution.deadline <= now:
+                self._dispatcher.expire(execution)
+                return now
+            due = min(due, execution.deadline)
+        step = execution.climb(now)
+        due = due if step is None else min(due, step)
+        if execution.has_report:
+            if execution.reported_at + REPORT_SECONDS <= now:
+                execution.reported_at = now
+                signals.progress_reported.send(self._app, execution=execution)
+            else:
+                due = min(due, execution.reported_at + REPORT_SECONDS)
+        return due
+
+    def _sweep(self) -> None:
+        """Remove tasks whose retention is over, and abort those that nobody has timed out."""
+        while True:
+            outlived = self._store.outlived(now_us(), PAGE)
+            for task_id in outlived:
+                self._lifecycle.purge(task_id)
+            if len(outlived) < PAGE:
+                break
+        for task_id in self._store.overdue(now_us() - OVERDUE_US, PAGE):
+            task = self._store.get(task_id)
+            if task is not None and task_id not in self._dispatcher.running and not task.is_completed:
+                self._dispatcher.expire_of_others(task)
+
+
+class _Job:
+    """Work that is done every so many seconds."""
+
+    def __init__(self, seconds: float, work: Callable[[], None]) -> None:
+        self.seconds = seconds
+        self.work = work
+        self.due = time.monotonic() + seconds
+
+
+def _keep(reference: weakref.ref[Housekeeper], wake: threading.Event) -> None:
+    """Run the thread. It holds its housekeeper weakly, so that an app that is dropped ends it."""
+    while True:
+        keeper = reference()
+        if keeper is None or keeper._is_closed:
+            return
+        wake.clear()
+        seconds = keeper._step()
+        del keeper
+        wake.wait(seconds)

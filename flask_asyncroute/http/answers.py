@@ -1,0 +1,44 @@
+"""Tasks as answers: the task object with its Location, ETag and Retry-After, for `route` and `http.operations` alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Response, request
+
+from ..config import Config
+from ..task import AsyncRouteTask
+from .negotiation import etag_suffix, render
+
+RETRY_SECONDS = "1"
+"""After which a client may look again at a task that has not ended."""
+
+
+def task_answer(
+    task: AsyncRouteTask, media_type: str, status: int = 200, headers: list[tuple[str, str]] | None = None
+) -> Response:
+    """Return the task object; with Retry-After while it has not ended."""
+    fields = [] if headers is None else headers
+    if not task.state.is_terminal:
+        fields.append(("Retry-After", RETRY_SECONDS))
+    return render(document_of(task, media_type), media_type, "AsyncRouteTask", status, fields)
+
+
+def document_of(task: AsyncRouteTask, media_type: str) -> dict[str, Any]:
+    """Return the task object for the encoder of ``media_type``; for JSON its result stays encoded."""
+    return task.to_wire() if media_type == "application/json" else task.to_dict()
+
+
+def etag_of(task: AsyncRouteTask, media_type: str) -> str:
+    """Return the strong ETag of a task's present revision in one media type."""
+    return f"{task.revision}-{etag_suffix(media_type)}"
+
+
+def location_of(task: AsyncRouteTask, config: Config) -> str:
+    """Return the path under which a task can be got, SCRIPT_NAME included. Ids need no escaping."""
+    base = f"{request.root_path}{config.url_prefix}{config.task_path}"
+    if "path" in config.task_id_in:
+        return f"{base}/{task.id}"
+    if "query" in config.task_id_in:
+        return f"{base}?{config.task_id_name}={task.id}"
+    return base

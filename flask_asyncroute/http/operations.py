@@ -1,0 +1,190 @@
+"""The blueprint: get, result, stop and query. Reads go to the store, a stop to the dispatcher; permission comes first."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from flask import Blueprint, Flask, Response, request
+from flask.blueprints import BlueprintSetupState
+
+from ..dispatcher import unknown
+from ..errors import NotPermitted, RequestRefused, TaskFailed, TaskFinished, TaskUnfinished
+from ..permissions import Caller, may_read, may_write
+from ..query import open_cursor, position_of, seal_cursor
+from ..runner import Runner
+from ..runtime import EXTENSION, current_runtime, runtime_of
+from ..states import State
+from ..stores.base import Readers
+from ..task import AsyncRouteTask
+from . import asking
+from .answers import document_of, etag_of, task_answer
+from .negotiation import MEDIA_TYPES, negotiate, render
+from .problems import problem_response
+
+logger = logging.getLogger("flask_asyncroute")
+
+Operation = Callable[..., Response]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
+    """Return the blueprint of the operations; its rules are made for each app from the app's configuration.
+
+    :param decorators: of the app's own, put around every operation, the last one outermost.
+    """
+    blueprint = Blueprint(EXTENSION, __name__)
+    views = {name: _guarded(operation, decorators) for name, operation in _OPERATIONS.items()}
+
+    @blueprint.record
+    def add_rules(state: BlueprintSetupState) -> None:
+        config = runtime_of(cast(Flask, state.app)).initial
+        one, many = config.task_path, config.tasks_path
+        paths = [f"{one}/<task_id>"] if "path" in config.task_id_in else []
+        if set(config.task_id_in) - {"path"}:
+            paths.append(one)
+        if "get" in config.operations:
+            for path in paths:
+                state.add_url_rule(path, "get", views["get"], methods=["GET"])
+            for path in paths:
+                state.add_url_rule(f"{path}/result", "result", views["result"], methods=["GET"])
+        if "stop" in config.operations:
+            for path in paths:
+                state.add_url_rule(path, "stop", views["stop"], methods=["DELETE"])
+        if "query" in config.operations:
+            state.add_url_rule(many, "query", views["query"], methods=["GET", "POST"])
+            state.add_url_rule(f"{many}/query", "query", views["query"], methods=["POST"])
+
+    return blueprint
+
+
+def _guarded(operation: Operation, decorators: Sequence[Decorator]) -> Callable[..., Any]:
+    @functools.wraps(operation)
+    def view(task_id: str | None = None) -> Response:
+        try:
+            return operation(current_runtime().runner, task_id)
+        except RequestRefused as refusal:
+            return problem_response(refusal, request.headers.get("Accept"), request.path)
+
+    guarded: Callable[..., Any] = view
+    for decorator in decorators:
+        guarded = decorator(guarded)
+    return guarded
+
+
+def get(runner: Runner, task_id: str | None) -> Response:
+    """Answer with a task as it is now, whatever its state."""
+    media_type = negotiate(request.headers.get("Accept"), MEDIA_TYPES)
+    task, _ = _readable(runner, task_id)
+    etag = etag_of(task, media_type)
+    if "If-None-Match" in request.headers and request.if_none_match.contains_weak(etag):
+        return render(b"", media_type, "", 304, [("ETag", f'"{etag}"')])
+    return task_answer(task, media_type, 200, [("ETag", f'"{etag}"')])
+
+
+def result(runner: Runner, task_id: str | None) -> Response:
+    """Answer with the result alone, or with why there is none."""
+    media_type = negotiate(request.headers.get("Accept"), MEDIA_TYPES)
+    task, _ = _readable(runner, task_id)
+    if not task.is_completed:
+        raise TaskUnfinished(f"The task has no result yet: its State is {task.state}.", task_id=task.id, retry_after=1)
+    if task.state is State.ABORTED:
+        raise TaskFinished(f"The task was aborted and has no result: {task.error}.", task_id=task.id)
+    if task.state is State.FAILED:
+        failure = TaskFailed(f"The task failed: {task.error}", task_id=task.id)
+        if task.error_status is not None and 400 <= task.error_status < 500:
+            return problem_response(
+                _with_status(failure, task.error_status), request.headers.get("Accept"), request.path
+            )
+        raise failure
+    if media_type == "application/json":
+        return render(task.result_json or b"null", media_type, "Result", 200)
+    return render(task.result, media_type, "Result", 200)
+
+
+def stop(runner: Runner, task_id: str | None) -> Response:
+    """Stop a task, or remove one that has ended."""
+    media_type = negotiate(request.headers.get("Accept"), MEDIA_TYPES)
+    asking.refuse_foreign_page(request, runner.config)
+    is_purge = asking.is_purge(request)
+    task, caller = _readable(runner, task_id)
+    if not may_write(caller, task.user, task.granted, runner.config.admins):
+        raise NotPermitted("You may read this task and not stop it.", task_id=task.id)
+    if not is_purge:
+        return task_answer(runner.dispatcher.stop(task), media_type)
+    if not runner.lifecycle.purge(task.id):
+        current = runner.store.get(task.id)
+        if current is None:
+            raise unknown(task.id)
+        raise TaskUnfinished(
+            "Only a task whose code has ended can be removed: "
+            + (
+                "its code is still stopping."
+                if current.is_completed
+                else f"its State is {current.state}; stop it first."
+            ),
+            task_id=task.id,
+            retry_after=1,
+        )
+    return render(b"", media_type, "", 204)
+
+
+def query(runner: Runner, task_id: str | None) -> Response:
+    """Answer with the tasks that fit and that the caller may read, a page at a time."""
+    media_type = negotiate(request.headers.get("Accept"), MEDIA_TYPES)
+    asked = asking.query(request)
+    caller = runner.dispatcher.caller()
+    caller_id = None if caller is None else caller.id
+    secret = runner.store.secret()
+    position = None if asked.cursor is None else open_cursor(asked.cursor, asked, caller_id, secret)
+    readers = _readers(runner, caller)
+    found = runner.store.query(asked.conditions, asked.sort, asked.limit + 1, position, readers)
+    page = found[: asked.limit]
+    headers = []
+    if len(found) > len(page):
+        cursor = seal_cursor(position_of(page[-1], asked.sort), asked, caller_id, secret)
+        headers.append(asking.next_link(request, cursor))
+    document = [document_of(task, media_type) for task in page]
+    return render(document, media_type, "AsyncRouteTasks", 200, headers)
+
+
+_OPERATIONS: dict[str, Operation] = {"get": get, "result": result, "stop": stop, "query": query}
+
+
+def _readable(runner: Runner, in_path: str | None) -> tuple[AsyncRouteTask, Caller | None]:
+    """Return the task that is asked for and who asks.
+
+    The caller is looked up whether or not there is such a task, so that the two cases take the same time.
+
+    :raises TaskNotFound: where there is none, or the caller may not read it.
+    """
+    task_id = asking.task_id(request, runner.config, in_path)
+    task = runner.store.get(task_id)
+    caller = runner.dispatcher.caller()
+    if task is None or not may_read(caller, task.user, task.granted, runner.config.admins):
+        raise unknown(task_id)
+    return task, caller
+
+
+def _readers(runner: Runner, caller: Caller | None) -> Readers | None:
+    """Return under which names the caller lists tasks; None: all."""
+    config = runner.config
+    if caller is not None and caller.is_in(config.admins):
+        return None
+    if not config.list_anonymous:
+        runner.tell_of_unlisted()
+    if caller is None:
+        return Readers(anonymous=config.list_anonymous)
+    return Readers(caller.id, tuple(caller.names()), config.list_anonymous)
+
+
+def _with_status(failure: TaskFailed, status: int) -> RequestRefused:
+    """Return the refusal with the status of the exception that failed the task."""
+
+    class Failed(TaskFailed):
+        pass
+
+    Failed.status = status
+    return Failed(failure.detail, task_id=failure.task_id)

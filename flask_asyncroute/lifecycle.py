@@ -1,0 +1,133 @@
+"""The only writer of State: each step is one transaction of the store, then the facts go out.
+
+`dispatcher`, `worker` and `housekeeping` call it. It runs nothing and decides nothing but whether a step may be taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from blinker import NamedSignal
+
+from . import context, signals
+from .execution import Execution
+from .snapshot import Body
+from .states import TERMINAL, TRANSITIONS, State
+from .stores.base import Claim, Expect, TaskStore
+from .task import AsyncRouteTask, now_us
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+logger = logging.getLogger("flask_asyncroute")
+
+_FINISHED = {
+    State.COMPLETED: signals.task_completed,
+    State.FAILED: signals.task_failed,
+    State.ABORTED: signals.task_aborted,
+}
+
+
+class Lifecycle:
+    """Takes tasks from state to state in one store.
+
+    Each method may be called from any thread, with or without an app context, and raises `StoreUnavailable` where the
+    store does.
+
+    :param owner: the name of this process as a worker.
+    """
+
+    def __init__(self, app: Flask, store: TaskStore, owner: str) -> None:
+        self._app = app
+        self._store = store
+        self.owner = owner
+        # Weak, unlike other receivers: the signal must not keep this object, and with it the app, alive.
+        signals.progress_reported.connect(self.on_progress_reported, sender=app)
+
+    def create(
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]
+    ) -> None:
+        """Store a new task; :exc:`IdTaken` where its id is not new."""
+        self._store.add(task, request, body, grants)
+        self._tell(signals.task_created, task)
+
+    def claim(self, task_id: str) -> Claim | None:
+        """Take a waiting task for this process: NotStarted → Running. None where somebody else was first."""
+        claim = self._store.claim(task_id, self.owner, now_us())
+        if claim is not None:
+            self._tell(signals.task_started, claim.task)
+        return claim
+
+    def finish(self, execution: Execution, state: State, values: dict[str, Any]) -> AsyncRouteTask | None:
+        """Write the outcome of a run: Running → ``state``; with it the last progress.
+
+        A run that was aborted meanwhile, or whose task another worker holds by now, writes nothing but that its code
+        has ended.
+
+        :return: the task, where this run decided its outcome.
+        """
+        progress, message = execution.final_report()
+        if progress is not None:
+            values = {
+                "progress": 100.0 if state is State.COMPLETED else progress,
+                "progress_message": message,
+                **values,
+            }
+        expect = Expect((State.RUNNING,), self.owner, execution.epoch)
+        task = self._step(execution.task_id, expect, state, values)
+        if task is None:
+            self.release(execution)
+        return task
+
+    def abort(self, task: AsyncRouteTask, error: str) -> AsyncRouteTask | None:
+        """Move a task to Aborted, if it is still in the state that ``task`` has; its code, where it runs, is then Stopping."""
+        expect = Expect((task.state,), task.owner, task.epoch)
+        return self._step(task.id, expect, State.ABORTED, {"error": error, "stopping": task.state is State.RUNNING})
+
+    def expire(self, execution: Execution, error: str) -> AsyncRouteTask | None:
+        """Move a task that runs in this process to Aborted, its code Stopping."""
+        expect = Expect((State.RUNNING,), self.owner, execution.epoch)
+        return self._step(execution.task_id, expect, State.ABORTED, {"error": error, "stopping": True})
+
+    def release(self, execution: Execution) -> None:
+        """Write that the code of an aborted task has ended."""
+        expect = Expect((State.ABORTED,), self.owner, execution.epoch, stopping=True)
+        task = self._store.update(execution.task_id, expect, {"stopping": False})
+        if task is not None:
+            self._tell(None, task)
+
+    def purge(self, task_id: str) -> bool:
+        """Remove a finished task whose code has ended; return whether it was there and so."""
+        return self._store.delete(task_id, Expect(tuple(TERMINAL), stopping=False))
+
+    def on_progress_reported(self, sender: Flask, execution: Execution, **extra: Any) -> None:
+        """Write the newest progress of a run, if there is any that is not written. The receiver of `progress_reported`."""
+        report = execution.take_report()
+        if report is None:
+            return
+        expect = Expect((State.RUNNING,), self.owner, execution.epoch)
+        task = self._store.update(execution.task_id, expect, {"progress": report[0], "progress_message": report[1]})
+        if task is not None:
+            self._tell(signals.task_progressed, task)
+
+    def _step(self, task_id: str, expect: Expect, state: State, values: dict[str, Any]) -> AsyncRouteTask | None:
+        if any(state not in TRANSITIONS[before] for before in expect.states):
+            raise ValueError(f"There is no step from {' or '.join(expect.states)} to {state}.")
+        task = self._store.update(task_id, expect, {"state": state, "completed_us": now_us(), **values})
+        if task is not None:
+            self._tell(_FINISHED[state], task)
+        return task
+
+    def _tell(self, fact: NamedSignal | None, task: AsyncRouteTask) -> None:
+        if signals.task_changed.receivers:
+            signals.send_fact(signals.task_changed, self._app, logger, task=task)
+        if fact is None:
+            return
+        is_end = task.state.is_terminal and fact in _FINISHED.values()
+        if fact.receivers or (is_end and signals.task_finished.receivers):
+            with context.in_app(self._app):
+                signals.send_fact(fact, self._app, logger, task=task)
+                if is_end:
+                    signals.send_fact(signals.task_finished, self._app, logger, task=task)

@@ -1,0 +1,187 @@
+"""What one route was given: every option checked where it is written, completed with the app's defaults at first use.
+
+`route` checks what a decorator got, `config` checks the app-wide defaults with the same functions. Nothing here runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import checks
+from .checks import Check, boolean, optional, refuse, text
+from .errors import ConfigurationError
+from .permissions import Permission
+
+RESPONSE_TYPES = ("application/json", "application/xml", "application/yaml")
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """Where the outcome of a task is sent when it ends.
+
+    :param url: an address, or an OpenAPI runtime expression that yields one from the starting request.
+    :param method: the request method, or an expression.
+    :param content_type: JSON, XML or YAML, or an expression.
+    :param headers: header fields to send; values may be expressions.
+    :param send_result: whether the body carries the Result.
+    :param event_name: what ``EventName`` says; the task's route where None.
+    """
+
+    url: str = "$request.body#/callbackUrl"
+    method: str = "POST"
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    send_result: bool = False
+    event_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("url", "method", "content_type"):
+            text(f"Callback({name}=…)", getattr(self, name))
+        if not isinstance(self.headers, Mapping):
+            raise ConfigurationError(
+                f"Callback(headers=…) takes a mapping of header names to values, not {self.headers!r}."
+            )
+        for name, value in self.headers.items():
+            text("a name in Callback(headers=…)", name)
+            text(f"Callback(headers={{{name!r}: …}})", value)
+        boolean("Callback(send_result=…)", self.send_result)
+        optional(text)("Callback(event_name=…)", self.event_name)
+
+
+@dataclass(frozen=True, slots=True)
+class Sse:
+    """How a task's events are streamed.
+
+    :param group: tasks of one group share a stream; the route's rule where None.
+    :param send_result: whether the last event carries the Result.
+    """
+
+    group: str | None = None
+    send_result: bool = False
+
+    def __post_init__(self) -> None:
+        optional(text)("Sse(group=…)", self.group)
+        boolean("Sse(send_result=…)", self.send_result)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteOptions:
+    """All options of one route in one app, none left open. Times are in microseconds, but `interrupt_after` in seconds."""
+
+    timeout: int | None
+    cancellable: bool
+    executor: str | Executor
+    min_workers: int
+    max_workers: int
+    queue_size: int
+    interrupt_after: float | None
+    id_generator: Callable[[], Any]
+    permission: Permission | Callable[[], Any] | None
+    callback: Callback | None
+    sse: Sse | None
+    response_types: tuple[str, ...]
+    retention: int
+    on_loss: str
+    pool: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    celery: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    summary: str | None = None
+    description: str | None = None
+    tags: tuple[str, ...] = ()
+    request_schema: Any = None
+    result_schema: Any = None
+
+
+def permission(label: str, value: Any) -> Permission | Callable[[], Any]:
+    """Accept a Permission or a function that will return one."""
+    if isinstance(value, Permission):
+        return value
+    if callable(value) and not isinstance(value, type):
+        return value  # type: ignore[no-any-return]
+    raise refuse(label, "a Permission or a function that returns one", value)
+
+
+def callback(label: str, value: Any) -> Callback:
+    """Accept a Callback."""
+    if not isinstance(value, Callback):
+        raise refuse(label, "a Callback", value)
+    return value
+
+
+def sse(label: str, value: Any) -> Sse | None:
+    """Accept True (the defaults), False (no events) or an Sse."""
+    if value is True:
+        return Sse()
+    if value is False:
+        return None
+    if not isinstance(value, Sse):
+        raise refuse(label, "True, False or an Sse", value)
+    return value
+
+
+DEFAULTED: dict[str, Check] = {
+    "timeout": checks.time_limit,
+    "cancellable": boolean,
+    "executor": checks.executor,
+    "min_workers": optional(checks.whole(0)),
+    "max_workers": checks.whole(1),
+    "queue_size": checks.whole(0),
+    "interrupt_after": optional(checks.seconds),
+    "id_generator": checks.function,
+    "permission": optional(permission),
+    "callback": optional(callback),
+    "sse": sse,
+    "response_types": checks.some_of(*RESPONSE_TYPES),
+    "retention": checks.retention_time,
+    "on_loss": checks.one_of("abort", "restart"),
+}
+"""The options that have an app-wide default in ``ASYNCROUTE_<NAME>``."""
+
+OWN: dict[str, Check] = {
+    "pool": optional(checks.short_name),
+    "arguments": checks.keyword_arguments,
+    "celery": checks.celery_settings,
+    "name": optional(checks.short_name),
+    "summary": optional(text),
+    "description": optional(text),
+    "tags": checks.names,
+    "request_schema": optional(checks.schema),
+    "result_schema": optional(checks.schema),
+}
+"""The options that each route has for itself."""
+
+
+def checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the options of one decorator.
+
+    :raises ConfigurationError: for an unknown option or a value of the wrong kind, naming it.
+    """
+    known = {**DEFAULTED, **OWN}
+    for name in given:
+        if name not in known:
+            raise ConfigurationError(
+                f"{name!r} is not an option of an async route. The options are: {', '.join(known)}."
+            )
+    return {name: known[name](f"{name}=…", value) for name, value in given.items()}
+
+
+def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> RouteOptions:
+    """Complete what a decorator was given with the app's defaults.
+
+    :param given: what :func:`checked` returned.
+    :param defaults: a checked value for each name in :data:`DEFAULTED`.
+    :param where: the route, for messages.
+    :raises ConfigurationError: where two options contradict each other.
+    """
+    values = {**defaults, **given}
+    if values["min_workers"] is None:
+        values["min_workers"] = min(0 if values["executor"] == "process" else 1, values["max_workers"])
+    if values["min_workers"] > values["max_workers"]:
+        raise ConfigurationError(
+            f"{where}: min_workers={values['min_workers']} is more than max_workers={values['max_workers']}; raise the latter."
+        )
+    return RouteOptions(**values)

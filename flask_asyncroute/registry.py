@@ -1,0 +1,146 @@
+"""Which endpoints of an app are async routes, and with what options: recorded by the decorators, resolved at first use."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigurationError
+from .options import RouteOptions, resolve
+from .typing import View
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+MARK = "__asyncroute__"
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One decorated view: the plain function below the decorator and the options as they were given."""
+
+    view: View
+    given: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"The async route {self.view.__module__}.{self.view.__qualname__}()"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint of one app that starts tasks."""
+
+    endpoint: str
+    view: View
+    options: RouteOptions
+    pool: str
+
+
+def declaration_of(function: Callable[..., Any] | None) -> Declaration | None:
+    """Return the declaration of a view function, through whatever decorators are above it."""
+    while function is not None:
+        found = function.__dict__.get(MARK) if hasattr(function, "__dict__") else None
+        if isinstance(found, Declaration):
+            return found
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def check_variables(label: str, variables: Iterable[str], arguments: Mapping[str, Any]) -> None:
+    """Refuse an argument that the URL gives too."""
+    for name in variables:
+        if name in arguments:
+            raise ConfigurationError(
+                f"{label}: {name!r} is both a variable of its URL and in arguments={{…}}; rename one."
+            )
+
+
+def check_view(view: View, given: Mapping[str, Any]) -> None:
+    """Refuse what can be seen at decoration not to work.
+
+    :raises ConfigurationError: for a method of a class, an annotation ``-> Response``, or arguments without a parameter.
+    """
+    label = Declaration(view, given).label
+    owner = view.__qualname__.rpartition(".")[0]
+    if owner and not owner.endswith("<locals>"):
+        raise ConfigurationError(
+            f"{label} is a method of a class. Put decorators = [async_routes.task()] into the class, a flask.views.View, instead."
+        )
+    annotation = (
+        inspect.unwrap(view).__annotations__.get("return") if hasattr(inspect.unwrap(view), "__annotations__") else None
+    )
+    is_response = isinstance(annotation, type) and annotation.__name__.endswith("Response")
+    if is_response or (isinstance(annotation, str) and annotation.rpartition(".")[2].strip("\"'").endswith("Response")):
+        raise ConfigurationError(
+            f"{label} is annotated to return a Response. An async route returns data; the response is written for it."
+        )
+    parameters = inspect.signature(view).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        for name in given.get("arguments", ()):
+            if name not in names:
+                raise ConfigurationError(f"{label}: arguments={{…}} has {name!r}, but the view has no such parameter.")
+
+
+def resolve_routes(
+    app: Flask, declared: Iterable[Declaration], defaults: Mapping[str, Any], executor: str | None = None
+) -> dict[str, Route]:
+    """Find every async route of ``app`` and complete its options.
+
+    :param declared: all that :meth:`AsyncRoute.task` made; only to find those that are out of place.
+    :param executor: used by all routes, whatever their options say.
+    :raises ConfigurationError: naming the route and what is wrong.
+    """
+    routes: dict[str, Route] = {}
+    for endpoint, function in app.view_functions.items():
+        declaration = declaration_of(function)
+        if declaration is None:
+            continue
+        given = declaration.given if executor is None else {**declaration.given, "executor": executor}
+        options = resolve(given, defaults, declaration.label)
+        _refuse_unserved(declaration.label, options)
+        for rule in app.url_map.iter_rules(endpoint):
+            check_variables(declaration.label, rule.arguments, options.arguments)
+        routes[endpoint] = Route(endpoint, declaration.view, options, options.pool or f"endpoint {endpoint}")
+    _refuse_misplaced(app, declared)
+    _refuse_different_pools(routes)
+    return routes
+
+
+def _refuse_unserved(label: str, options: RouteOptions) -> None:
+    if options.executor in ("process", "celery"):
+        raise ConfigurationError(
+            f'{label}: executor="{options.executor}" is not served by this version; use "thread" or an Executor of your own.'
+        )
+    if options.callback is not None:
+        raise ConfigurationError(f"{label}: callback=… is not served by this version; leave it out.")
+
+
+def _refuse_misplaced(app: Flask, declared: Iterable[Declaration]) -> None:
+    plain = {id(function): endpoint for endpoint, function in app.view_functions.items()}
+    for declaration in declared:
+        endpoint = plain.get(id(declaration.view))
+        if endpoint is not None:
+            raise ConfigurationError(
+                f"{declaration.label}: task() stands above the route decorator of endpoint {endpoint!r}, which registered the "
+                "plain view. Put the route decorator above @task()."
+            )
+
+
+def _refuse_different_pools(routes: Mapping[str, Route]) -> None:
+    first: dict[str, Route] = {}
+    for route in routes.values():
+        if route.options.pool is None:
+            continue
+        other = first.setdefault(route.pool, route)
+        for name in ("executor", "min_workers", "max_workers", "queue_size", "interrupt_after"):
+            mine, others = getattr(route.options, name), getattr(other.options, name)
+            if mine != others:
+                raise ConfigurationError(
+                    f"The endpoints {other.endpoint!r} and {route.endpoint!r} share the pool {route.pool!r} but differ in "
+                    f"{name}: {others!r} and {mine!r}. Give both the same, or two pools."
+                )

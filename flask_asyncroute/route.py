@@ -1,0 +1,74 @@
+"""The decorator: what stands in a view's place, and answers each request with a new task."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from flask import Response, request
+
+from .errors import ConfigurationError, MethodNotAllowed, NotServed, RequestRefused
+from .http.answers import location_of, task_answer
+from .http.negotiation import negotiate
+from .http.problems import problem_response
+from .options import checked
+from .registry import MARK, Declaration, check_view
+from .runtime import current_runtime
+from .typing import View
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def declare(view: View, options: dict[str, Any]) -> tuple[Callable[..., Response], Declaration]:
+    """Return the function that starts ``view`` as a task, and what it declares.
+
+    The view stays reachable as ``__wrapped__``, so that :func:`inspect.unwrap` gives it to a unit test.
+
+    :raises ConfigurationError: for options or a view that cannot work.
+    """
+    if not callable(view) or not hasattr(view, "__qualname__"):
+        raise ConfigurationError(f"task() decorates a view function, not {view!r}.")
+    declaration = Declaration(view, checked(options))
+    check_view(view, declaration.given)
+
+    @functools.wraps(view)
+    def start(**arguments: Any) -> Response:
+        try:
+            return _start(arguments)
+        except RequestRefused as refusal:
+            response = problem_response(refusal, request.headers.get("Accept"), request.path)
+            if isinstance(refusal, MethodNotAllowed):
+                response.headers["Allow"] = _allowed()
+            return response
+
+    start.__dict__[MARK] = declaration
+    return start, declaration
+
+
+def _start(arguments: dict[str, Any]) -> Response:
+    runtime = current_runtime()
+    runner = runtime.runner
+    route = runtime.routes.get(request.endpoint or "")
+    if route is None:
+        raise ConfigurationError(
+            f"The endpoint {request.endpoint!r} became an async route after the app's first use; register it before."
+        )
+    if request.method == "HEAD":
+        raise MethodNotAllowed(f"HEAD never starts a task; use {_allowed()}.")
+    headers = request.headers
+    if "Idempotency-Key" in headers:
+        raise NotServed("Idempotency-Key is not served by this version; send the request without it.")
+    media_type = negotiate(headers.get("Accept"), route.options.response_types)
+    task = runner.dispatcher.start(route, arguments)
+    if route.options.executor == "immediate":
+        task = runner.store.get(task.id) or task
+    return task_answer(
+        task, media_type, runner.config.accepted_status, [("Location", location_of(task, runner.config))]
+    )
+
+
+def _allowed() -> str:
+    rule = request.url_rule
+    methods = (rule.methods or set()) - {"HEAD"} if rule is not None else set()
+    return ", ".join(sorted(methods))

@@ -1,0 +1,157 @@
+"""What one process has of one app: store, executors, threads. Made at first use, dropped after a fork."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from werkzeug.utils import import_string
+
+from .config import Config
+from .dispatcher import Dispatcher
+from .errors import QueueFull
+from .executors.base import RUN, Run, TaskExecutor
+from .housekeeping import Housekeeper
+from .lifecycle import Lifecycle
+from .notifier import Notifier
+from .query import NEWEST_FIRST
+from .registry import Route
+from .stores.base import Readers, TaskStore
+from .task import now_us
+from .typing import IdentityLoader
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+logger = logging.getLogger("flask_asyncroute")
+
+TAKEOVER_AFTER_US = 1_000_000
+"""A task that has waited this long may be taken by any process."""
+
+
+class Runner:
+    """Wires the parts that belong to one process. Its threads start when they are needed, and end with :meth:`close`."""
+
+    def __init__(
+        self,
+        app: Flask,
+        config: Config,
+        routes: Mapping[str, Route],
+        before_task: Sequence[Callable[[], Any]],
+        identity_loader: Callable[[], IdentityLoader | None],
+    ) -> None:
+        self.app = app
+        self.config = config
+        self.routes = routes
+        self.before_task = before_task
+        self.store = make_store(app, config)
+        self.lifecycle = Lifecycle(app, self.store, f"{os.getpid()}-{uuid.uuid4()}")
+        self.dispatcher = Dispatcher(app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes)
+        self.notifier = Notifier(app, self.store, self.dispatcher.heard)
+        self.housekeeper = Housekeeper(
+            app, self.store, self.lifecycle, self.dispatcher, config.housekeeping_interval, self._take_over
+        )
+        self._lock = threading.Lock()
+        self._has_told = False
+        self._executors: dict[str, TaskExecutor] = {}
+        self._run = _runs(weakref.ref(self))
+
+    def executor_of(self, route: Route) -> TaskExecutor:
+        """Return the executor of a route's pool, made when it is first asked for."""
+        executor = self._executors.get(route.pool)
+        if executor is None:
+            with self._lock:
+                executor = self._executors.get(route.pool)
+                if executor is None:
+                    executor = self._executors[route.pool] = _executor(route, self._run)
+        return executor
+
+    def close(self) -> None:
+        """End the threads and close the store; tasks that run go on until they end."""
+        self.housekeeper.close()
+        self.notifier.close()
+        for executor in self._executors.values():
+            executor.close()
+        self.store.close()
+
+    def tell_of_unlisted(self) -> None:
+        """Log, once, that lists leave out tasks that nobody owns, and how to have them."""
+        if not self._has_told and self.store.query((), NEWEST_FIRST, 1, None, Readers(anonymous=True)):
+            self._has_told = True
+            logger.info(
+                "Lists leave out tasks that were started by nobody known, since they are anybody's who has their id. "
+                "Set ASYNCROUTE_LIST_ANONYMOUS to True to list them, or give an identity_loader."
+            )
+
+    def _take_over(self) -> None:
+        """Submit tasks that have waited for over a second to executors with a free place."""
+        free: dict[str, int] = {}
+        for route in self.routes.values():
+            if route.options.executor == "thread":
+                room = self.executor_of(route).free()
+                if room:
+                    free[route.endpoint] = room
+        if not free:
+            return
+        for task_id, endpoint in self.store.waiting(free, now_us() - TAKEOVER_AFTER_US, sum(free.values())):
+            executor = self.executor_of(self.routes[endpoint])
+            if executor.free() and not executor.holds(task_id):
+                try:
+                    executor.reserve()
+                except QueueFull:
+                    continue
+                executor.submit(task_id)
+
+
+def make_store(app: Flask, config: Config) -> TaskStore:
+    """Return the store that ``ASYNCROUTE_STORE`` names, not opened yet."""
+    if config.store == "memory://":
+        from .stores.memory import MemoryTaskStore
+
+        store: TaskStore = MemoryTaskStore()
+    else:
+        from sqlalchemy.engine import make_url
+
+        from .stores.sql.sqlite import SQLiteDatabase
+        from .stores.sql.store import SQLTaskStore
+
+        url = make_url(config.store)
+        path = Path(app.instance_path) / str(url.database)
+        synchronous = str(url.query.get("synchronous", "NORMAL")).upper()
+        store = SQLTaskStore(SQLiteDatabase(path, synchronous), config.namespace, config.create_tables)
+    return store
+
+
+def _executor(route: Route, run: Run) -> TaskExecutor:
+    options = route.options
+    if isinstance(options.executor, Executor):
+        from .executors.futures import FutureTaskExecutor
+
+        return FutureTaskExecutor(options.executor, run, options.max_workers, options.queue_size)
+    if options.executor == "immediate":
+        from .executors.immediate import ImmediateTaskExecutor
+
+        return ImmediateTaskExecutor(run, options.max_workers, options.queue_size)
+    from .executors.threads import ThreadTaskExecutor
+
+    return ThreadTaskExecutor(
+        route.pool, run, options.min_workers, options.max_workers, options.queue_size, options.interrupt_after
+    )
+
+
+def _runs(reference: weakref.ref[Runner]) -> Run:
+    """Return what executors call. Their threads must not keep a runner alive, hence the weak reference."""
+
+    def run(executor: TaskExecutor, task_id: str) -> None:
+        runner = reference()
+        if runner is not None:
+            import_string(RUN)(runner, executor, task_id)
+
+    return run

@@ -1,0 +1,144 @@
+"""A request as a value: what of it is stored, so that a view can run later, elsewhere, as if it were still there.
+
+`context` captures and rebuilds; stores keep the bytes. A body is never whole in memory: up to 256 KiB stay there, more
+goes to a temporary file and is handed on in pieces of 256 KiB. Nothing here touches a Flask context.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO, Any
+from urllib.parse import urlencode
+
+import msgspec
+from werkzeug.datastructures import FileStorage, MultiDict
+
+from .errors import BodyTooLarge, InvalidRequest
+
+CHUNK = 256 * 1024
+BOUNDARY = "asyncroute-5d41e6c08a3b47f29c1f0e7b6a2d9384"
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What a task needs of the request that started it, beside the body.
+
+    :param environ: the WSGI environ's plain values.
+    :param session: the session as Flask's tagged JSON; None where it was empty.
+    :param url_names: which URL variables the view was called with; their values are matched again.
+    :param injected: what decorators above the route added to the call.
+    """
+
+    environ: dict[str, Any]
+    session: str | None = None
+    url_names: tuple[str, ...] = ()
+    injected: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Snapshot)
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    """Return a snapshot as JSON."""
+    return _encoder.encode(snapshot)
+
+
+def decode(data: bytes) -> Snapshot:
+    """Return the snapshot that :func:`encode` was given."""
+    return _decoder.decode(data)
+
+
+class Body:
+    """The bytes of one request body, for one reader at a time. Close it: a large one holds a temporary file."""
+
+    def __init__(self, pieces: Iterable[bytes] = ()) -> None:
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(CHUNK)  # noqa: SIM115
+        self.size = 0
+        for piece in pieces:
+            self.write(piece)
+
+    def write(self, piece: bytes) -> None:
+        """Append ``piece``."""
+        self._file.write(piece)
+        self.size += len(piece)
+
+    def open(self) -> IO[bytes]:
+        """Return the body as a file, at its beginning. It is the body's own: do not close it."""
+        self._file.seek(0)
+        return self._file
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body in pieces of 256 KiB."""
+        stream = self.open()
+        while piece := stream.read(CHUNK):
+            yield piece
+
+    def close(self) -> None:
+        """Let go of the memory or file."""
+        self._file.close()
+
+
+def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
+    """Read a request body to its end.
+
+    :param announced: the request's Content-Length; None where it had none (chunked).
+    :param limit: the most bytes to take.
+    :raises BodyTooLarge: over ``limit``.
+    :raises InvalidRequest: shorter than announced. Servers that end the input by themselves do not notice.
+    """
+    if announced is not None and announced > limit:
+        raise BodyTooLarge(f"The body has {announced} bytes; at most {limit} are taken (ASYNCROUTE_MAX_BODY).")
+    body = Body()
+    try:
+        while piece := stream.read(CHUNK):
+            body.write(piece)
+            if body.size > limit:
+                raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken (ASYNCROUTE_MAX_BODY).")
+        if announced is not None and body.size < announced:
+            raise InvalidRequest(f"The body was cut short: {body.size} of {announced} bytes arrived. Send it again.")
+    except BaseException:
+        body.close()
+        raise
+    return body
+
+
+def form_body(mimetype: str, form: MultiDict[str, str], files: MultiDict[str, FileStorage]) -> tuple[str, Body]:
+    """Write a form that was parsed already as a request body again; return its Content-Type and the body.
+
+    Fields keep their order, files come after them. Files are copied in pieces and rewound.
+    """
+    if mimetype != "multipart/form-data":
+        pairs = [(name, value) for name, value in form.items(multi=True)]
+        return mimetype, Body([urlencode(pairs).encode("ascii")])
+    body = Body()
+    for name, value in form.items(multi=True):
+        body.write(_part({"Content-Disposition": f'form-data; name="{_quoted(name)}"'}))
+        body.write(value.encode("utf-8", "surrogatepass") + b"\r\n")
+    for name, file in files.items(multi=True):
+        disposition = f'form-data; name="{_quoted(name)}"; filename="{_quoted(file.filename or "")}"'
+        headers = {key: value for key, value in file.headers if key.lower() != "content-disposition"}
+        body.write(_part({"Content-Disposition": disposition, **headers}))
+        file.stream.seek(0)
+        while piece := file.stream.read(CHUNK):
+            body.write(piece)
+        file.stream.seek(0)
+        body.write(b"\r\n")
+    body.write(f"--{BOUNDARY}--\r\n".encode("ascii"))
+    return f"{mimetype}; boundary={BOUNDARY}", body
+
+
+def _part(headers: Mapping[str, str]) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"--{BOUNDARY}\r\n{lines}\r\n".encode("utf-8", "surrogatepass")
+
+
+def _quoted(text: str) -> str:
+    """Escape as browsers do in multipart names (WHATWG HTML, "multipart/form-data encoding algorithm")."""
+    return text.replace("\\", "\\\\").replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def empty() -> IO[bytes]:
+    """Return the input of a request without a body."""
+    return io.BytesIO()

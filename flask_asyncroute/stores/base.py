@@ -1,0 +1,176 @@
+"""The port of all stores. Its docstrings are the contract; one test suite proves it on every adapter.
+
+Every method may be called from any thread. Each write is one transaction and raises the store's change number by one,
+in the order of the commits. What the underlying storage cannot do now is raised as `StoreUnavailable`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..query import Condition, Position, Sort
+from ..snapshot import Body
+from ..states import State
+from ..task import AsyncRouteTask
+
+LARGE_RESULT = 64 * 1024
+"""Lists leave out results over this many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """What a task must be for a write to happen (compare-and-set).
+
+    :param states: it is in one of these.
+    :param owner: this worker holds it; None: whoever.
+    :param epoch: this is the claim that runs it; None: whichever.
+    :param stopping: its code still runs, or does not; None: either.
+    """
+
+    states: tuple[State, ...]
+    owner: str | None = None
+    epoch: int | None = None
+    stopping: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A task that a worker has just taken, with the request it runs on (see `snapshot.encode`)."""
+
+    task: AsyncRouteTask
+    request: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Under which names a caller may list tasks: any task that fits one of these.
+
+    :param user: tasks that this user owns.
+    :param granted: tasks that were granted to one of these (kind, name).
+    :param anonymous: tasks that nobody owns.
+    """
+
+    user: str | None = None
+    granted: tuple[tuple[str, str], ...] = ()
+    anonymous: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What was written since a change number: the newest number and the tasks, oldest change first."""
+
+    change: int
+    tasks: Sequence[AsyncRouteTask]
+
+
+class TaskStore(ABC):
+    """Keeps the tasks, their requests and the shared values of one namespace."""
+
+    is_shared: bool
+    """Whether other processes read and write the same tasks."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Make what is missing, in this process; called again it does nothing.
+
+        :raises ConfigurationError: where the storage can never work as it is.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections and files; the next call opens them again."""
+
+    @abstractmethod
+    def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
+        """Store a new task with its request, all or nothing.
+
+        The body belongs to the store from here on.
+
+        :param grants: each (kind, name) that may list the task beside its owner.
+        :raises IdTaken: where a task has that id.
+        """
+
+    @abstractmethod
+    def get(self, task_id: str) -> AsyncRouteTask | None:
+        """Return a task as it is now."""
+
+    @abstractmethod
+    def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
+        """Move a task from NotStarted to Running under ``owner``, with a new epoch; None where it is not waiting (any more).
+
+        StartingTime is ``now_us``, or CreationTime where that is later; ExpireTime follows from the task's timeout.
+        """
+
+    @abstractmethod
+    def body(self, task_id: str) -> Body:
+        """Return the body of a claimed task's request, for the caller to close."""
+
+    @abstractmethod
+    def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
+        """Write ``values`` (by record field) and raise the revision, if the task is as expected; return the new record.
+
+        A terminal state takes the request and body out of the store. ``completed_us`` never comes before the start.
+
+        :return: None where the task is unknown or not as expected; nothing is written then.
+        """
+
+    @abstractmethod
+    def delete(self, task_id: str, expect: Expect) -> bool:
+        """Remove a task that is as expected; return whether it did."""
+
+    @abstractmethod
+    def query(
+        self,
+        conditions: Sequence[Condition],
+        sort: Sort,
+        limit: int,
+        position: Position | None,
+        readers: Readers | None,
+    ) -> list[AsyncRouteTask]:
+        """Return the first ``limit`` tasks that fit, without results over 64 KiB.
+
+        :param position: only what comes after it in the order of ``sort``.
+        :param readers: only what they may list; None: all.
+        """
+
+    @abstractmethod
+    def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
+        """Return (id, endpoint) of the oldest tasks of these endpoints that are NotStarted since before ``before_us``."""
+
+    @abstractmethod
+    def overdue(self, now_us: int, limit: int) -> list[str]:
+        """Return ids of Running tasks whose ExpireTime is before ``now_us``."""
+
+    @abstractmethod
+    def outlived(self, now_us: int, limit: int) -> list[str]:
+        """Return ids of finished tasks whose retention is over and whose code has ended."""
+
+    @abstractmethod
+    def news(self, since: int) -> News:
+        """Return what was written after the change number ``since``; cheap where nothing was."""
+
+    @abstractmethod
+    def secret(self) -> bytes:
+        """Return the namespace's random key (32 bytes), made with the tables and the same in all processes."""
+
+    @abstractmethod
+    def read_value(self, key: str) -> tuple[bytes, int] | None:
+        """Return a shared value and its version."""
+
+    @abstractmethod
+    def write_value(self, key: str, value: bytes | None, version: int | None) -> bool:
+        """Write a shared value, or remove it (None).
+
+        :param version: write only if this is the present version (0: only if there is none); None: in any case.
+        :return: whether it was written or, for a removal, was there.
+        """
+
+    @abstractmethod
+    def value_keys(self) -> Iterable[str]:
+        """Return the keys of all shared values, sorted."""
+
+    def tend(self) -> None:  # noqa: B027
+        """Do the storage's own upkeep, off the way of requests; called about every second by a runner."""

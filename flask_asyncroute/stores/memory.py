@@ -1,0 +1,199 @@
+"""Tasks in the memory of this process (``memory://``): for tests, for demos, and where losing them at a restart is right."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+from msgspec.structs import replace
+
+from ..errors import IdTaken
+from ..query import Condition, Position, Sort, is_after, matches, ordered
+from ..snapshot import Body
+from ..states import State
+from ..task import AsyncRouteTask
+from .base import LARGE_RESULT, Claim, Expect, News, Readers, TaskStore
+
+
+class MemoryTaskStore(TaskStore):
+    """Keeps tasks in dicts under one lock. Readers get records, which never change."""
+
+    is_shared = False
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tasks: dict[str, AsyncRouteTask] = {}
+        self._requests: dict[str, tuple[bytes, Body | None]] = {}
+        self._grants: dict[str, frozenset[tuple[str, str]]] = {}
+        self._waiting: dict[str, None] = {}
+        self._running: dict[str, None] = {}
+        self._finished: dict[str, None] = {}
+        self._values: dict[str, tuple[bytes, int]] = {}
+        self._versions = 0
+        self._change = 0
+        self._secret = os.urandom(32)
+
+    def open(self) -> None:
+        """There is nothing to open."""
+
+    def close(self) -> None:
+        """There is nothing to close: tasks stay as long as the store does."""
+
+    def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
+        with self._lock:
+            if task.id in self._tasks:
+                raise IdTaken(f"A task with the id {task.id!r} exists.")
+            self._change += 1
+            self._tasks[task.id] = replace(task, change=self._change)
+            self._requests[task.id] = (request, body)
+            self._waiting[task.id] = None
+            if grants:
+                self._grants[task.id] = frozenset(grants)
+
+    def get(self, task_id: str) -> AsyncRouteTask | None:
+        return self._tasks.get(task_id)
+
+    def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
+        with self._lock:
+            task = self._tasks.get(task_id)
+            if task is None or task.state is not State.NOT_STARTED:
+                return None
+            started = max(now_us, task.created_us)
+            expires = None if task.timeout_us is None else started + task.timeout_us
+            values = {"state": State.RUNNING, "owner": owner, "epoch": task.epoch + 1, "started_us": started}
+            return Claim(self._write(task, {**values, "expires_us": expires}), self._requests[task_id][0])
+
+    def body(self, task_id: str) -> Body:
+        with self._lock:
+            request = self._requests.get(task_id)
+            body = None if request is None else request[1]
+            if request is not None:
+                self._requests[task_id] = (request[0], None)
+        return Body() if body is None else body
+
+    def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
+        with self._lock:
+            task = self._tasks.get(task_id)
+            if task is None or not _is_as_expected(task, expect):
+                return None
+            if values.get("completed_us") is not None:
+                begun = task.created_us if task.started_us is None else task.started_us
+                values = {**values, "completed_us": max(values["completed_us"], begun)}
+            return self._write(task, values)
+
+    def delete(self, task_id: str, expect: Expect) -> bool:
+        with self._lock:
+            task = self._tasks.get(task_id)
+            if task is None or not _is_as_expected(task, expect):
+                return False
+            self._change += 1
+            del self._tasks[task_id]
+            self._grants.pop(task_id, None)
+            for index in (self._waiting, self._running, self._finished):
+                index.pop(task_id, None)
+            self._drop_request(task_id)
+            return True
+
+    def query(
+        self,
+        conditions: Sequence[Condition],
+        sort: Sort,
+        limit: int,
+        position: Position | None,
+        readers: Readers | None,
+    ) -> list[AsyncRouteTask]:
+        with self._lock:
+            tasks = list(self._tasks.values())
+        found = (
+            task
+            for task in ordered(tasks, sort)
+            if matches(task, conditions)
+            and (position is None or is_after(task, sort, position))
+            and (readers is None or self._may_list(task, readers))
+        )
+        return [_without_large_result(task) for task in islice(found, limit)]
+
+    def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
+        with self._lock:
+            tasks = [self._tasks[task_id] for task_id in self._waiting]
+        fit = (task for task in tasks if task.endpoint in endpoints and task.created_us < before_us)
+        return [(task.id, task.endpoint) for task in islice(fit, limit)]
+
+    def overdue(self, now_us: int, limit: int) -> list[str]:
+        with self._lock:
+            tasks = [self._tasks[task_id] for task_id in self._running]
+        return [task.id for task in tasks if task.expires_us is not None and task.expires_us < now_us][:limit]
+
+    def outlived(self, now_us: int, limit: int) -> list[str]:
+        with self._lock:
+            tasks = [self._tasks[task_id] for task_id in self._finished]
+        fit = (task for task in tasks if not task.stopping and (task.completed_us or 0) + task.retention_us < now_us)
+        return [task.id for task in islice(fit, limit)]
+
+    def news(self, since: int) -> News:
+        with self._lock:
+            change = self._change
+            tasks = [task for task in self._tasks.values() if task.change > since] if change > since else []
+        return News(change, sorted(tasks, key=lambda task: task.change))
+
+    def secret(self) -> bytes:
+        return self._secret
+
+    def read_value(self, key: str) -> tuple[bytes, int] | None:
+        return self._values.get(key)
+
+    def write_value(self, key: str, value: bytes | None, version: int | None) -> bool:
+        with self._lock:
+            present = self._values.get(key)
+            if version is not None and version != (0 if present is None else present[1]):
+                return False
+            if value is None:
+                return self._values.pop(key, None) is not None
+            self._versions += 1
+            self._values[key] = (value, self._versions)
+            return True
+
+    def value_keys(self) -> Iterable[str]:
+        with self._lock:
+            return sorted(self._values)
+
+    def _write(self, task: AsyncRouteTask, values: dict[str, Any]) -> AsyncRouteTask:
+        self._change += 1
+        changed = replace(task, **values, revision=task.revision + 1, change=self._change)
+        self._tasks[task.id] = changed
+        if changed.state is not task.state:
+            for index in (self._waiting, self._running, self._finished):
+                index.pop(task.id, None)
+            index = self._running if changed.state is State.RUNNING else self._finished
+            index[task.id] = None
+            if changed.state.is_terminal:
+                self._drop_request(task.id)
+        return changed
+
+    def _drop_request(self, task_id: str) -> None:
+        _, body = self._requests.pop(task_id, (b"", None))
+        if body is not None:
+            body.close()
+
+    def _may_list(self, task: AsyncRouteTask, readers: Readers) -> bool:
+        if task.user is None:
+            return readers.anonymous
+        return task.user == readers.user or not self._grants.get(task.id, frozenset()).isdisjoint(readers.granted)
+
+
+def _is_as_expected(task: AsyncRouteTask, expect: Expect) -> bool:
+    return (
+        task.state in expect.states
+        and (expect.owner is None or task.owner == expect.owner)
+        and (expect.epoch is None or task.epoch == expect.epoch)
+        and (expect.stopping is None or task.stopping == expect.stopping)
+    )
+
+
+def _without_large_result(task: AsyncRouteTask) -> AsyncRouteTask:
+    if task.result_json is not None and len(task.result_json) > LARGE_RESULT:
+        return replace(task, result_json=None)
+    return task

@@ -1,0 +1,1 @@
+"""Tasks in an SQL database, on SQLAlchemy Core: its tables and statements, run on plain driver connections for speed."""

@@ -1,0 +1,129 @@
+"""The tables, for every SQL store and for Alembic. Columns hold plain integers, texts and bytes, so that no driver converts.
+
+A task's columns come in the order of the record's fields. An empty ``user`` means nobody: SQL compares and orders it
+like any other, which NULL it would not.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+VERSION = 1
+"""Of the schema; raised with every change to it."""
+
+metadata = MetaData()
+
+schema = Table("asyncroute_schema", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
+
+namespaces = Table(
+    "asyncroute_namespaces",
+    metadata,
+    Column("key", Integer, primary_key=True),
+    Column("name", String(255), nullable=False),
+    Column("change", BigInteger, nullable=False),
+    Column("secret", LargeBinary, nullable=False),
+    UniqueConstraint("name", name="asyncroute_namespace_name"),
+)
+
+tasks = Table(
+    "asyncroute_tasks",
+    metadata,
+    Column("namespace", Integer, primary_key=True, autoincrement=False),
+    Column("id", String(128), primary_key=True),
+    Column("async_route_id", String(255), nullable=False),
+    Column("endpoint", String(255), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("cancellable", Integer, nullable=False),
+    Column("user", String(255), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("method", String(32), nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+    Column("started_us", BigInteger),
+    Column("completed_us", BigInteger),
+    Column("expires_us", BigInteger),
+    Column("progress", Float),
+    Column("progress_message", Text),
+    Column("result_json", LargeBinary),
+    Column("error", Text),
+    Column("error_status", Integer),
+    Column("stopping", Integer, nullable=False),
+    Column("permission_json", LargeBinary),
+    Column("timeout_us", BigInteger),
+    Column("retention_us", BigInteger, nullable=False),
+    Column("on_loss", String(16), nullable=False),
+    Column("body_size", BigInteger, nullable=False),
+    Column("owner", String(64)),
+    Column("epoch", Integer, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("change", BigInteger, nullable=False),
+    Column("outlived_us", BigInteger),
+    Column("request", LargeBinary),
+)
+Index("asyncroute_task_created", tasks.c.namespace, tasks.c.created_us)
+Index("asyncroute_task_state", tasks.c.namespace, tasks.c.state, tasks.c.created_us)
+Index("asyncroute_task_user", tasks.c.namespace, tasks.c.user, tasks.c.created_us)
+Index("asyncroute_task_user_state", tasks.c.namespace, tasks.c.user, tasks.c.state, tasks.c.created_us)
+Index("asyncroute_task_change", tasks.c.namespace, tasks.c.change)
+Index(
+    "asyncroute_task_outlived",
+    tasks.c.namespace,
+    tasks.c.outlived_us,
+    sqlite_where=tasks.c.outlived_us.is_not(None),
+    postgresql_where=tasks.c.outlived_us.is_not(None),
+)
+
+grants = Table(
+    "asyncroute_grants",
+    metadata,
+    Column("namespace", Integer, primary_key=True, autoincrement=False),
+    Column("task_id", String(128), primary_key=True),
+    Column("reader", String(264), primary_key=True),
+    Column("user", String(255), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+)
+"""One row for each (kind, name) that may list a task: what a query needs to find it is here too, so that it is one range."""
+Index("asyncroute_grant_created", grants.c.namespace, grants.c.reader, grants.c.created_us)
+Index("asyncroute_grant_state", grants.c.namespace, grants.c.reader, grants.c.state, grants.c.created_us)
+Index("asyncroute_grant_user", grants.c.namespace, grants.c.reader, grants.c.user, grants.c.created_us)
+Index(
+    "asyncroute_grant_user_state",
+    grants.c.namespace,
+    grants.c.reader,
+    grants.c.user,
+    grants.c.state,
+    grants.c.created_us,
+)
+
+bodies = Table(
+    "asyncroute_bodies",
+    metadata,
+    Column("namespace", Integer, primary_key=True, autoincrement=False),
+    Column("task_id", String(128), primary_key=True),
+    Column("part", Integer, primary_key=True, autoincrement=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+shared_values = Table(
+    "asyncroute_values",
+    metadata,
+    Column("namespace", Integer, primary_key=True, autoincrement=False),
+    Column("key", String(255), primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+    Column("version", BigInteger, nullable=False),
+)
+
+RECORD = [column for column in tasks.columns if column.name not in ("namespace", "outlived_us", "request")]
+"""The columns that make a record, in the order of its fields."""

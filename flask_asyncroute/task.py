@@ -1,0 +1,156 @@
+"""The record of a task and its wire form.
+
+Stores make records, everybody reads them, nobody changes one: a change is a new record from the store. Times are kept as
+whole microseconds since the epoch (UTC), so that every store orders and compares them alike; JSON values as UTF-8 bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from .permissions import Permission
+from .states import State
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MAX_NAME = 255
+MAX_ERROR = 2000
+MAX_MESSAGE = 500
+
+
+class AsyncRouteTask(msgspec.Struct, frozen=True):
+    """One task as it stood at ``revision``.
+
+    Frozen. The fields of the task object are here in snake case: those below and the properties; what else a record
+    holds (``endpoint``, ``owner``, ``epoch``, ``change``, …) is for the package itself and may change.
+    """
+
+    id: str
+    async_route_id: str
+    endpoint: str
+    state: State
+    cancellable: bool
+    user: str | None
+    url: str
+    method: str
+    created_us: int
+    started_us: int | None = None
+    completed_us: int | None = None
+    expires_us: int | None = None
+    progress: float | None = None
+    progress_message: str | None = None
+    result_json: bytes | None = None
+    error: str | None = None
+    error_status: int | None = None
+    stopping: bool = False
+    permission_json: bytes | None = None
+    timeout_us: int | None = None
+    retention_us: int = 0
+    on_loss: str = "abort"
+    body_size: int = 0
+    owner: str | None = None
+    epoch: int = 0
+    revision: int = 1
+    change: int = 0
+
+    @property
+    def is_completed(self) -> bool:
+        """Whether the task has reached a terminal state."""
+        return self.state.is_terminal
+
+    @property
+    def creation_time(self) -> datetime:
+        """When the request was accepted (aware, UTC)."""
+        return moment(self.created_us)
+
+    @property
+    def starting_time(self) -> datetime | None:
+        """When a worker began to run it."""
+        return None if self.started_us is None else moment(self.started_us)
+
+    @property
+    def completed_time(self) -> datetime | None:
+        """When it reached its terminal state."""
+        return None if self.completed_us is None else moment(self.completed_us)
+
+    @property
+    def expire_time(self) -> datetime | None:
+        """When it will be aborted, if it still runs."""
+        return None if self.expires_us is None else moment(self.expires_us)
+
+    @property
+    def result(self) -> Any:
+        """What the view returned, as JSON holds it; None where there is none."""
+        return None if self.result_json is None else msgspec.json.decode(self.result_json)
+
+    @property
+    def permission(self) -> Permission | None:
+        """Who may read and write it, the owner included; None for a task that nobody owns."""
+        if self.user is None:
+            return None
+        return (self.granted or Permission()).with_owner(self.user)
+
+    @property
+    def granted(self) -> Permission | None:
+        """What the route's permission gave to others than the owner."""
+        return None if self.permission_json is None else msgspec.json.decode(self.permission_json, type=Permission)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the task object as clients see it: PascalCase, times in RFC 3339, fields that do not apply left out."""
+        wire = self.to_wire()
+        if "Result" in wire:
+            wire["Result"] = self.result
+        return wire
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the task object for the JSON encoder, the result still encoded."""
+        wire: dict[str, Any] = {
+            "Id": self.id,
+            "AsyncRouteId": self.async_route_id,
+            "State": self.state.value,
+            "IsCompleted": self.state.is_terminal,
+            "Cancellable": self.cancellable,
+            "CreationTime": rfc3339(self.created_us),
+        }
+        if self.started_us is not None:
+            wire["StartingTime"] = rfc3339(self.started_us)
+        if self.completed_us is not None:
+            wire["CompletedTime"] = rfc3339(self.completed_us)
+        if self.expires_us is not None:
+            wire["ExpireTime"] = rfc3339(self.expires_us)
+        if self.user is not None:
+            wire["User"] = self.user
+        if self.progress is not None:
+            wire["Progress"] = int(self.progress) if self.progress == int(self.progress) else self.progress
+        if self.progress_message is not None:
+            wire["ProgressMessage"] = self.progress_message
+        if self.result_json is not None:
+            wire["Result"] = msgspec.Raw(self.result_json)
+        if self.error is not None:
+            wire["Error"] = self.error
+        if self.stopping:
+            wire["Stopping"] = True
+        wire["Url"] = self.url
+        wire["Method"] = self.method
+        permission = self.permission
+        if permission is not None:
+            wire["Permission"] = msgspec.to_builtins(permission)
+        return wire
+
+
+def now_us() -> int:
+    """Return the wall clock in whole microseconds since the epoch."""
+    return time.time_ns() // 1000
+
+
+def moment(microseconds: int) -> datetime:
+    """Return an aware UTC datetime."""
+    return EPOCH + timedelta(microseconds=microseconds)
+
+
+def rfc3339(microseconds: int) -> str:
+    """Return a time as RFC 3339 has it, always with six digits and ``Z``."""
+    return f"{moment(microseconds).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"

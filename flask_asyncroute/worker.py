@@ -1,0 +1,155 @@
+"""Runs one task: claim, rebuild the request, call the view, write the outcome. Executors reach it by import string.
+
+Whatever the view does, :func:`run` returns, and the task has an outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from flask import got_request_exception
+from werkzeug.exceptions import HTTPException
+
+from . import context, snapshot
+from .encoding import clean_text, encode_result
+from .errors import AsyncRouteError, ResultError, TaskAborted
+from .execution import Execution
+from .executors import interruption
+from .executors.base import TaskExecutor
+from .registry import Route
+from .runner import Runner
+from .runtime import json_default
+from .states import State
+from .stores.base import Claim
+from .task import MAX_ERROR
+from .typing import View
+
+logger = logging.getLogger("flask_asyncroute")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: the state to go to and the record fields that go with it."""
+
+    state: State
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
+    """Run a waiting task to its end, on this thread; does nothing where somebody else has it. Never raises an Exception."""
+    try:
+        _run(runner, executor, task_id)
+    except TaskAborted:
+        # It was raised for the view and arrived after it; the outcome is written already or will be found missing.
+        logger.warning("The interruption of task %s came after its end.", task_id)
+    except AsyncRouteError as error:
+        logger.error("Task %s could not be run: %s", task_id, error)
+    except Exception:
+        logger.exception("Task %s could not be run.", task_id)
+
+
+def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
+    execution = Execution(task_id, executor.interrupt_after, runner.housekeeper.wake)
+    runner.dispatcher.begin(execution, executor)
+    try:
+        runner.notifier.watch()
+        try:
+            claim = runner.lifecycle.claim(task_id)
+            if claim is None:
+                return
+            task = claim.task
+            execution.begin(task.user, task.epoch, None if task.timeout_us is None else task.timeout_us / 1_000_000)
+            runner.housekeeper.start()
+            runner.housekeeper.wake()
+            try:
+                outcome = execute(runner, runner.routes[task.endpoint], claim, execution)
+            finally:
+                interruption.leave(execution)
+            runner.lifecycle.finish(execution, outcome.state, outcome.values)
+        finally:
+            runner.notifier.unwatch()
+    finally:
+        runner.dispatcher.end(execution)
+
+
+def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) -> Outcome:
+    """Call the view of a claimed task in its rebuilt request; return how that ended."""
+    app = runner.app
+    body = runner.store.body(claim.task.id) if claim.task.body_size else None
+    try:
+        captured = snapshot.decode(claim.request)
+        with context.running(execution), context.rebuilt(app, captured, body) as arguments:
+            try:
+                for prepare in runner.before_task:
+                    prepare()
+                execution.check()
+                result = _call(route, {**route.options.arguments, **arguments}, execution)
+                if result is None:
+                    return Outcome(State.COMPLETED)
+                return Outcome(
+                    State.COMPLETED, {"result_json": encode_result(result, json_default(app), runner.config.max_result)}
+                )
+            except (HTTPException, ResultError):
+                raise
+            except Exception as error:
+                app.logger.exception(
+                    "The view of task %s raised.", execution.task_id, extra={"task_id": execution.task_id}
+                )
+                got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
+                raise
+    except TaskAborted as error:
+        if execution.is_time_up and not execution.stop.is_set():
+            return Outcome(State.ABORTED, {"error": "Timeout"})
+        return _failed(error, runner.config.expose_errors)
+    except BaseException as error:
+        return _failed(error, runner.config.expose_errors)
+    finally:
+        if body is not None:
+            body.close()
+
+
+def _call(route: Route, arguments: dict[str, Any], execution: Execution) -> Any:
+    if inspect.iscoroutinefunction(route.view):
+        return _await(route.view, arguments, execution)
+    result = interruption.call(route.view, arguments, execution)
+    if inspect.iscoroutine(result):
+        return _await(lambda: result, {}, execution)
+    return result
+
+
+def _await(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
+    """Run a coroutine to its end on an event loop of its own; a stop cancels it at once."""
+
+    async def main() -> Any:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        execution.run_coroutine(lambda: loop.call_soon_threadsafe(task.cancel))
+        try:
+            return await view(**arguments)
+        finally:
+            execution.run_coroutine(None)
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        execution.check()
+        raise
+
+
+def _failed(error: BaseException, expose: bool) -> Outcome:
+    name = type(error).__name__
+    if isinstance(error, HTTPException):
+        text = f"{error.code or 500} {error.name}: {error.description or ''}".rstrip(": ")
+        return Outcome(State.FAILED, {"error": clean_text(text, MAX_ERROR), "error_status": error.code})
+    if not expose:
+        return Outcome(State.FAILED, {"error": clean_text(name, MAX_ERROR)})
+    try:
+        message = str(error)[:MAX_ERROR]
+    except Exception:
+        message = "(its message could not be read)"
+    return Outcome(State.FAILED, {"error": clean_text(f"{name}: {message}" if message else name, MAX_ERROR)})
