@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import urlencode
 
 import msgspec
@@ -54,13 +54,17 @@ class Body:
     """The bytes of one request body, for one reader at a time. Close it: a large one holds a temporary file."""
 
     def __init__(self, pieces: Iterable[bytes] = ()) -> None:
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(CHUNK)  # noqa: SIM115
+        self._file: IO[bytes] = io.BytesIO()
         self.size = 0
         for piece in pieces:
             self.write(piece)
 
     def write(self, piece: bytes) -> None:
         """Append ``piece``."""
+        if self.size <= CHUNK < self.size + len(piece):
+            held = self._file
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            self._file.write(cast(io.BytesIO, held).getbuffer())
         self._file.write(piece)
         self.size += len(piece)
 
@@ -88,11 +92,9 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
     :raises BodyTooLarge: over ``limit``.
     :raises InvalidRequest: shorter than announced. Servers that end the input by themselves do not notice.
     """
-    if announced is not None and announced > limit:
-        raise BodyTooLarge(f"The body has {announced} bytes; at most {limit} are taken (ASYNCROUTE_MAX_BODY).")
     body = Body()
     try:
-        while piece := stream.read(CHUNK):
+        while body.size != announced and (piece := stream.read(CHUNK)):
             body.write(piece)
             if body.size > limit:
                 raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken (ASYNCROUTE_MAX_BODY).")

@@ -33,7 +33,7 @@ class TaskExecutor(ABC):
         self._queue_size = queue_size
         self._lock = threading.Lock()
         self._taken = 0
-        self._futures: dict[str, Future[None] | None] = {}
+        self._futures: dict[str, Future[None]] = {}
 
     def reserve(self) -> None:
         """Take a place for one task; give it back with :meth:`unreserve` or use it with :meth:`submit`.
@@ -55,12 +55,8 @@ class TaskExecutor(ABC):
 
     def submit(self, task_id: str) -> None:
         """Run a task as soon as there is room, on a place that was reserved; returns at once."""
-        with self._lock:
-            self._futures[task_id] = None
-        future = self._start(task_id)
-        with self._lock:
-            if task_id in self._futures:
-                self._futures[task_id] = future
+        future = self._futures[task_id] = self._start(task_id)
+        future.add_done_callback(lambda _: self._futures.pop(task_id, None))
 
     def free(self) -> int:
         """Return how many tasks would start at once if they were submitted now."""
@@ -75,7 +71,6 @@ class TaskExecutor(ABC):
         with self._lock:
             future = self._futures.get(task_id)
             if future is not None and future.cancel():
-                del self._futures[task_id]
                 self._taken -= 1
 
     def interrupt(self, execution: Execution) -> bool:
@@ -101,5 +96,4 @@ class TaskExecutor(ABC):
 
     def _leave(self, task_id: str) -> None:
         with self._lock:
-            self._futures.pop(task_id, None)
             self._taken -= 1

@@ -39,7 +39,6 @@ class ThreadTaskExecutor(TaskExecutor):
 
     def _leave(self, task_id: str) -> None:
         with self._lock:
-            self._futures.pop(task_id, None)
             if task_id in self._abandoned:
                 self._abandoned.discard(task_id)
             else:

@@ -15,10 +15,13 @@ from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.selectable import FromClause
 
 from ...query import FIELDS, Condition, Operator, Position, Sort, sql_like
-from ...states import TERMINAL
+from ...states import TERMINAL, State
 from ..base import LARGE_RESULT, Readers
 from .statements import Statement
 from .tables import RECORD, grants, tasks
+
+MOST_RANGES = 40
+"""A caller in more groups and roles than this has them searched together: right, but slower."""
 
 Shape = tuple[tuple[str, Operator], ...]
 
@@ -41,23 +44,13 @@ LISTED = Statement(select(*_LISTED).where(tasks.c.namespace == bindparam("ns"), 
 def statement(
     conditions: Sequence[Condition], sort: Sort, position: Position | None, readers: Readers | None
 ) -> tuple[Statement, bool]:
-    """Return the statement for a query and whether it gives ids alone (where a task may come from several readers)."""
+    """Return the statement for a query, and whether it gives ids alone: it does where it merges several index ranges."""
     shape = tuple((condition.field.name, condition.operator) for condition in conditions)
     place = None if position is None else (position.value is None)
-    if readers is None:
-        return _plain(shape, sort.field.name, sort.descending, place, False), False
-    branches = (readers.user is not None) + readers.anonymous + len(readers.granted)
-    if branches == 1 and not readers.granted:
-        return _plain(shape, sort.field.name, sort.descending, place, True), False
-    return _merged(
-        shape,
-        sort.field.name,
-        sort.descending,
-        place,
-        readers.user is not None,
-        readers.anonymous,
-        len(readers.granted),
-    ), True
+    if ("State", Operator.EQ) in shape and (readers is None or (readers.user is None and not readers.granted)):
+        return _single(shape, sort.field.name, sort.descending, place, readers is not None), False
+    who = None if readers is None else (readers.user is not None, readers.anonymous, len(readers.granted))
+    return _merged(shape, sort.field.name, sort.descending, place, who), True
 
 
 def values(
@@ -87,43 +80,52 @@ def reader_key(kind: str, name: str) -> str:
 
 
 @lru_cache(256)
-def _plain(shape: Shape, sort: str, descending: bool, place: bool | None, restricted: bool) -> Statement:
+def _single(shape: Shape, sort: str, descending: bool, place: bool | None, anonymous: bool) -> Statement:
     where = [tasks.c.namespace == bindparam("ns"), *_conditions(shape, None), *_after(sort, descending, place)]
-    if restricted:
-        where.append(tasks.c.user == bindparam("reader"))
+    if anonymous:
+        where.append(tasks.c.user == bindparam("nobody"))
     return Statement(select(*_LISTED).where(*where).order_by(*_order(sort, descending)).limit(bindparam("most")))
 
 
 @lru_cache(256)
 def _merged(
-    shape: Shape, sort: str, descending: bool, place: bool | None, user: bool, anonymous: bool, granted: int
+    shape: Shape, sort: str, descending: bool, place: bool | None, who: tuple[bool, bool, int] | None
 ) -> Statement:
-    attribute = FIELDS[sort].attribute
-    keys = [tasks.c.id, tasks.c.created_us, tasks.c[attribute].label("sorted")]
-    owners = ["reader"] * user + ["nobody"] * anonymous
+    """Take the first of each index range, one for each reader and state, and of those the first."""
+    keys = [tasks.c.id, tasks.c.created_us, tasks.c[FIELDS[sort].attribute].label("sorted")]
+    states: list[str | None] = [None] if ("State", Operator.EQ) in shape else [state.value for state in State]
     branches = []
-    for name in owners:
-        where = [tasks.c.namespace == bindparam("ns"), tasks.c.user == bindparam(name), *_conditions(shape, None)]
-        branches.append(
-            select(*keys).where(*where, *_after(sort, descending, place)).order_by(*_order(sort, descending))
-        )
-    for number in range(granted):
-        joined: FromClause = grants.join(
-            tasks, (tasks.c.namespace == grants.c.namespace) & (tasks.c.id == grants.c.task_id)
-        )
-        where = [
-            grants.c.namespace == bindparam("ns"),
-            grants.c.reader == bindparam(f"granted_{number}"),
-            *_conditions(shape, grants),
-        ]
-        branches.append(
-            select(*keys)
-            .select_from(joined)
-            .where(*where, *_after(sort, descending, place, grants))
-            .order_by(*_order(sort, descending, grants))
-        )
-    limited = [branch.limit(bindparam("most")).subquery() for branch in branches]
-    every = union(*(select(branch) for branch in limited)).subquery()
+
+    def add(table: FromClause, source: FromClause, reader: ColumnElement[bool] | None) -> None:
+        granted = None if table is tasks else table
+        for state in states:
+            where = [table.c.namespace == bindparam("ns"), *_conditions(shape, granted)]
+            if reader is not None:
+                where.append(reader)
+            if state is not None:
+                where.append(table.c.state == literal_column(f"'{state}'"))
+            branches.append(
+                select(*keys)
+                .select_from(source)
+                .where(*where, *_after(sort, descending, place, granted))
+                .order_by(*_order(sort, descending, granted))
+                .limit(bindparam("most"))
+            )
+
+    if who is None:
+        add(tasks, tasks, None)
+    else:
+        user, anonymous, granted = who
+        for name in ["reader"] * user + ["nobody"] * anonymous:
+            add(tasks, tasks, tasks.c.user == bindparam(name))
+        names: list[Any] = [bindparam(f"granted_{number}") for number in range(granted)]
+        joined = grants.join(tasks, (tasks.c.namespace == grants.c.namespace) & (tasks.c.id == grants.c.task_id))
+        if granted > MOST_RANGES:
+            add(grants, joined, grants.c.reader.in_(names))
+        else:
+            for name in names:
+                add(grants, joined, grants.c.reader == name)
+    every = union(*(select(branch.subquery()) for branch in branches)).subquery()
     down = descending
     order = [
         every.c.sorted.is_(None),

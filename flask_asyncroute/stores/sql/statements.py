@@ -68,16 +68,22 @@ def _shape(expect: Expect) -> tuple[int, bool, bool, bool]:
     return len(expect.states), expect.owner is not None, expect.epoch is not None, expect.stopping is not None
 
 
-_next_change = select(namespaces.c.change).where(namespaces.c.key == bindparam("ns")).scalar_subquery()
-
-RAISE_CHANGE = Statement(
-    update(namespaces).where(namespaces.c.key == bindparam("ns")).values(change=namespaces.c.change + 1)
+_newest = (
+    select(func.coalesce(func.max(tasks.c.change), 0)).where(tasks.c.namespace == bindparam("ns")).scalar_subquery()
 )
-CHANGE = Statement(select(namespaces.c.change).where(namespaces.c.key == bindparam("ns")))
+_removed = select(namespaces.c.removed_change).where(namespaces.c.key == bindparam("ns")).scalar_subquery()
+_change: ColumnElement[int] = case((_newest > _removed, _newest), else_=_removed)
+_next_change = _change + 1
+
+CHANGE = Statement(select(_change))
+NOTE_REMOVED = Statement(
+    update(namespaces).where(namespaces.c.key == bindparam("ns")).values(removed_change=_next_change)
+)
+"""Before a task is removed: change numbers go on from here, even if it had the highest."""
 ADD = Statement(
     insert(tasks).values(
-        {"namespace": bindparam("ns"), **{column.name: bindparam(column.name) for column in RECORD}, "change": _next_change,
-         "request": bindparam("request")}
+        {"namespace": bindparam("ns"), **{column.name: bindparam(column.name) for column in RECORD},
+         "change": _next_change, "request": bindparam("request")}
     )
 )  # fmt: skip
 ADD_GRANT = Statement(insert(grants).values({column.name: bindparam(column.name) for column in grants.columns}))
@@ -147,16 +153,23 @@ NEWS = Statement(
     .limit(bindparam("most"))
 )
 NAMESPACE = Statement(select(namespaces.c.key, namespaces.c.secret).where(namespaces.c.name == bindparam("name")))
-ADD_NAMESPACE = Statement(insert(namespaces).values(name=bindparam("name"), change=0, secret=bindparam("secret")))
+ADD_NAMESPACE = Statement(
+    insert(namespaces).values(name=bindparam("name"), removed_change=0, secret=bindparam("secret"))
+)
 
 _is_value = (shared_values.c.namespace == bindparam("ns")) & (shared_values.c.key == bindparam("value_key"))
 READ_VALUE = Statement(select(shared_values.c.value, shared_values.c.version).where(_is_value))
 ADD_VALUE = Statement(
     insert(shared_values).values(
-        namespace=bindparam("ns"), key=bindparam("value_key"), value=bindparam("new_value"), version=_next_change
+        namespace=bindparam("ns"),
+        key=bindparam("value_key"),
+        value=bindparam("new_value"),
+        version=bindparam("new_version"),
     )
 )
-SET_VALUE = Statement(update(shared_values).where(_is_value).values(value=bindparam("new_value"), version=_next_change))
+SET_VALUE = Statement(
+    update(shared_values).where(_is_value).values(value=bindparam("new_value"), version=bindparam("new_version"))
+)
 DROP_VALUE = Statement(delete(shared_values).where(_is_value))
 VALUE_KEYS = Statement(
     select(shared_values.c.key).where(shared_values.c.namespace == bindparam("ns")).order_by(shared_values.c.key)

@@ -60,7 +60,6 @@ class SQLTaskStore(TaskStore):
         try:
             with self._database.write() as transaction:
                 cursor = transaction.cursor
-                _run(cursor, sql.RAISE_CHANGE, ns=self._ns)
                 _run(cursor, sql.ADD, ns=self._ns, request=request, **values)
                 for kind, name in grants:
                     _run(
@@ -83,7 +82,6 @@ class SQLTaskStore(TaskStore):
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         with self._database.write() as transaction:
             cursor = transaction.cursor
-            _run(cursor, sql.RAISE_CHANGE, ns=self._ns)
             _run(cursor, sql.CLAIM, ns=self._ns, task_id=task_id, new_owner=owner, now=now_us)
             if cursor.rowcount == 0:
                 transaction.rollback()
@@ -106,7 +104,6 @@ class SQLTaskStore(TaskStore):
         given = {f"new_{name}": _plain(value) for name, value in values.items()}
         with self._database.write() as transaction:
             cursor = transaction.cursor
-            _run(cursor, sql.RAISE_CHANGE, ns=self._ns)
             _run(cursor, statement, ns=self._ns, task_id=task_id, **given, **sql.expectation(expect))
             if cursor.rowcount == 0:
                 transaction.rollback()
@@ -123,7 +120,7 @@ class SQLTaskStore(TaskStore):
     def delete(self, task_id: str, expect: Expect) -> bool:
         with self._database.write() as transaction:
             cursor = transaction.cursor
-            _run(cursor, sql.RAISE_CHANGE, ns=self._ns)
+            _run(cursor, sql.NOTE_REMOVED, ns=self._ns)
             _run(cursor, sql.delete_of(expect), ns=self._ns, task_id=task_id, **sql.expectation(expect))
             if cursor.rowcount == 0:
                 transaction.rollback()
@@ -212,7 +209,6 @@ class SQLTaskStore(TaskStore):
                 if present is not None:
                     _run(cursor, sql.DROP_VALUE, ns=self._ns, value_key=key)
                 return present is not None
-            _run(cursor, sql.RAISE_CHANGE, ns=self._ns)
             _run(
                 cursor, sql.ADD_VALUE if present is None else sql.SET_VALUE, ns=self._ns, value_key=key, new_value=value
             )
