@@ -56,10 +56,10 @@ def _start(arguments: dict[str, Any]) -> Response:
         )
     if request.method == "HEAD":
         raise MethodNotAllowed(f"HEAD never starts a task; use {_allowed()}.")
-    headers = request.headers
-    if "Idempotency-Key" in headers:
+    environ = request.environ
+    if "HTTP_IDEMPOTENCY_KEY" in environ:
         raise NotServed("Idempotency-Key is not served by this version; send the request without it.")
-    media_type = negotiate(headers.get("Accept"), route.options.response_types)
+    media_type = negotiate(environ.get("HTTP_ACCEPT"), route.options.response_types)
     task = runner.dispatcher.start(route, arguments)
     if route.options.executor == "immediate":
         task = runner.store.get(task.id) or task

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -153,4 +154,10 @@ def moment(microseconds: int) -> datetime:
 
 def rfc3339(microseconds: int) -> str:
     """Return a time as RFC 3339 has it, always with six digits and ``Z``."""
-    return f"{moment(microseconds).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+    return f"{_second(microseconds // 1_000_000)}.{microseconds % 1_000_000:06d}Z"
+
+
+@lru_cache(1024)
+def _second(seconds: int) -> str:
+    """Return a whole second without its zone; times of one task, and of neighbours in a list, share it."""
+    return (EPOCH + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat()

@@ -79,7 +79,7 @@ def get(runner: Runner, task_id: str | None) -> Response:
     media_type = negotiate(request.headers.get("Accept"), MEDIA_TYPES)
     task, _ = _readable(runner, task_id)
     etag = etag_of(task, media_type)
-    if "If-None-Match" in request.headers and request.if_none_match.contains_weak(etag):
+    if "HTTP_IF_NONE_MATCH" in request.environ and request.if_none_match.contains_weak(etag):
         return render(b"", media_type, "", 304, [("ETag", f'"{etag}"')])
     return task_answer(task, media_type, 200, [("ETag", f'"{etag}"')])
 

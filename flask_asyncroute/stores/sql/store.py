@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from msgspec.structs import astuple
 from sqlalchemy import create_engine
 from sqlalchemy.pool import StaticPool
 
@@ -279,7 +280,7 @@ def _plain(value: Any) -> Any:
 
 
 def _row(task: AsyncRouteTask) -> dict[str, Any]:
-    values = {name: getattr(task, name) for name in task.__struct_fields__}
+    values = dict(zip(task.__struct_fields__, astuple(task), strict=True))
     values.update(
         state=task.state.value, user=task.user or "", cancellable=int(task.cancellable), stopping=int(task.stopping)
     )
