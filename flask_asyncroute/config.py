@@ -40,7 +40,7 @@ def _store(label: str, value: Any) -> str:
 
     try:
         url = make_url(value)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise refuse(label, "a URL such as 'sqlite:///asyncroute.db' or 'memory://'", value) from None
     if url.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise ConfigurationError(
@@ -48,6 +48,11 @@ def _store(label: str, value: Any) -> str:
         )
     if url.database in (None, "", ":memory:") or url.query.get("mode") == "memory":
         raise ConfigurationError(f"{label}: an SQLite database in memory has one connection; use 'memory://' instead.")
+    if url.host or url.username or url.port or "\x00" in value or ("?" in value and not url.query):
+        # The value is not shown: it may hold a password.
+        raise ConfigurationError(
+            f"{label} must be 'sqlite:///' and a path, with no user or host before it and '?synchronous=…' at most after it."
+        )
     for name, setting in url.query.items():
         if name != "synchronous" or not isinstance(setting, str) or setting.upper() not in SQLITE_SYNCHRONOUS:
             raise ConfigurationError(
@@ -99,7 +104,7 @@ def _not_served(label: str, value: Any) -> None:
 
 def _origins(label: str, value: Any) -> tuple[str, ...]:
     for origin in checks.names(label, value):
-        if not re.fullmatch(r"https?://[^/\s?#]+", origin):
+        if not re.fullmatch(r"https?://[^/\s?#]+", origin, re.IGNORECASE):
             raise refuse(f"a member of {label}", "an origin such as 'https://app.example'", origin)
     return tuple(origin.lower() for origin in value)
 
@@ -208,8 +213,8 @@ def read(app: Flask) -> Config:
     given = {name: value for name, value in app.config.items() if name.startswith(PREFIX)}
     for name in given:
         if name[len(PREFIX) :] not in KEYS:
-            near = difflib.get_close_matches(name, [PREFIX + key for key in KEYS], 1)
-            hint = f" Did you mean {near[0]}?" if near else " Remove it."
+            near = difflib.get_close_matches(name[len(PREFIX) :], KEYS, 1, 0.7)
+            hint = f" Did you mean {PREFIX}{near[0]}?" if near else " Remove it."
             raise ConfigurationError(f"{name} is not a configuration key of flask_asyncroute.{hint}")
     values: dict[str, Any] = {}
     for name, key in KEYS.items():

@@ -24,7 +24,7 @@ from .current import CurrentTask
 from .errors import BodyTooLarge, CannotStart, InvalidRequest, NoCurrentTask, SessionIsReadOnly
 from .execution import Execution
 from .permissions import Caller
-from .snapshot import Body, Snapshot, empty, form_body, read_body
+from .snapshot import Body, Snapshot, check_announced, empty, form_body, read_body
 from .typing import IdentityLoader
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def capture(arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]) -
 
 def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body:
     announced = current.content_length
-    if announced is not None and announced > limit:
-        raise BodyTooLarge(f"The body has {announced} bytes; at most {limit} are taken (ASYNCROUTE_MAX_BODY).")
+    check_announced(announced, limit)
     try:
         was_parsed = "form" in current.__dict__ and getattr(current, "_cached_data", None) is None
         if was_parsed and current.mimetype in _FORMS:

@@ -17,7 +17,16 @@ from flask import Request, request
 
 from . import context, snapshot
 from .config import Config
-from .errors import CannotStart, IdTaken, NotAuthenticated, NotCancellable, NotPermitted, TaskFinished, TaskNotFound
+from .errors import (
+    CannotStart,
+    IdTaken,
+    NotAuthenticated,
+    NotCancellable,
+    NotPermitted,
+    QueueFull,
+    TaskFinished,
+    TaskNotFound,
+)
 from .execution import Execution
 from .executors.base import TaskExecutor
 from .lifecycle import Lifecycle
@@ -94,7 +103,13 @@ class Dispatcher:
             if body is not None:
                 body.close()
             raise
-        executor.submit(task.id)
+        try:
+            executor.submit(task.id)
+        except RuntimeError as error:
+            self._lifecycle.withdraw(task)
+            raise QueueFull(
+                "This server takes no more tasks: its executor was shut down. Try again.", retry_after=5
+            ) from error
         return task
 
     def stop(self, task: AsyncRouteTask) -> AsyncRouteTask:

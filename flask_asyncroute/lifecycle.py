@@ -98,6 +98,10 @@ class Lifecycle:
         if task is not None:
             self._tell(None, task)
 
+    def withdraw(self, task: AsyncRouteTask) -> bool:
+        """Remove a task that could not be submitted; return whether it was still waiting."""
+        return self._store.delete(task.id, Expect((State.NOT_STARTED,)))
+
     def purge(self, task_id: str) -> bool:
         """Remove a finished task whose code has ended; return whether it was there and so."""
         return self._store.delete(task_id, Expect(tuple(TERMINAL), stopping=False))

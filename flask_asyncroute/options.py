@@ -119,7 +119,7 @@ def sse(label: str, value: Any) -> Sse | None:
     if value is False:
         return None
     if not isinstance(value, Sse):
-        raise refuse(label, "True, False or an Sse", value)
+        raise refuse(label, "True or False, or an Sse", value)
     return value
 
 

@@ -54,6 +54,11 @@ class Permission(msgspec.Struct, frozen=True, rename="pascal"):
             if not isinstance(getattr(self, side), Access):
                 raise ConfigurationError(f"Permission({side}=…) takes an Access, not {getattr(self, side)!r}.")
 
+    def to_dict(self) -> dict[str, dict[str, list[str]]]:
+        """Return both sides as the task object has them."""
+        sides = (("Read", self.read), ("Write", self.write))
+        return {side: {kind.capitalize(): list(getattr(access, kind)) for kind in KINDS} for side, access in sides}
+
     def with_owner(self, user: str) -> Permission:
         """Return this permission with the owner among the users of both sides."""
 

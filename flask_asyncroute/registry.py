@@ -105,7 +105,9 @@ def resolve_routes(
         _refuse_unserved(declaration.label, options)
         for rule in app.url_map.iter_rules(endpoint):
             check_variables(declaration.label, rule.arguments, options.arguments)
-        routes[endpoint] = Route(endpoint, declaration.view, options, options.pool or f"endpoint {endpoint}")
+        routes[endpoint] = Route(
+            endpoint, declaration.view, options, f"pool {options.pool}" if options.pool else f"endpoint {endpoint}"
+        )
     _refuse_misplaced(app, declared)
     _refuse_different_pools(routes)
     return routes
@@ -141,6 +143,6 @@ def _refuse_different_pools(routes: Mapping[str, Route]) -> None:
             mine, others = getattr(route.options, name), getattr(other.options, name)
             if mine != others:
                 raise ConfigurationError(
-                    f"The endpoints {other.endpoint!r} and {route.endpoint!r} share the pool {route.pool!r} but differ in "
+                    f"The endpoints {other.endpoint!r} and {route.endpoint!r} share the pool {route.options.pool!r} but differ in "
                     f"{name}: {others!r} and {mine!r}. Give both the same, or two pools."
                 )

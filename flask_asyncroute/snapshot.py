@@ -7,6 +7,7 @@ goes to a temporary file and is handed on in pieces of 256 KiB. Nothing here tou
 from __future__ import annotations
 
 import io
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
@@ -18,7 +19,6 @@ from werkzeug.datastructures import FileStorage, MultiDict
 from .errors import BodyTooLarge, InvalidRequest
 
 CHUNK = 256 * 1024
-BOUNDARY = "asyncroute-5d41e6c08a3b47f29c1f0e7b6a2d9384"
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +92,7 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
     :raises BodyTooLarge: over ``limit``.
     :raises InvalidRequest: shorter than announced. Servers that end the input by themselves do not notice.
     """
+    check_announced(announced, limit)
     body = Body()
     try:
         while body.size != announced and (piece := stream.read(CHUNK)):
@@ -106,6 +107,15 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
     return body
 
 
+def check_announced(announced: int | None, limit: int) -> None:
+    """Refuse a body by its Content-Length.
+
+    :raises BodyTooLarge: over ``limit``.
+    """
+    if announced is not None and announced > limit:
+        raise BodyTooLarge(f"The body has {announced} bytes; at most {limit} are taken (ASYNCROUTE_MAX_BODY).")
+
+
 def form_body(mimetype: str, form: MultiDict[str, str], files: MultiDict[str, FileStorage]) -> tuple[str, Body]:
     """Write a form that was parsed already as a request body again; return its Content-Type and the body.
 
@@ -115,25 +125,27 @@ def form_body(mimetype: str, form: MultiDict[str, str], files: MultiDict[str, Fi
         pairs = [(name, value) for name, value in form.items(multi=True)]
         return mimetype, Body([urlencode(pairs).encode("ascii")])
     body = Body()
+    # Random: a value that held a known one could end its part and add others.
+    boundary = secrets.token_hex(20)
     for name, value in form.items(multi=True):
-        body.write(_part({"Content-Disposition": f'form-data; name="{_quoted(name)}"'}))
+        body.write(_part(boundary, {"Content-Disposition": f'form-data; name="{_quoted(name)}"'}))
         body.write(value.encode("utf-8", "surrogatepass") + b"\r\n")
     for name, file in files.items(multi=True):
         disposition = f'form-data; name="{_quoted(name)}"; filename="{_quoted(file.filename or "")}"'
         headers = {key: value for key, value in file.headers if key.lower() != "content-disposition"}
-        body.write(_part({"Content-Disposition": disposition, **headers}))
+        body.write(_part(boundary, {"Content-Disposition": disposition, **headers}))
         file.stream.seek(0)
         while piece := file.stream.read(CHUNK):
             body.write(piece)
         file.stream.seek(0)
         body.write(b"\r\n")
-    body.write(f"--{BOUNDARY}--\r\n".encode("ascii"))
-    return f"{mimetype}; boundary={BOUNDARY}", body
+    body.write(f"--{boundary}--\r\n".encode("ascii"))
+    return f"{mimetype}; boundary={boundary}", body
 
 
-def _part(headers: Mapping[str, str]) -> bytes:
+def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"--{BOUNDARY}\r\n{lines}\r\n".encode("utf-8", "surrogatepass")
+    return f"--{boundary}\r\n{lines}\r\n".encode("utf-8", "surrogatepass")
 
 
 def _quoted(text: str) -> str:

@@ -138,7 +138,7 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         wire["Method"] = self.method
         permission = self.permission
         if permission is not None:
-            wire["Permission"] = msgspec.to_builtins(permission)
+            wire["Permission"] = permission.to_dict()
         return wire
 
 

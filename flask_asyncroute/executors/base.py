@@ -54,8 +54,15 @@ class TaskExecutor(ABC):
             self._taken -= 1
 
     def submit(self, task_id: str) -> None:
-        """Run a task as soon as there is room, on a place that was reserved; returns at once."""
-        future = self._futures[task_id] = self._start(task_id)
+        """Run a task as soon as there is room, on a place that was reserved; returns at once.
+
+        :raises RuntimeError: where no more tasks are taken; the place is given back.
+        """
+        try:
+            future = self._futures[task_id] = self._start(task_id)
+        except BaseException:
+            self.unreserve()
+            raise
         future.add_done_callback(lambda _: self._futures.pop(task_id, None))
 
     def free(self) -> int:

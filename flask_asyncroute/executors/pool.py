@@ -54,8 +54,15 @@ class ElasticThreadPool(Executor):
         with self._changed:
             if self._is_closed:
                 raise RuntimeError(f"The pool {self._name} takes no more calls: it was shut down.")
-            self._calls.append((future, partial(fn, *args, **kwargs)))
-            self._serve_waiting()
+            call = (future, partial(fn, *args, **kwargs))
+            self._calls.append(call)
+            try:
+                self._serve_waiting()
+            except RuntimeError:
+                # The system has no more threads. Those that there are will come to it; without any, nobody would.
+                if not self._threads:
+                    self._calls.remove(call)
+                    raise
         return future
 
     def abandon(self, future: Future[Any]) -> bool:
@@ -68,7 +75,10 @@ class ElasticThreadPool(Executor):
             if thread is None or len(self._lingering) >= self._max_workers:
                 return False
             self._lingering.add(thread)
-            self._serve_waiting()
+            try:
+                self._serve_waiting()
+            except RuntimeError:
+                logger.warning("The pool %s could not replace a thread: the system has no more.", self._name)
             return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -96,8 +106,8 @@ class ElasticThreadPool(Executor):
         elif self._calls and len(self._threads) - len(self._lingering) < self._max_workers:
             self._started += 1
             thread = threading.Thread(target=self._work, name=f"asyncroute-{self._name}-{self._started}", daemon=True)
-            self._threads.add(thread)
             thread.start()
+            self._threads.add(thread)
 
     def _work(self) -> None:
         """Take calls until there is no need for this thread."""

@@ -150,7 +150,10 @@ class TaskStore(ABC):
 
     @abstractmethod
     def news(self, since: int) -> News:
-        """Return what was written after the change number ``since``; cheap where nothing was."""
+        """Return what was written after the change number ``since``; cheap where nothing was. One thread at a time.
+
+        :param since: -1 to learn the newest number alone.
+        """
 
     @abstractmethod
     def secret(self) -> bytes:

@@ -119,7 +119,8 @@ class MemoryTaskStore(TaskStore):
     def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
         with self._lock:
             tasks = [self._tasks[task_id] for task_id in self._waiting]
-        fit = (task for task in tasks if task.endpoint in endpoints and task.created_us < before_us)
+        fit = [task for task in tasks if task.endpoint in endpoints and task.created_us < before_us]
+        fit.sort(key=lambda task: task.created_us)
         return [(task.id, task.endpoint) for task in islice(fit, limit)]
 
     def overdue(self, now_us: int, limit: int) -> list[str]:
@@ -136,7 +137,7 @@ class MemoryTaskStore(TaskStore):
     def news(self, since: int) -> News:
         with self._lock:
             change = self._change
-            tasks = [task for task in self._tasks.values() if task.change > since] if change > since else []
+            tasks = [task for task in self._tasks.values() if task.change > since] if 0 <= since < change else []
         return News(change, sorted(tasks, key=lambda task: task.change))
 
     def secret(self) -> bytes:

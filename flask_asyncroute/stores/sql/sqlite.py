@@ -10,6 +10,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
@@ -51,10 +52,13 @@ class SQLiteDatabase:
 
     def version(self) -> int:
         """Return a number that differs from the last call's where somebody has committed in between. One thread only."""
-        if self._observer is None:
-            self._observer = self.connect()
-        row = self._observer.execute("PRAGMA data_version").fetchone()
-        return int(row[0])
+        try:
+            if self._observer is None:
+                self._observer = self.connect()
+            return int(self._observer.execute("PRAGMA data_version").fetchone()[0])
+        except sqlite3.Error as error:
+            self._observer = None
+            raise unavailable(error, self.path) from error
 
     def checkpoint(self) -> None:
         """Move what the log holds into the file, as far as nobody is reading it."""
@@ -82,12 +86,25 @@ class SQLiteDatabase:
             connection = sqlite3.connect(
                 self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256
             )
-            connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            _use_log(connection)
             connection.execute(f"PRAGMA synchronous={self._synchronous}")
             connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
             return connection
         except (OSError, sqlite3.Error) as error:
             raise unavailable(error, self.path) from error
+
+
+def _use_log(connection: sqlite3.Connection) -> None:
+    """Switch the file to a write-ahead log. SQLite does not wait for others that do the same, so this does."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
 
 
 def unavailable(error: Exception, path: Path) -> StoreUnavailable:

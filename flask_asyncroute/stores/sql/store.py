@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ class SQLTaskStore(TaskStore):
         self._create_tables = create_tables
         self._ns = 0
         self._secret = b""
-        self._seen_version: int | None = None
+        self._seen: tuple[int, int] | None = None
 
     def open(self) -> None:
         if self._ns:
@@ -54,7 +55,7 @@ class SQLTaskStore(TaskStore):
 
     def close(self) -> None:
         self._database.close()
-        self._seen_version = None
+        self._seen = None
 
     def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
         values = _row(task)
@@ -62,7 +63,7 @@ class SQLTaskStore(TaskStore):
             with self._database.write() as transaction:
                 cursor = transaction.cursor
                 _run(cursor, sql.ADD, ns=self._ns, request=request, **values)
-                for kind, name in grants:
+                for kind, name in set(grants):
                     _run(
                         cursor, sql.ADD_GRANT, namespace=self._ns, task_id=task.id, reader=queries.reader_key(kind, name),
                         user=values["user"], state=values["state"], created_us=task.created_us,
@@ -177,7 +178,7 @@ class SQLTaskStore(TaskStore):
 
     def news(self, since: int) -> News:
         version = self._database.version()
-        if version == self._seen_version and since >= 0:
+        if self._seen == (version, since):
             return News(since, ())
         with self._database.read() as connection:
             connection.execute("BEGIN")
@@ -188,7 +189,7 @@ class SQLTaskStore(TaskStore):
         tasks = [_record(row) for row in rows]
         if len(tasks) == NEWS_PAGE:
             return News(tasks[-1].change, tasks)
-        self._seen_version = version
+        self._seen = (version, change)
         return News(change, tasks)
 
     def secret(self) -> bytes:
@@ -210,9 +211,9 @@ class SQLTaskStore(TaskStore):
                 if present is not None:
                     _run(cursor, sql.DROP_VALUE, ns=self._ns, value_key=key)
                 return present is not None
-            _run(
-                cursor, sql.ADD_VALUE if present is None else sql.SET_VALUE, ns=self._ns, value_key=key, new_value=value
-            )
+            statement = sql.ADD_VALUE if present is None else sql.SET_VALUE
+            # Not a count: a value that was removed and set again must not have a version that somebody holds.
+            _run(cursor, statement, ns=self._ns, value_key=key, new_value=value, new_version=secrets.randbits(62) + 1)
         return True
 
     def value_keys(self) -> Iterable[str]:

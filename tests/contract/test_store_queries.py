@@ -1,0 +1,353 @@
+"""The port of stores, the list query: memory, SQLite and `query.matches` give the same answer to everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flask_asyncroute.query import (
+    FIELDS,
+    NEWEST_FIRST,
+    Condition,
+    Operator,
+    Position,
+    Sort,
+    is_after,
+    matches,
+    ordered,
+    position_of,
+)
+from flask_asyncroute.query.fields import SORTABLE
+from flask_asyncroute.states import State
+from flask_asyncroute.stores.base import LARGE_RESULT, Expect, Readers, TaskStore
+from flask_asyncroute.stores.memory import MemoryTaskStore
+from flask_asyncroute.task import AsyncRouteTask
+from tests.conftest import new_sqlite_store, new_task
+
+NewTask = Callable[..., AsyncRouteTask]
+Grants = frozenset[tuple[str, str]]
+Stored = tuple[AsyncRouteTask, Grants]
+T0 = 1_700_000_000_000_000
+ALL = 10**6
+EVERY_SORT = [Sort(field, descending) for field in SORTABLE for descending in (True, False)]
+
+# Letters that fold, that look as if they did, that SQL or patterns treat in a special way, and beyond the first plane.
+texts = st.text("aAkK\u212a\u0131İß%_\\*?.+(é'\n\U0001f600\uffff ", max_size=6)
+times = st.integers(T0 - 3, T0 + 3)
+percents = st.sampled_from([0.0, 0.01, 33.33, 50.0, 99.99, 100.0])
+users = st.sampled_from(["anna", "Anna", "ben", "%", "5", "\U0001f600"])
+names = st.tuples(
+    st.sampled_from(["users", "groups", "roles", "scopes"]), st.sampled_from(["x", "X", "ben", "u:x", "%"])
+)
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> list[Stored]:
+    """Draw some tasks as they may stand in a store, and who else may list each."""
+    made = []
+    ids = draw(st.lists(texts.filter(bool), unique=True, max_size=8))
+    for task_id in ids:
+        user = draw(st.none() | users)
+        task = new_task(
+            task_id,
+            async_route_id=draw(texts),
+            state=draw(st.sampled_from(list(State))),
+            cancellable=draw(st.booleans()),
+            user=user,
+            url=draw(texts),
+            method=draw(st.sampled_from(["GET", "PUT", "POST", "K%"])),
+            created_us=draw(times),
+            started_us=draw(st.none() | times),
+            completed_us=draw(st.none() | times),
+            expires_us=draw(st.none() | times),
+            progress=draw(st.none() | percents),
+            error=draw(st.none() | texts),
+        )
+        made.append((task, draw(st.frozensets(names, max_size=3)) if user is not None else frozenset()))
+    return made
+
+
+@st.composite
+def conditions(draw: st.DrawFn) -> Condition:
+    """Draw a condition as `query.styles` makes them."""
+    field = draw(st.sampled_from(list(FIELDS.values())))
+    operator = draw(st.sampled_from(field.operators))
+    values: dict[str, st.SearchStrategy[Any]] = {
+        "string": texts,
+        "state": st.sampled_from([state.value for state in State]),
+        "boolean": st.booleans(),
+        "time": times | st.just(0),
+        "number": percents | st.sampled_from([-1.0, 50.004, 1e300, 33.0]),
+    }
+    if operator in (Operator.LIKE, Operator.NOTLIKE):
+        patterns = texts | st.sampled_from(
+            ["", "*", "?", "**", "a*k", "?a", "a?", "com*D", "R?nn", "%", "_", "\\%", "*_*"]
+        )
+        return Condition(field, operator, draw(patterns))
+    if field.upper:
+        return Condition(field, operator, draw(st.sampled_from(["GET", "PUT", "K", "K%"])))
+    return Condition(field, operator, draw(values[field.kind] | users if field.name == "User" else values[field.kind]))
+
+
+readers_of = st.none() | st.builds(
+    Readers,
+    user=st.none() | users,
+    granted=st.lists(names, unique=True, max_size=4).map(tuple),
+    anonymous=st.booleans(),
+)
+sorts = st.sampled_from(EVERY_SORT)
+positions = st.none() | st.builds(Position, value=st.none() | times, created_us=times, id=texts)
+
+
+def may_list(task: AsyncRouteTask, grants: Grants, readers: Readers | None) -> bool:
+    if readers is None:
+        return True
+    if task.user is None:
+        return readers.anonymous
+    return task.user == readers.user or not grants.isdisjoint(readers.granted)
+
+
+def expected(
+    stored: Sequence[Stored],
+    asked: Sequence[Condition],
+    sort: Sort,
+    limit: int,
+    position: Position | None,
+    readers: Readers | None,
+) -> list[str]:
+    """Say what a list holds, in the plainest way."""
+    fit = [task for task, grants in stored if matches(task, asked) and may_list(task, grants, readers)]
+    return [task.id for task in ordered(fit, sort) if position is None or is_after(task, sort, position)][:limit]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, TaskStore]]:
+    stores: dict[str, TaskStore] = {
+        "memory": MemoryTaskStore(),
+        "sqlite": new_sqlite_store(tmp_path_factory.mktemp("both") / "asyncroute.db"),
+    }
+    for store in stores.values():
+        store.open()
+    yield stores
+    for store in stores.values():
+        store.close()
+
+
+def fill(store: TaskStore, stored: Sequence[Stored]) -> None:
+    for task, grants in stored:
+        store.add(task, b"", None, grants)
+
+
+def clear(store: TaskStore) -> None:
+    for task in store.query((), NEWEST_FIRST, ALL, None, None):
+        assert store.delete(task.id, Expect(tuple(State)))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(
+    stored=tasks(),
+    queries=st.lists(
+        st.tuples(st.lists(conditions(), max_size=3), sorts, st.integers(1, 9), positions, readers_of),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_all_stores_agree(both: dict[str, TaskStore], stored: list[Stored], queries: list[Any]) -> None:
+    for store in both.values():
+        fill(store, stored)
+    try:
+        for asked, sort, limit, position, readers in queries:
+            if position is not None and sort.field.name == "CreationTime":
+                position = Position(position.created_us, position.created_us, position.id)
+            wanted = expected(stored, asked, sort, limit, position, readers)
+            for name, store in both.items():
+                found = [task.id for task in store.query(asked, sort, limit, position, readers)]
+                assert found == wanted, (name, asked, sort, limit, position, readers)
+    finally:
+        for store in both.values():
+            clear(store)
+
+
+@pytest.mark.parametrize(
+    ("field", "operator"),
+    [
+        pytest.param(field, operator, id=f"{field.name}-{operator}")
+        for field in FIELDS.values()
+        for operator in field.operators
+    ],
+)
+def test_every_field_with_every_operator(both: dict[str, TaskStore], field: Any, operator: Operator) -> None:
+    """Each pair against tasks that lie below, at and above the value, and one that does not have the field."""
+    samples: dict[str, list[Any]] = {
+        "string": ["a", "B", "b", "bé", "c"],
+        "state": list(State),
+        "boolean": [True, False],
+        "time": [T0 - 1, T0, T0 + 1],
+        "number": [0.0, 50.0, 99.99],
+    }
+    missing = (
+        [None] if field.name in ("User", "StartingTime", "CompletedTime", "ExpireTime", "Error", "Progress") else []
+    )
+    stored: list[Stored] = []
+    for number, value in enumerate([*samples[field.kind], *missing]):
+        if field.name == "IsCompleted":
+            task = new_task(f"t{number}", state=State.FAILED if value else State.RUNNING, created_us=T0 + number)
+        elif field.name == "Id":
+            task = new_task(value, created_us=T0 + number)
+        else:
+            task = new_task(f"t{number}", **{"created_us": T0 + number, field.attribute: value})
+        stored.append((task, frozenset()))
+    for store in both.values():
+        fill(store, stored)
+    try:
+        for value in samples[field.kind]:
+            asked = [Condition(field, operator, value.value if isinstance(value, State) else value)]
+            wanted = expected(stored, asked, NEWEST_FIRST, ALL, None, None)
+            for name, store in both.items():
+                assert [task.id for task in store.query(asked, NEWEST_FIRST, ALL, None, None)] == wanted, (name, value)
+    finally:
+        for store in both.values():
+            clear(store)
+
+
+@pytest.mark.parametrize("sort", EVERY_SORT, ids=lambda sort: ("-" if sort.descending else "") + sort.field.name)
+@pytest.mark.parametrize(
+    "readers",
+    [
+        None,
+        Readers(user="anna"),
+        Readers(anonymous=True),
+        Readers(granted=(("groups", "g"),)),
+        Readers("anna", (("users", "anna"), ("groups", "g"), ("roles", "r")), True),
+    ],
+    ids=["all", "owner", "anonymous", "granted", "every kind"],
+)
+@pytest.mark.parametrize("limit", [1, 3])
+def test_pages_give_everything_once(store: TaskStore, sort: Sort, readers: Readers | None, limit: int) -> None:
+    """Ties, missing values and tasks that one may read for several reasons included."""
+    stored: list[Stored] = []
+    for number in range(18):
+        task = new_task(
+            f"t{number:02}",
+            user=[None, "anna", "ben"][number % 3],
+            created_us=T0 + number // 6,
+            started_us=None if number % 4 == 0 else T0 + number % 2,
+            completed_us=None if number % 5 else T0 + number,
+        )
+        grants = {("groups", "g"), ("roles", "r"), ("users", "anna")} if task.user and number % 2 else set()
+        stored.append((task, frozenset(grants)))
+    fill(store, stored)
+    wanted = expected(stored, (), sort, ALL, None, readers)
+    assert len(wanted) >= 5
+    found: list[str] = []
+    position = None
+    while page := store.query((), sort, limit, position, readers):
+        assert len(page) <= limit
+        found += [task.id for task in page]
+        position = position_of(page[-1], sort)
+    assert found == wanted
+
+
+@pytest.mark.parametrize("descending", [True, False])
+@pytest.mark.parametrize(
+    "field", [field for field in SORTABLE if field.name != "CreationTime"], ids=lambda field: field.name
+)
+def test_missing_times_come_last_in_both_directions(store: TaskStore, field: Any, descending: bool) -> None:
+    for number, value in enumerate([None, T0 + 1, None, T0 + 2]):
+        store.add(new_task(f"t{number}", **{field.attribute: value, "created_us": T0 + number}), b"", None, ())
+    found = [task.id for task in store.query((), Sort(field, descending), ALL, None, None)]
+    assert found == (["t3", "t1", "t2", "t0"] if descending else ["t1", "t3", "t0", "t2"])
+
+
+def test_a25_who_may_read_nothing_gets_nothing(store: TaskStore) -> None:
+    store.add(new_task("owned", user="anna"), b"", None, [("groups", "g")])
+    store.add(new_task("free"), b"", None, ())
+    assert store.query((), NEWEST_FIRST, ALL, None, Readers()) == []
+    assert (
+        store.query((), NEWEST_FIRST, ALL, None, Readers(user="ben", granted=(("groups", "G"), ("roles", "g")))) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("readers", "wanted"),
+    [
+        (Readers(user="anna"), ["a"]),
+        (Readers(user="Anna"), []),
+        (Readers(anonymous=True), ["n"]),
+        (Readers(granted=(("groups", "g"),)), ["a", "b"]),
+        (Readers(granted=(("roles", "g"),)), ["b"]),
+        (Readers("anna", (("groups", "g"),), True), ["a", "b", "n"]),
+        (Readers("nobody", (("scopes", "s"),), True), ["c", "n"]),
+        (None, ["a", "b", "c", "n"]),
+    ],
+)
+def test_a_list_holds_what_its_reader_may_read(store: TaskStore, readers: Readers | None, wanted: list[str]) -> None:
+    fill(
+        store,
+        [
+            (new_task("a", user="anna"), frozenset({("groups", "g")})),
+            (new_task("b", user="ben"), frozenset({("groups", "g"), ("roles", "g")})),
+            (new_task("c", user="carl"), frozenset({("scopes", "s"), ("users", "anna2")})),
+            (new_task("n"), frozenset()),
+        ],
+    )
+    assert sorted(task.id for task in store.query((), NEWEST_FIRST, ALL, None, readers)) == wanted
+
+
+def test_a_grant_follows_its_task_through_its_states(store: TaskStore) -> None:
+    readers = Readers(granted=(("groups", "g"),))
+    store.add(new_task("t", user="anna"), b"", None, [("groups", "g")])
+
+    def in_state(state: State) -> list[str]:
+        asked = [Condition(FIELDS["State"], Operator.EQ, state.value)]
+        return [task.id for task in store.query(asked, NEWEST_FIRST, ALL, None, readers)]
+
+    # The permission itself is in the record, as the dispatcher stores it.
+    store.update("t", Expect((State.NOT_STARTED,)), {"permission_json": b'{"Read":{"Groups":["g"]}}'})
+    assert in_state(State.NOT_STARTED) == ["t"]
+    store.claim("t", "me", T0)
+    assert (in_state(State.NOT_STARTED), in_state(State.RUNNING)) == ([], ["t"])
+    store.update("t", Expect((State.RUNNING,)), {"state": State.FAILED, "completed_us": T0})
+    assert (in_state(State.RUNNING), in_state(State.FAILED)) == ([], ["t"])
+
+
+def test_a_caller_in_a_thousand_groups_gets_a_list(store: TaskStore) -> None:
+    """Directory services hand out hundreds of groups; that is more than SQL takes as parts of one statement."""
+    fill(store, [(new_task("t", user="anna"), frozenset({("groups", "g777")})), (new_task("n"), frozenset())])
+    granted = tuple(("groups", f"g{number}") for number in range(1000))
+    asked = [Condition(FIELDS["State"], Operator.EQ, "NotStarted")]
+    found = store.query(asked, NEWEST_FIRST, ALL, None, Readers("ben", granted, True))
+    assert sorted(task.id for task in found) == ["n", "t"]
+
+
+@pytest.mark.parametrize("readers", [None, Readers(user="anna"), Readers("anna", (("groups", "g"),), True)])
+def test_a_list_leaves_large_results_out(store: TaskStore, readers: Readers | None) -> None:
+    large, small = b'"' + b"x" * (LARGE_RESULT - 1) + b'"', b'"' + b"x" * (LARGE_RESULT - 2) + b'"'
+    for name, result in (("a-large", large), ("b-small", small), ("c-none", None)):
+        store.add(new_task(name, user="anna", result_json=result, state=State.COMPLETED), b"", None, [("groups", "g")])
+    found = {task.id: task.result_json for task in store.query((), NEWEST_FIRST, ALL, None, readers)}
+    assert found == {"a-large": None, "b-small": small, "c-none": None}
+    kept = store.get("a-large")
+    assert kept is not None and kept.result_json == large
+
+
+def test_a_list_gives_whole_records(store: TaskStore) -> None:
+    store.add(new_task("t", user="anna", error="e", progress=1.5, result_json=b"1"), b"", None, [("groups", "g")])
+    whole = store.get("t")
+    for readers in (None, Readers(user="anna"), Readers("anna", (("groups", "g"),), True)):
+        assert store.query((), NEWEST_FIRST, ALL, None, readers) == [whole]
+
+
+@pytest.mark.parametrize(
+    "text", ["%", "_", "\\", "' OR 1=1 --", ".*(a+)+$", "[a-z]", 'x"; DROP TABLE asyncroute_tasks']
+)
+@pytest.mark.parametrize("operator", [Operator.EQ, Operator.LIKE])
+def test_a31_text_is_literal(store: TaskStore, text: str, operator: Operator) -> None:
+    for number, error in enumerate([text, "a", "aaaa", "", None]):
+        store.add(new_task(f"t{number}", error=error), b"", None, ())
+    asked = [Condition(FIELDS["Error"], operator, text)]
+    assert [task.id for task in store.query(asked, NEWEST_FIRST, ALL, None, None)] == ["t0"]

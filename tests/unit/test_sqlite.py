@@ -1,0 +1,490 @@
+"""The SQLite file itself: made once, for its owner alone, of one version; and what happens when it cannot be used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flask_asyncroute import metadata
+from flask_asyncroute.errors import ConfigurationError, StoreUnavailable
+from flask_asyncroute.query import NEWEST_FIRST
+from flask_asyncroute.snapshot import Body
+from flask_asyncroute.states import State
+from flask_asyncroute.stores.base import Expect, TaskStore
+from flask_asyncroute.stores.sql import sqlite
+from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
+from flask_asyncroute.stores.sql.store import SQLTaskStore
+from flask_asyncroute.stores.sql.tables import VERSION
+from flask_asyncroute.task import AsyncRouteTask
+
+NewTask = Callable[..., AsyncRouteTask]
+NewStore = Callable[..., TaskStore]
+T0 = 1_700_000_000_000_000
+
+CREATORS = """
+import os, sys
+from pathlib import Path
+from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
+from flask_asyncroute.stores.sql.store import SQLTaskStore, _definitions
+
+_definitions()
+folder, rounds, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+for number in range(rounds):
+    start_reader, start_writer = os.pipe()
+    for _ in range(count):
+        if os.fork() == 0:
+            os.close(start_writer)
+            os.read(start_reader, 1)
+            store = SQLTaskStore(SQLiteDatabase(folder / str(number) / "asyncroute.db"), "test", True)
+            try:
+                store.open()
+                told = store.secret().hex()
+            except BaseException as error:
+                told = repr(error)
+            os.write(1, f"{number} {told}\\n".encode())
+            os._exit(0)
+    os.close(start_reader)
+    os.close(start_writer)
+    for _ in range(count):
+        os.wait()
+"""
+
+
+@pytest.fixture
+def store(make_sqlite_store: NewStore) -> TaskStore:
+    made = make_sqlite_store()
+    made.open()
+    return made
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for other processes for a moment only."""
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.1)
+
+
+@pytest.fixture
+def locked(sqlite_path: Path) -> Iterator[Callable[[], sqlite3.Connection]]:
+    """Give a function that takes the file's write lock as another process does, until the connection is closed."""
+    taken = []
+
+    def take() -> sqlite3.Connection:
+        connection = sqlite3.connect(sqlite_path, isolation_level=None)
+        connection.execute("BEGIN IMMEDIATE")
+        taken.append(connection)
+        return connection
+
+    yield take
+    for connection in taken:
+        connection.close()
+
+
+def test_the_file_is_made_at_first_use(make_sqlite_store: NewStore, sqlite_path: Path) -> None:
+    store = make_sqlite_store()
+    assert not sqlite_path.parent.exists()
+    store.open()
+    assert sqlite_path.exists()
+
+
+def test_the_file_is_for_its_owner_alone(store: TaskStore, sqlite_path: Path, make_task: NewTask) -> None:
+    """The log beside it too: it holds the same requests."""
+    store.add(make_task(), b"", None, ())
+    files = sorted(sqlite_path.parent.iterdir())
+    assert [file.name for file in files] == ["asyncroute.db", "asyncroute.db-shm", "asyncroute.db-wal"]
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [0o600] * 3
+
+
+def test_the_file_is_for_its_owner_alone_whatever_the_umask(make_sqlite_store: NewStore, sqlite_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_sqlite_store().open()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(sqlite_path.stat().st_mode) == 0o600
+
+
+def test_a_file_that_is_there_keeps_its_mode(make_sqlite_store: NewStore, sqlite_path: Path) -> None:
+    sqlite_path.parent.mkdir()
+    sqlite_path.touch(0o640)
+    make_sqlite_store().open()
+    assert stat.S_IMODE(sqlite_path.stat().st_mode) == 0o640
+
+
+def test_the_tables_are_those_of_the_metadata(store: TaskStore, sqlite_path: Path) -> None:
+    with_names = sqlite3.connect(sqlite_path)
+    try:
+        rows = with_names.execute("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        version = with_names.execute("SELECT version FROM asyncroute_schema").fetchall()
+        mode = with_names.execute("PRAGMA journal_mode").fetchone()
+    finally:
+        with_names.close()
+    assert {name for kind, name in rows if kind == "table"} == set(metadata.tables)
+    indexes = {str(index.name) for table in metadata.tables.values() for index in table.indexes}
+    assert {name for kind, name in rows if kind == "index"} == indexes
+    assert version == [(VERSION,)]
+    assert mode == ("wal",)
+
+
+def test_tables_of_a_migration_will_do(make_sqlite_store: NewStore, sqlite_path: Path, make_task: NewTask) -> None:
+    """As Alembic makes them from the metadata, with the version as the page on migrations says."""
+    from sqlalchemy import create_engine, insert
+
+    sqlite_path.parent.mkdir()
+    engine = create_engine(f"sqlite:///{sqlite_path}")
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        connection.execute(insert(metadata.tables["asyncroute_schema"]).values(version=VERSION))
+    engine.dispose()
+    store = make_sqlite_store(create_tables=False)
+    store.open()
+    store.add(make_task(), b"", None, ())
+    assert store.get("task") is not None
+
+
+def test_without_create_tables_nothing_is_made(make_sqlite_store: NewStore, sqlite_path: Path) -> None:
+    store = make_sqlite_store(create_tables=False)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="ASYNCROUTE_CREATE_TABLES"):
+            store.open()
+    with_names = sqlite3.connect(sqlite_path)
+    assert with_names.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    with_names.close()
+    # Once somebody has made them, the same store object will do.
+    make_sqlite_store().open()
+    store.open()
+    assert store.get("task") is None
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, VERSION - 1, 99, None])
+def test_f43_tables_of_another_version_are_refused(
+    store: TaskStore, make_sqlite_store: NewStore, sqlite_path: Path, version: int | None
+) -> None:
+    connection = sqlite3.connect(sqlite_path)
+    connection.execute("DELETE FROM asyncroute_schema")
+    if version is not None:
+        connection.execute("INSERT INTO asyncroute_schema VALUES (?)", (version,))
+    connection.commit()
+    connection.close()
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=f"ASYNCROUTE_STORE.* version {version}; .* version {VERSION}"):
+            make_sqlite_store().open()
+
+
+def test_other_tables_in_the_file_are_left_alone(make_sqlite_store: NewStore, sqlite_path: Path) -> None:
+    sqlite_path.parent.mkdir()
+    connection = sqlite3.connect(sqlite_path)
+    connection.execute("CREATE TABLE mine (x)")
+    connection.execute("INSERT INTO mine VALUES (1)")
+    connection.commit()
+    make_sqlite_store().open()
+    assert connection.execute("SELECT x FROM mine").fetchall() == [(1,)]
+    connection.close()
+
+
+def test_sixteen_threads_make_the_tables_once(make_sqlite_store: NewStore) -> None:
+    stores = [make_sqlite_store() for _ in range(16)]
+    barrier = threading.Barrier(len(stores))
+    errors: list[BaseException] = []
+
+    def make(store: TaskStore) -> None:
+        try:
+            barrier.wait(10)
+            store.open()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=make, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == []
+    assert len({store.secret() for store in stores}) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_sixteen_processes_make_the_tables_once(tmp_path: Path) -> None:
+    """As workers do that boot together on a new machine: none of them may answer 503 for it."""
+    rounds, count = 12, 16
+    ended = subprocess.run(
+        [sys.executable, "-c", CREATORS, str(tmp_path), str(rounds), str(count)],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    told: dict[str, list[str]] = {}
+    for line in ended.stdout.splitlines():
+        number, secret = line.split(" ", 1)
+        told.setdefault(number, []).append(secret)
+    assert {number: len(secrets) for number, secrets in told.items()} == {str(n): count for n in range(rounds)}
+    assert {number: len(set(secrets)) for number, secrets in told.items()} == {str(n): 1 for n in range(rounds)}, told
+    assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("place", ["folder", "under a file", "no such file system"])
+def test_f21_a_place_that_cannot_be_written_is_unavailable(
+    tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = {
+        "folder": tmp_path,
+        "under a file": tmp_path / "file" / "asyncroute.db",
+        "no such file system": Path("/proc/asyncroute/asyncroute.db"),
+    }[place]
+    (tmp_path / "file").write_text("")
+    store = SQLTaskStore(SQLiteDatabase(path), "test", True)
+    with pytest.raises(StoreUnavailable) as refused:
+        store.open()
+    assert refused.value.status == 503
+    assert refused.value.retry_after is not None
+    assert "ASYNCROUTE_STORE" in caplog.text
+    assert str(path) in caplog.text
+    assert str(path) not in refused.value.detail, "paths are for the log"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everything")
+def test_f21_a_file_without_write_permission_is_unavailable(
+    store: TaskStore, make_sqlite_store: NewStore, sqlite_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.close()
+    sqlite_path.chmod(0o400)
+    with pytest.raises(StoreUnavailable):
+        make_sqlite_store("another").open()
+    assert "ASYNCROUTE_STORE" in caplog.text
+
+
+def test_f21_a_file_that_became_read_only_is_unavailable(
+    store: TaskStore, make_task: NewTask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every write says so, reads go on, and once it can be written again it is written."""
+    store.add(make_task("before"), b"", None, ())
+    connect = SQLiteDatabase.connect
+
+    def read_only(database: SQLiteDatabase) -> sqlite3.Connection:
+        connection = connect(database)
+        connection.execute("PRAGMA query_only=ON")
+        return connection
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SQLiteDatabase, "connect", read_only)
+        store.close()
+        writes: list[Callable[[], object]] = [
+            lambda: store.add(make_task("after"), b"", None, ()),
+            lambda: store.claim("before", "me", T0),
+            lambda: store.update("before", Expect(tuple(State)), {"error": "x"}),
+            lambda: store.delete("before", Expect(tuple(State))),
+            lambda: store.write_value("k", b"1", None),
+        ]
+        for write in writes:
+            caplog.clear()
+            with pytest.raises(StoreUnavailable):
+                write()
+            assert "readonly" in caplog.text and "ASYNCROUTE_STORE" in caplog.text
+        before = store.get("before")
+        assert before is not None and before.state is State.NOT_STARTED and before.error is None
+        store.close()
+    store.add(make_task("after"), b"", None, ())
+    assert {task.id for task in store.query((), NEWEST_FIRST, 9, None, None)} == {"before", "after"}
+
+
+@pytest.mark.parametrize("content", [b"this is no database, but it is long enough to be one" * 100, b"\x00" * 4096])
+def test_f21_a_corrupt_file_is_unavailable(
+    make_sqlite_store: NewStore, sqlite_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    sqlite_path.parent.mkdir()
+    sqlite_path.write_bytes(content)
+    store = make_sqlite_store()
+    for _ in range(2):
+        caplog.clear()
+        with pytest.raises(StoreUnavailable):
+            store.open()
+        assert "ASYNCROUTE_STORE" in caplog.text
+    assert sqlite_path.read_bytes() == content, "what is no store of ours is not touched"
+
+
+def test_f21_a_file_that_becomes_corrupt_is_unavailable(
+    store: TaskStore,
+    make_task: NewTask,
+    make_sqlite_store: NewStore,
+    sqlite_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for number in range(50):
+        store.add(make_task(f"t{number}", error="x" * 500), b"", None, ())
+    store.close()
+    size = sqlite_path.stat().st_size
+    with open(sqlite_path, "r+b") as file:
+        file.seek(4096)
+        file.write(b"\xaa" * (size - 4096))
+    other = make_sqlite_store()
+    calls: list[Callable[[], object]] = [
+        lambda: other.open(),
+        lambda: store.get("t1"),
+        lambda: store.query((), NEWEST_FIRST, 9, None, None),
+        lambda: store.add(make_task("new"), b"", None, ()),
+        lambda: store.news(0),
+        lambda: store.waiting(["work"], 2 * T0, 9),
+    ]
+    for call in calls:
+        caplog.clear()
+        with pytest.raises(StoreUnavailable):
+            call()
+        assert "ASYNCROUTE_STORE" in caplog.text
+
+
+def test_f21_trouble_with_the_watchers_connection_is_unavailable(
+    store: TaskStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It asks on a connection of its own, which can fail as any other; the next look has one that works."""
+
+    class Broken:
+        def execute(self, statement: str) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        def close(self) -> None:
+            pass
+
+    assert isinstance(store, SQLTaskStore)
+    store.close()
+    monkeypatch.setattr(store._database, "_observer", Broken())
+    with pytest.raises(StoreUnavailable):
+        store.news(0)
+    assert "disk I/O error" in caplog.text and "ASYNCROUTE_STORE" in caplog.text
+    assert store.news(-1).change == 0
+
+
+@pytest.mark.usefixtures("impatient")
+def test_f19_a_locked_file_is_unavailable_for_writes_alone(
+    make_sqlite_store: NewStore,
+    make_task: NewTask,
+    locked: Callable[[], sqlite3.Connection],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = make_sqlite_store()
+    store.open()
+    store.add(make_task("before"), b"", None, ())
+    holder = locked()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable) as refused:
+            store.add(make_task("after"), b"", None, ())
+        assert refused.value.retry_after is not None
+    assert "locked" in caplog.text and "ASYNCROUTE_STORE" in caplog.text
+    assert store.get("before") is not None
+    assert store.get("after") is None
+    assert len(store.query((), NEWEST_FIRST, 9, None, None)) == 1
+    store.tend()
+    holder.execute("ROLLBACK")
+    store.add(make_task("after"), b"", None, ())
+    assert store.get("after") is not None
+
+
+def test_f19_a_write_waits_for_another_process(
+    store: TaskStore, make_task: NewTask, locked: Callable[[], sqlite3.Connection]
+) -> None:
+    holder = locked()
+    added = threading.Event()
+
+    def add() -> None:
+        store.add(make_task(), b"", None, ())
+        added.set()
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    assert not added.wait(0.1)
+    holder.execute("COMMIT")
+    assert added.wait(5)
+    thread.join(5)
+
+
+def test_a_full_disk_is_unavailable_and_harms_nothing_else(
+    store: TaskStore, make_task: NewTask, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.add(make_task("before"), b"", None, ())
+    assert isinstance(store, SQLTaskStore) and store._database._writer is not None
+    (pages,) = store._database._writer.execute("PRAGMA page_count").fetchone()
+    store._database._writer.execute(f"PRAGMA max_page_count={pages + 10}")
+    change = store.news(-1).change
+    big = Body([b"x" * 200_000])
+    with pytest.raises(StoreUnavailable):
+        store.add(make_task("big", body_size=200_000), b"", big, [("groups", "g")])
+    assert "full" in caplog.text and "ASYNCROUTE_STORE" in caplog.text
+    assert store.get("big") is None
+    assert store.news(-1).change == change, "all or nothing"
+    store.add(make_task("small"), b"", None, ())
+    assert store.claim("small", "me", T0) is not None
+    store._database._writer.execute("PRAGMA max_page_count=1000000")
+    store.add(make_task("big", body_size=200_000), b"", big, [("groups", "g")])
+    body = store.body("big")
+    assert body.size == 200_000
+    body.close()
+
+
+def test_an_error_in_the_middle_of_a_write_takes_all_of_it_back(store: TaskStore, make_task: NewTask) -> None:
+    class Broken(Body):
+        def pieces(self) -> Iterator[bytes]:
+            yield b"first"
+            raise OSError("the temporary file is gone")
+
+    broken = Broken([b"data"])
+    with pytest.raises(OSError, match="temporary"):
+        store.add(make_task(body_size=4), b"", broken, [("groups", "g")])
+    broken.close()
+    assert store.get("task") is None
+    store.add(make_task(), b"", None, ())
+    assert store.news(-1).change == 1
+
+
+def test_connections_are_given_back(store: TaskStore, make_task: NewTask) -> None:
+    """Thirty readers at once leave no more than a few connections open behind them."""
+    assert isinstance(store, SQLTaskStore)
+    store.add(make_task(), b"", None, ())
+    inside = threading.Barrier(30)
+
+    def read() -> None:
+        assert isinstance(store, SQLTaskStore)
+        with store._database.read() as connection:
+            connection.execute("SELECT 1").fetchone()
+            inside.wait(10)
+
+    threads = [threading.Thread(target=read) for _ in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(store._database._readers) <= sqlite.READERS
+
+
+def test_the_log_is_moved_into_the_file_off_the_way(
+    store: TaskStore, make_task: NewTask, sqlite_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    before = sqlite_path.stat().st_size
+    for number in range(100):
+        store.add(make_task(f"t{number}", error="x" * 500), b"", None, ())
+    assert sqlite_path.stat().st_size == before, "it is in the log"
+    store.tend()
+    assert sqlite_path.stat().st_size > before
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("setting", ["OFF", "NORMAL", "FULL", "EXTRA"])
+def test_synchronous_is_as_asked_on_every_connection(sqlite_path: Path, setting: str) -> None:
+    database = SQLiteDatabase(sqlite_path, setting)
+    level = {"OFF": 0, "NORMAL": 1, "FULL": 2, "EXTRA": 3}[setting]
+    with database.write() as transaction:
+        assert transaction.cursor.execute("PRAGMA synchronous").fetchone() == (level,)
+    with database.read() as connection:
+        assert connection.execute("PRAGMA synchronous").fetchone() == (level,)
+    database.close()
+
+
+def test_an_old_sqlite_is_a_configuration_error(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 7, 0))
+    with pytest.raises(ConfigurationError, match="ASYNCROUTE_STORE"):
+        SQLiteDatabase(sqlite_path)
