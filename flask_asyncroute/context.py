@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -96,7 +96,9 @@ def capture(arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]) -
         body = _capture_body(current, environ, max_body)
     try:
         variables = current.view_args or {}
-        names = tuple(name for name in arguments if name in variables and arguments[name] is variables[name])
+        if current_app.url_value_preprocessors:
+            variables = _matched(current, variables)
+        names = tuple(name for name in arguments if name in variables and arguments[name] == variables[name])
         injected = {name: _json_argument(name, arguments[name]) for name in arguments if name not in names}
         return Snapshot(environ=environ, session=_capture_session(), url_names=names, injected=injected), body
     except BaseException:
@@ -109,13 +111,14 @@ def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body
     announced = current.content_length
     check_announced(announced, limit)
     try:
-        was_parsed = "form" in current.__dict__ and getattr(current, "_cached_data", None) is None
+        cached = getattr(current, "_cached_data", None)
+        # Once a form was parsed, get_data() caches nothing at all.
+        was_parsed = "form" in current.__dict__ and not cached
         if was_parsed and current.mimetype in _FORMS:
             content_type, body = form_body(current.mimetype, current.form, current.files)
             if current.mimetype == "multipart/form-data":
                 environ["CONTENT_TYPE"] = content_type
             return body
-        cached = getattr(current, "_cached_data", None)
         if cached is not None:
             return Body([cached])
         return read_body(current.stream, announced, limit)
@@ -128,6 +131,12 @@ def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body
     except Exception as error:
         # Servers raise errors of their own for a body that they cannot read: gunicorn's InvalidChunkSize is no OSError.
         raise InvalidRequest(f"The body cannot be read ({type(error).__name__}). Send it again.") from error
+
+
+def _matched(current: Request, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the URL variables as they will be matched again: a preprocessor may have changed them, or added some."""
+    adapter = current_app.create_url_adapter(current)
+    return variables if adapter is None else adapter.match()[1]
 
 
 def _capture_session() -> str | None:
@@ -171,7 +180,7 @@ def _drop_names(environ: dict[str, Any], names: frozenset[str]) -> None:
     if cookies is not None:
         kept = [(key, value) for key, value in parse_cookie(cookies).items(multi=True) if key.lower() not in names]
         if kept:
-            environ["HTTP_COOKIE"] = "; ".join(dump_cookie(key, value, path=None) for key, value in kept)
+            environ["HTTP_COOKIE"] = "; ".join(dump_cookie(key, value, path=None, max_size=0) for key, value in kept)
         else:
             del environ["HTTP_COOKIE"]
 
@@ -215,6 +224,10 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
         matched = context.request.view_args or {}
         variables = {name: matched[name] for name in snapshot.url_names}
         context.request.view_args = variables
+        # The body was accepted and is bounded by ASYNCROUTE_MAX_BODY: a limit that a hook had raised must not fall again.
+        for limit in ("max_content_length", "max_form_memory_size", "max_form_parts"):
+            with suppress(AttributeError):  # Flask 3.0 has them from the configuration alone
+                setattr(context.request, limit, None)
         yield {**variables, **snapshot.injected}
 
 

@@ -112,9 +112,10 @@ class Notifier:
 
     def close(self) -> None:
         """End the watcher thread."""
-        self._is_closed = True
+        with self._lock:  # not between the making of a thread and its start
+            self._is_closed = True
+            thread = self._thread
         self._wake.set()
-        thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(5)
 

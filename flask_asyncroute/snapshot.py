@@ -11,7 +11,7 @@ import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import msgspec
 from werkzeug.datastructures import FileStorage, MultiDict
@@ -128,10 +128,10 @@ def form_body(mimetype: str, form: MultiDict[str, str], files: MultiDict[str, Fi
     # Random: a value that held a known one could end its part and add others.
     boundary = secrets.token_hex(20)
     for name, value in form.items(multi=True):
-        body.write(_part(boundary, {"Content-Disposition": f'form-data; name="{_quoted(name)}"'}))
+        body.write(_part(boundary, {"Content-Disposition": "form-data" + _parameter("name", name)}))
         body.write(value.encode("utf-8", "surrogatepass") + b"\r\n")
     for name, file in files.items(multi=True):
-        disposition = f'form-data; name="{_quoted(name)}"; filename="{_quoted(file.filename or "")}"'
+        disposition = "form-data" + _parameter("name", name) + _parameter("filename", file.filename or "")
         headers = {key: value for key, value in file.headers if key.lower() != "content-disposition"}
         body.write(_part(boundary, {"Content-Disposition": disposition, **headers}))
         file.stream.seek(0)
@@ -148,9 +148,14 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
     return f"--{boundary}\r\n{lines}\r\n".encode("utf-8", "surrogatepass")
 
 
-def _quoted(text: str) -> str:
-    """Escape as browsers do in multipart names (WHATWG HTML, "multipart/form-data encoding algorithm")."""
-    return text.replace("\\", "\\\\").replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+def _parameter(key: str, text: str | None) -> str:
+    """Return a parameter of a Content-Disposition; what a quoted text cannot hold unchanged goes by RFC 2231."""
+    if text is None:
+        return ""
+    if '"' in text or "%" in text or not text.isprintable():
+        return f"; {key}*=UTF-8''{quote(text, safe='', errors='surrogatepass')}"
+    escaped = text.replace("\\", "\\\\")
+    return f'; {key}="{escaped}"'
 
 
 def empty() -> IO[bytes]:

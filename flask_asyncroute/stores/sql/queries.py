@@ -35,7 +35,7 @@ _COMPARE = {
 }
 _TERMINAL = sorted(state.value for state in TERMINAL)
 _size: ColumnElement[int] = literal_column("coalesce(length(asyncroute_tasks.result_json), 0)")
-_small_result = case((_size > LARGE_RESULT, None), else_=tasks.c.result_json).label("result_json")
+_small_result = case((_size > bindparam("large", LARGE_RESULT), None), else_=tasks.c.result_json).label("result_json")
 _LISTED: list[Any] = [_small_result if column.name == "result_json" else column for column in RECORD]
 LISTED = Statement(select(*_LISTED).where(tasks.c.namespace == bindparam("ns"), tasks.c.id == bindparam("task_id")))
 """One task as lists show it."""

@@ -1,0 +1,29 @@
+"""Signing in and out with the forms of the start page."""
+
+from __future__ import annotations
+
+from flask import Blueprint, flash, redirect, request, url_for
+from werkzeug import Response
+
+from . import visitor
+from .people import authenticate
+
+blueprint = Blueprint("sign_in", __name__)
+
+
+@blueprint.post("/sign-in")
+def sign_in() -> Response:
+    """Begin a session for who gives a name and its password; back to the start page in any case."""
+    person = authenticate(request.form.get("name", ""), request.form.get("password", ""))
+    if person is None:
+        flash("This name and password do not go together.")
+    else:
+        visitor.sign_in(person)
+    return redirect(url_for("start_page.show"), 303)
+
+
+@blueprint.post("/sign-out")
+def sign_out() -> Response:
+    """End the session."""
+    visitor.sign_out()
+    return redirect(url_for("start_page.show"), 303)

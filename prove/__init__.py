@@ -1,0 +1,1 @@
+"""What the project promises under kills, races and soaks, proved at full size: ``python -m prove``."""

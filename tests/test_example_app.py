@@ -1,0 +1,418 @@
+"""The example application: each of its parts, and its answers; its commands are run in live/test_commands.py."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import io
+import os
+import re
+import statistics
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from example_app import create_app, csv_summary, people, primes, sleepers, table, trials
+from example_app.column import Column
+from example_app.extension import async_routes
+from example_app.secret import secret_key
+from flask_asyncroute import TaskAborted, testing
+from flask_asyncroute.runtime import runtime_of
+
+PLANETS = Path(__file__).parent.parent / "example_app" / "static" / "planets.csv"
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[Flask]:
+    app = create_app({"TESTING": True}, str(tmp_path / "instance"))
+    yield app
+    runtime_of(app).close()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def finished(app: Flask, client: FlaskClient) -> Callable[..., dict[str, Any]]:
+    """Give ``finished(response)``: the task that a start answered with, once it has ended."""
+
+    def wait(response: Any) -> dict[str, Any]:
+        assert response.status_code == 202, response.text
+        with app.app_context():
+            return async_routes.wait(response.json["Id"], 10).to_dict()
+
+    return wait
+
+
+def json_of(response: Any) -> Any:
+    """Return what an answer holds; mypy takes ``response.json`` for what may be None."""
+    return response.json
+
+
+# Sleepers
+
+
+@pytest.mark.parametrize("view", [sleepers.async_param, sleepers.auth_async_param])
+def test_views_answer_with_their_arguments(view: Callable[..., Any]) -> None:
+    with testing.fake_task():
+        assert inspect.unwrap(view)(sleep_time=0, message="Hi") == {"InnerValue": "Hi"}
+
+
+def test_async_using_is_stopped(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+    start = client.put("/asyncUsing")
+    stopped = client.delete(start.headers["Location"])
+    assert (stopped.status_code, json_of(stopped)["State"]) == (200, "Aborted")
+    assert finished(start)["Error"] == "Aborted by the user"
+
+
+def test_async_state_answers_with_the_shared_state(
+    app: Flask, client: FlaskClient, finished: Callable[..., dict[str, Any]]
+) -> None:
+    with app.app_context():
+        async_routes.state[sleepers.STATE_KEY] = {"sleep_time": 0, "message": "before"}
+    assert finished(client.put("/asyncState"))["Result"] == {"InnerValue": "before"}
+    changed = client.put("/state", data={"message": "after"})
+    assert changed.json == {"sleep_time": 0, "message": "after"}
+    assert finished(client.put("/asyncState"))["Result"] == {"InnerValue": "after"}
+
+
+def test_state_starts_from_its_default(client: FlaskClient) -> None:
+    assert client.put("/state", data={"message": "new"}).json == {**sleepers.DEFAULT_STATE, "message": "new"}
+
+
+@pytest.mark.parametrize("message", ["", "x" * 201])
+def test_state_refuses_a_bad_message(client: FlaskClient, message: str) -> None:
+    assert client.put("/state", data={"message": message}).status_code == 400
+
+
+# Primes
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 4, 100, 1_000_000, 1_000_001, 2_000_000])
+def test_primes(limit: int) -> None:
+    with testing.fake_task() as task:
+        found = inspect.unwrap(primes.count_primes)(limit)
+        assert task.progress == 100
+    known = {0: (0, None), 1: (0, None), 2: (1, 2), 3: (2, 3), 4: (2, 3), 100: (25, 97)}
+    known |= {1_000_000: (78498, 999983), 1_000_001: (78498, 999983), 2_000_000: (148933, 1999993)}
+    assert (found["count"], found["largest"]) == known[limit]
+
+
+def test_primes_over_http(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+    task = finished(client.post("/primes/1000"))
+    assert task["Result"] == {"limit": 1000, "count": 168, "largest": 997}
+    assert task["Progress"] == 100
+    assert finished(client.post("/primes/1000000001"))["Error"].startswith("400 Bad Request: The limit")
+
+
+def test_primes_can_be_stopped() -> None:
+    with testing.fake_task() as task:
+        task._execution.ask_to_stop()
+        with pytest.raises(TaskAborted):
+            inspect.unwrap(primes.count_primes)(10_000_000)
+
+
+# CSV summary
+
+
+def summary_of(data: bytes) -> dict[str, Any]:
+    with testing.fake_task():
+        return csv_summary.summarise(io.BytesIO(data))
+
+
+def test_csv_summary_of_a_real_table(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+    with PLANETS.open("rb") as file:
+        task = finished(client.post("/csv-summary", data={"file": (file, "planets.csv")}))
+    assert (task["State"], task["Progress"], task["ProgressMessage"]) == ("Completed", 100, "8 rows")
+    columns = {column["name"]: column for column in task["Result"]["columns"]}
+    with PLANETS.open(newline="", encoding="utf-8") as file:
+        radii = [float(row["radius_km"]) for row in csv.DictReader(file)]
+    radius = columns["radius_km"]
+    assert (radius["type"], radius["count"], radius["missing"]) == ("number", 8, 0)
+    assert (radius["min"], radius["max"]) == (min(radii), max(radii))
+    assert radius["mean"] == pytest.approx(statistics.mean(radii))
+    assert radius["stdev"] == pytest.approx(statistics.stdev(radii))
+    assert columns["kind"]["top"][0] == {"value": "rocky", "count": 4}
+    assert columns["kind"]["distinct"] == 3
+    assert (columns["discovered"]["type"], columns["discovered"]["missing"]) == ("date", 6)
+    assert columns["rings"]["type"] == "boolean"
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["1", "-2", "+3", "0"], "integer"),
+        (["1", "2.5", ".5", "1e3", "7."], "number"),
+        (["yes", "No", "TRUE"], "boolean"),
+        (["2024-02-29", "1999-12-31"], "date"),
+        (["2024-13-01"], "text"),
+        (["1", "x"], "text"),
+        (["01067"], "text"),
+        (["1234567890123456"], "text"),
+        (["1_000"], "text"),
+        (["١٢"], "text"),
+        (["1e999"], "text"),
+        (["inf"], "text"),
+        (["", "NA", "null", "NaN"], "empty"),
+    ],
+)
+def test_kind_of_a_column(values: list[str], kind: str) -> None:
+    column = Column("x", 10)
+    for value in values:
+        column.add(value)
+    assert column.summary()["type"] == kind
+
+
+def test_a_column_counts_so_many_values_and_no_more() -> None:
+    column = Column("x", 2)
+    for value in ["a", "b", "c", "a", "d"]:
+        column.add(value)
+    summary = column.summary()
+    assert (summary["distinct"], summary["distinct_is_exact"]) == (2, False)
+    assert summary["top"] == [{"value": "a", "count": 2}, {"value": "b", "count": 1}]
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding"),
+    [
+        ("Ort;Straße\nKöln;Aachener Straße\n".encode(), "utf-8"),
+        ("Ort;Straße\nKöln;Aachener Straße\n".encode("utf-8-sig"), "utf-8-sig"),
+        ("Ort;Straße\nKöln;Aachener Straße\n".encode("utf-16"), "utf-16"),
+        ("Ort;Straße\nKöln;Aachener Straße\n".encode("cp1252"), "cp1252"),
+        (b"Ort;Stra\xc3\x9fe\n" + b"x;y\n" * 100_000 + b"K\xf6ln;z\n", "cp1252"),
+    ],
+)
+def test_encodings(data: bytes, encoding: str) -> None:
+    summary = summary_of(data)
+    assert (summary["encoding"], summary["delimiter"]) == (encoding, ";")
+    if len(data) < 1000:
+        assert summary["columns"][0]["top"] == [{"value": "Köln", "count": 1}]
+        assert summary["columns"][1]["name"] == "Straße"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_delimiters_and_line_ends(delimiter: str, end: str) -> None:
+    lines = [["name", "note"], ["a", '"one, two; three | four"'], ["b", '"a ""b"" c"'], ["c", ""]]
+    text = end.join(delimiter.join(fields) for fields in lines) + end
+    summary = summary_of(text.encode())
+    assert (summary["rows"], summary["delimiter"]) == (3, delimiter)
+    assert {top["value"] for top in summary["columns"][1]["top"]} == {"one, two; three | four", 'a "b" c'}
+
+
+def test_shapes_that_are_let_pass() -> None:
+    summary = summary_of(b"\na,a,,b\n1,2,3,4,,\n\n5\n")
+    assert [column["name"] for column in summary["columns"]] == ["a", "a (2)", "column 3", "b"]
+    assert [(column["count"], column["missing"]) for column in summary["columns"]] == [(2, 0), (1, 1), (1, 1), (1, 1)]
+    assert summary_of(b"one column\n1\n2\n")["columns"][0]["mean"] == 1.5
+    assert summary_of(b"a,b\n")["rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "The file is empty"),
+        (b"\n \n", "no first row"),
+        (b"PK\x03\x04\x00\x00", "NUL bytes"),
+        ("a,b\n1,\x002\n".encode("utf-16"), "Line 2 holds a NUL"),
+        (b"<!doctype html><p>Hi, there\n", "looks like HTML"),
+        (b'{"a": 1, "b": 2}', "JSON"),
+        (b"a,b\n1,2\n1,2,3\n", "Line 3 has 3 fields"),
+        (b'a,b\n1,"2\n', "Line 2 is not CSV"),
+        (b'a,b\n"1"x,2\n', "Line 2 is not CSV"),
+        (b"a,b\n1," + b"x" * 200_000, "field larger than field limit"),
+        (b"a\n" + b"x " * 1_000_000, "Line 2 has over 1048576 characters"),
+        (b",".join(b"%d" % number for number in range(201)), "at most 200 columns"),
+        (b"a,b\n\x81,2\n", "Save the file as UTF-8"),
+        (b"\xff\xfea", "Save the file as UTF-8"),
+    ],
+)
+def test_what_is_no_csv(data: bytes, message: str) -> None:
+    with pytest.raises(table.NotATable, match=re.escape(message)):
+        summary_of(data)
+
+
+def test_errors_of_an_upload(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+    start = client.post("/csv-summary", data={"file": (io.BytesIO(b"a,b\n1,2,3\n"), "x.csv")})
+    assert finished(start)["Error"].startswith("422 Unprocessable ")
+    assert "Line 2 has 3 fields" in json_of(client.get(start.headers["Location"]))["Error"]
+    assert client.get(start.headers["Location"] + "/result").status_code == 422
+    assert finished(client.post("/csv-summary"))["Error"].startswith("400 Bad Request: Send a CSV file")
+
+
+@pytest.mark.parametrize("text", ['\n"', ',"', "\n'a\"", ",'b"])
+def test_a_hostile_file_does_not_hold_the_delimiter_up(text: str) -> None:
+    began = os.times().user
+    table.find_delimiter((text * table.SAMPLE)[: table.SAMPLE])
+    assert os.times().user - began < 2
+
+
+def test_a_large_file_is_never_whole_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.csv"
+    with path.open("w") as file:
+        file.write("number,text\n")
+        for number in range(8_000):
+            file.write(f"{number},{'x' * 1000}\n")
+    tracemalloc.start()
+    try:
+        with path.open("rb") as file, testing.fake_task():
+            assert csv_summary.summarise(file)["rows"] == 8_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 8_000_000
+    assert peak < 4_000_000
+
+
+def test_a_summary_can_be_stopped_and_tells_its_progress() -> None:
+    data = b"a\n" + b"1\n" * 5_000
+    with testing.fake_task() as task:
+        task._execution.ask_to_stop()
+        with pytest.raises(TaskAborted):
+            csv_summary.summarise(io.BytesIO(data))
+
+
+# People and permission
+
+
+def test_signing_in_and_out(client: FlaskClient) -> None:
+    assert "Not signed in" in client.get("/").text
+    answer = client.post("/sign-in", data={"name": "alice", "password": "alice"}, follow_redirects=True)
+    assert "Signed in as <strong>alice</strong>" in answer.text
+    cookie = client.get_cookie("session")
+    assert cookie is not None and cookie.http_only and cookie.same_site == "Lax"
+    start = client.put("/auth/asyncUsing")
+    assert json_of(client.delete(start.headers["Location"]))["User"] == "alice"
+    assert "Not signed in" in client.post("/sign-out", follow_redirects=True).text
+    assert client.put("/auth/asyncUsing").status_code == 401
+
+
+@pytest.mark.parametrize(("name", "password"), [("alice", "bob"), ("nobody", "alice"), ("", ""), ("alice", "")])
+def test_a_wrong_password(client: FlaskClient, name: str, password: str) -> None:
+    answer = client.post("/sign-in", data={"name": name, "password": password}, follow_redirects=True)
+    assert "do not go together" in answer.text and "Not signed in" in answer.text
+    basic = client.get("/tasks", auth=(name, password))
+    assert basic.status_code == 401
+    assert basic.headers["WWW-Authenticate"].lower().startswith("basic ")
+
+
+def test_a_person_who_is_gone_is_signed_out(client: FlaskClient) -> None:
+    with client.session_transaction() as session:
+        session["person"] = "dave"
+    assert "Not signed in" in client.get("/").text
+
+
+def test_each_demo_password_is_the_name() -> None:
+    assert [people.authenticate(name, name) for name in people.PEOPLE] == list(people.PEOPLE.values())
+
+
+def statuses(client: FlaskClient, method: str, path: str) -> dict[str, int]:
+    """Return what each of the three is answered."""
+    return {name: client.open(path, method=method, auth=(name, name)).status_code for name in ("bob", "carol", "alice")}
+
+
+def test_permissions(client: FlaskClient) -> None:
+    place = client.put("/auth/asyncUsing", auth=("alice", "alice")).headers["Location"]
+    assert statuses(client, "GET", place) == {"bob": 200, "carol": 404, "alice": 200}
+    assert statuses(client, "DELETE", place) == {"bob": 403, "carol": 404, "alice": 200}
+    place = client.put("/auth/asyncState", auth=("alice", "alice")).headers["Location"]
+    assert client.delete(place, auth=("bob", "bob")).status_code == 200
+    place = client.put("/auth/asyncParam?reader=carol&reader=&reader=dave", auth=("alice", "alice")).headers["Location"]
+    assert statuses(client, "GET", place) == {"bob": 404, "carol": 200, "alice": 200}
+    assert client.delete(place, auth=("alice", "alice")).status_code == 200
+
+
+def test_the_page_lists_what_the_visitor_may_see(client: FlaskClient) -> None:
+    places = {
+        "anonymous": client.put("/asyncUsing"),
+        "alice's": client.put("/auth/asyncUsing", auth=("alice", "alice")),
+        "carol's": client.put("/auth/asyncUsing", auth=("carol", "carol")),
+    }
+
+    def listed(auth: tuple[str, str] | None = None) -> set[str]:
+        page = client.get("/", auth=auth).text
+        by_query = {task["Id"] for task in json_of(client.get("/tasks", auth=auth))}
+        shown = {name for name, start in places.items() if f'href="{start.headers["Location"]}"' in page}
+        assert shown == {name for name, start in places.items() if json_of(start)["Id"] in by_query}
+        return shown
+
+    assert listed() == {"anonymous"}
+    assert listed(("bob", "bob")) == {"anonymous", "alice's"} | {"carol's"}
+    assert listed(("carol", "carol")) == {"anonymous", "carol's"}
+    for person, name in (("alice", "alice's"), ("carol", "carol's")):
+        client.delete(places[name].headers["Location"], auth=(person, person))
+    client.delete(places["anonymous"].headers["Location"])
+
+
+# The page and what protects it
+
+
+def test_the_page_is_safe(client: FlaskClient) -> None:
+    answer = client.get("/")
+    assert answer.headers["Cache-Control"] == "no-store"
+    policy = answer.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert not re.search(r"<script|<style|\sstyle=|\son\w+=|javascript:", answer.text)
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert "script" not in client.get("/tasks").headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize("host", ["demo.example:8080", "localhost"])
+def test_commands_name_the_host_that_was_asked(client: FlaskClient, host: str) -> None:
+    assert f"curl -i -X PUT http://{host}/asyncParam" in client.get("/", headers={"Host": host}).text
+
+
+def test_commands_are_quoted() -> None:
+    for group in trials.trials("http://x/$(reboot)"):
+        for trial in group.trials:
+            for command in trial.commands:
+                assert re.search(r"'http://x/\$\(reboot\)[^']*'", command), command
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 202),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"}, 202),
+        ({"Sec-Fetch-Site": "none"}, 202),
+        ({"Origin": "http://localhost"}, 202),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Origin": "http://other.localhost"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[x"}, 403),
+    ],
+)
+def test_other_sites_start_nothing(client: FlaskClient, headers: dict[str, str], status: int) -> None:
+    assert client.post("/primes/10", headers=headers).status_code == status
+    assert client.post("/sign-in", headers=headers).status_code == (303 if status == 202 else 403)
+    assert client.get("/", headers=headers).status_code == 200
+
+
+def test_the_secret_key_is_made_once(tmp_path: Path) -> None:
+    folder = tmp_path / "instance"
+    keys: list[str] = []
+    threads = [threading.Thread(target=lambda: keys.append(secret_key(folder))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(keys) == 16 and len(set(keys)) == 1 and len(keys[0]) == 64
+    assert [path.name for path in folder.iterdir()] == ["secret_key"]
+    assert (folder / "secret_key").stat().st_mode & 0o077 == 0
+
+
+def test_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASK_ASYNCROUTE_RETENTION", "60")
+    monkeypatch.setenv("FLASK_SECRET_KEY", "from the environment")
+    app = create_app({"ASYNCROUTE_STORE": "memory://"}, str(tmp_path))
+    assert (app.config["ASYNCROUTE_RETENTION"], app.config["SECRET_KEY"]) == (60, "from the environment")
+    assert list(tmp_path.iterdir()) == []
