@@ -95,7 +95,7 @@ def capture(arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]) -
     if current.content_length or "HTTP_TRANSFER_ENCODING" in current.environ:
         body = _capture_body(current, environ, max_body)
     try:
-        variables = current.view_args or {}
+        variables: Mapping[str, Any] = current.view_args or {}
         if current_app.url_value_preprocessors:
             variables = _matched(current, variables)
         names = tuple(name for name in arguments if name in variables and arguments[name] == variables[name])
