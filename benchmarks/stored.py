@@ -1,0 +1,96 @@
+"""A store with very many tasks in it, written straight into its tables: through the package it would take an hour."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import bindparam
+from sqlalchemy.dialects import sqlite
+
+from flask_asyncroute.stores.sql.queries import reader_key
+from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
+from flask_asyncroute.stores.sql.store import SQLTaskStore
+from flask_asyncroute.stores.sql.tables import grants, tasks
+
+FIRST_US = 1_700_000_000_000_000
+STEP_US = 1_000_000
+"""A task is made every second."""
+YEAR_US = 365 * 86_400_000_000
+USERS = 200
+GROUPS = 20
+SOME_USER = "user7"
+SOME_GROUP = "group7"
+PERMISSION = b'{"Read":{"Users":[],"Groups":["%s"],"Roles":[],"Scopes":[]},"Write":{"Users":[],"Groups":[],"Roles":[],"Scopes":[]}}'
+
+
+def fill(path: Path, namespace: str, count: int) -> None:
+    """Make a store on a new file and write ``count`` tasks.
+
+    One in ten is nobody's, the others belong to one of 200 users. One in five of those may be read by a group, of which
+    there are 20. Nearly all have ended; the few others are of endpoints that no route has, so that nobody runs them.
+    """
+    store = SQLTaskStore(SQLiteDatabase(path), namespace, True)
+    store.open()
+    store.close()
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute("PRAGMA synchronous=OFF")
+        connection.execute("PRAGMA cache_size=-200000")
+        (key,) = connection.execute("SELECT key FROM asyncroute_namespaces WHERE name = ?", (namespace,)).fetchone()
+        chance = random.Random(1)
+        rows = list(_rows(key, count, chance))
+        connection.execute("BEGIN")
+        connection.executemany(_insert(tasks), (row for row, _ in rows))
+        connection.executemany(_insert(grants), (grant for _, grant in rows if grant is not None))
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        connection.close()
+
+
+def moment_us(count: int, share: float) -> int:
+    """Return the time before which ``share`` of ``count`` tasks were made."""
+    return FIRST_US + int(count * share) * STEP_US
+
+
+def _insert(table: Any) -> str:
+    """Return the INSERT with named parameters, as sqlite3 takes them."""
+    statement = table.insert().values({column.name: bindparam(column.name) for column in table.columns})
+    return str(statement.compile(dialect=sqlite.dialect(paramstyle="named")))
+
+
+def _rows(key: int, count: int, chance: random.Random) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Yield each task's row, and the row of its grant where it has one."""
+    for number in range(count):
+        user = "" if chance.random() < 0.1 else f"user{chance.randrange(USERS)}"
+        group = f"group{chance.randrange(GROUPS)}" if user and chance.random() < 0.2 else None
+        created = FIRST_US + number * STEP_US
+        draw = chance.random()
+        state = "Completed" if draw < 0.9 else "Failed" if draw < 0.97 else "Aborted"
+        if number % 10_000 == 0:
+            state = chance.choice(("NotStarted", "Running"))
+        is_over = state not in ("NotStarted", "Running")
+        permission = None if group is None else PERMISSION % group.encode()
+        task = {
+            "namespace": key, "id": f"{chance.getrandbits(128):032x}", "async_route_id": "[Put]/archive",
+            "endpoint": "archive", "state": state, "cancellable": 1, "user": user, "url": "http://127.0.0.1:8000/archive",
+            "method": "PUT", "created_us": created, "started_us": None if state == "NotStarted" else created + 1000,
+            "completed_us": created + 900_000 if is_over else None, "expires_us": None, "progress": None,
+            "progress_message": None, "result_json": b'{"InnerValue":"Hello"}' if state == "Completed" else None,
+            "error": "ValueError: no" if state == "Failed" else None, "error_status": None, "stopping": 0,
+            "permission_json": permission, "timeout_us": None, "retention_us": 100 * YEAR_US, "on_loss": "abort",
+            "body_size": 0, "owner": None if state == "NotStarted" else "1-somewhere", "epoch": int(state != "NotStarted"),
+            "revision": 3 if is_over else 2, "change": number + 1,
+            "outlived_us": created + 100 * YEAR_US if is_over else None, "request": None,
+        }  # fmt: skip
+        grant = None
+        if group is not None:
+            grant = {
+                "namespace": key, "task_id": task["id"], "reader": reader_key("groups", group), "user": user,
+                "state": state, "created_us": created,
+            }  # fmt: skip
+        yield task, grant
