@@ -8,29 +8,51 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from . import hotpath
+from . import hotpath, queries
 
 
 def main() -> None:
     """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=2000, help="calls of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--stored",
+        type=int,
+        default=100_000,
+        metavar="TASKS",
+        help="stored when lists are measured (default: %(default)s)",
+    )
     given = parser.parse_args()
     print(
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {platform.machine()}; {given.rounds} rounds"
     )
+    print_hot_path(given.rounds)
+    print_queries(given.stored)
+
+
+def print_hot_path(rounds: int) -> None:
+    """Print what starts, gets, stops and short lists cost beside a plain view, and how many lives there are per second."""
     with tempfile.TemporaryDirectory(prefix="asyncroute-bench-") as folder:
         bench = hotpath.Bench(Path(folder))
         try:
-            print_table("in process, the queue drained between two calls", hotpath.compare(bench, given.rounds))
-            print_table(
-                "the same under load: tasks run beside the call", hotpath.compare_under_load(bench, given.rounds)
-            )
+            print_table("in process, the queue drained between two calls", hotpath.compare(bench, rounds))
+            print_table("the same under load: tasks run beside the call", hotpath.compare_under_load(bench, rounds))
             print("\nwhole lives (start, run, finish) per second")
             for store in bench.apps:
-                print(f"  {store:8} {hotpath.lives_per_second(bench, store, given.rounds):8.0f}")
+                print(f"  {store:8} {hotpath.lives_per_second(bench, store, rounds):8.0f}")
         finally:
             bench.close()
+
+
+def print_queries(count: int) -> None:
+    """Print what the newest 100 cost in a store with ``count`` tasks."""
+    print(f"\nthe newest {queries.LIMIT} of {count:,} tasks on SQLite, median (p95) in ms")
+    print(f"  {'who: what':38} {'found':>5} {'store':>14} {'target':>7} {'HTTP':>14} {'target':>7}")
+    with queries.filled(count) as made:
+        for one in queries.measure(made):
+            store, http = (f"{t.median_us / 1000:.2f} ({t.p95_us / 1000:.2f})" for t in (one.store, one.http))
+            targets = f"≤ {one.target_ms:g}", f"≤ {queries.HTTP_MS:g}"
+            print(f"  {one.name:38} {one.found:5} {store:>14} {targets[0]:>7} {http:>14} {targets[1]:>7}")
 
 
 def print_table(title: str, cases: list[hotpath.Case]) -> None:

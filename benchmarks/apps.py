@@ -34,8 +34,8 @@ def make_async_app(folder: Path, store: str | None = None, **config: Any) -> Fla
 
     @app.put("/long")
     @async_routes.task
-    def long() -> None:
-        current_task.sleep(60)
+    def long() -> dict[str, bool]:
+        return {"Slept": current_task.sleep(60)}
 
     return app
 

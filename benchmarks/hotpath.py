@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,8 @@ class Bench:
         for store, app in self.apps.items():
             found += [
                 Case("start", store, lambda: environ_of("PUT", "/quick", BODY), app, 202, plain_start,
-                     settle=lambda app=app: self.drain(app)),
-                Case("get", store, lambda path=f"/task/{self.ids[store]}": environ_of("GET", path), app, 200, plain_get),
+                     settle=partial(self.drain, app)),
+                Case("get", store, partial(environ_of, "GET", f"/task/{self.ids[store]}"), app, 200, plain_get),
                 self._stop(store, app, plain_get),
                 Case("list of 50", store, lambda: environ_of("GET", "/tasks?limit=50"), app, 200, plain_get),
             ]  # fmt: skip
@@ -139,7 +140,7 @@ class Bench:
 
         return Case(
             "stop", store, lambda: environ_of("DELETE", f"/task/{started[0]}"), app, 200, plain,
-            settle=lambda: self.drain(app, "long"), prepare=prepare,
+            settle=partial(self.drain, app, "long"), prepare=prepare,
         )  # fmt: skip
 
 

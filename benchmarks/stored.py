@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ FIRST_US = 1_700_000_000_000_000
 STEP_US = 1_000_000
 """A task is made every second."""
 YEAR_US = 365 * 86_400_000_000
+CHUNK = 20_000
 USERS = 200
 GROUPS = 20
 SOME_USER = "user7"
@@ -42,10 +44,11 @@ def fill(path: Path, namespace: str, count: int) -> None:
         connection.execute("PRAGMA cache_size=-200000")
         (key,) = connection.execute("SELECT key FROM asyncroute_namespaces WHERE name = ?", (namespace,)).fetchone()
         chance = random.Random(1)
-        rows = list(_rows(key, count, chance))
         connection.execute("BEGIN")
-        connection.executemany(_insert(tasks), (row for row, _ in rows))
-        connection.executemany(_insert(grants), (grant for _, grant in rows if grant is not None))
+        made = _rows(key, count, chance)
+        while rows := list(islice(made, CHUNK)):
+            connection.executemany(_insert(tasks), (row for row, _ in rows))
+            connection.executemany(_insert(grants), (grant for _, grant in rows if grant is not None))
         connection.execute("COMMIT")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     finally:

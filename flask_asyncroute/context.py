@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -24,7 +24,7 @@ from .current import CurrentTask
 from .errors import BodyTooLarge, CannotStart, InvalidRequest, NoCurrentTask, SessionIsReadOnly
 from .execution import Execution
 from .permissions import Caller
-from .snapshot import Body, Snapshot, check_announced, empty, form_body, read_body
+from .snapshot import Body, Snapshot, check_announced, check_complete, empty, form_body, read_body
 from .typing import IdentityLoader
 
 if TYPE_CHECKING:
@@ -118,8 +118,11 @@ def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body
             content_type, body = form_body(current.mimetype, current.form, current.files)
             if current.mimetype == "multipart/form-data":
                 environ["CONTENT_TYPE"] = content_type
+            check_announced(body.size, limit)
             return body
         if cached is not None:
+            check_announced(len(cached), limit)
+            check_complete(len(cached), announced)
             return Body([cached])
         return read_body(current.stream, announced, limit)
     except RequestEntityTooLarge:
@@ -224,10 +227,6 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
         matched = context.request.view_args or {}
         variables = {name: matched[name] for name in snapshot.url_names}
         context.request.view_args = variables
-        # The body was accepted and is bounded by ASYNCROUTE_MAX_BODY: a limit that a hook had raised must not fall again.
-        for limit in ("max_content_length", "max_form_memory_size", "max_form_parts"):
-            with suppress(AttributeError):  # Flask 3.0 has them from the configuration alone
-                setattr(context.request, limit, None)
         yield {**variables, **snapshot.injected}
 
 
@@ -261,7 +260,7 @@ def _field(identity: Any, name: str) -> Any:
 
 def _user_id(value: Any) -> str:
     user = "" if value is None else str(value)
-    if not 0 < len(user) <= 255:
+    if not 0 < len(user) <= 255 or not user.isascii() and user.encode("utf-8", "replace").decode() != user:
         raise CannotStart(
             "The identity loader returned an identity whose id is missing or not 1 to 255 characters long; "
             "see ASYNCROUTE_USER_ID_FIELD."
@@ -275,4 +274,11 @@ def _names(identity: Any, kind: str) -> frozenset[str]:
         return frozenset()
     if isinstance(held, str):
         raise CannotStart(f"The identity's {kind} must be a list of names, not a text.")
-    return frozenset(map(str, held))
+    try:
+        names = frozenset(map(str, held))
+        "".join(names).encode()
+    except (TypeError, UnicodeEncodeError):
+        raise CannotStart(
+            f"The identity's {kind} must be a list of names in valid Unicode, not {held!r:.80}."
+        ) from None
+    return names

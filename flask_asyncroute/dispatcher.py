@@ -105,11 +105,10 @@ class Dispatcher:
             raise
         try:
             executor.submit(task.id)
-        except RuntimeError as error:
+        except Exception as error:
+            logger.exception("The executor of endpoint %s did not take a task.", route.endpoint)
             self._lifecycle.withdraw(task)
-            raise QueueFull(
-                "This server takes no more tasks: its executor was shut down. Try again.", retry_after=5
-            ) from error
+            raise QueueFull("This server's executor does not take the task. Try again.", retry_after=5) from error
         return task
 
     def stop(self, task: AsyncRouteTask) -> AsyncRouteTask:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
-from flask import Blueprint, Flask, request_started
+from flask import Blueprint, Flask, request, request_started
 
 from . import checks, options
 from .dispatcher import unknown
@@ -239,3 +239,14 @@ def _on_request(app: Flask, **extra: Any) -> None:
     """
     runtime_of(app).become_runner()
     request_started.disconnect(_on_request, sender=app)
+    request_started.connect(_guard_body, sender=app, weak=False)
+    _guard_body(app)
+
+
+def _guard_body(app: Flask, **extra: Any) -> None:
+    """Have Werkzeug notice a form that is cut short, where a hook parses it before its task is made.
+
+    Servers that end the input by themselves say so, and Werkzeug then takes any end for the end of the body.
+    """
+    if request.endpoint in runtime_of(app).routes and "CONTENT_LENGTH" in request.environ:
+        request.environ.pop("wsgi.input_terminated", None)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from werkzeug.sansio.response import Response
+
 from .errors import ConfigurationError
 from .options import RouteOptions, resolve
 from .typing import View
@@ -73,8 +75,8 @@ def check_view(view: View, given: Mapping[str, Any]) -> None:
     annotation = (
         inspect.unwrap(view).__annotations__.get("return") if hasattr(inspect.unwrap(view), "__annotations__") else None
     )
-    is_response = isinstance(annotation, type) and annotation.__name__.endswith("Response")
-    if is_response or (isinstance(annotation, str) and annotation.rpartition(".")[2].strip("\"'").endswith("Response")):
+    is_response = isinstance(annotation, type) and issubclass(annotation, Response)
+    if is_response or (isinstance(annotation, str) and annotation.strip("\"'").rpartition(".")[2] == "Response"):
         raise ConfigurationError(
             f"{label} is annotated to return a Response. An async route returns data; the response is written for it."
         )
@@ -124,7 +126,10 @@ def _refuse_unserved(label: str, options: RouteOptions) -> None:
 
 def _refuse_misplaced(app: Flask, declared: Iterable[Declaration]) -> None:
     plain = {id(function): endpoint for endpoint, function in app.view_functions.items()}
+    placed = {id(declaration_of(function)) for function in app.view_functions.values()}
     for declaration in declared:
+        if id(declaration) in placed:
+            continue
         endpoint = plain.get(id(declaration.view))
         if endpoint is not None:
             raise ConfigurationError(

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from flask import Response, request
 
-from .errors import ConfigurationError, MethodNotAllowed, NotServed, RequestRefused
+from .errors import CannotStart, ConfigurationError, MethodNotAllowed, NotServed, RequestRefused
 from .http.answers import location_of, task_answer
 from .http.negotiation import negotiate
 from .http.problems import problem_response
 from .options import checked
-from .registry import MARK, Declaration, check_view
+from .registry import MARK, Declaration, check_view, declaration_of
 from .runtime import current_runtime
 from .typing import View
 
@@ -27,14 +27,22 @@ def declare(view: View, options: dict[str, Any]) -> tuple[Callable[..., Response
 
     :raises ConfigurationError: for options or a view that cannot work.
     """
-    if not callable(view) or not hasattr(view, "__qualname__"):
+    if not callable(view) or not hasattr(view, "__qualname__") or isinstance(view, type):
         raise ConfigurationError(f"task() decorates a view function, not {view!r}.")
+    if declaration_of(view) is not None:
+        raise ConfigurationError(
+            f"{view.__qualname__}() is an async route already. Put several route decorators above one @task()."
+        )
     declaration = Declaration(view, checked(options))
     check_view(view, declaration.given)
 
     @functools.wraps(view)
-    def start(**arguments: Any) -> Response:
+    def start(*passed: Any, **arguments: Any) -> Response:
         try:
+            if passed:
+                raise CannotStart(
+                    "A decorator above the async route passed a value by position; let it pass it by keyword."
+                )
             return _start(arguments)
         except RequestRefused as refusal:
             response = problem_response(refusal, request.headers.get("Accept"), request.path)
@@ -52,7 +60,8 @@ def _start(arguments: dict[str, Any]) -> Response:
     route = runtime.routes.get(request.endpoint or "")
     if route is None:
         raise ConfigurationError(
-            f"The endpoint {request.endpoint!r} became an async route after the app's first use; register it before."
+            f"The endpoint {request.endpoint!r} became an async route after the app's first use (register it before), or "
+            "a decorator above it hides it: decorators need functools.wraps, which sets __wrapped__."
         )
     if request.method == "HEAD":
         raise MethodNotAllowed(f"HEAD never starts a task; use {_allowed()}.")

@@ -99,8 +99,7 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
             body.write(piece)
             if body.size > limit:
                 raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken (ASYNCROUTE_MAX_BODY).")
-        if announced is not None and body.size < announced:
-            raise InvalidRequest(f"The body was cut short: {body.size} of {announced} bytes arrived. Send it again.")
+        check_complete(body.size, announced)
     except BaseException:
         body.close()
         raise
@@ -114,6 +113,15 @@ def check_announced(announced: int | None, limit: int) -> None:
     """
     if announced is not None and announced > limit:
         raise BodyTooLarge(f"The body has {announced} bytes; at most {limit} are taken (ASYNCROUTE_MAX_BODY).")
+
+
+def check_complete(arrived: int, announced: int | None) -> None:
+    """Refuse a body that is shorter than its Content-Length.
+
+    :raises InvalidRequest: then.
+    """
+    if announced is not None and arrived < announced:
+        raise InvalidRequest(f"The body was cut short: {arrived} of {announced} bytes arrived. Send it again.")
 
 
 def form_body(mimetype: str, form: MultiDict[str, str], files: MultiDict[str, FileStorage]) -> tuple[str, Body]:

@@ -42,8 +42,8 @@ _shared_apps: list[Flask] = []
 """Apps of a wider scope than one test; while there is one, its threads may come and go."""
 
 
-def eventually_true(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
-    """Return the first true value that ``condition`` gives.
+def eventually_true(condition: Callable[[], Any], seconds: float = 5.0, interval: float = 0.005) -> Any:
+    """Return the first true value that ``condition`` gives, asked about every ``interval`` seconds.
 
     :raises AssertionError: where it has given none after ``seconds``.
     """
@@ -52,13 +52,13 @@ def eventually_true(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
     while not (value := condition()):
         if time.monotonic() >= deadline:
             raise AssertionError(f"{_source(condition)} was not true within {seconds} s.")
-        pause.wait(0.005)
+        pause.wait(interval)
     return value
 
 
 @pytest.fixture
 def eventually() -> Callable[..., Any]:
-    """Give ``eventually(condition, seconds=5)``, which waits until the condition holds and returns its value."""
+    """Give ``eventually(condition, seconds=5, interval=0.005)``, which waits until the condition holds and returns its value."""
     return eventually_true
 
 

@@ -460,21 +460,3 @@ def test_an_app_of_its_own_request_class(make_app: Callable[..., Flask], make_fl
         return request.shout  # type: ignore[attr-defined]
 
     assert flow.result("/work?x=abc") == "ABC"
-
-
-def test_form_and_body_limits_of_the_request_hold_in_the_task(make_flow: MakeFlow) -> None:
-    """An app may raise its limits for one request; what was accepted then must be readable later."""
-    flow = make_flow(MAX_CONTENT_LENGTH=1000, MAX_FORM_MEMORY_SIZE=1000, MAX_FORM_PARTS=10)
-
-    @flow.app.before_request
-    def raise_limits() -> None:
-        request.max_content_length = 100_000
-        request.max_form_memory_size = 100_000
-        request.max_form_parts = 100
-
-    @flow.route()
-    def work() -> Any:
-        return [len(request.form["x"]), len(request.form)]
-
-    sent = {"x": "y" * 5000, **{f"n{number}": "z" for number in range(20)}}
-    assert flow.result(data=sent, content_type="multipart/form-data") == [5000, 21]

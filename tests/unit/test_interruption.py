@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import queue
 import sys
@@ -463,9 +464,10 @@ def test_no_interruption_reaches_the_code_between_two_views() -> None:
 
 
 def test_threads_that_log_and_lock_lose_no_lock(runner: Runner) -> None:
-    """A hundred stops of a view that logs, queues and locks in a loop; `prove` does thousands."""
+    """Stops of a view that logs, queues and locks in a loop; `prove` does thousands."""
     logger = logging.Logger("busy")
-    logger.addHandler(logging.StreamHandler(open("/dev/null", "w")))
+    stream = io.StringIO()
+    logger.addHandler(logging.StreamHandler(stream))
     box: queue.Queue[int] = queue.Queue()
     lock = threading.RLock()
     turns = [0]
@@ -473,19 +475,54 @@ def test_threads_that_log_and_lock_lose_no_lock(runner: Runner) -> None:
     def view() -> None:
         while True:
             logger.warning("turn %s", turns[0])
+            stream.seek(0)
             box.put(1)
             box.get()
             with lock:
                 turns[0] += 1
 
-    for _ in range(100):
+    for _ in range(40):
         before = turns[0]
         runner.start(view)
         eventually_true(lambda before=before: turns[0] > before)
-        assert eventually_interrupted(runner.execution)
+        interrupt_at_any_moment(runner.execution)
         assert isinstance(runner.join(), TaskAborted)
     for held in (logger.handlers[0].lock, box.mutex, logging._lock):  # type: ignore[attr-defined]
         assert held is not None
         assert held.acquire(timeout=1), "nobody holds it"
         held.release()
-    logger.handlers[0].stream.close()  # type: ignore[attr-defined]
+
+
+def test_a_view_that_writes_a_line_of_log_each_turn_is_interrupted(runner: Runner, tmp_path: Path) -> None:
+    """Writing a line is where it lets other threads run, so that whoever looks mostly finds it in logging."""
+    logger = logging.Logger("busy")
+    with open(tmp_path / "log", "w") as file:
+        logger.addHandler(logging.StreamHandler(file))
+        begun = threading.Event()
+
+        def view() -> None:
+            while True:
+                logger.warning("turn")
+                sum(range(2000))
+                begun.set()
+
+        for _ in range(4):
+            begun.clear()
+            runner.start(view)
+            assert begun.wait(5)
+            try:
+                # As often as the housekeeper looks.
+                eventually_true(lambda: interruption.interrupt(runner.execution), 2, 0.01)
+            finally:
+                interrupt_at_any_moment(runner.execution)
+                assert isinstance(runner.join(), TaskAborted)
+
+
+def interrupt_at_any_moment(execution: Execution) -> None:
+    """Interrupt a view that is almost always in logging: have it let go at any line, not only where it does by itself."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        eventually_true(lambda: interruption.interrupt(execution), 10, 2e-5)
+    finally:
+        sys.setswitchinterval(interval)

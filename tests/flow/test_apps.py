@@ -1,0 +1,533 @@
+"""Setting apps up: factories, blueprints, several apps on one instance, what fails and can be repeated, and first use."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Blueprint, Flask, abort, current_app, request
+
+from flask_asyncroute import Access, AsyncRoute, ConfigurationError, task_created
+from tests.flow.driving import Flow, problem
+
+MakeApp = Callable[..., Flask]
+MakeFlow = Callable[..., Flow]
+MEMORY = {"ASYNCROUTE_STORE": "memory://"}
+
+
+def test_a_factory(make_app: MakeApp, store_url: str) -> None:
+    async_routes = AsyncRoute()
+    blueprint = Blueprint("shop", "shop", url_prefix="/shop")
+
+    @blueprint.post("/orders")
+    @async_routes.task
+    def orders() -> str:
+        return current_app.name
+
+    @async_routes.route("/direct", methods=["POST"])
+    def direct() -> str:
+        return f"direct in {current_app.name}"
+
+    def create_app(name: str) -> Flow:
+        app = make_app(name, ASYNCROUTE_STORE=store_url)
+        async_routes.init_app(app)
+        app.register_blueprint(blueprint)
+        return Flow(app, async_routes)
+
+    one, two = create_app("one"), create_app("two")
+    for flow, name in ((one, "one"), (two, "two"), (one, "one")):
+        assert flow.result("/shop/orders") == name
+        assert flow.result("/direct") == f"direct in {name}"
+    assert len(one.query()) == 4
+    assert len(two.query()) == 2
+
+
+def test_two_apps_keep_their_tasks_apart(make_app: MakeApp, tmp_path: Path, hear: Any) -> None:
+    """Also in one store: the namespace is the app's name where nothing else is said."""
+    async_routes = AsyncRoute()
+
+    @async_routes.route("/work", methods=["POST"], id_generator=lambda: "same")
+    def work() -> str:
+        async_routes.state["name"] = current_app.name
+        return str(async_routes.state["name"])
+
+    flows = []
+    for name in ("one", "two"):
+        app = make_app(name, ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/shared.db")
+        async_routes.init_app(app)
+        flows.append(Flow(app, async_routes))
+    heard = hear(task_created, sender=flows[0].app)
+    for flow in flows:
+        assert flow.result() == flow.app.name
+        assert flow.ids() == ["same"]
+    assert len(heard) == 1
+    flows[0].purge("same")
+    assert flows[0].query() == [] and flows[1].ids() == ["same"]
+
+
+def test_two_apps_of_one_namespace_share_their_tasks(make_app: MakeApp, tmp_path: Path) -> None:
+    flows = []
+    for name in ("one", "two"):
+        app = make_app(name, ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/shared.db", ASYNCROUTE_NAMESPACE="shop")
+        async_routes = AsyncRoute(app)
+        async_routes.route("/work", methods=["POST"])(lambda: current_app.name)
+        flows.append(Flow(app, async_routes))
+    task = flows[0].run()
+    assert task["Result"] == "one"
+    assert flows[1].get(task)["Result"] == "one"
+    assert flows[1].ids() == [task["Id"]]
+
+
+def test_the_extension_holds_no_app() -> None:
+    """What an app has is in its own extensions; an app that is dropped is gone."""
+    import gc
+    import weakref
+
+    async_routes = AsyncRoute()
+    app = Flask("gone")
+    app.config["ASYNCROUTE_STORE"] = "memory://"
+    async_routes.init_app(app)
+    reference = weakref.ref(app)
+    del app
+    gc.collect()
+    assert reference() is None
+
+
+def test_route_before_an_app_and_after(make_app: MakeApp) -> None:
+    async_routes = AsyncRoute()
+    async_routes.route("/early", methods=["POST"], endpoint="early")(lambda: "early")
+    one = make_app("one", **MEMORY)
+    async_routes.init_app(one)
+    async_routes.route("/late", methods=["POST"], endpoint="late")(lambda: "late")
+    two = make_app("two", **MEMORY)
+    async_routes.init_app(two)
+    async_routes.route("/latest", methods=["POST"], endpoint="latest")(lambda: "latest")
+    for app in (one, two):
+        flow = Flow(app, async_routes)
+        assert [flow.result(f"/{path}") for path in ("early", "late", "latest")] == ["early", "late", "latest"]
+
+
+def test_route_after_first_use(make_app: MakeApp) -> None:
+    """It goes to the apps that can still take it; where none can, that is an error."""
+    async_routes = AsyncRoute()
+    one, two = make_app("one", **MEMORY), make_app("two", **MEMORY)
+    async_routes.init_app(one)
+    async_routes.init_app(two)
+    assert one.test_client().get("/tasks").status_code == 200
+    async_routes.route("/late", methods=["POST"], endpoint="late")(lambda: "late")
+    assert one.test_client().post("/late").status_code == 404
+    assert Flow(two, async_routes).result("/late") == "late"
+    with pytest.raises(ConfigurationError, match="after the first use"):
+        async_routes.route("/later", methods=["POST"], endpoint="later")(lambda: "later")
+    three = make_app("three", **MEMORY)
+    async_routes.init_app(three)
+    assert Flow(three, async_routes).result("/late") == "late"
+    assert three.test_client().post("/later").status_code == 404, "what was refused is not recorded"
+
+
+def test_a_view_that_becomes_an_async_route_after_first_use(make_flow: MakeFlow) -> None:
+    flow = make_flow()
+    view = flow.async_routes.task(lambda: 1)
+    flow.app.post("/work")(lambda: view())
+    with pytest.raises(ConfigurationError, match="register it before"):
+        flow.client.post("/work")
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_blueprints_before_and_after_the_extension(make_app: MakeApp, is_before: bool) -> None:
+    app = make_app(**MEMORY)
+    async_routes = AsyncRoute()
+    outer, inner = Blueprint("outer", "outer", url_prefix="/outer"), Blueprint("inner", "inner", url_prefix="/<int:n>")
+
+    @inner.post("/work")
+    @async_routes.task
+    def work(n: int) -> Any:
+        return [n, request.endpoint, request.blueprints]
+
+    outer.register_blueprint(inner)
+    if is_before:
+        app.register_blueprint(outer)
+    async_routes.init_app(app)
+    if not is_before:
+        app.register_blueprint(outer)
+    app.register_blueprint(outer, name="again", url_prefix="/again")
+    flow = Flow(app, async_routes)
+    assert flow.result("/outer/5/work") == [5, "outer.inner.work", ["outer.inner", "outer"]]
+    assert flow.result("/again/6/work")[1] == "again.inner.work"
+
+
+def test_the_extension_twice_on_one_app(make_app: MakeApp) -> None:
+    app = make_app(**MEMORY)
+    async_routes = AsyncRoute(app)
+    with pytest.raises(ConfigurationError, match="'app' already"):
+        async_routes.init_app(app)
+    with pytest.raises(ConfigurationError, match="'app' already"):
+        AsyncRoute(app)
+    async_routes.route("/work", methods=["POST"])(lambda: 1)
+    assert Flow(app, async_routes).result() == 1
+
+
+def test_an_init_app_that_failed_can_be_repeated(make_app: MakeApp, store_url: str) -> None:
+    async_routes = AsyncRoute()
+    async_routes.route("/work", methods=["POST"], endpoint="work")(lambda: 1)
+    app = make_app(ASYNCROUTE_STORE=store_url, ASYNCROUTE_TIMEOUT="5")
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="ASYNCROUTE_TIMEOUT"):
+            async_routes.init_app(app)
+        assert not app.extensions and "asyncroute" not in app.blueprints
+    app.config["ASYNCROUTE_TIMEOUT"] = 5
+    async_routes.init_app(app)
+    assert Flow(app, async_routes).result() == 1
+
+
+def test_an_init_app_that_failed_at_a_route_can_be_repeated(make_app: MakeApp) -> None:
+    """An endpoint that the app has already: once that is mended, everything is there once."""
+    async_routes = AsyncRoute()
+    for path in ("one", "two", "three"):
+        async_routes.route(f"/{path}", methods=["POST"], endpoint=path)(lambda: request.path)
+    app = make_app(**MEMORY)
+    app.add_url_rule("/plain", "two", lambda: "plain")
+    with pytest.raises((AssertionError, ConfigurationError), match="two"):
+        async_routes.init_app(app)
+    assert "asyncroute" not in app.extensions
+    del app.view_functions["two"]
+    async_routes.init_app(app)
+    flow = Flow(app, async_routes)
+    assert [flow.result(f"/{path}") for path in ("one", "two", "three")] == ["/one", "/two", "/three"]
+    assert len([rule for rule in app.url_map.iter_rules() if rule.endpoint == "one"]) == 1
+    assert flow.query()
+
+
+def test_an_init_app_that_failed_at_the_blueprint_can_be_repeated(make_app: MakeApp) -> None:
+    async_routes = AsyncRoute()
+    app = make_app(**MEMORY)
+    app.register_blueprint(Blueprint("asyncroute", "other"))
+    with pytest.raises((ValueError, ConfigurationError), match="asyncroute"):
+        async_routes.init_app(app)
+    assert "asyncroute" not in app.extensions
+    del app.blueprints["asyncroute"]
+    async_routes.init_app(app)
+    assert Flow(app, async_routes).query() == []
+
+
+def test_an_app_that_has_served_requests_already(make_app: MakeApp) -> None:
+    app = make_app(**MEMORY)
+    app.get("/")(lambda: "plain")
+    app.test_client().get("/")
+    with pytest.raises((AssertionError, ConfigurationError), match="first request"):
+        AsyncRoute(app)
+    assert "asyncroute" not in app.extensions
+
+
+# -- the operations ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_endpoints_of_the_operations(make_flow: MakeFlow) -> None:
+    flow = make_flow()
+    rules = {
+        (rule.rule, method, rule.endpoint)
+        for rule in flow.app.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}
+        if rule.endpoint != "static"
+    }
+    assert rules == {
+        ("/task/<task_id>", "GET", "asyncroute.get"),
+        ("/task", "GET", "asyncroute.get"),
+        ("/task/<task_id>/result", "GET", "asyncroute.result"),
+        ("/task/result", "GET", "asyncroute.result"),
+        ("/task/<task_id>", "DELETE", "asyncroute.stop"),
+        ("/task", "DELETE", "asyncroute.stop"),
+        ("/tasks", "GET", "asyncroute.query"),
+        ("/tasks", "POST", "asyncroute.query"),
+        ("/tasks/query", "POST", "asyncroute.query"),
+    }
+    assert flow.async_routes.blueprint.name == "asyncroute"
+
+
+@pytest.mark.parametrize("operations", [["get"], ["stop", "query"], ["query"]])
+def test_operations_that_are_left_out(make_flow: MakeFlow, operations: list[str]) -> None:
+    flow = make_flow(ASYNCROUTE_OPERATIONS=operations)
+    flow.route()(lambda: 1)
+    task = flow.start()
+    with flow.app.app_context():
+        flow.async_routes.wait(task["Id"], 5)
+    served = {
+        "get": flow.request("GET", f"/task/{task['Id']}").status_code == 200,
+        "stop": flow.request("DELETE", f"/task/{task['Id']}").status_code == 410,
+        "query": flow.request("GET", "/tasks").status_code == 200,
+    }
+    assert served == {name: name in operations for name in served}
+    assert (flow.request("GET", f"/task/{task['Id']}/result").status_code == 200) is ("get" in operations)
+
+
+def test_other_paths(make_flow: MakeFlow) -> None:
+    flow = make_flow(ASYNCROUTE_URL_PREFIX="/api", ASYNCROUTE_TASK_PATH="/job", ASYNCROUTE_TASKS_PATH="/jobs")
+    flow.route()(lambda: 1)
+    response = flow.request("POST", "/work")
+    assert response.headers["Location"].startswith("/api/job/")
+    assert flow.request("GET", response.headers["Location"]).status_code == 200
+    assert len(flow.request("GET", "/api/jobs").get_json()) == 1
+    assert len(flow.request("POST", "/api/jobs/query", json={}).get_json()) == 1
+    for path in ("/tasks", "/jobs", "/task/x", "/api/tasks"):
+        assert flow.request("GET", path).status_code == 404
+
+
+def test_decorators_of_the_app_guard_every_operation(make_flow: MakeFlow) -> None:
+    order: list[str] = []
+
+    def guard(function: Any) -> Any:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            order.append("guard")
+            if request.headers.get("X-User") is None:
+                abort(403)
+            return function(*args, **kwargs)
+
+        return guarded
+
+    def outer(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            order.append("outer")
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    flow = make_flow(decorators=[guard, outer])
+    flow.route()(lambda: 1)
+    task = flow.start()
+    for method, path in (
+        ("GET", f"/task/{task['Id']}"), ("GET", f"/task?Id={task['Id']}"), ("GET", f"/task/{task['Id']}/result"), ("DELETE", f"/task/{task['Id']}"),
+        ("GET", "/tasks"), ("POST", "/tasks"), ("POST", "/tasks/query"),
+    ):  # fmt: skip
+        order.clear()
+        assert flow.request(method, path).status_code == 403
+        assert order == ["outer", "guard"]
+    flow.headers = {"X-User": "anna"}
+    assert flow.ended(task)["State"] == "Completed"
+
+
+@pytest.mark.parametrize(
+    ("rule", "methods", "operation"),
+    [
+        ("/task/<id>", ["GET"], "get"),
+        ("/task/<int:number>", ["GET", "POST"], "get"),
+        ("/task/<x>", ["DELETE"], "stop"),
+        ("/task", ["GET"], "get"),
+        ("/task/", ["DELETE"], "stop"),
+        ("/tasks", ["GET"], "query"),
+        ("/tasks", ["POST"], "query"),
+        ("/tasks/query", ["POST"], "query"),
+        ("/task/<x>/result", ["GET"], "result"),
+    ],
+)
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_rule_of_the_app_that_is_an_operation_too(
+    make_app: MakeApp, rule: str, methods: list[str], operation: str, is_before: bool
+) -> None:
+    app = make_app(**MEMORY)
+    async_routes = AsyncRoute()
+    if not is_before:
+        async_routes.init_app(app)
+    app.add_url_rule(rule, "mine", lambda **given: "mine", methods=methods)
+    if is_before:
+        async_routes.init_app(app)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=rf"'mine'.*asyncroute\.{operation}.*ASYNCROUTE_URL_PREFIX"):
+            app.test_client().get("/whatever")
+    with pytest.raises(ConfigurationError, match="ASYNCROUTE_URL_PREFIX"):
+        async_routes.start(app)
+
+
+def test_an_async_route_that_is_an_operation_too(make_flow: MakeFlow) -> None:
+    flow = make_flow()
+    flow.route("/tasks", endpoint="mine")(lambda: 1)
+    with pytest.raises(ConfigurationError, match="ASYNCROUTE_URL_PREFIX"):
+        flow.client.post("/tasks")
+
+
+@pytest.mark.parametrize(
+    ("rule", "methods"),
+    [
+        ("/task/<id>", ["PUT", "POST"]), ("/task", ["POST"]), ("/tasks", ["DELETE"]), ("/tasks/query", ["GET"]), ("/tasks/<x>", ["GET"]),
+        ("/<x>", ["GET"]), ("/<path:x>", ["GET", "POST", "DELETE"]), ("/task/<a>-<b>", ["POST"]), ("/task/special", ["GET"]), ("/taskś", ["GET"]),
+        ("/task/<x>/other", ["GET"]), ("/task/<a>/<b>/result", ["GET"]),
+    ],
+)  # fmt: skip
+def test_a_rule_of_the_app_beside_the_operations(make_flow: MakeFlow, rule: str, methods: list[str]) -> None:
+    flow = make_flow()
+    flow.app.add_url_rule(rule, "mine", lambda **given: "mine", methods=methods)
+    flow.route()(lambda: 1)
+    assert flow.result() == 1
+    assert len(flow.query()) == 1
+
+
+def test_a_conflict_is_solved_by_a_prefix(make_flow: MakeFlow) -> None:
+    flow = make_flow(ASYNCROUTE_URL_PREFIX="/async")
+    flow.app.get("/tasks")(lambda: "mine")
+    assert flow.request("GET", "/tasks").text == "mine"
+    assert flow.request("GET", "/async/tasks").get_json() == []
+
+
+# -- first use -----------------------------------------------------------------------------------------------------------------
+
+
+def test_configuration_is_read_again_at_first_use_and_frozen(make_flow: MakeFlow) -> None:
+    flow = make_flow()
+    flow.route()(lambda: 1)
+    flow.app.config["ASYNCROUTE_ACCEPTED_STATUS"] = 200
+    assert flow.request("POST", "/work").status_code == 200
+    flow.app.config["ASYNCROUTE_ACCEPTED_STATUS"] = 202
+    assert flow.request("POST", "/work").status_code == 200
+    flow.app.config["ASYNCROUTE_ACCEPTED_STATUS"] = "nonsense"
+    assert flow.request("POST", "/work").status_code == 200
+
+
+def test_bad_configuration_after_init_app_is_raised_at_each_use(make_flow: MakeFlow) -> None:
+    flow = make_flow()
+    flow.route()(lambda: 1)
+    flow.app.get("/plain", endpoint="plain")(lambda: "plain")
+    flow.app.config["ASYNCROUTE_CANCELLABLE"] = "False"
+    for _ in range(2):
+        for path in ("/plain", "/tasks", "/nowhere"):
+            with pytest.raises(ConfigurationError, match="ASYNCROUTE_CANCELLABLE"):
+                flow.client.get(path)
+        with flow.app.app_context():
+            with pytest.raises(ConfigurationError, match="ASYNCROUTE_CANCELLABLE"):
+                flow.async_routes.exists("x")
+            with pytest.raises(ConfigurationError, match="ASYNCROUTE_CANCELLABLE"):
+                flow.async_routes.state["x"] = 1
+    flow.app.config["PROPAGATE_EXCEPTIONS"] = False
+    assert flow.client.get("/plain").status_code == 500
+    flow.app.config["ASYNCROUTE_CANCELLABLE"] = False
+    assert flow.client.get("/plain").text == "plain"
+    assert flow.start()["Cancellable"] is False
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("URL_PREFIX", "/x"),
+        ("TASK_PATH", "/x"),
+        ("TASKS_PATH", "/x"),
+        ("OPERATIONS", ["get"]),
+        ("TASK_ID_IN", ["query"]),
+    ],
+)
+def test_what_made_the_rules_cannot_change_after_init_app(make_flow: MakeFlow, key: str, value: Any) -> None:
+    flow = make_flow()
+    flow.app.config[f"ASYNCROUTE_{key}"] = value
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=f"_{key}"):
+            flow.client.get("/tasks")
+
+
+def test_first_use_outside_a_request(flow: Flow) -> None:
+    flow.route()(lambda: 1)
+    with flow.app.app_context():
+        assert flow.async_routes.get("x") is None
+    with pytest.raises(ConfigurationError, match="after the first use"):
+        flow.route("/late", endpoint="late")(lambda: 1)
+    assert flow.result() == 1
+
+
+def test_start_makes_a_runner_and_may_be_repeated(flow: Flow) -> None:
+    flow.route()(lambda: 1)
+    flow.async_routes.start(flow.app)
+    flow.async_routes.start(flow.app)
+    assert flow.result() == 1
+
+
+def test_nothing_runs_before_first_use(flow: Flow) -> None:
+    import threading
+
+    flow.route()(lambda: 1)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("asyncroute")]
+    assert not list(Path(flow.app.instance_path).glob("*"))
+
+
+def test_the_store_is_made_in_the_instance_folder(make_app: MakeApp) -> None:
+    app = make_app()
+    flow = Flow(app, AsyncRoute(app))
+    flow.route()(lambda: 1)
+    assert flow.result() == 1
+    path = Path(app.instance_path) / "asyncroute.db"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_from_prefixed_env(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "STORE": "memory://",
+        "ACCEPTED_STATUS": 200,
+        "URL_PREFIX": "/api",
+        "TASK_ID_IN": ["query"],
+        "CANCELLABLE": False,
+        "TIMEOUT": 2.5,
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(f"FLASK_ASYNCROUTE_{name}", value if isinstance(value, str) else json.dumps(value))
+    app = make_app()
+    app.config.from_prefixed_env()
+    async_routes = AsyncRoute(app)
+    async_routes.route("/work", methods=["POST"])(lambda: 1)
+    response = app.test_client().post("/work")
+    assert response.status_code == 200
+    assert response.headers["Location"].startswith("/api/task?Id=")
+    assert response.get_json()["Cancellable"] is False
+
+
+def test_admins_can_come_from_python_alone(make_app: MakeApp) -> None:
+    with pytest.raises(ConfigurationError, match="ASYNCROUTE_ADMINS"):
+        AsyncRoute(make_app(**MEMORY, ASYNCROUTE_ADMINS={"Roles": ["admin"]}))
+    AsyncRoute(make_app(**MEMORY, ASYNCROUTE_ADMINS=Access(roles=("admin",))))
+
+
+def test_a_store_that_cannot_be_opened(make_app: MakeApp, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """503 and not 500, with an error in the log that names the key; well again once it can be."""
+    blocker = tmp_path / "folder"
+    blocker.write_text("a file, not a folder")
+    app = make_app(ASYNCROUTE_STORE=f"sqlite:///{blocker}/tasks.db")
+    flow = Flow(app, AsyncRoute(app))
+    flow.route()(lambda: 1)
+    for method, path in (("POST", "/work"), ("GET", "/task/x"), ("DELETE", "/task/x"), ("GET", "/tasks")):
+        response = flow.request(method, path)
+        problem(response, 503, "store-unavailable")
+        assert int(response.headers["Retry-After"]) > 0
+    assert "ASYNCROUTE_STORE" in caplog.text
+    blocker.unlink()
+    assert flow.result() == 1
+
+
+def test_several_apps_under_one_server(make_app: MakeApp) -> None:
+    """DispatcherMiddleware mounts apps under a SCRIPT_NAME each."""
+    from werkzeug.middleware.dispatcher import DispatcherMiddleware
+    from werkzeug.test import Client
+
+    flows = []
+    for name in ("one", "two"):
+        app = make_app(name, **MEMORY)
+        async_routes = AsyncRoute(app)
+        async_routes.route("/work", methods=["POST"])(lambda: current_app.name)
+        flows.append(Flow(app, async_routes))
+    client = Client(DispatcherMiddleware(flows[0].app, {"/two": flows[1].app}))
+    for mount, name in (("", "one"), ("/two", "two")):
+        response = client.post(f"{mount}/work")
+        assert response.headers["Location"].startswith(f"{mount}/task/")
+        assert response.get_json()["Url"] == f"http://localhost{mount}/work"
+        found = client.get(response.headers["Location"])
+        assert found.status_code == 200 and found.get_json()["Url"].endswith("/work")
+        assert flows[name == "two"].ended(response.get_json()["Id"])["Result"] == name
+
+
+def test_a_teapot_of_an_error_handler(make_flow: MakeFlow) -> None:
+    """The app's error handlers are for its own errors; ours are answered as problems whatever it registers."""
+    flow = make_flow()
+    flow.app.register_error_handler(404, lambda error: ("teapot", 418))
+    flow.app.register_error_handler(Exception, lambda error: ("teapot", 418))
+    assert flow.request("GET", "/nowhere").status_code == 418
+    problem(flow.request("GET", "/task/x"), 404, "task-not-found")
+    problem(flow.request("GET", "/tasks?limit=0"), 400, "invalid-query")
