@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ class ProgressRange:
     """A stretch of progress in equal steps; iterate over it, or call :meth:`tick` after each step yourself."""
 
     def __init__(self, execution: Execution, start: float, end: float, step: float, top: float, decimal: bool) -> None:
-        if not step or (end - start) / step <= 0 or not math.isfinite((end - start) / step):
+        if not step or (end - start) / step < 0 or not math.isfinite((end - start) / step):
             raise ValueError(f"progress_range({start}, {end}, step={step}) has no steps from start to end.")
         self._execution = execution
         self._start = start
@@ -30,7 +31,7 @@ class ProgressRange:
     def tick(self, message: str | None = None) -> None:
         """Count one step more. Steps past the end change nothing."""
         self._done = min(self._done + 1, self._count)
-        value = self._base + (self._top - self._base) * self._done / self._count
+        value = self._base + (self._top - self._base) * self._done / max(self._count, 1)
         self._execution.advance(value if self._decimal else math.floor(value + 1e-9), message)
 
     def __len__(self) -> int:
@@ -87,7 +88,7 @@ class CurrentTask:
 
         :param total: how many items there are, where ``len()`` does not tell. Without either, progress jumps at the end.
         """
-        top = _number("max_progress", max_progress)
+        top = _top(max_progress)
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
         base = self._execution.progress
@@ -107,7 +108,7 @@ class CurrentTask:
         :param decimal: whether progress has decimals on the way; else whole numbers.
         :raises ValueError: where ``step`` does not lead from ``start`` to ``end``.
         """
-        return ProgressRange(self._execution, start, end, step, _number("max_progress", max_progress), decimal)
+        return ProgressRange(self._execution, start, end, step, _top(max_progress), decimal)
 
     def progress_over(self, duration: float, interval: float = 5, max_progress: float = 100) -> None:
         """Let progress advance by itself, and return at once.
@@ -120,7 +121,7 @@ class CurrentTask:
         if not _number("duration", duration) >= 0 or not _number("interval", interval) > 0:
             raise ValueError("progress_over() takes a duration of 0 or more seconds and an interval over 0.")
         base = self._execution.progress
-        climb = Climb(base, _number("max_progress", max_progress), duration, interval)
+        climb = Climb(base, _top(max_progress), duration, interval)
         self._execution.advance(base, climb=climb)
 
     @property
@@ -140,7 +141,7 @@ class CurrentTask:
 
         :return: whether the time passed in full.
         """
-        return not self._execution.stop.wait(max(_number("seconds", seconds), 0.0))
+        return not self._execution.stop.wait(min(max(_number("seconds", seconds), 0.0), threading.TIMEOUT_MAX))
 
     def remaining(self) -> float | None:
         """Return how many seconds the task may still run, 0 at the least; None for no limit."""
@@ -157,6 +158,12 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, not {type(value).__name__}.") from None
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+
+
+def _top(value: Any) -> float:
+    """Return a `max_progress` within 0 to 100; one that is no number at all counts as 100."""
+    number = _number("max_progress", value)
+    return 100.0 if math.isnan(number) else min(max(number, 0.0), 100.0)
 
 
 def _message(message: Any) -> str | None:

@@ -169,7 +169,8 @@ class Climb:
         self._base = base
         self._top = top
         self._duration = duration
-        self._interval = interval
+        # Progress is written ten times a second at most; smaller steps would keep the housekeeper busy for nothing.
+        self._interval = max(interval, 0.1)
         self._began = time.monotonic()
 
     def value_at(self, now: float) -> float:

@@ -85,7 +85,7 @@ def _is_safe(frame: FrameType | None, execution: Execution) -> bool:
     while frame is not None:
         if frame.f_code is _call.__code__:
             return is_inside and frame.f_locals.get("execution") is execution
-        name = frame.f_globals.get("__name__", "")
+        name = str(frame.f_globals.get("__name__"))
         if any(name == module or name.startswith(module + ".") for module in FORBIDDEN):
             return False
         is_inside = True

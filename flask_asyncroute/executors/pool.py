@@ -122,23 +122,28 @@ class ElasticThreadPool(Executor):
                     logger.warning("A thread of the pool %s was interrupted between two tasks.", self._name)
         finally:
             with self._changed:
-                self._threads.discard(thread)
-                self._lingering.discard(thread)
+                self._retire(thread)
+
+    def _retire(self, thread: threading.Thread) -> bool:
+        """Count a thread no more. Under the lock that decided it: a call that comes now must not rely on it."""
+        self._threads.discard(thread)
+        self._lingering.discard(thread)
+        return False
 
     def _work_once(self, thread: threading.Thread) -> bool:
         with self._changed:
             if len(self._threads) - len(self._lingering) > self._max_workers:
-                return False
+                return self._retire(thread)
             while not self._calls:
                 if self._is_closed:
-                    return False
+                    return self._retire(thread)
                 self._idle += 1
                 try:
                     is_woken = self._changed.wait(self._idle_seconds)
                 finally:
                     self._idle -= 1
                 if not is_woken and not self._calls and len(self._threads) - len(self._lingering) > self._min_workers:
-                    return False
+                    return self._retire(thread)
             future, call = self._calls.popleft()
             self._busy[future] = thread
         try:

@@ -493,31 +493,6 @@ def test_threads_that_log_and_lock_lose_no_lock(runner: Runner) -> None:
         held.release()
 
 
-def test_a_view_that_writes_a_line_of_log_each_turn_is_interrupted(runner: Runner, tmp_path: Path) -> None:
-    """Writing a line is where it lets other threads run, so that whoever looks mostly finds it in logging."""
-    logger = logging.Logger("busy")
-    with open(tmp_path / "log", "w") as file:
-        logger.addHandler(logging.StreamHandler(file))
-        begun = threading.Event()
-
-        def view() -> None:
-            while True:
-                logger.warning("turn")
-                sum(range(2000))
-                begun.set()
-
-        for _ in range(4):
-            begun.clear()
-            runner.start(view)
-            assert begun.wait(5)
-            try:
-                # As often as the housekeeper looks.
-                eventually_true(lambda: interruption.interrupt(runner.execution), 2, 0.01)
-            finally:
-                interrupt_at_any_moment(runner.execution)
-                assert isinstance(runner.join(), TaskAborted)
-
-
 def interrupt_at_any_moment(execution: Execution) -> None:
     """Interrupt a view that is almost always in logging: have it let go at any line, not only where it does by itself."""
     interval = sys.getswitchinterval()

@@ -1,0 +1,82 @@
+"""Tasks of a given length that write down what happens to them, in a file that all processes append to."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, Response
+
+from flask_asyncroute import AsyncRoute, AsyncRouteTask, current_task, task_finished
+
+STEP = 0.005
+"""Seconds between two looks whether to stop."""
+
+
+def create_app(folder: str, **config: Any) -> Flask:
+    """Return the app.
+
+    :param folder: for its store and for ``journal``.
+    :param config: ``ASYNCROUTE_*`` keys without their prefix, in small letters.
+    """
+    app = Flask(__name__, instance_path=folder)
+    app.config.update({f"ASYNCROUTE_{name.upper()}": value for name, value in config.items()})
+    async_routes = AsyncRoute(app)
+    app.extensions["crowd"] = async_routes
+    journal = Path(folder) / "journal"
+
+    def note(what: str, task_id: str, **more: Any) -> None:
+        line = {"what": what, "id": task_id, "pid": os.getpid(), "at": time.monotonic(), **more}
+        number = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(number, json.dumps(line).encode() + b"\n")
+        finally:
+            os.close(number)
+
+    @app.after_request
+    def name_process(response: Response) -> Response:
+        response.headers["X-Pid"] = str(os.getpid())
+        return response
+
+    @app.get("/pid")
+    def pid() -> dict[str, int]:
+        return {"pid": os.getpid()}
+
+    @app.put("/work/<int:milliseconds>")
+    @async_routes.task(max_workers=8)
+    def work(milliseconds: int) -> dict[str, int]:
+        end = time.monotonic() + milliseconds / 1000
+        note("begin", current_task.id)
+        while time.monotonic() < end:
+            if current_task.stop_requested:
+                note("told", current_task.id)
+                break
+            time.sleep(STEP)
+        else:
+            note("end", current_task.id)
+        return {"Pid": os.getpid()}
+
+    @app.put("/slow/<int:milliseconds>")
+    @async_routes.task(max_workers=1, interrupt_after=None)
+    def slow(milliseconds: int) -> dict[str, int]:
+        note("begin", current_task.id)
+        current_task.sleep(milliseconds / 1000)
+        note("end", current_task.id)
+        return {"Pid": os.getpid()}
+
+    def on_finished(sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
+        note("finished", task.id, state=task.state.value)
+
+    task_finished.connect(on_finished, sender=app, weak=False)
+    return app
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """Return what was written down so far, whole lines only."""
+    path = folder / "journal"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
