@@ -145,4 +145,4 @@ def test_python_in_the_pages_runs(source: str, name: str, tmp_path: Path, monkey
             runtime.close()
             for signal in part(".signals").FACTS:
                 for receiver in list(signal.receivers_for(app)):
-                    signal.disconnect(receiver, app)
+                    signal.disconnect(receiver)
