@@ -254,7 +254,8 @@ class Dispatcher:
 def _url(current: Request) -> str:
     """Return the absolute URL of a request without its query; as `Request.base_url`, percent-encoded, and faster."""
     path = quote(current.root_path + current.path, safe="/:@!$&'()*+,;=~", errors="replace")
-    return f"{current.scheme}://{current.host}{path}"
+    # Older Werkzeug lets userinfo through in the Host header.
+    return f"{current.scheme}://{current.host.rpartition('@')[2]}{path}"
 
 
 def unknown(task_id: str) -> TaskNotFound:
