@@ -101,6 +101,9 @@ class Housekeeper:
             except AsyncRouteError as error:
                 logger.error("Task %s could not be attended to: %s", execution.task_id, error)
                 due = min(due, now + 1.0)
+            except Exception:
+                logger.exception("Task %s could not be attended to; it is tried again.", execution.task_id)
+                due = min(due, now + 1.0)
         for job in self._jobs:
             if job.due <= now:
                 try:
@@ -159,10 +162,11 @@ class _Job:
 def _keep(reference: weakref.ref[Housekeeper], wake: threading.Event) -> None:
     """Run the thread. It holds its housekeeper weakly, so that an app that is dropped ends it."""
     while True:
+        # Before the look whether it is closed: what is set from here on is not taken back.
+        wake.clear()
         keeper = reference()
         if keeper is None or keeper._is_closed:
             return
-        wake.clear()
         seconds = keeper._step()
         del keeper
         wake.wait(seconds)

@@ -131,7 +131,13 @@ class Lifecycle:
             return
         is_end = task.state.is_terminal and fact in _FINISHED.values()
         if fact.receivers or (is_end and signals.task_finished.receivers):
-            with context.in_app(self._app):
-                signals.send_fact(fact, self._app, logger, task=task)
-                if is_end:
-                    signals.send_fact(signals.task_finished, self._app, logger, task=task)
+            try:
+                with context.in_app(self._app):
+                    signals.send_fact(fact, self._app, logger, task=task)
+                    if is_end:
+                        signals.send_fact(signals.task_finished, self._app, logger, task=task)
+            except Exception:
+                # The app's own teardown functions run here; the step was taken, and who took it must hear of it.
+                logger.exception(
+                    "The app context in which %s was told of could not be left. The fact stands.", fact.name
+                )

@@ -100,7 +100,7 @@ class Notifier:
                     if task is None or is_enough(task):
                         return task
                     if not changed.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
-                        return task
+                        return self._store.get(task_id)
             finally:
                 self.unwatch()
         finally:
@@ -120,7 +120,11 @@ class Notifier:
             thread.join(5)
 
     def _publish(self, task: AsyncRouteTask) -> None:
-        self._listener(task)
+        try:
+            self._listener(task)
+        except Exception:
+            # Nobody else must miss this change, or one that came with it.
+            logger.exception("A change of task %s could not be acted upon.", task.id)
         if task.id in self._waiting:
             with self._lock:
                 for event in self._waiting.get(task.id, ()):
@@ -136,6 +140,8 @@ class Notifier:
     def _step(self, idle_since: float | None) -> tuple[float, float | None]:
         """Do what is due; return how long to sleep and since when nobody has been waiting."""
         with self._lock:
+            if self._is_closed:
+                return 0.0, idle_since
             if self._watching:
                 idle_since = None
             elif idle_since is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from .encoding import encode_result
+from .encoding import encode_value
 from .errors import AsyncRouteError, ResultError
 from .stores.base import TaskStore
 
@@ -73,7 +73,7 @@ class SharedState(MutableMapping[str, Any]):
 
     def _encoded(self, key: str, value: Any) -> bytes:
         try:
-            return encode_result(value, self._default(), MAX_VALUE)
+            return encode_value(value, self._default(), MAX_VALUE)
         except ResultError as error:
             raise StateValueError(f"state[{key!r}] cannot hold this value: {error}") from None
 

@@ -36,10 +36,13 @@ class Unfit(Exception):
             shown = f".{step}"
         self.steps.append((id(holder), shown))
 
-    def told(self) -> str:
-        """Return the message. An object that was passed twice on the way in is a cycle, and is named as one."""
+    def told(self, where: str) -> str:
+        """Return the message. An object that was passed twice on the way in is a cycle, and is named as one.
+
+        :param where: how it begins, as in "The view returned".
+        """
         if not self.is_placed:
-            return f"The view returned {self.found}: {self.advice}."
+            return f"{where} {self.found}: {self.advice}."
         steps = self.steps[::-1]
         found, advice = self.found, self.advice
         first_seen: dict[int, int] = {}
@@ -51,14 +54,19 @@ class Unfit(Exception):
         path = "".join(shown for _, shown in steps)
         if len(path) > _MAX_PATH:
             path = f"{path[: _MAX_PATH // 2]}…{path[-_MAX_PATH // 2 :]}"
-        return f"The view returned {found} at ${path}: {advice}."
+        return f"{where} {found} at ${path}: {advice}."
 
 
-def too_large(max_bytes: int) -> Unfit:
-    """Return the refusal of a result that is over the limit."""
+def too_large(max_bytes: int, key: str | None) -> Unfit:
+    """Return the refusal of a value that is over the limit.
+
+    :param key: the configuration key that sets it; None where it is fixed.
+    """
+    found = f"more than {max_bytes:,} bytes" if key is None else f"more than {key} ({max_bytes:,} bytes) allows"
+    advice = "keep the data elsewhere, and here where that is"
     return Unfit(
-        f"more than ASYNCROUTE_MAX_RESULT ({max_bytes:,} bytes) allows",
-        "return less, for example where the data is kept, or raise the limit",
+        found,
+        advice if key is None else "return less, for example where the data is kept, or raise the limit",
         is_placed=False,
     )
 

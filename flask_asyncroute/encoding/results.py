@@ -30,6 +30,11 @@ _PLAIN = frozenset({float, bool, type(None)})
 """Types that need no look. msgspec writes NaN and the infinities as null."""
 
 
+def encode_value(value: Any, default: Callable[[Any], Any], max_bytes: int) -> bytes:
+    """Return a shared value as UTF-8 JSON; as :func:`encode_result`, but that a tuple is an array here too."""
+    return _encoded(value, default, max_bytes, "found", None)
+
+
 def encode_result(value: Any, default: Callable[[Any], Any], max_bytes: int) -> bytes:
     """Return what a view returned as UTF-8 JSON.
 
@@ -48,26 +53,32 @@ def encode_result(value: Any, default: Callable[[Any], Any], max_bytes: int) -> 
             "The view returned a tuple: return the data alone (a status and headers are the library's to write), "
             "or list(…) for an array."
         )
+    return _encoded(value, default, max_bytes, "The view returned", "ASYNCROUTE_MAX_RESULT")
+
+
+def _encoded(value: Any, default: Callable[[Any], Any], max_bytes: int, where: str, key: str | None) -> bytes:
     try:
-        body = encode_json(_Walk(default, max_bytes).value(value, 0))
+        body = encode_json(_Walk(default, max_bytes, key).value(value, 0))
     except Unfit as unfit:
-        raise ResultError(unfit.told()) from unfit.__cause__
+        raise ResultError(unfit.told(where)) from unfit.__cause__
     except RecursionError:
-        raise ResultError("The view returned data that is nested too deep: return it flatter.") from None
+        raise ResultError(f"{where} data that is nested too deep: return it flatter.") from None
     except Exception as error:
-        raise ResultError(f"What the view returned cannot be read: that raised {type(error).__name__}.") from error
+        what = "It" if key is None else "What the view returned"
+        raise ResultError(f"{what} cannot be read: that raised {type(error).__name__}.") from error
     if len(body) > max_bytes:
-        raise ResultError(too_large(max_bytes).told())
+        raise ResultError(too_large(max_bytes, key).told(where))
     return body
 
 
 class _Walk:
     """One pass over one result. ``room`` counts down by the least number of bytes that what was seen can take."""
 
-    __slots__ = ("default", "max_bytes", "room")
+    __slots__ = ("default", "key", "max_bytes", "room")
 
-    def __init__(self, default: Callable[[Any], Any], max_bytes: int) -> None:
+    def __init__(self, default: Callable[[Any], Any], max_bytes: int, key: str | None) -> None:
         self.default = default
+        self.key = key
         self.max_bytes = max_bytes
         self.room = max_bytes
 
@@ -154,7 +165,7 @@ class _Walk:
     def _use(self, size: int) -> None:
         self.room -= size
         if self.room < 0:
-            raise too_large(self.max_bytes)
+            raise too_large(self.max_bytes, self.key)
 
     def _text(self, value: str) -> str:
         self._use(len(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -333,7 +334,8 @@ def test_each_write_raises_the_change_number_by_one(store: TaskStore, make_task:
     assert first is not None and first.change == start + 1
     claim = store.claim("task", "me", CREATED)
     assert claim is not None and claim.task.change == start + 2
-    for number, values in enumerate([{"progress": 1.0}, {"state": State.FAILED, "completed_us": CREATED}], 3):
+    changes: list[dict[str, Any]] = [{"progress": 1.0}, {"state": State.FAILED, "completed_us": CREATED}]
+    for number, values in enumerate(changes, 3):
         after = store.update("task", RUNNING, values)
         assert after is not None and after.change == start + number
     # What did not happen has no number.

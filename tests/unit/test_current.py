@@ -263,10 +263,10 @@ def test_a71_very_many_updates_are_cheap(task: CurrentTask) -> None:
 
 
 def test_a_stop_is_seen(task: CurrentTask) -> None:
-    assert task.stop_requested is False
+    assert not bool(task.stop_requested)
     task.check()
     task._execution.ask_to_stop()
-    assert task.stop_requested is True
+    assert bool(task.stop_requested)
     with pytest.raises(TaskAborted):
         task.check()
 

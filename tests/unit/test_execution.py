@@ -54,10 +54,10 @@ def test_a_run_takes_what_the_claim_told(clock: Clock, execution: Execution) -> 
 def test_time_is_up_at_the_deadline(clock: Clock, execution: Execution) -> None:
     execution.begin(None, 1, 5.0)
     clock.now += 4.999
-    assert not execution.is_time_up
+    assert execution.is_time_up is False
     execution.check()
     clock.now += 0.001
-    assert execution.is_time_up
+    assert bool(execution.is_time_up) is True
     with pytest.raises(TaskAborted, match="time is up"):
         execution.check()
 
@@ -160,9 +160,9 @@ def test_a71_progress_is_clipped_rounded_and_never_goes_back(values: list[float]
 
 def test_progress_is_reported_when_it_changed(execution: Execution, woken: list[int]) -> None:
     execution.advance(10)
-    assert execution.has_report
+    assert bool(execution.has_report)
     assert execution.take_report() == (10.0, None)
-    assert not execution.has_report
+    assert not bool(execution.has_report)
     assert execution.take_report() is None
     execution.advance(10)
     execution.advance(5)

@@ -11,6 +11,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def in_logging_below_other_code(hold: Hold, tmp_path: Path) -> None:
 
     class Formatter(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            [hold() for _ in range(1)]
+            list(map(hold, [0]))
             return ""
 
     handler = logging.StreamHandler(open(tmp_path / "log", "w"))
@@ -204,9 +205,13 @@ def in_logging_below_other_code(hold: Hold, tmp_path: Path) -> None:
 
 
 def in_threading(hold: Hold, tmp_path: Path) -> None:
-    threading.Condition(threading.Lock()).wait_for.__func__(  # type: ignore[attr-defined]
-        types.SimpleNamespace(wait=lambda timeout: None), lambda: hold() or True
-    )
+    def is_so() -> bool:
+        hold()
+        return True
+
+    condition = threading.Condition()
+    with condition:
+        condition.wait_for(is_so)
 
 
 def in_queue(hold: Hold, tmp_path: Path) -> None:
@@ -257,7 +262,7 @@ def in_a_database_pool(hold: Hold, tmp_path: Path) -> None:
 def module_code(name: str) -> Callable[[Callable[..., Any]], Any]:
     module = types.ModuleType(name)
     exec("def run(function):\n    return function()\n", module.__dict__)
-    return module.run  # type: ignore[no-any-return]
+    return module.run
 
 
 def in_psycopg_pool(hold: Hold, tmp_path: Path) -> None:
@@ -481,10 +486,13 @@ def test_threads_that_log_and_lock_lose_no_lock(runner: Runner) -> None:
             with lock:
                 turns[0] += 1
 
+    def has_turned(before: int) -> bool:
+        return turns[0] > before
+
     for _ in range(40):
         before = turns[0]
         runner.start(view)
-        eventually_true(lambda before=before: turns[0] > before)
+        eventually_true(partial(has_turned, before))
         interrupt_at_any_moment(runner.execution)
         assert isinstance(runner.join(), TaskAborted)
     for held in (logger.handlers[0].lock, box.mutex, logging._lock):  # type: ignore[attr-defined]

@@ -26,8 +26,8 @@ def some_function() -> None:
     """Stand for a function of the app."""
 
 
-NOT_BOOLEANS = [None, 0, 1, "True", "False", "", [], 1.0]
-NOT_WHOLE = [None, "5", 1.5, 1.0, True, math.nan, [], -1]
+NOT_BOOLEANS: list[Any] = [None, 0, 1, "True", "False", "", [], 1.0]
+NOT_WHOLE: list[Any] = [None, "5", 1.5, 1.0, True, math.nan, [], -1]
 NOT_SECONDS = [
     "5",
     True,
@@ -245,7 +245,8 @@ def test_what_is_not_served_yet_is_an_error_at_first_use(make_app: MakeApp, give
     app = make_app()
     async_routes = AsyncRoute(app)
     if way == "task":
-        app.put("/x")(async_routes.task(**given)(some_function))
+        view: Any = async_routes.task(**given)(some_function)
+        app.put("/x")(view)
     else:
         async_routes.route("/x", methods=["PUT"], **given)(some_function)
     for _ in range(2):

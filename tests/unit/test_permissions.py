@@ -28,7 +28,8 @@ def test_names_that_are_none_are_refused(kind: str, value: Any) -> None:
 def test_names_come_as_a_tuple(value: Any) -> None:
     assert set(Access(users=value).users) == {"a", "b"}
     assert type(Access(users=value).users) is tuple
-    assert Access(users={"b", "a"}).users == ("a", "b"), "sets in an order that does not change"
+    unordered: Any = {"b", "a"}
+    assert Access(users=unordered).users == ("a", "b"), "sets in an order that does not change"
     assert hash(Access(users=value)) is not None
 
 

@@ -1,0 +1,453 @@
+"""Who is waiting hears of every change: at once of what this process writes, soon of what others write."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_asyncroute import notifier as module
+from flask_asyncroute import signals
+from flask_asyncroute.errors import StoreUnavailable
+from flask_asyncroute.lifecycle import Lifecycle
+from flask_asyncroute.notifier import Notifier
+from flask_asyncroute.states import State
+from flask_asyncroute.stores.base import Expect, News, TaskStore
+from flask_asyncroute.stores.memory import MemoryTaskStore
+from flask_asyncroute.task import AsyncRouteTask
+
+NewTask = Callable[..., AsyncRouteTask]
+NewStore = Callable[..., TaskStore]
+MakeNotifier = Callable[..., Notifier]
+Eventually = Callable[..., Any]
+ANY_STATE = Expect(tuple(State))
+
+
+@pytest.fixture
+def app(make_app: Callable[..., Flask]) -> Flask:
+    return make_app()
+
+
+@pytest.fixture
+def make_notifier(app: Flask) -> Iterator[MakeNotifier]:
+    """Give ``make_notifier(store, listener=…)``; closed at the end."""
+    made: list[Notifier] = []
+
+    def make(store: TaskStore, listener: Callable[[AsyncRouteTask], None] = lambda task: None) -> Notifier:
+        made.append(Notifier(app, store, listener))
+        return made[-1]
+
+    yield make
+    for notifier in made:
+        notifier.close()
+
+
+@pytest.fixture
+def two_stores(make_sqlite_store: NewStore) -> tuple[TaskStore, TaskStore]:
+    """Give two stores on one file: ours, and that of another process."""
+    stores = make_sqlite_store(), make_sqlite_store()
+    for store in stores:
+        store.open()
+    return stores
+
+
+def is_completed(task: AsyncRouteTask) -> bool:
+    return task.is_completed
+
+
+def abort(store: TaskStore, task_id: str = "task") -> AsyncRouteTask:
+    task = store.update(task_id, ANY_STATE, {"state": State.ABORTED, "completed_us": 0})
+    assert task is not None
+    return task
+
+
+class Waiter:
+    """Waits on a thread of its own and keeps what came of it."""
+
+    def __init__(self, notifier: Notifier, task_id: str = "task", timeout: float | None = 10) -> None:
+        self.results: list[AsyncRouteTask | None] = []
+        self.took = 0.0
+        self._arguments = (notifier, task_id, timeout)
+        self._thread = threading.Thread(target=self._wait)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        notifier, task_id, timeout = self._arguments
+        before = time.monotonic()
+        self.results.append(notifier.wait(task_id, is_completed, timeout))
+        self.took = time.monotonic() - before
+
+    def join(self) -> AsyncRouteTask | None:
+        self._thread.join(12)
+        assert not self._thread.is_alive()
+        return self.results[0]
+
+
+def watchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "asyncroute-watcher"]
+
+
+def test_what_is_so_already_is_not_waited_for(
+    store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask
+) -> None:
+    store.add(make_task(), b"", None, ())
+    aborted = abort(store)
+    assert make_notifier(store).wait("task", is_completed, 10) == aborted
+    assert make_notifier(store).wait("task", is_completed, None) == aborted
+    assert make_notifier(store).wait("task", is_completed, 0) == aborted
+
+
+def test_an_unknown_task_is_not_waited_for(store: TaskStore, make_notifier: MakeNotifier) -> None:
+    assert make_notifier(store).wait("unknown", is_completed, None) is None
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05])
+def test_a_wait_ends_with_its_time(
+    store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, seconds: float
+) -> None:
+    store.add(make_task(), b"", None, ())
+    before = time.monotonic()
+    task = make_notifier(store).wait("task", is_completed, seconds)
+    assert seconds <= time.monotonic() - before < seconds + 2
+    assert task == store.get("task")
+
+
+def test_a_wait_that_ends_with_its_time_gives_the_task_as_it_is_then(
+    store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+) -> None:
+    """Not as it was when the wait began; here nobody is told of the change."""
+    store.add(make_task(), b"", None, ())
+    notifier = make_notifier(store)
+    waiter = Waiter(notifier, timeout=0.3)
+    eventually(lambda: notifier._waiting)
+    after = store.update("task", ANY_STATE, {"progress": 50.0})
+    assert waiter.join() == after
+
+
+def test_a_change_of_this_process_is_heard_of_at_once(
+    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+) -> None:
+    heard: list[AsyncRouteTask] = []
+    notifier = make_notifier(store, heard.append)
+    lifecycle = Lifecycle(app, store, "owner")
+    lifecycle.create(make_task(), b"", None, ())
+    assert [task.state for task in heard] == [State.NOT_STARTED]
+    waiter = Waiter(notifier)
+    eventually(lambda: notifier._waiting)
+    waiting = store.get("task")
+    assert waiting is not None
+    aborted = lifecycle.abort(waiting, "x")
+    assert waiter.join() == aborted == heard[1]
+    assert notifier._waiting == {}
+
+
+def test_changes_that_are_not_enough_do_not_end_a_wait(
+    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+) -> None:
+    notifier = make_notifier(store)
+    lifecycle = Lifecycle(app, store, "owner")
+    for name in ("task", "other"):
+        lifecycle.create(make_task(name), b"", None, ())
+    waiter = Waiter(notifier)
+    eventually(lambda: notifier._waiting)
+    other = store.get("other")
+    assert other is not None
+    lifecycle.abort(other, "x")
+    claim = lifecycle.claim("task")
+    assert claim is not None
+    assert not threading.Event().wait(0.1)
+    assert waiter.results == []
+    lifecycle.abort(claim.task, "x")
+    ended = waiter.join()
+    assert ended is not None and ended.state is State.ABORTED
+
+
+def test_every_one_of_many_who_wait_hears(
+    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+) -> None:
+    notifier = make_notifier(store)
+    lifecycle = Lifecycle(app, store, "owner")
+    lifecycle.create(make_task(), b"", None, ())
+    waiters = [Waiter(notifier) for _ in range(30)]
+    eventually(lambda: len(notifier._waiting.get("task", ())) == 30)
+    waiting = store.get("task")
+    assert waiting is not None
+    aborted = lifecycle.abort(waiting, "x")
+    assert [waiter.join() for waiter in waiters] == [aborted] * 30
+    assert notifier._waiting == {}
+
+
+def test_a_change_while_a_wait_begins_is_not_missed(
+    app: Flask, make_notifier: MakeNotifier, make_task: NewTask
+) -> None:
+    store = MemoryTaskStore()
+    notifier = make_notifier(store)
+    lifecycle = Lifecycle(app, store, "owner")
+    for number in range(150):
+        task_id = f"t{number}"
+        lifecycle.create(make_task(task_id), b"", None, ())
+        task = store.get(task_id)
+        assert task is not None
+        waiter = Waiter(notifier, task_id, 5)
+        lifecycle.abort(task, "x")
+        ended = waiter.join()
+        assert ended is not None and ended.is_completed
+        assert waiter.took < 4
+
+
+def test_changes_of_another_app_are_not_heard_of(
+    make_app: Callable[..., Flask], make_notifier: MakeNotifier, make_task: NewTask
+) -> None:
+    heard: list[AsyncRouteTask] = []
+    make_notifier(MemoryTaskStore(), heard.append)
+    Lifecycle(make_app("other"), MemoryTaskStore(), "owner").create(make_task(), b"", None, ())
+    assert heard == []
+
+
+def test_no_thread_is_started_for_memory(make_notifier: MakeNotifier, make_task: NewTask) -> None:
+    store = MemoryTaskStore()
+    store.add(make_task(), b"", None, ())
+    notifier = make_notifier(store)
+    notifier.watch()
+    notifier.wait("task", is_completed, 0.01)
+    notifier.unwatch()
+    assert watchers() == []
+
+
+def test_no_thread_is_started_before_somebody_waits(
+    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier
+) -> None:
+    notifier = make_notifier(two_stores[0])
+    assert watchers() == []
+    notifier.watch()
+    notifier.watch()
+    assert len(watchers()) == 1
+    notifier.unwatch()
+    notifier.unwatch()
+
+
+def test_a_change_of_another_process_ends_a_wait(
+    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+) -> None:
+    ours, theirs = two_stores
+    ours.add(make_task(), b"", None, ())
+    notifier = make_notifier(ours)
+    waiter = Waiter(notifier)
+    eventually(lambda: notifier._watching)
+    before = time.monotonic()
+    aborted = abort(theirs)
+    assert waiter.join() == aborted
+    assert time.monotonic() - before < 0.5, "the bound for the view to be told of a stop"
+
+
+def test_the_listener_hears_of_every_change_while_it_watches(
+    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+) -> None:
+    ours, theirs = two_stores
+    theirs.add(make_task("before"), b"", None, ())
+    heard: list[str] = []
+    notifier = make_notifier(ours, lambda task: heard.append(task.id))
+    notifier.watch()
+    for number in range(20):
+        theirs.add(make_task(f"t{number}"), b"", None, ())
+    eventually(lambda: len(heard) >= 20)
+    assert heard == [f"t{number}" for number in range(20)], "what was before is no news"
+    notifier.unwatch()
+
+
+def test_watching_goes_on_after_a_rest(
+    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Nobody waits for a while, the watcher rests; whoever waits then hears as before, and of what is new alone."""
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.1)
+    ours, theirs = two_stores
+    heard: list[str] = []
+    notifier = make_notifier(ours, lambda task: heard.append(task.id))
+    for round in range(3):
+        notifier.watch()
+        theirs.add(make_task(f"watched-{round}"), b"", None, ())
+        eventually(lambda round=round: f"watched-{round}" in heard)
+        notifier.unwatch()
+        eventually(lambda: not notifier._is_polling)
+        theirs.add(make_task(f"resting-{round}"), b"", None, ())
+    assert heard == [f"watched-{round}" for round in range(3)]
+    assert len(watchers()) == 1
+
+
+def test_f21_a_store_that_cannot_be_read_for_a_while_ends_no_watching(
+    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    ours, theirs = two_stores
+    ours.add(make_task(), b"", None, ())
+    notifier = make_notifier(ours)
+    waiter = Waiter(notifier)
+    eventually(lambda: notifier._watching)
+    failed = threading.Event()
+
+    def fail(since: int) -> News:
+        failed.set()
+        raise StoreUnavailable("not now")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ours, "news", fail)
+        assert failed.wait(5)
+        abort(theirs)
+    ended = waiter.join()
+    assert ended is not None and ended.is_completed
+    assert "tries again" in caplog.text
+
+
+def test_a_store_that_cannot_be_read_at_the_beginning_is_an_error_of_who_waits(
+    two_stores: tuple[TaskStore, TaskStore],
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, _ = two_stores
+    ours.add(make_task(), b"", None, ())
+    notifier = make_notifier(ours)
+
+    def fail(since: int) -> News:
+        raise StoreUnavailable("not now")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ours, "news", fail)
+        with pytest.raises(StoreUnavailable):
+            notifier.wait("task", is_completed, 5)
+    assert notifier._waiting == {}
+    assert notifier._watching == 0
+    task = notifier.wait("task", is_completed, 0.01)
+    assert task is not None and task.id == "task"
+
+
+def test_a_listener_that_raises_keeps_nobody_from_hearing(
+    app: Flask,
+    two_stores: tuple[TaskStore, TaskStore],
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    eventually: Eventually,
+) -> None:
+    """Such as the cancelling of a coroutine whose loop has just been closed: the stops that came with it still arrive."""
+    ours, theirs = two_stores
+    for name in ("one", "two", "task"):
+        ours.add(make_task(name), b"", None, ())
+    heard: list[str] = []
+
+    def listen(task: AsyncRouteTask) -> None:
+        heard.append(task.id)
+        raise RuntimeError("Event loop is closed")
+
+    notifier = make_notifier(ours, listen)
+    waiter = Waiter(notifier, timeout=3)
+    eventually(lambda: notifier._watching)
+    pause, news = threading.Event(), ours.news
+    with pytest.MonkeyPatch.context() as patched:
+        # Have all three come in one look.
+        patched.setattr(ours, "news", lambda since: news(since) if pause.is_set() else News(since, ()))
+        for name in ("one", "two", "task"):
+            abort(theirs, name)
+        pause.set()
+        ended = waiter.join()
+    assert ended is not None and ended.is_completed
+    assert waiter.took < 2.5, "by news, not by the end of its time"
+    eventually(lambda: heard == ["one", "two", "task"])
+
+
+def test_a_listener_that_raises_keeps_nobody_from_hearing_of_our_own_changes(
+    app: Flask, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+) -> None:
+    store = MemoryTaskStore()
+
+    def listen(task: AsyncRouteTask) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    notifier = make_notifier(store, listen)
+    lifecycle = Lifecycle(app, store, "owner")
+    lifecycle.create(make_task(), b"", None, ())
+    waiter = Waiter(notifier, timeout=3)
+    eventually(lambda: notifier._waiting)
+    task = store.get("task")
+    assert task is not None
+    lifecycle.abort(task, "x")
+    waiter.join()
+    assert waiter.took < 2.5
+
+
+def test_close_ends_the_thread_at_once(two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier) -> None:
+    notifier = make_notifier(two_stores[0])
+    notifier.watch()
+    before = time.monotonic()
+    notifier.close()
+    notifier.close()
+    assert watchers() == []
+    assert time.monotonic() - before < 2
+
+
+def test_close_ends_a_resting_thread_at_once(
+    two_stores: tuple[TaskStore, TaskStore],
+    make_notifier: MakeNotifier,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.01)
+    notifier = make_notifier(two_stores[0])
+    notifier.watch()
+    notifier.unwatch()
+    eventually(lambda: not notifier._is_polling)
+    before = time.monotonic()
+    notifier.close()
+    assert watchers() == []
+    assert time.monotonic() - before < 2
+
+
+def test_close_is_not_overheard_by_a_thread_about_to_rest(
+    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The close comes between the thread's look whether it is closed and the moment that it takes back its wake-up."""
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
+    notifier = make_notifier(two_stores[0])
+    looked, closing = threading.Event(), threading.Event()
+    step = Notifier._step
+
+    def late_step(self: Notifier, idle_since: float | None) -> tuple[float, float | None]:
+        if idle_since is not None:
+            looked.set()
+            closing.wait(5)
+        return step(self, idle_since)
+
+    monkeypatch.setattr(Notifier, "_step", late_step)
+    notifier.watch()
+    notifier.unwatch()
+    assert looked.wait(5)
+
+    set_wake = notifier._wake.set
+
+    def set_and_go_on() -> None:
+        set_wake()
+        closing.set()
+
+    monkeypatch.setattr(notifier._wake, "set", set_and_go_on)
+    before = time.monotonic()
+    notifier.close()
+    assert time.monotonic() - before < 3
+    assert watchers() == []
+
+
+def test_a_notifier_that_is_dropped_ends_its_thread(
+    app: Flask, two_stores: tuple[TaskStore, TaskStore], eventually: Eventually
+) -> None:
+    notifier = Notifier(app, two_stores[0], lambda task: None)
+    notifier.watch()
+    reference = weakref.ref(notifier)
+    del notifier
+    eventually(lambda: (gc.collect(), reference() is None)[1])
+    eventually(lambda: watchers() == [])
+    signals.task_changed.send(app, task=None)
