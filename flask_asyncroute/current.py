@@ -141,7 +141,10 @@ class CurrentTask:
 
         :return: whether the time passed in full.
         """
-        return not self._execution.stop.wait(min(max(_number("seconds", seconds), 0.0), threading.TIMEOUT_MAX))
+        wanted = min(max(_number("seconds", seconds), 0.0), threading.TIMEOUT_MAX)
+        left = self.remaining()
+        is_short = left is not None and left < wanted
+        return not self._execution.stop.wait(left if is_short else wanted) and not is_short
 
     def remaining(self) -> float | None:
         """Return how many seconds the task may still run, 0 at the least; None for no limit."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 from flask import Blueprint, Flask, request, request_started
 
 from . import checks, options
-from .dispatcher import unknown
+from .dispatcher import ID_PATTERN, unknown
 from .errors import ConfigurationError
 from .http.operations import make_blueprint
 from .query import NEWEST_FIRST, parse_mapping, position_of
@@ -170,7 +170,8 @@ class AsyncRoute:
 
     def get(self, task_id: str) -> AsyncRouteTask | None:
         """Return a task as it is now, or None. No permission is checked."""
-        return current_runtime().runner.store.get(task_id)
+        store = current_runtime().runner.store
+        return store.get(task_id) if ID_PATTERN.match(task_id) else None
 
     def exists(self, task_id: str) -> bool:
         """Return whether there is such a task."""
@@ -205,7 +206,7 @@ class AsyncRoute:
         :raises TaskFinished: where it has Completed or Failed.
         """
         runner = current_runtime().runner
-        task = runner.store.get(task_id)
+        task = self.get(task_id)
         if task is None:
             raise unknown(task_id)
         return runner.dispatcher.stop(task)
@@ -218,6 +219,8 @@ class AsyncRoute:
         :raises TaskNotFound: where there is none, or it is removed meanwhile.
         """
         seconds = checks.seconds("timeout", timeout) if timeout is not None else None
+        if not ID_PATTERN.match(task_id):
+            raise unknown(task_id)
         task = current_runtime().runner.notifier.wait(task_id, lambda found: found.is_completed, seconds)
         if task is None:
             raise unknown(task_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +89,8 @@ def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) ->
                     prepare()
                 execution.check()
                 result = _call(route, {**route.options.arguments, **arguments}, execution)
+                if execution.is_time_up:
+                    raise TaskAborted("The view returned after its time was up.")
                 if result is None:
                     return Outcome(State.COMPLETED)
                 return Outcome(
@@ -96,10 +99,7 @@ def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) ->
             except (HTTPException, ResultError):
                 raise
             except Exception as error:
-                app.logger.exception(
-                    "The view of task %s raised.", execution.task_id, extra={"task_id": execution.task_id}
-                )
-                got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
+                _make_known(runner, error, execution.task_id)
                 raise
     except TaskAborted as error:
         if execution.is_time_up and not execution.stop.is_set():
@@ -144,12 +144,27 @@ def _await(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
 def _failed(error: BaseException, expose: bool) -> Outcome:
     name = type(error).__name__
     if isinstance(error, HTTPException):
-        text = f"{error.code or 500} {error.name}: {error.description or ''}".rstrip(": ")
+        text = _told(lambda: f"{error.code or 500} {error.name}: {error.description or ''}".rstrip(": "), name)
         return Outcome(State.FAILED, {"error": clean_text(text, MAX_ERROR), "error_status": error.code})
     if not expose:
         return Outcome(State.FAILED, {"error": clean_text(name, MAX_ERROR)})
-    try:
-        message = str(error)[:MAX_ERROR]
-    except Exception:
-        message = "(its message could not be read)"
+    message = _told(lambda: str(error)[:MAX_ERROR], "(its message could not be read)")
     return Outcome(State.FAILED, {"error": clean_text(f"{name}: {message}" if message else name, MAX_ERROR)})
+
+
+def _told(tell: Callable[[], str], otherwise: str) -> str:
+    """Return what an exception says of itself; it is the app's own code that says it, and may raise anything."""
+    try:
+        return tell()
+    except BaseException:
+        return otherwise
+
+
+def _make_known(runner: Runner, error: Exception, task_id: str) -> None:
+    """Log what a view raised and send Flask's signal, whatever hears of it does."""
+    app = runner.app
+    try:
+        app.logger.exception("The view of task %s raised.", task_id, extra={"task_id": task_id})
+        got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
+    except Exception:
+        logger.exception("What hears of errors raised over that of task %s.", task_id)

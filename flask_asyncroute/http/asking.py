@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import unquote_plus
+from urllib.parse import quote, unquote_plus
 
 from flask import Request
+from werkzeug.datastructures import MultiDict
 
 from ..config import Config
 from ..dispatcher import ID_PATTERN, unknown
@@ -28,7 +29,7 @@ def task_id(request: Request, config: Config, in_path: str | None) -> str:
         if place == "path":
             found = in_path
         elif place == "query":
-            values = [value for key, value in request.args.items(multi=True) if key.lower() == name]
+            values = [value for key, value in _arguments(request).items(multi=True) if key.lower() == name]
             if len(values) > 1:
                 raise InvalidRequest(f"The query gives {config.task_id_name} more than once; give one task id.")
             found = values[0] if values else None
@@ -50,7 +51,7 @@ def is_purge(request: Request) -> bool:
 
     :raises InvalidRequest: for another value than true or false.
     """
-    values = request.args.getlist("purge")
+    values = _arguments(request).getlist("purge")
     if len(values) > 1 or (values and values[0].lower() not in ("true", "false")):
         raise InvalidRequest("purge takes one value, true or false.")
     return bool(values) and values[0].lower() == "true"
@@ -93,7 +94,14 @@ def next_link(request: Request, cursor: str) -> tuple[str, str]:
         character if 32 < ord(character) < 127 and character not in '<>"' else f"%{ord(character):02X}"
         for character in target
     )
-    return "Link", f'<{request.root_path}{request.path}?{safe}>; rel="next"'
+    return "Link", f'<{quote(request.root_path + request.path)}?{safe}>; rel="next"'
+
+
+def _arguments(request: Request) -> MultiDict[str, str]:
+    try:
+        return request.args
+    except UnicodeDecodeError:
+        raise InvalidRequest("The query string is not UTF-8; percent-encode what is not ASCII.") from None
 
 
 def _document(request: Request) -> Any:

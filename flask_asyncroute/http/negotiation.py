@@ -70,12 +70,15 @@ def render(
 ) -> Response:
     """Return an answer: the document in its media type, never cached, and the headers that vary it.
 
-    :param document: plain JSON values; for JSON they may hold :class:`msgspec.Raw`; bytes are a whole document in JSON.
+    :param document: plain JSON values, or empty bytes for an answer without a body; for JSON they may hold
+        :class:`msgspec.Raw`; bytes are a whole document in JSON.
     :param media_type: one that :func:`negotiate` returns.
     :param root: the root element, for XML.
     :param headers: more headers, none of those set here.
     """
-    if media_type.endswith("json"):
+    if document == b"":
+        body = b""
+    elif media_type.endswith("json"):
         body = document if isinstance(document, bytes) else encode_json(document)
     else:
         if isinstance(document, bytes):

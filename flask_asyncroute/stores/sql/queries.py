@@ -96,7 +96,7 @@ def _merged(
     states: list[str | None] = [None] if ("State", Operator.EQ) in shape else [state.value for state in State]
     branches = []
 
-    def add(table: FromClause, source: FromClause, reader: ColumnElement[bool] | None) -> None:
+    def add(table: FromClause, source: FromClause, reader: ColumnElement[bool] | None, many: bool = False) -> None:
         granted = None if table is tasks else table
         for state in states:
             where = [table.c.namespace == bindparam("ns"), *_conditions(shape, granted)]
@@ -105,7 +105,8 @@ def _merged(
             if state is not None:
                 where.append(table.c.state == literal_column(f"'{state}'"))
             branches.append(
-                select(*keys)
+                # A task may be granted to several of the names that are searched together.
+                (select(*keys).distinct() if reader is not None and many else select(*keys))
                 .select_from(source)
                 .where(*where, *_after(sort, descending, place, granted))
                 .order_by(*_order(sort, descending, granted))
@@ -121,7 +122,7 @@ def _merged(
         names: list[Any] = [bindparam(f"granted_{number}") for number in range(granted)]
         joined = grants.join(tasks, (tasks.c.namespace == grants.c.namespace) & (tasks.c.id == grants.c.task_id))
         if granted > MOST_RANGES:
-            add(grants, joined, grants.c.reader.in_(names))
+            add(grants, joined, grants.c.reader.in_(names), many=True)
         else:
             for name in names:
                 add(grants, joined, grants.c.reader == name)
