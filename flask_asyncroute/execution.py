@@ -38,6 +38,8 @@ class Execution:
         self.thread_lock = threading.Lock()
         """Held while it is checked that this task runs on a thread and that thread is interrupted, and by it to leave."""
         self.thread_id: int | None = None
+        self.is_interrupted = False
+        """Whether an exception was raised in that thread."""
         self.reported_at = -math.inf
         self._interrupt_after = interrupt_after
         self._wake = wake

@@ -23,10 +23,6 @@ FORBIDDEN = ("logging", "threading", "queue", "importlib", "_frozen_importlib", 
 _raise_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
     ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
 )
-_withdraw_from = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
-    ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
-)
-"""The same function; NULL takes back what has not arrived yet."""
 
 
 def call(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
@@ -46,8 +42,11 @@ def leave(execution: Execution) -> None:
             with execution.thread_lock:
                 if execution.thread_id == threading.get_ident():
                     execution.thread_id = None
-                    # What was raised and has not arrived yet must not hit what this thread does next.
-                    _withdraw_from(threading.get_ident(), None)
+            if execution.is_interrupted:
+                # What was raised and has not arrived yet must not hit what this thread does next: a few turns let it come.
+                # (CPython can take it back, but then has its threads look for it for ever, and hangs under a tracer.)
+                for _ in range(100):
+                    pass
             return
         except TaskAborted:
             continue
@@ -62,16 +61,10 @@ def interrupt(execution: Execution) -> bool:
         thread_id = execution.thread_id
         if thread_id is None:
             return True
-        frame = sys._current_frames().get(thread_id)
-        if frame is None or not _is_safe(frame, execution):
+        if not _is_safe(sys._current_frames().get(thread_id), execution):
             return False
-        place = (frame, frame.f_lasti)
+        execution.is_interrupted = True
         _raise_in(thread_id, TaskAborted)
-        now = sys._current_frames().get(thread_id)
-        if (now, now.f_lasti if now is not None else 0) != place and not (now is not None and _is_safe(now, execution)):
-            # The thread moved on in between, to where it would be harmed: take the exception back, if it is not there yet.
-            _withdraw_from(thread_id, None)
-            return False
     return True
 
 
