@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,10 @@ from ..typing import View
 
 FORBIDDEN = ("logging", "threading", "queue", "importlib", "_frozen_importlib", "_frozen_importlib_external",
              "sqlalchemy.pool", "psycopg_pool", "flask_asyncroute")  # fmt: skip
+
+SHORT_SWITCH_SECONDS = 1e-6
+LOOKS = 100
+LOOK_SECONDS = 2e-5
 
 _raise_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
     ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
@@ -53,10 +58,29 @@ def leave(execution: Execution) -> None:
 
 
 def interrupt(execution: Execution) -> bool:
-    """Raise `TaskAborted` in the thread that runs ``execution``, if that is safe now.
+    """Raise `TaskAborted` in the thread that runs ``execution``, if a moment comes soon at which that is safe.
+
+    Takes a few milliseconds at most.
 
     :return: whether it was raised or the view is not on a thread any more; False: try again a little later.
     """
+    if _try(execution):
+        return True
+    # A thread that writes a lot lets others run only while it writes, which may be in logging each time. Switching more
+    # often for a moment lets it be seen elsewhere too.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SHORT_SWITCH_SECONDS)
+    try:
+        for _ in range(LOOKS):
+            time.sleep(LOOK_SECONDS)
+            if _try(execution):
+                return True
+    finally:
+        sys.setswitchinterval(interval)
+    return False
+
+
+def _try(execution: Execution) -> bool:
     with execution.thread_lock:
         thread_id = execution.thread_id
         if thread_id is None:
