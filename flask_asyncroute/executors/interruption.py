@@ -11,6 +11,7 @@ import ctypes
 import sys
 import threading
 import time
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,12 @@ LOOK_SECONDS = 2e-5
 _raise_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
     ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
 )
+
+
+_clear_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
+    ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
+)
+"""The same function, for NULL."""
 
 
 def call(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
@@ -66,13 +73,14 @@ def interrupt(execution: Execution) -> bool:
     """
     if _try(execution):
         return True
-    # A thread that writes a lot lets others run only while it writes, which may be in logging each time. Switching more
-    # often for a moment lets it be seen elsewhere too.
+    # A thread that writes a lot lets others run only while it writes, which may be in logging each time. Having it give
+    # way at once, for a moment, lets it be seen elsewhere too.
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(SHORT_SWITCH_SECONDS)
     try:
         for _ in range(LOOKS):
+            sys.setswitchinterval(SHORT_SWITCH_SECONDS)
             time.sleep(LOOK_SECONDS)
+            sys.setswitchinterval(interval)
             if _try(execution):
                 return True
     finally:
@@ -85,11 +93,37 @@ def _try(execution: Execution) -> bool:
         thread_id = execution.thread_id
         if thread_id is None:
             return True
-        if not _is_safe(sys._current_frames().get(thread_id), execution):
+        frame = sys._current_frames().get(thread_id)
+        if frame is None or not _is_safe(frame, execution):
             return False
+        place = frame.f_lasti
         execution.is_interrupted = True
         _raise_in(thread_id, TaskAborted)
+        now = sys._current_frames().get(thread_id)
+        if (now is not frame or now.f_lasti != place) and not _is_safe(now, execution):
+            # The thread went on in between, to where it would be harmed: take back what has not arrived.
+            _withdraw_from(thread_id)
+            return False
     return True
+
+
+def _withdraw_from(thread_id: int) -> None:
+    """Take back an exception that was raised in a thread and has not arrived there.
+
+    CPython then goes on looking for it at every turn, and under a tracer never comes further, until some thread gets an
+    exception that way; so this one gets one.
+    """
+    _clear_in(thread_id, None)
+    try:
+        _raise_in(threading.get_ident(), _Nothing)
+        for _ in range(100):
+            pass
+    except _Nothing:
+        pass
+
+
+class _Nothing(BaseException):
+    """Raised by a thread in itself; see `_withdraw_from`."""
 
 
 def _call(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
@@ -102,9 +136,14 @@ def _is_safe(frame: FrameType | None, execution: Execution) -> bool:
     while frame is not None:
         if frame.f_code is _call.__code__:
             return is_inside and frame.f_locals.get("execution") is execution
-        name = str(frame.f_globals.get("__name__"))
-        if any(name == module or name.startswith(module + ".") for module in FORBIDDEN):
+        if _is_forbidden(str(frame.f_globals.get("__name__"))):
             return False
         is_inside = True
         frame = frame.f_back
     return False
+
+
+@lru_cache(4096)
+def _is_forbidden(name: str) -> bool:
+    """Return whether a module is one that must not be cut short; remembered, since no time may pass around the look."""
+    return any(name == module or name.startswith(module + ".") for module in FORBIDDEN)
