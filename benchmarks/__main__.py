@@ -64,4 +64,5 @@ def print_table(title: str, cases: list[hotpath.Case]) -> None:
         print(f"  {name:22} {case.times.median_us:10.1f} {case.times.p95_us:10.1f} {case.ratio:7.2f} {target:>7}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +17,19 @@ from flask import Request, current_app, has_app_context, request, session
 from flask.ctx import RequestContext
 from flask.json.tag import TaggedJSONSerializer
 from flask.sessions import SecureCookieSession
-from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.http import dump_cookie, parse_cookie
 from werkzeug.local import LocalProxy
 
 from .current import CurrentTask
-from .errors import BodyTooLarge, CannotStart, InvalidRequest, NoCurrentTask, SessionIsReadOnly
+from .errors import (
+    BodyTooLarge,
+    CannotStart,
+    InvalidRequest,
+    NoCurrentTask,
+    SessionIsReadOnly,
+    StoreUnavailable,
+)
 from .execution import Execution
 from .permissions import Caller
 from .snapshot import Body, Snapshot, check_announced, check_complete, empty, form_body, read_body
@@ -30,10 +38,13 @@ from .typing import IdentityLoader
 if TYPE_CHECKING:
     from flask import Flask
 
+logger = logging.getLogger("flask_asyncroute")
+
 T = TypeVar("T")
 
 _KEPT = frozenset({str, int, bool})
 _DROPPED = frozenset({"HTTP_TRANSFER_ENCODING", "wsgi.input_terminated", "CONTENT_LENGTH"})
+_VARIABLES = "flask_asyncroute.view_args"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _tagged = TaggedJSONSerializer()
 _running: ContextVar[CurrentTask] = ContextVar("flask_asyncroute.current_task")
@@ -79,6 +90,18 @@ def in_app(app: Flask) -> Iterator[None]:
         yield
 
 
+def note_request(current: Request) -> None:
+    """Note of a request to an async route, before any hook of the app runs, what hooks may change.
+
+    A server that ends the input by itself says so, and Werkzeug then takes any end for the end of the body. Without that
+    it notices a form that is cut short, also where a hook parses it.
+    """
+    if "CONTENT_LENGTH" in current.environ:
+        current.environ.pop("wsgi.input_terminated", None)
+    if current_app.url_value_preprocessors and current.view_args:
+        current.environ[_VARIABLES] = dict(current.view_args)
+
+
 def capture(arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]) -> tuple[Snapshot, Body | None]:
     """Take from the present request what its task will need.
 
@@ -95,10 +118,8 @@ def capture(arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]) -
     if current.content_length or "HTTP_TRANSFER_ENCODING" in current.environ:
         body = _capture_body(current, environ, max_body)
     try:
-        variables: Mapping[str, Any] = current.view_args or {}
-        if current_app.url_value_preprocessors:
-            variables = _matched(current, variables)
-        names = tuple(name for name in arguments if name in variables and arguments[name] == variables[name])
+        matched = _matched_again(current, arguments)
+        names = tuple(name for name in arguments if name in matched)
         injected = {name: _json_argument(name, arguments[name]) for name in arguments if name not in names}
         return Snapshot(environ=environ, session=_capture_session(), url_names=names, injected=injected), body
     except BaseException:
@@ -129,17 +150,16 @@ def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body
         raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken.") from None
     except ClientDisconnected:
         raise InvalidRequest("The body was cut short: the client went away. Send it again.") from None
-    except (HTTPException, InvalidRequest, BodyTooLarge):
-        raise
-    except Exception as error:
-        # Servers raise errors of their own for a body that they cannot read: gunicorn's InvalidChunkSize is no OSError.
-        raise InvalidRequest(f"The body cannot be read ({type(error).__name__}). Send it again.") from error
+    except OSError as error:
+        logger.error("A request body could not be set aside: %s: %s", type(error).__name__, error)
+        raise StoreUnavailable("The body cannot be kept at the moment. Try again.", retry_after=5) from error
 
 
-def _matched(current: Request, variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the URL variables as they will be matched again: a preprocessor may have changed them, or added some."""
-    adapter = current_app.create_url_adapter(current)
-    return variables if adapter is None else adapter.match()[1]
+def _matched_again(current: Request, arguments: Mapping[str, Any]) -> set[str]:
+    """Return which arguments are variables of the URL, just as they will come out of it when it is matched again."""
+    # A preprocessor may have changed the variables since, or added some.
+    variables = current.environ.get(_VARIABLES, current.view_args) or {}
+    return {name for name, value in arguments.items() if name in variables and value is variables[name]}
 
 
 def _capture_session() -> str | None:

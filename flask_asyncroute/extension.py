@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import weakref
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, overload
 from flask import Blueprint, Flask, request, request_started
 
 from . import checks, options
+from .context import note_request
 from .dispatcher import ID_PATTERN, unknown
 from .errors import ConfigurationError
 from .http.operations import make_blueprint
@@ -142,7 +144,11 @@ class AsyncRoute:
 
         It is the place for what ``before_request`` does for plain views, ``g.user`` and the like. An exception in it
         fails the task.
+
+        :raises ConfigurationError: for an async function.
         """
+        if inspect.iscoroutinefunction(function):
+            raise ConfigurationError(f"before_task takes plain functions; {function.__name__}() is async.")
         self._before_task.append(function)
         return function
 
@@ -242,14 +248,10 @@ def _on_request(app: Flask, **extra: Any) -> None:
     """
     runtime_of(app).become_runner()
     request_started.disconnect(_on_request, sender=app)
-    request_started.connect(_guard_body, sender=app, weak=False)
-    _guard_body(app)
+    request_started.connect(_before_hooks, sender=app, weak=False)
+    _before_hooks(app)
 
 
-def _guard_body(app: Flask, **extra: Any) -> None:
-    """Have Werkzeug notice a form that is cut short, where a hook parses it before its task is made.
-
-    Servers that end the input by themselves say so, and Werkzeug then takes any end for the end of the body.
-    """
-    if request.endpoint in runtime_of(app).routes and "CONTENT_LENGTH" in request.environ:
-        request.environ.pop("wsgi.input_terminated", None)
+def _before_hooks(app: Flask, **extra: Any) -> None:
+    if request.endpoint in runtime_of(app).routes:
+        note_request(request._get_current_object())  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 from werkzeug.datastructures import FileStorage, MultiDict
+from werkzeug.exceptions import HTTPException
 
 from .errors import BodyTooLarge, InvalidRequest
 
@@ -95,7 +96,7 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
     check_announced(announced, limit)
     body = Body()
     try:
-        while body.size != announced and (piece := stream.read(CHUNK)):
+        while body.size != announced and (piece := _piece_of(stream)):
             body.write(piece)
             if body.size > limit:
                 raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken (ASYNCROUTE_MAX_BODY).")
@@ -104,6 +105,16 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
         body.close()
         raise
     return body
+
+
+def _piece_of(stream: IO[bytes]) -> bytes:
+    """Read on. Servers raise errors of their own for what they cannot read: gunicorn's InvalidChunkSize is no OSError."""
+    try:
+        return stream.read(CHUNK)
+    except HTTPException:
+        raise
+    except Exception as error:
+        raise InvalidRequest(f"The body cannot be read ({type(error).__name__}). Send it again.") from error
 
 
 def check_announced(announced: int | None, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""Runs the proofs: ``python -m prove --share 0.05`` does a twentieth of each."""
+"""Runs the proofs, prints a line for each, and fails if one does: ``python -m prove --share 0.05``."""
 
 from __future__ import annotations
 
@@ -6,31 +6,45 @@ import argparse
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
-from . import interruption, races, workers
+from . import Broken, generated, hotpath, interruptions, lists, races, uploads, workers
 
-PROOFS = {"workers": workers.prove, "races": races.prove, "interruption": interruption.prove}
+PROOFS: dict[str, Callable[[float], str]] = {
+    "workers": workers.prove,
+    "races-at-store": races.prove_at_store,
+    "races-over-http": races.prove_over_http,
+    "interruptions": interruptions.prove,
+    "uploads": uploads.prove,
+    "lists": lists.prove,
+    "hotpath": hotpath.prove,
+    "generated": generated.prove,
+}
 
 
 def main() -> int:
-    """Run each proof, print its figures, and return how many failed."""
+    """Read the command line and run what it says; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m prove", description=__doc__)
-    parser.add_argument("--share", type=float, default=1.0, help="of the full counts (default: %(default)s)")
-    parser.add_argument("--only", choices=sorted(PROOFS), help="this proof alone")
+    parser.add_argument("--share", type=float, default=1.0, help="of each count (default: %(default)s, all)")
+    parser.add_argument("--only", choices=PROOFS, action="append", metavar="NAME", help=f"one of {', '.join(PROOFS)}")
     given = parser.parse_args()
+    if not 0 < given.share <= 1:
+        parser.error("--share is over 0 and at most 1")
     failed = 0
-    chosen = {name: proof for name, proof in PROOFS.items() if given.only in (None, name)}
-    for name, proof in chosen.items():
+    chosen = given.only or list(PROOFS)
+    for name in chosen:
         began = time.monotonic()
         try:
-            for line in proof(given.share):
-                print(f"{name}: {line}", flush=True)
+            verdict, figures = "passed", PROOFS[name](given.share)
+        except Broken as broken:
+            verdict, figures = "FAILED", str(broken)
         except Exception:
-            failed += 1
-            traceback.print_exc()
-        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+            verdict, figures = "FAILED", traceback.format_exc()
+        failed += verdict == "FAILED"
+        print(f"{name:16} {verdict} {time.monotonic() - began:6.1f} s  {figures}", flush=True)
     print(f"{len(chosen) - failed} passed, {failed} failed")
-    return failed
+    return 1 if failed else 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from blinker import NamedSignal
 from flask import Flask, request
 
 from flask_asyncroute import AsyncRoute
@@ -56,6 +58,12 @@ def executor(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue("own_pool") if request.param == "own" else request.param
 
 
+@pytest.fixture(params=["thread", "own"])
+def later_executor(request: pytest.FixtureRequest) -> Any:
+    """Give each kind of executor that runs a task after its start was answered."""
+    return request.getfixturevalue("own_pool") if request.param == "own" else request.param
+
+
 def identity_of_header() -> dict[str, Any] | None:
     """Say who asks, as the header ``X-User`` has it."""
     said = request.headers.get("X-User")
@@ -64,3 +72,24 @@ def identity_of_header() -> dict[str, Any] | None:
     name, *kinds = said.split(";")
     held = {kind.partition("=")[0].strip(): kind.partition("=")[2].split(",") for kind in kinds}
     return {"id": name, **held}
+
+
+@pytest.fixture
+def listen() -> Iterator[Callable[..., None]]:
+    """Give ``listen(function, *signals, sender=app)``: connects a receiver until the end."""
+    connected: list[tuple[NamedSignal, Callable[..., Any]]] = []
+
+    def connect(function: Callable[..., Any], *which: NamedSignal, sender: Flask) -> None:
+        for signal in which:
+            signal.connect(function, sender, weak=False)
+            connected.append((signal, function))
+
+    yield connect
+    for signal, function in connected:
+        signal.disconnect(function)
+
+
+@pytest.fixture
+def begun() -> threading.Semaphore:
+    """Give what views release when they begin, and tests acquire: a claimed task may still be stopped before its view."""
+    return threading.Semaphore(0)

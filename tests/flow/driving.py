@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from flask import Flask
 from werkzeug.test import TestResponse
 
 from flask_asyncroute import AsyncRoute
 from tests.conftest import eventually_true
+
+IN_MEMORY = pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+"""For tests of what comes before the store: once is enough."""
 
 TERMINAL = ("Completed", "Failed", "Aborted")
 

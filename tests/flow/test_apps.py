@@ -131,7 +131,11 @@ def test_route_after_first_use(make_app: MakeApp) -> None:
 
 def test_a_view_that_becomes_an_async_route_after_first_use(make_flow: MakeFlow) -> None:
     flow = make_flow()
-    view = flow.async_routes.task(lambda: 1)
+
+    @flow.async_routes.task
+    def view() -> Any:
+        return 1
+
     flow.app.post("/work")(lambda: view())
     with pytest.raises(ConfigurationError, match="register it before"):
         flow.client.post("/work")

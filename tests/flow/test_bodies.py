@@ -14,7 +14,7 @@ import pytest
 from flask import request
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
-from tests.flow.driving import Flow, loaded, problem
+from tests.flow.driving import IN_MEMORY, Flow, loaded, problem
 
 MakeFlow = Callable[..., Flow]
 
@@ -99,6 +99,7 @@ def test_a_whole_body(echo: Flow, is_terminated: bool) -> None:
     ]
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("content_type", ["application/octet-stream", "application/json", BOUNDARY])
 @pytest.mark.parametrize("is_terminated", [True, False])
 @pytest.mark.parametrize("arrived", [0, 1, 5000, len(PART) - 1])
@@ -139,6 +140,7 @@ def test_a49_a_body_cut_short_that_a_hook_has_read(
     assert flow.query() == []
 
 
+@IN_MEMORY
 @pytest.mark.parametrize(
     "error", [InvalidChunkSize("zz"), OSError("reset"), ValueError("x"), EOFError(), RuntimeError("x")], ids=repr
 )
@@ -165,6 +167,7 @@ def test_a_chunked_form_that_a_hook_has_parsed(echo: Flow) -> None:
     assert result(echo, send(echo, Input(PART), None, BOUNDARY))[2] == {"f": len(CSV)}
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("length", ["", "-5", "abc", "1e3", "٣", " 7"])
 def test_a_content_length_that_is_none(echo: Flow, length: str) -> None:
     """Servers refuse these; behind one that does not there is no body to tell of, and no exception either."""
@@ -265,6 +268,7 @@ def test_a_malformed_multipart_body_is_the_view_s_affair(echo: Flow) -> None:
     assert result(echo, send(echo, Input(b"nonsense"), 8, "multipart/form-data"))[2:] == [{}, {}]
 
 
+@IN_MEMORY
 def test_more_than_was_announced_is_left_alone(echo: Flow) -> None:
     assert result(echo, send(echo, Input(b"x" * 100), 40, is_terminated=False))[:2] == [40, 40]
 
@@ -300,6 +304,30 @@ def test_a_temporary_file_is_closed_where_a_start_is_refused(
     assert all(file.closed for file in made), "the task's own goes with its end"
 
 
+@pytest.mark.parametrize(
+    "read",
+    [lambda: None, lambda: request.form.get("x"), lambda: request.get_data() and None],
+    ids=["nothing", "form", "get_data"],
+)
+def test_a_disk_that_is_full_is_not_the_client_s_fault(
+    make_flow: MakeFlow, monkeypatch: pytest.MonkeyPatch, read: Any
+) -> None:
+    """No handler turns what went wrong here into a 4xx."""
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    flow = make_flow(PROPAGATE_EXCEPTIONS=False)
+    flow.app.before_request(lambda: read() if request.method == "POST" else None)
+    flow.route(endpoint="work")(lambda: 1)
+    monkeypatch.setattr("flask_asyncroute.snapshot.tempfile.TemporaryFile", full)
+    large = b'--B\r\nContent-Disposition: form-data; name="f"; filename="x"\r\n\r\n%s\r\n--B--\r\n' % (b"x" * 300_000)
+    for stream, length in ((Input(large), len(large)), (Input(large), None)):
+        response = send(flow, stream, length, BOUNDARY)
+        assert response.status_code >= 500, response.get_data(as_text=True)
+    assert flow.query() == []
+
+
 def test_a_gzipped_body_is_stored_as_it_is(echo: Flow) -> None:
     assert result(echo, send(echo, Input(b"\x1f\x8b" + b"x" * 100), 102, HTTP_CONTENT_ENCODING="gzip"))[:2] == [
         102,
@@ -307,5 +335,6 @@ def test_a_gzipped_body_is_stored_as_it_is(echo: Flow) -> None:
     ]
 
 
+@IN_MEMORY
 def test_answers_are_json_here(echo: Flow) -> None:
     assert loaded(send(echo, Input(), 0))["State"] == "NotStarted"

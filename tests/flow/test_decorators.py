@@ -17,12 +17,13 @@ from flask import Blueprint, Response, abort, g, request
 from flask.views import MethodView, View
 
 from flask_asyncroute import AsyncRoute, ConfigurationError, NoCurrentTask, current_task
-from tests.flow.driving import Flow, problem
+from tests.flow.driving import IN_MEMORY, Flow, problem
 
 MakeFlow = Callable[..., Flow]
 F = Callable[..., Any]
 
 
+@IN_MEMORY
 def test_task_with_and_without_parentheses(flow: Flow) -> None:
     @flow.app.post("/a")
     @flow.async_routes.task
@@ -59,6 +60,7 @@ def test_the_example_of_the_contract(flow: Flow) -> None:
     assert inspect.unwrap(async_param)(0, "x") == {"InnerValue": "x"}
 
 
+@IN_MEMORY
 def test_route_serves_get_where_nothing_else_is_said(flow: Flow) -> None:
     @flow.async_routes.route("/work")
     def work() -> str:
@@ -68,6 +70,7 @@ def test_route_serves_get_where_nothing_else_is_said(flow: Flow) -> None:
     assert flow.request("POST", "/work").status_code == 405
 
 
+@IN_MEMORY
 def test_route_takes_what_flask_takes(flow: Flow) -> None:
     @flow.async_routes.route("/a/", endpoint="other", methods=["PUT"], strict_slashes=False, defaults={"n": 5})
     def work(n: int) -> Any:
@@ -76,6 +79,7 @@ def test_route_takes_what_flask_takes(flow: Flow) -> None:
     assert flow.result("/a", "PUT") == [5, "other"]
 
 
+@IN_MEMORY
 def test_the_decorated_view_looks_like_the_view(flow: Flow) -> None:
     @flow.async_routes.task(name="x")
     def report(year: int = 5, *, full: bool = False) -> int:
@@ -105,16 +109,18 @@ def test_arguments_for_a_view_that_takes_any(flow: Flow) -> None:
     assert flow.result("/x") == {"a": 1, "n": "x"}
 
 
+@IN_MEMORY
 def test_a_view_with_a_default_for_a_missing_variable(flow: Flow) -> None:
     @flow.app.post("/a")
     @flow.app.post("/a/<int:n>")
     @flow.async_routes.task
-    def work(n: int = 7) -> int:
+    def work(n: int = 7) -> Any:
         return n
 
     assert [flow.result("/a"), flow.result("/a/1")] == [7, 1]
 
 
+@IN_MEMORY
 def test_a_variable_that_the_view_does_not_take_fails_the_task(flow: Flow) -> None:
     @flow.route("/<int:n>")
     def work() -> None: ...
@@ -122,18 +128,25 @@ def test_a_variable_that_the_view_does_not_take_fails_the_task(flow: Flow) -> No
     assert flow.error("/1").startswith("TypeError: ")
 
 
+@IN_MEMORY
 def test_a_lambda(flow: Flow) -> None:
-    flow.app.add_url_rule("/work", "work", flow.async_routes.task(lambda: 5), methods=["POST"])
+    view: Callable[[], Any] = lambda: 5  # noqa: E731
+    flow.app.add_url_rule("/work", "work", flow.async_routes.task(view), methods=["POST"])
     assert flow.result() == 5
 
 
+@IN_MEMORY
 def test_one_async_route_under_two_endpoints(flow: Flow) -> None:
-    view = flow.async_routes.task(lambda: request.endpoint)
+    @flow.async_routes.task
+    def view() -> Any:
+        return request.endpoint
+
     flow.app.add_url_rule("/a", "a", view, methods=["POST"])
     flow.app.add_url_rule("/b", "b", view, methods=["POST"])
     assert [flow.result("/a"), flow.result("/b")] == ["a", "b"]
 
 
+@IN_MEMORY
 def test_one_view_both_plain_and_async(flow: Flow) -> None:
     """Two endpoints, one of which starts tasks: nothing stands in the wrong order here."""
 
@@ -288,6 +301,7 @@ def test_decorators_above_run_in_the_request_and_may_refuse_it(flow: Flow, execu
     assert ran == ["above", "above", f"below in {task['Id']}", "view"]
 
 
+@IN_MEMORY
 def test_decorators_above_may_change_the_response(flow: Flow) -> None:
     def marking(function: F) -> F:
         @functools.wraps(function)
@@ -306,6 +320,7 @@ def test_decorators_above_may_change_the_response(flow: Flow) -> None:
     assert flow.request("POST", "/work").headers["X-Marked"] == "yes"
 
 
+@IN_MEMORY
 def test_decorators_below_may_fail_the_task(flow: Flow) -> None:
     def strict(function: F) -> F:
         @functools.wraps(function)
@@ -345,7 +360,7 @@ def test_an_argument_that_the_url_gives_too(make_flow: MakeFlow) -> None:
 
     @flow.app.post("/b/<year>")
     @flow.async_routes.task(arguments={"year": 1})
-    def b(year: int) -> None: ...
+    def b(year: int) -> Any: ...
 
     for _ in range(2):
         with pytest.raises(ConfigurationError, match=r"\.b\(\).*'year'.*URL"):
@@ -361,7 +376,7 @@ def test_task_above_the_route_decorator(make_flow: MakeFlow) -> None:
 
     @flow.async_routes.task
     @flow.app.post("/work")
-    def work() -> None: ...
+    def work() -> Any: ...
 
     for _ in range(2):
         with pytest.raises(ConfigurationError, match=r"work\(\).*task\(\).*above"):
@@ -376,7 +391,7 @@ def test_task_above_the_route_decorator_of_a_blueprint(make_flow: MakeFlow) -> N
 
     @flow.async_routes.task
     @blueprint.post("/work")
-    def work() -> None: ...
+    def work() -> Any: ...
 
     flow.app.register_blueprint(blueprint)
     with pytest.raises(ConfigurationError, match=r"work\(\).*above.*'shop.work'"):
@@ -460,6 +475,7 @@ def test_a_view_that_is_annotated_to_return_a_response(make_flow: MakeFlow) -> N
             task(view)
 
 
+@IN_MEMORY
 def test_a_view_that_is_annotated_otherwise(flow: Flow) -> None:
     @flow.route("/a")
     def a() -> Report:
@@ -475,7 +491,7 @@ def test_a_view_that_is_annotated_otherwise(flow: Flow) -> None:
     c.__annotations__["return"] = ReportResponse
     flow.route("/c")(c)
 
-    def d():  # type: ignore[no-untyped-def]
+    def d():
         return {"rows": 4}
 
     flow.route("/d")(d)
@@ -622,7 +638,7 @@ def test_a_view_class(flow: Flow, executor: Any) -> None:
         def __init__(self, title: str) -> None:
             self.title = title
 
-        def dispatch_request(self, year: int) -> Any:
+        def dispatch_request(self, year: int) -> Any:  # type: ignore[override]
             return [self.title, year, request.method, current_task.id]
 
     flow.app.add_url_rule("/report/<int:year>", view_func=Report.as_view("report", "Sales"))
@@ -651,18 +667,20 @@ def test_a_method_view(flow: Flow) -> None:
     assert flow.request("HEAD", "/report/5").status_code == 405
 
 
+@IN_MEMORY
 def test_a_view_class_with_arguments_and_decorators_above(flow: Flow) -> None:
     class Report(View):
         methods = ["POST"]
         decorators = [flow.async_routes.task(arguments={"a": 1}), passing(b=2)]
 
-        def dispatch_request(self, a: int, b: int) -> Any:
+        def dispatch_request(self, a: int, b: int) -> Any:  # type: ignore[override]
             return [a, b]
 
     flow.app.add_url_rule("/report", view_func=Report.as_view("report"))
     assert flow.result("/report") == [1, 2]
 
 
+@IN_MEMORY
 def test_two_view_classes_have_options_of_their_own(flow: Flow) -> None:
     for name, cancellable in (("a", True), ("b", False)):
 
@@ -670,7 +688,7 @@ def test_two_view_classes_have_options_of_their_own(flow: Flow) -> None:
             methods = ["POST"]
             decorators = [flow.async_routes.task(cancellable=cancellable)]
 
-            def dispatch_request(self) -> None: ...
+            def dispatch_request(self) -> Any: ...
 
         flow.app.add_url_rule(f"/{name}", view_func=Report.as_view(name))
     assert [flow.start(f"/{name}")["Cancellable"] for name in "ab"] == [True, False]

@@ -15,7 +15,7 @@ from flask_wtf.csrf import CSRFProtect, generate_csrf
 from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.test import EnvironBuilder
 
-from tests.flow.driving import Flow
+from tests.flow.driving import IN_MEMORY, Flow
 
 MakeFlow = Callable[..., Flow]
 
@@ -260,6 +260,7 @@ def test_a_form_parsed_before_keeps_other_headers(make_flow: MakeFlow) -> None:
     assert flow.result(data={"a": "1"}, content_type=MULTIPART, headers={"X-Thing": "y"}) == [MULTIPART, "y", True]
 
 
+@IN_MEMORY
 def test_json_behind_a_hook_that_looks_for_a_form(flow: Flow) -> None:
     hook(flow, READERS["form"])
 
@@ -270,6 +271,7 @@ def test_json_behind_a_hook_that_looks_for_a_form(flow: Flow) -> None:
     assert flow.result(json={"a": [1]}) == {"a": [1]}
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("read", ["get_data", "data", "get_json", "get_json by force", "values"])
 def test_json_behind_a_hook_that_reads_it(flow: Flow, read: str) -> None:
     hook(flow, READERS[read])
@@ -360,6 +362,7 @@ def test_a_stop_of_an_exempt_blueprint_needs_no_token(protected: Flow, gate: Any
     protected.still(task)
 
 
+@IN_MEMORY
 def test_a_file_storage_without_a_name(flow: Flow) -> None:
     with_echo(flow, READERS["form"])
     data = {"f": FileStorage(io.BytesIO(b"x"), filename="", name="f")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import uuid
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from flask import Blueprint, Flask, current_app, g, request, url_for
 from werkzeug.routing import BaseConverter
 
-from tests.flow.driving import Flow
+from tests.flow.driving import IN_MEMORY, Flow
 
 MakeFlow = Callable[..., Flow]
 
@@ -91,6 +92,7 @@ def test_a_compressed_body_is_kept_as_it_is(flow: Flow) -> None:
     assert flow.result(data=b"\x1f\x8b\x08", headers={"Content-Encoding": "gzip"}) == ["gzip", "1f8b08"]
 
 
+@IN_MEMORY
 def test_no_body(flow: Flow) -> None:
     @flow.route()
     def work() -> Any:
@@ -99,6 +101,7 @@ def test_no_body(flow: Flow) -> None:
     assert flow.result() == ["", 0, 0, None]
 
 
+@IN_MEMORY
 def test_the_view_gets_no_json_error_but_its_own(flow: Flow) -> None:
     """What cannot be read fails the task as it would fail the request."""
 
@@ -122,6 +125,7 @@ def test_a_large_body(flow: Flow) -> None:
     assert flow.result(data=sent) == [3_200_000, True]
 
 
+@IN_MEMORY
 @pytest.mark.parametrize(
     ("rule", "path", "arguments"),
     [
@@ -163,16 +167,18 @@ def test_url_variables_that_are_no_json(flow: Flow) -> None:
     assert flow.result(f"/a/{one}/x+y") == [one, ["x", "y"]]
 
 
+@IN_MEMORY
 def test_defaults_of_the_rule(flow: Flow) -> None:
     @flow.app.post("/pages", defaults={"page": 1})
     @flow.app.post("/pages/<int:page>")
     @flow.async_routes.task
-    def pages(page: int) -> int:
+    def pages(page: int) -> Any:
         return page
 
     assert [flow.result("/pages"), flow.result("/pages/5")] == [1, 5]
 
 
+@IN_MEMORY
 def test_a_url_value_preprocessor_may_take_a_variable_away(flow: Flow) -> None:
     @flow.app.url_value_preprocessor
     def take(endpoint: str | None, values: dict[str, Any] | None) -> None:
@@ -212,6 +218,49 @@ def test_a_url_value_preprocessor_may_add_a_variable(flow: Flow) -> None:
     assert flow.result("/page/7") == [7, "acme"]
 
 
+def test_a_url_value_preprocessor_beside_variables_that_are_objects(flow: Flow) -> None:
+    """They are no JSON and equal to nothing but themselves; the preprocessor leaves them alone."""
+
+    class Thing:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    class Things(BaseConverter):
+        def to_python(self, value: str) -> Thing:
+            return Thing(value)
+
+    flow.app.url_map.converters["thing"] = Things
+    flow.app.url_value_preprocessor(lambda endpoint, values: (values or {}).pop("language", None) and None)
+
+    @flow.route("/<language>/<thing:thing>")
+    def work(thing: Thing) -> Any:
+        return thing.name
+
+    assert flow.result("/de/x") == "x"
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1"], ids=repr)
+def test_a_decorator_may_change_the_type_of_a_variable(make_flow: MakeFlow, value: Any) -> None:
+    """What is equal is not the same: 1 is no True."""
+    flow = make_flow()
+
+    def changing(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapped(n: int) -> Any:
+            return function(n=value)
+
+        return wrapped
+
+    @flow.app.post("/<int:n>")
+    @changing
+    @flow.async_routes.task
+    def work(n: Any) -> Any:
+        return repr(n)
+
+    assert flow.result("/1") == repr(value)
+
+
+@IN_MEMORY
 def test_url_for(flow: Flow) -> None:
     @flow.route("/a/<int:n>")
     def work(n: int) -> Any:
@@ -230,6 +279,7 @@ def test_url_for(flow: Flow) -> None:
     ]
 
 
+@IN_MEMORY
 def test_url_for_in_a_blueprint(flow: Flow) -> None:
     blueprint = Blueprint("shop", "shop")
 
@@ -422,6 +472,7 @@ def test_what_the_extension_keeps_of_the_environ_is_plain(flow: Flow) -> None:
     assert [name.partition(":")[0] for name in found] == ["wsgi.errors", "wsgi.input", "wsgi.version"]
 
 
+@IN_MEMORY
 def test_a_url_that_is_gone_fails_the_task(flow: Flow) -> None:
     """It cannot go on where its rule does not lead any more; that is the task's failure and nobody else's."""
 

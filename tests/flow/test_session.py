@@ -13,7 +13,7 @@ from flask import flash, get_flashed_messages, session
 from flask.sessions import SecureCookieSession, SecureCookieSessionInterface
 from markupsafe import Markup
 
-from tests.flow.driving import Flow, problem
+from tests.flow.driving import IN_MEMORY, Flow, problem
 
 MakeFlow = Callable[..., Flow]
 
@@ -105,6 +105,7 @@ def test_a_write_that_is_not_caught_fails_the_task(flow: Flow) -> None:
     assert flow.error().startswith("SessionIsReadOnly: A task cannot write to session")
 
 
+@IN_MEMORY
 @pytest.mark.parametrize(
     "value", [object(), {1, 2}, 1j, {"deep": [object()]}], ids=["object", "set", "complex", "deep"]
 )

@@ -16,7 +16,7 @@ import yaml
 from flask import request
 
 from flask_asyncroute import Access, Permission
-from tests.flow.driving import Flow, assert_not_cached, loaded, problem
+from tests.flow.driving import IN_MEMORY, Flow, assert_not_cached, loaded, problem
 
 MakeFlow = Callable[..., Flow]
 
@@ -155,6 +155,7 @@ def test_a76_a_forged_host_reaches_no_link(make_flow: MakeFlow, host: str) -> No
         assert response.headers["Link"].startswith("</tasks?")
 
 
+@IN_MEMORY
 @pytest.mark.parametrize(
     ("path", "url"),
     [
@@ -173,6 +174,7 @@ def test_url_has_no_query(flow: Flow, path: str, url: str) -> None:
     assert flow.start(path)["Url"] == url
 
 
+@IN_MEMORY
 def test_url_has_no_userinfo(flow: Flow) -> None:
     @flow.route()
     def work() -> None: ...
@@ -180,6 +182,7 @@ def test_url_has_no_userinfo(flow: Flow) -> None:
     assert flow.start(auth=("anna", "secret"))["Url"] == "http://localhost/work"
 
 
+@IN_MEMORY
 def test_url_behind_script_name_and_scheme(flow: Flow) -> None:
     @flow.route()
     def work() -> None: ...
@@ -187,6 +190,7 @@ def test_url_behind_script_name_and_scheme(flow: Flow) -> None:
     assert flow.start(base_url="https://shop.example:8443/app")["Url"] == "https://shop.example:8443/app/work"
 
 
+@IN_MEMORY
 def test_url_of_a_long_path_is_cut(flow: Flow) -> None:
     @flow.route("/a/<path:x>")
     def work(x: str) -> None: ...
@@ -197,6 +201,7 @@ def test_url_of_a_long_path_is_cut(flow: Flow) -> None:
 # -- methods -----------------------------------------------------------------------------------------------------------
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("methods", [["GET"], ["GET", "POST"], ["HEAD", "PUT"]])
 def test_head_never_starts_a_task(flow: Flow, methods: list[str]) -> None:
     ran = []
@@ -213,6 +218,7 @@ def test_head_never_starts_a_task(flow: Flow, methods: list[str]) -> None:
     assert flow.query() == [] and not ran
 
 
+@IN_MEMORY
 def test_a_get_route_starts_with_get(flow: Flow) -> None:
     @flow.route(methods=["GET"])
     def work() -> int:
@@ -221,6 +227,7 @@ def test_a_get_route_starts_with_get(flow: Flow) -> None:
     assert flow.result("/work", "GET") == 1
 
 
+@IN_MEMORY
 def test_options_starts_nothing(flow: Flow) -> None:
     @flow.route()
     def work() -> None: ...
@@ -229,6 +236,7 @@ def test_options_starts_nothing(flow: Flow) -> None:
     assert flow.query() == []
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("header", ["X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override"])
 def test_a58_a_method_cannot_be_overridden(flow: Flow, header: str) -> None:
     @flow.route()
@@ -243,6 +251,7 @@ def test_a58_a_method_cannot_be_overridden(flow: Flow, header: str) -> None:
 # -- headers that later versions serve -----------------------------------------------------------------------------------
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("key", ["abc", "", '"quoted"'])
 def test_an_idempotency_key_is_not_served_yet(flow: Flow, key: str) -> None:
     """Silently starting it anew would be what the key is there to prevent."""
@@ -255,6 +264,7 @@ def test_an_idempotency_key_is_not_served_yet(flow: Flow, key: str) -> None:
     assert flow.query() == []
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("prefer", ["wait=1", "respond-async, wait=10", "nonsense;;", ""])
 def test_prefer_is_ignored(flow: Flow, prefer: str) -> None:
     @flow.route()
@@ -268,6 +278,7 @@ def test_prefer_is_ignored(flow: Flow, prefer: str) -> None:
 # -- negotiation -----------------------------------------------------------------------------------------------------------
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("accept", ["text/html", "image/*", "application/json;q=0", "application/xml"])
 def test_nothing_acceptable_starts_nothing(flow: Flow, accept: str) -> None:
     @flow.route()
@@ -326,6 +337,7 @@ def raising() -> Permission:
     raise RuntimeError("secret")
 
 
+@IN_MEMORY
 @pytest.mark.parametrize(
     "function",
     [
@@ -384,7 +396,7 @@ def test_a_permission_is_shown_with_the_owner_in_both_users(flow: Flow) -> None:
         "Read": {"Users": ["anna", "b"], "Groups": ["g"], "Roles": ["r"], "Scopes": ["s"]},
         "Write": {"Users": ["anna"], "Groups": ["w"], "Roles": [], "Scopes": []},
     }
-    nobody = {"Groups": [], "Roles": [], "Scopes": []}
+    nobody: dict[str, list[str]] = {"Groups": [], "Roles": [], "Scopes": []}
     task = flow.start("/plain", headers={"X-User": "anna"})
     assert task["Permission"] == {"Read": {"Users": ["anna"], **nobody}, "Write": {"Users": ["anna"], **nobody}}
     assert not {"User", "Permission"} & set(flow.start("/plain"))
@@ -438,6 +450,7 @@ def test_identities(flow: Flow, identity: Any, user: str | None) -> None:
     assert flow.ids() == [task["Id"]]
 
 
+@IN_MEMORY
 @pytest.mark.parametrize(
     "identity",
     [{}, {"id": None}, {"id": ""}, {"id": "x" * 256}, Person(), {"id": "anna", "groups": "staff"}, "anna", 7],
@@ -494,6 +507,7 @@ def test_another_field_of_the_identity(make_flow: MakeFlow) -> None:
     assert flow.start()["User"] == "right"
 
 
+@IN_MEMORY
 def test_an_identity_loader_may_abort_as_any_view(flow: Flow) -> None:
     from flask import abort
 
@@ -518,6 +532,7 @@ def test_ids_of_the_app(flow: Flow, good: str) -> None:
     assert flow.ended(good)["Result"] == 1
 
 
+@IN_MEMORY
 @pytest.mark.parametrize(
     "bad",
     [
@@ -553,6 +568,7 @@ def test_a_bad_id_starts_nothing(flow: Flow, bad: Any, caplog: pytest.LogCapture
     assert flow.query() == []
 
 
+@IN_MEMORY
 def test_an_id_generator_that_raises_starts_nothing(flow: Flow, caplog: pytest.LogCaptureFixture) -> None:
     def generate() -> str:
         raise LookupError("secret")

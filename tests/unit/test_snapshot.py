@@ -111,12 +111,12 @@ def test_a_body_that_is_longer_than_announced_is_not_cut() -> None:
     body.close()
 
 
-def test_an_error_of_the_server_while_reading_is_passed_on() -> None:
+def test_an_error_of_the_server_while_reading_is_a_body_that_cannot_be_read() -> None:
     class Gone(io.RawIOBase):
         def read(self, size: int = -1) -> bytes:
             raise ConnectionResetError("gone")
 
-    with pytest.raises(ConnectionResetError):
+    with pytest.raises(InvalidRequest, match="ConnectionResetError"):
         read_body(Gone(), 5, 100)  # type: ignore[arg-type]
 
 

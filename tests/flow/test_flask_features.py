@@ -1,0 +1,253 @@
+"""What Flask offers a view, inside a task: proxies, hosts, templates, further threads, further requests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import flask
+import pytest
+from flask import Flask, after_this_request, copy_current_request_context, g, render_template_string, request, url_for
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from flask_asyncroute import AsyncRoute, ConfigurationError, current_task
+from tests.conftest import close_app
+from tests.flow.driving import Flow
+
+MakeFlow = Callable[..., Flow]
+MakeApp = Callable[..., Flask]
+
+
+def test_behind_a_proxy(flow: Flow) -> None:
+    flow.app.wsgi_app = ProxyFix(flow.app.wsgi_app, x_for=1, x_proto=1, x_host=1, x_prefix=1)  # type: ignore[method-assign]
+
+    @flow.route()
+    def work() -> Any:
+        return [
+            request.url,
+            request.remote_addr,
+            request.is_secure,
+            url_for("work", _external=True),
+            request.script_root,
+        ]
+
+    forwarded = {
+        "X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "shop.example", "X-Forwarded-Prefix": "/app",
+    }  # fmt: skip
+    response = flow.request("POST", "/work?x=1", headers=forwarded)
+    assert response.headers["Location"].startswith("/app/task/")
+    task = flow.ended(response.get_json())
+    assert task["Url"] == "https://shop.example/app/work"
+    assert task["Result"] == [
+        "https://shop.example/app/work?x=1", "203.0.113.7", True, "https://shop.example/app/work", "/app",
+    ]  # fmt: skip
+
+
+def test_subdomains(tmp_path: Any) -> None:
+    app = Flask("app", subdomain_matching=True, instance_path=str(tmp_path))
+    app.config.update(TESTING=True, ASYNCROUTE_STORE="memory://", SERVER_NAME="shop.example")
+    async_routes = AsyncRoute(app)
+
+    @async_routes.route("/work/<int:n>", methods=["POST"], subdomain="<tenant>")
+    def work(tenant: str, n: int) -> Any:
+        return [tenant, n, request.host, url_for("work", tenant="b", n=2)]
+
+    try:
+        response = app.test_client().post("/work/1", base_url="http://a.shop.example/")
+        assert response.status_code == 202
+        with app.app_context():
+            found = async_routes.wait(response.get_json()["Id"], 5)
+        assert found.result == ["a", 1, "a.shop.example", "http://b.shop.example/work/2"]
+        assert app.test_client().get("/tasks", base_url="http://shop.example/").status_code == 200
+    finally:
+        close_app(app)
+
+
+def test_templates(flow: Flow) -> None:
+    flow.app.context_processor(lambda: {"added": "by a processor"})
+
+    @flow.route()
+    def work() -> Any:
+        g.thing = "in g"
+        return render_template_string(
+            "{{ request.args.x }}, {{ g.thing }}, {{ session.get('y') }}, {{ added }}, {{ url_for('work') }}"
+        )
+
+    assert flow.result("/work?x=1") == "1, in g, None, by a processor, /work"
+
+
+def test_threads_of_the_view_with_the_request(flow: Flow) -> None:
+    """Flask hands the request on; the task is handed on as an object."""
+
+    @flow.route()
+    def work() -> Any:
+        found: list[Any] = []
+        task = current_task._get_current_object()  # type: ignore[attr-defined]
+
+        @copy_current_request_context
+        def more() -> None:
+            found.append([request.args["x"], task.id])
+
+        thread = threading.Thread(target=more)
+        thread.start()
+        thread.join()
+        return found
+
+    task = flow.run("/work?x=1")
+    assert task["Result"] == [["1", task["Id"]]]
+
+
+def test_f13_state_follows_the_return_of_the_view(flow: Flow, gate: threading.Event) -> None:
+    """Threads that it has started may go on."""
+    left: list[threading.Thread] = []
+
+    @flow.route()
+    def work() -> str:
+        thread = threading.Thread(target=lambda: gate.wait(10))
+        thread.start()
+        left.append(thread)
+        return "done"
+
+    assert flow.result() == "done"
+    assert left[0].is_alive()
+    gate.set()
+    left[0].join()
+
+
+def test_a_task_that_starts_another(flow: Flow, executor: Any) -> None:
+    """Its request is a request like any other: the new task is its own."""
+    flow.route("/other", endpoint="other", executor=executor)(lambda: [current_task.id, request.path])
+
+    @flow.route()
+    def work() -> Any:
+        response = flow.app.test_client().post("/other")
+        assert response.status_code == 202
+        found = flow.async_routes.wait(response.get_json()["Id"], 5)
+        return [current_task.id, request.path, found.id, found.result]
+
+    task = flow.run()
+    own, path, other, result = task["Result"]
+    assert (own, path) == (task["Id"], "/work")
+    assert result == [other, "/other"] and other != own
+
+
+def test_a_client_that_keeps_its_context(flow: Flow, executor: Any) -> None:
+    flow.route(endpoint="work", executor=executor)(lambda: request.path)
+    with flow.app.test_client() as client:
+        response = client.post("/work")
+        assert flask.request.path == "/work"
+        task = response.get_json()
+    assert flow.ended(task)["Result"] == "/work"
+
+
+def test_a_view_that_is_called_in_a_test_request(flow: Flow) -> None:
+    @flow.route("/a/<int:n>")
+    def work(n: int) -> int:
+        return n + 1
+
+    with flow.app.test_request_context("/a/5", method="POST"):
+        response: Any = work(n=5)
+    assert response.status_code == 202
+    assert flow.ended(response.get_json())["Result"] == 6
+
+
+@pytest.mark.parametrize(
+    "content_type", ["multipart/form-data", "application/x-www-form-urlencoded", "application/json"]
+)
+def test_forms_in_debug_mode(make_flow: MakeFlow, content_type: str) -> None:
+    """Flask replaces `files` then, to explain itself where the encoding of a form is wrong."""
+    flow = make_flow(DEBUG=True)
+    flow.app.before_request(lambda: request.form.get("a") and None)
+
+    @flow.route()
+    def work() -> Any:
+        return [request.form.get("a"), request.get_json(silent=True)]
+
+    if content_type == "application/json":
+        assert flow.result(json={"a": 1}) == [None, {"a": 1}]
+    else:
+        assert flow.result(data={"a": "1"}, content_type=content_type) == ["1", None]
+
+
+def test_after_this_request_is_without_effect(flow: Flow) -> None:
+    ran = []
+
+    def later(response: Any) -> Any:
+        ran.append(1)
+        return response
+
+    @flow.route()
+    def work() -> str:
+        after_this_request(later)
+        return "done"
+
+    assert flow.result() == "done"
+    assert not ran
+
+
+@pytest.mark.parametrize("method", ["PATCH", "DELETE", "REPORT", "PROPFIND"])
+def test_other_methods(flow: Flow, method: str) -> None:
+    flow.route(endpoint="work", methods=[method])(lambda: request.method)
+    task = flow.run("/work", method)
+    assert (task["Method"], task["AsyncRouteId"], task["Result"]) == (method, f"[{method.capitalize()}]/work", method)
+
+
+def test_a_redirect_for_a_slash_starts_nothing(flow: Flow) -> None:
+    flow.route("/work/", endpoint="work")(lambda: 1)
+    assert flow.request("POST", "/work").status_code == 308
+    assert flow.query() == []
+    assert flow.result("/work/") == 1
+
+
+def test_flask_s_hooks_may_refuse_a_start(flow: Flow) -> None:
+    flow.app.before_request(lambda: flask.abort(403) if request.method == "POST" else None)
+    flow.route(endpoint="work")(lambda: 1)
+    assert flow.request("POST", "/work").status_code == 403
+    assert flow.query() == []
+
+
+def test_flask_s_hooks_may_change_the_answer(flow: Flow) -> None:
+    @flow.app.after_request
+    def mark(response: Any) -> Any:
+        response.headers["X-Marked"] = "yes"
+        return response
+
+    flow.route(endpoint="work")(lambda: 1)
+    assert flow.request("POST", "/work").headers["X-Marked"] == "yes"
+    assert flow.request("GET", "/tasks").headers["X-Marked"] == "yes"
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+def test_a_before_task_function_that_is_async(make_flow: MakeFlow) -> None:
+    """It runs, or is refused where it is registered; silently leaving it out would be neither."""
+    flow = make_flow()
+    ran = []
+
+    async def load() -> None:
+        ran.append(1)
+
+    try:
+        flow.async_routes.before_task(load)
+    except ConfigurationError as error:
+        assert "async" in str(error)
+        return
+    flow.route(endpoint="work")(lambda: 1)
+    flow.run()
+    assert ran
+
+
+def test_a_server_name_in_the_configuration(make_flow: MakeFlow) -> None:
+    flow = make_flow(SERVER_NAME="shop.example", APPLICATION_ROOT="/app")
+    flow.route(endpoint="work")(lambda: url_for("work", _external=True))
+    flow.app.post("/plain")(lambda: url_for("work", _external=True))
+    assert flow.result() == flow.client.post("/plain").text
+    with flow.app.app_context():
+        assert url_for("asyncroute.get", task_id="x") == "http://shop.example/app/task/x"
+
+
+def test_trusted_hosts_hold_at_the_start(make_flow: MakeFlow) -> None:
+    flow = make_flow(TRUSTED_HOSTS=["localhost"])
+    flow.route(endpoint="work")(lambda: request.host)
+    assert flow.request("POST", "/work", headers={"Host": "evil.example"}).status_code == 400
+    assert flow.result() == "localhost"

@@ -1,0 +1,485 @@
+"""From the app's own code: get, exists, query, stop, wait and the shared state; and what its tests are given."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_asyncroute import (
+    AsyncRoute,
+    AsyncRouteError,
+    AsyncRouteTask,
+    ConfigurationError,
+    InvalidQuery,
+    NoCurrentTask,
+    NotCancellable,
+    Permission,
+    State,
+    TaskAborted,
+    TaskFinished,
+    TaskNotFound,
+    current_task,
+)
+from flask_asyncroute.testing import fake_task, inline
+from tests.flow.driving import IN_MEMORY, Flow
+
+MakeFlow = Callable[..., Flow]
+MakeApp = Callable[..., Flask]
+
+
+@pytest.fixture
+def context(flow: Flow) -> Iterator[AsyncRoute]:
+    """Give the extension inside an app context."""
+    with flow.app.app_context():
+        yield flow.async_routes
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------------
+
+
+def test_get_gives_a_frozen_record(flow: Flow, context: AsyncRoute) -> None:
+    flow.route(permission=Permission(), timeout=50, endpoint="work")(lambda: {"a": [1, None]})
+    task = flow.start(headers={"X-User": "anna"})
+    record = context.wait(task["Id"], 5)
+    assert isinstance(record, AsyncRouteTask)
+    assert context.get(task["Id"]) == record
+    assert context.exists(task["Id"]) and not context.exists("x") and context.get("x") is None
+    assert record.id == task["Id"]
+    assert record.state is State.COMPLETED and record.is_completed
+    assert (record.user, record.method, record.url) == ("anna", "POST", "http://localhost/work")
+    assert record.result == {"a": [1, None]}
+    assert record.error is None and record.progress is None and not record.stopping
+    times = [record.creation_time, record.starting_time, record.completed_time, record.expire_time]
+    assert all(isinstance(moment, datetime) and moment.tzinfo is UTC for moment in times)
+    assert record.expire_time == (record.starting_time or datetime.now(UTC)) + timedelta(seconds=50)
+    assert record.permission is not None and record.permission.read.users == ("anna",)
+    with pytest.raises(AttributeError):
+        record.state = State.FAILED  # type: ignore[misc]
+    assert record.to_dict() == flow.get(task, headers={"X-User": "anna"})
+
+
+def test_no_permission_is_checked(flow: Flow, context: AsyncRoute, gate: threading.Event) -> None:
+    @flow.route()
+    def work() -> None:
+        gate.wait(10)
+
+    task = flow.start(headers={"X-User": "anna"})
+    flow.get(task, status=404)
+    assert context.exists(task["Id"])
+    assert [record.id for record in context.query()] == [task["Id"]]
+    assert context.stop(task["Id"]).state is State.ABORTED
+    gate.set()
+
+
+def test_they_need_an_app_context(make_flow: MakeFlow) -> None:
+    async_routes = make_flow().async_routes
+    uses: list[Callable[[], Any]] = [
+        lambda: async_routes.get("x"), lambda: async_routes.exists("x"), async_routes.query, lambda: async_routes.stop("x"),
+        lambda: async_routes.wait("x", 1), lambda: async_routes.state["x"], lambda: async_routes.state.get("x"),
+        lambda: async_routes.state.update(x=1), lambda: "x" in async_routes.state, lambda: list(async_routes.state), lambda: len(async_routes.state),
+        lambda: async_routes.state.apply("x", len),
+    ]  # fmt: skip
+    for use in uses:
+        with pytest.raises(RuntimeError, match="application context"):
+            use()
+
+
+def test_stop(flow: Flow, context: AsyncRoute, begun: threading.Semaphore, gate: threading.Event) -> None:
+    @flow.route("/slow", cancellable=True)
+    def slow() -> None:
+        begun.release()
+        gate.wait(10)
+
+    @flow.route("/stubborn", cancellable=False)
+    def stubborn() -> None:
+        begun.release()
+        gate.wait(10)
+
+    flow.route("/quick", endpoint="quick")(lambda: 1)
+    flow.route("/bad", endpoint="bad")(lambda: 1 / 0)
+    with pytest.raises(TaskNotFound, match="no task with this id"):
+        context.stop("x")
+    for path in ("/quick", "/bad"):
+        with pytest.raises(TaskFinished, match="has ended"):
+            context.stop(flow.run(path)["Id"])
+    running, other = flow.start("/slow"), flow.start("/stubborn")
+    assert begun.acquire(timeout=5) and begun.acquire(timeout=5)
+    with pytest.raises(NotCancellable):
+        context.stop(other["Id"])
+    stopped = context.stop(running["Id"])
+    assert (stopped.state, stopped.stopping, stopped.error) == (State.ABORTED, True, "Aborted by the user")
+    assert context.stop(running["Id"]) == stopped
+    for error in (TaskNotFound, TaskFinished, NotCancellable, InvalidQuery, ConfigurationError):
+        assert issubclass(error, AsyncRouteError)
+    assert issubclass(TaskNotFound, LookupError)
+    gate.set()
+
+
+def test_wait(flow: Flow, context: AsyncRoute, gate: threading.Event) -> None:
+    @flow.route()
+    def work() -> int:
+        gate.wait(10)
+        return 5
+
+    task = flow.start()
+    for timeout in (0, 0.05, timedelta(milliseconds=50)):
+        with pytest.raises(TimeoutError, match=f"{task['Id']} has not ended.*(Running|NotStarted)"):
+            context.wait(task["Id"], timeout)
+    threading.Timer(0.05, gate.set).start()
+    assert context.wait(task["Id"], 5).result == 5
+    assert context.wait(task["Id"]).result == 5
+    assert context.wait(task["Id"], 0).result == 5
+    with pytest.raises(TaskNotFound):
+        context.wait("x", 5)
+
+
+@IN_MEMORY
+@pytest.mark.parametrize("timeout", [-1, "5", True, math.nan, [], timedelta(seconds=-1)], ids=repr)
+def test_wait_for_a_time_that_is_none(context: AsyncRoute, timeout: Any) -> None:
+    with pytest.raises((ConfigurationError, ValueError, TypeError), match="timeout"):
+        context.wait("x", timeout)
+
+
+def test_wait_ends_with_a_stop_and_with_a_purge(flow: Flow, context: AsyncRoute, gate: threading.Event) -> None:
+    @flow.route(max_workers=1)
+    def work() -> None:
+        gate.wait(10)
+
+    running, waiting = flow.start(), flow.start()
+    ended: list[Any] = []
+
+    def wait() -> None:
+        with flow.app.app_context():
+            ended.append(flow.async_routes.wait(waiting["Id"], 5))
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    flow.stop(waiting)
+    waiter.join(5)
+    assert ended[0].state is State.ABORTED
+    gate.set()
+    context.wait(running["Id"], 5)
+
+
+def test_many_wait_for_one_task(flow: Flow, gate: threading.Event) -> None:
+    @flow.route()
+    def work() -> int:
+        gate.wait(10)
+        return 5
+
+    task = flow.start()
+    results: list[Any] = []
+
+    def wait() -> None:
+        with flow.app.app_context():
+            results.append(flow.async_routes.wait(task["Id"], 5).result)
+
+    waiters = [threading.Thread(target=wait) for _ in range(10)]
+    for waiter in waiters:
+        waiter.start()
+    gate.set()
+    for waiter in waiters:
+        waiter.join(5)
+    assert results == [5] * 10
+
+
+def test_query(flow: Flow, context: AsyncRoute) -> None:
+    flow.route("/<int:n>", endpoint="work")(lambda n: 1 / n)
+    for n in (1, 0, 2):
+        context.wait(flow.start(f"/{n}", headers={"X-User": f"u{n}"})["Id"], 5)
+    assert [record.user for record in context.query()] == ["u2", "u0", "u1"]
+    assert [record.user for record in context.query({})] == ["u2", "u0", "u1"]
+    assert [record.user for record in context.query({"State": {"op": "EQ", "value": "Failed"}})] == ["u0"]
+    assert [
+        record.user
+        for record in context.query({"State": {"value": State.COMPLETED}, "user": {"op": "ne", "value": "u2"}})
+    ] == ["u1"]
+    middle = list(context.query())[1].creation_time
+    both = {"CreationTime": [{"op": "GE", "value": middle}, {"op": "LE", "value": middle}]}
+    assert [record.user for record in context.query(both)] == ["u0"]
+    assert (
+        list(context.query({"Error": {"op": "LIKE", "value": "zero"}}))[0].error
+        == "ZeroDivisionError: division by zero"
+    )
+
+
+def test_a_query_goes_on_over_pages_and_outlives_its_context(flow: Flow) -> None:
+    flow.route(queue_size=2000, executor="immediate", endpoint="work")(lambda: 1)
+    ids = [flow.start()["Id"] for _ in range(450)]
+    with flow.app.app_context():
+        found = flow.async_routes.query()
+    assert [record.id for record in found] == ids[::-1]
+
+
+@IN_MEMORY
+@pytest.mark.parametrize(
+    "conditions",
+    [{"Colour": {"value": 1}}, {"State": "Failed"}, {"State": {"op": "IS", "value": "x"}}, {"Progress": {"value": True}}, [1], "x", {5: {"value": 1}},
+     {"State": {"value": "Sleeping"}}, {"User": {"value": None}}],
+    ids=repr,
+)  # fmt: skip
+def test_a_query_that_is_none_raises_at_the_call(context: AsyncRoute, conditions: Any) -> None:
+    with pytest.raises(InvalidQuery):
+        context.query(conditions)
+
+
+@pytest.mark.parametrize("task_id", ["", "a/b", "x" * 1000, "\x00", "\ud800", "é"], ids=ascii)
+def test_ids_that_are_none_are_unknown(context: AsyncRoute, task_id: str) -> None:
+    assert context.get(task_id) is None
+    assert not context.exists(task_id)
+    with pytest.raises(TaskNotFound):
+        context.stop(task_id)
+
+
+# -- state -----------------------------------------------------------------------------------------------------------------
+
+
+def test_state_is_a_mapping(context: AsyncRoute) -> None:
+    state = context.state
+    assert len(state) == 0 and list(state) == [] and dict(state) == {} and "a" not in state
+    state["b"] = {"x": [1, None, 1.5, "é\U0001f600"]}
+    state["a"] = None
+    assert state["b"] == {"x": [1, None, 1.5, "é\U0001f600"]}
+    assert state["a"] is None and "a" in state
+    assert list(state) == ["a", "b"] and len(state) == 2
+    assert dict(state.items()) == {"a": None, "b": {"x": [1, None, 1.5, "é\U0001f600"]}}
+    assert state.get("c", 5) == 5 and state.setdefault("c", 7) == 7 and state.pop("c") == 7 and state.pop("c", 8) == 8
+    del state["a"]
+    assert "a" not in state
+    state.update(d=1, e=2)
+    assert sorted(state) == ["b", "d", "e"]
+    state.clear()
+    assert len(state) == 0
+
+
+@IN_MEMORY
+@pytest.mark.parametrize(
+    "use", [lambda s: s["x"], lambda s: s.__delitem__("x"), lambda s: s.pop("x"), lambda s: s.popitem()]
+)
+def test_state_without_the_key(context: AsyncRoute, use: Callable[[Any], Any]) -> None:
+    with pytest.raises(KeyError):
+        use(context.state)
+
+
+def test_what_is_read_is_a_copy(context: AsyncRoute) -> None:
+    value = [1]
+    context.state["a"] = value
+    value.append(2)
+    context.state["a"].append(3)
+    assert context.state["a"] == [1]
+
+
+def test_requests_and_tasks_share_it(flow: Flow, executor: Any) -> None:
+    state = flow.async_routes.state
+
+    @flow.app.get("/set/<int:n>")
+    def remember(n: int) -> dict[str, Any]:
+        state["from the request"] = n
+        return {"from the task": state.get("from the task")}
+
+    @flow.route(executor=executor)
+    def work() -> Any:
+        state["from the task"] = state["from the request"] + 1
+        return state["from the task"]
+
+    flow.client.get("/set/5")
+    assert flow.result() == 6
+    assert flow.client.get("/set/7").get_json() == {"from the task": 6}
+
+
+@IN_MEMORY
+@pytest.mark.parametrize("key", ["", "x" * 256, 5, None, b"a", "a\x00", "\ud800", ("a",)], ids=ascii)
+def test_keys_that_are_none(context: AsyncRoute, key: Any) -> None:
+    for use in (
+        lambda: context.state.__setitem__(key, 1), lambda: context.state[key], lambda: context.state.__delitem__(key), lambda: context.state.apply(key, len),
+    ):  # fmt: skip
+        with pytest.raises((AsyncRouteError, KeyError)):
+            use()
+    assert list(context.state) == []
+
+
+@pytest.mark.parametrize(
+    "value", [{1}, b"x", object(), iter([1]), "x" * 1_048_575, lambda: 1], ids=lambda value: type(value).__name__
+)
+def test_values_that_are_none(context: AsyncRoute, value: Any) -> None:
+    with pytest.raises((AsyncRouteError, ValueError), match=r"state\['k'\]"):
+        context.state["k"] = value
+    with pytest.raises((AsyncRouteError, ValueError), match=r"state\['k'\]"):
+        context.state.apply("k", lambda _: value)
+    assert "k" not in context.state
+
+
+def test_the_largest_value(context: AsyncRoute) -> None:
+    context.state["x" * 255] = "x" * 1_048_574
+    assert len(context.state["x" * 255]) == 1_048_574
+
+
+def test_apply(context: AsyncRoute) -> None:
+    assert context.state.apply("hits", lambda n: n + 1, default=0) == 1
+    assert context.state.apply("hits", lambda n: n + 1, default=0) == 2
+    assert context.state["hits"] == 2
+    assert context.state.apply("new", lambda value: value) is None
+    assert context.state["new"] is None
+    with pytest.raises(ZeroDivisionError):
+        context.state.apply("hits", lambda n: n / 0)
+    assert context.state["hits"] == 2
+
+
+def test_apply_is_atomic(flow: Flow) -> None:
+    def count(times: int = 50) -> None:
+        with flow.app.app_context():
+            for _ in range(times):
+                flow.async_routes.state.apply("hits", lambda n: n + 1, default=0)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with flow.app.app_context():
+        assert flow.async_routes.state["hits"] == 200
+
+
+def test_apply_sees_what_came_in_between(context: AsyncRoute) -> None:
+    """Also where the value was removed and set again meanwhile."""
+    calls: list[Any] = []
+
+    def change(value: Any) -> Any:
+        calls.append(value)
+        if len(calls) == 1:
+            del context.state["k"]
+            context.state["k"] = "other"
+        return [value]
+
+    context.state["k"] = "first"
+    assert context.state.apply("k", change) == ["other"]
+    assert calls == ["first", "other"]
+
+
+def test_state_of_two_apps(make_app: MakeApp, tmp_path: Any) -> None:
+    async_routes = AsyncRoute()
+    apps = [make_app(name, ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/s.db") for name in ("one", "two")]
+    for app in apps:
+        async_routes.init_app(app)
+        with app.app_context():
+            assert "k" not in async_routes.state
+            async_routes.state["k"] = app.name
+    for app in apps:
+        with app.app_context():
+            assert dict(async_routes.state) == {"k": app.name}
+
+
+# -- for tests of users ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shop(make_app: MakeApp) -> Flow:
+    """Give an app as a user of the package has it: threads and SQLite, nothing for tests."""
+    app = make_app()
+    flow = Flow(app, AsyncRoute(app))
+
+    @flow.route(max_workers=1)
+    def work() -> Any:
+        return [threading.current_thread() is threading.main_thread(), current_task.id is not None]
+
+    @flow.route("/bad")
+    def bad() -> None:
+        raise ValueError("bad luck")
+
+    return flow
+
+
+def test_inline_for_good(shop: Flow, tmp_path: Any) -> None:
+    inline(shop.app)
+    for _ in range(3):
+        task = shop.start()
+        assert (task["State"], task["Result"]) == ("Completed", [True, True])
+    assert shop.start("/bad")["Error"] == "ValueError: bad luck"
+    assert len(shop.query()) == 4
+    assert not list(tmp_path.glob("**/*.db"))
+
+
+def test_inline_for_a_block(shop: Flow) -> None:
+    with inline(shop.app):
+        inside = shop.start()
+        assert inside["Result"] == [True, True]
+    outside = shop.run()
+    assert outside["Result"] == [False, True]
+    assert shop.ids() == [outside["Id"]]
+    with inline(shop.app):
+        assert shop.query() == []
+        shop.get(outside, status=404)
+        shop.start()
+    assert shop.get(outside) == outside
+
+
+def test_inline_whatever_the_route_says(make_flow: MakeFlow, own_pool: Any) -> None:
+    flow = make_flow()
+    flow.route("/own", executor=own_pool, endpoint="own")(lambda: threading.current_thread() is threading.main_thread())
+    flow.route("/process", executor="process", endpoint="process")(lambda: 5)
+    flow.route("/celery", executor="celery", endpoint="celery")(lambda: 6)
+    inline(flow.app)
+    assert [flow.start(path)["Result"] for path in ("/own", "/process", "/celery")] == [True, 5, 6]
+
+
+def test_inline_in_blocks_that_are_nested(shop: Flow) -> None:
+    with inline(shop.app):
+        shop.start()
+        with inline(shop.app):
+            assert shop.start()["State"] == "Completed"
+        assert shop.start()["State"] == "Completed"
+    assert shop.start()["State"] == "NotStarted"
+
+
+def test_a_block_that_raises_is_left_all_the_same(shop: Flow) -> None:
+    with pytest.raises(LookupError), inline(shop.app):
+        raise LookupError
+    assert shop.start()["State"] == "NotStarted"
+
+
+def test_a_fake_task() -> None:
+    def view() -> str:
+        for _ in current_task.track([1, 2, 3, 4], max_progress=80):
+            current_task.check()
+        current_task.set_progress(90, "nearly")
+        assert current_task.sleep(0) is True
+        return current_task.id
+
+    with fake_task() as task:
+        assert view() == "fake"
+        assert task.progress == 90
+        assert (task.user, task.stop_requested, task.remaining()) == (None, False, None)
+    with pytest.raises(NoCurrentTask):
+        view()
+
+
+def test_a_fake_task_with_a_limit() -> None:
+    with fake_task("mine", "anna", 0.05) as task:
+        assert (current_task.id, current_task.user) == ("mine", "anna")
+        assert 0 < (current_task.remaining() or 0) <= 0.05
+        threading.Event().wait(0.06)
+        assert task.stop_requested and task.remaining() == 0
+        with pytest.raises(TaskAborted):
+            current_task.check()
+
+
+def test_fake_tasks_nest() -> None:
+    with fake_task("a"):
+        with fake_task("b"):
+            assert current_task.id == "b"
+        assert current_task.id == "a"
+
+
+def test_a_fake_task_wakes_at_the_end_of_its_time() -> None:
+    """There is no housekeeper here that would wake it."""
+    with fake_task(timeout=0.1):
+        begun = time.monotonic()
+        current_task.sleep(5)
+        assert time.monotonic() - begun < 2
