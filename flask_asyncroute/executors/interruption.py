@@ -8,6 +8,7 @@ must not lose it.
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
 import time
@@ -26,15 +27,12 @@ SHORT_SWITCH_SECONDS = 1e-6
 LOOKS = 100
 LOOK_SECONDS = 2e-5
 
-_raise_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
+_set_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
     ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
 )
+"""Takes a thread and the address of an exception class, or None for none. (``id`` gives an address in CPython.)"""
 
-
-_clear_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
-    ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
-)
-"""The same function, for NULL."""
+_looking = threading.Lock()
 
 
 def call(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
@@ -71,6 +69,11 @@ def interrupt(execution: Execution) -> bool:
 
     :return: whether it was raised or the view is not on a thread any more; False: try again a little later.
     """
+    with _looking:
+        return _interrupt(execution)
+
+
+def _interrupt(execution: Execution) -> bool:
     if _try(execution):
         return True
     # A thread that writes a lot lets others run only while it writes, which may be in logging each time. Having it give
@@ -89,6 +92,19 @@ def interrupt(execution: Execution) -> bool:
 
 
 def _try(execution: Execution) -> bool:
+    """Look and raise. No garbage is collected meanwhile: its finalisers would let the thread go on, and in 3.11 the frames
+    that are looked at could be freed.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return _look_and_raise(execution)
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _look_and_raise(execution: Execution) -> bool:
     with execution.thread_lock:
         thread_id = execution.thread_id
         if thread_id is None:
@@ -98,7 +114,7 @@ def _try(execution: Execution) -> bool:
             return False
         place = frame.f_lasti
         execution.is_interrupted = True
-        _raise_in(thread_id, TaskAborted)
+        _set_in(thread_id, id(TaskAborted))
         now = sys._current_frames().get(thread_id)
         if (now is not frame or now.f_lasti != place) and not _is_safe(now, execution):
             # The thread went on in between, to where it would be harmed: take back what has not arrived.
@@ -111,11 +127,10 @@ def _withdraw_from(thread_id: int) -> None:
     """Take back an exception that was raised in a thread and has not arrived there.
 
     CPython then goes on looking for it at every turn, and under a tracer never comes further, until some thread gets an
-    exception that way; so this one gets one.
+    exception that way. So this one gets one, and both are done in one call, with no turn of the interpreter in between.
     """
-    _clear_in(thread_id, None)
     try:
-        _raise_in(threading.get_ident(), _Nothing)
+        list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))
         for _ in range(100):
             pass
     except _Nothing:

@@ -39,6 +39,7 @@ def test_no_place_is_lost_and_none_is_won(
     gate: threading.Event,
     eventually: Callable[..., Any],
     interrupt_after: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pool: dict[str, Any] = {
         "executor": later_executor, "max_workers": MAX_WORKERS, "queue_size": QUEUE_SIZE, "interrupt_after": interrupt_after, "pool": "p",
@@ -71,7 +72,7 @@ def test_no_place_is_lost_and_none_is_won(
     def held() -> None:
         gate.wait(10)
 
-    flow.app.logger.disabled = True
+    monkeypatch.setattr(flow.app.logger, "disabled", True)
     started: list[str] = []
     answers: list[int] = []
     paths = ["/quick", "/slow", "/bad", "/late", "/deaf"]
