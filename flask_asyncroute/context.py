@@ -13,7 +13,7 @@ from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
-from flask import Request, current_app, has_app_context, request, session
+from flask import Request, current_app, has_app_context, session
 from flask.ctx import RequestContext
 from flask.json.tag import TaggedJSONSerializer
 from flask.sessions import SecureCookieSession
@@ -32,7 +32,7 @@ from .errors import (
 )
 from .execution import Execution
 from .permissions import Caller
-from .snapshot import Body, Snapshot, check_announced, check_complete, empty, form_body, read_body
+from .snapshot import SMALL, Body, Snapshot, check_announced, check_complete, empty, form_body, read_body
 from .typing import IdentityLoader
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ def note_request(current: Request) -> None:
         current.environ[_VARIABLES] = dict(current.view_args)
 
 
-def capture(arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]) -> tuple[Snapshot, Body | None]:
+def capture(
+    current: Request, arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]
+) -> tuple[Snapshot, Body | None]:
     """Take from the present request what its task will need.
 
     :param arguments: what the view was called with; URL variables are matched again later, the rest must be JSON.
@@ -110,7 +112,6 @@ def capture(arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]) -
     :param drop: lower-case names of headers and cookies that must not be stored.
     :raises RequestRefused: for a body that is too large or incomplete, or a session or argument that cannot be stored.
     """
-    current: Request = request._get_current_object()  # type: ignore[attr-defined]
     environ = {key: value for key, value in current.environ.items() if type(value) in _KEPT and key not in _DROPPED}
     if drop:
         _drop_names(environ, drop)
@@ -121,7 +122,13 @@ def capture(arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]) -
         matched = _matched_again(current, arguments)
         names = tuple(name for name in arguments if name in matched)
         injected = {name: _json_argument(name, arguments[name]) for name in arguments if name not in names}
-        return Snapshot(environ=environ, session=_capture_session(), url_names=names, injected=injected), body
+        small = None
+        held = _capture_session()
+        if body is not None and body.size <= SMALL:
+            small = body.open().read()
+            body.close()
+            body = None
+        return Snapshot(environ=environ, body=small, session=held, url_names=names, injected=injected), body
     except BaseException:
         if body is not None:
             body.close()

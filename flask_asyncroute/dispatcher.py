@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import msgspec
-from flask import Request, request
+from flask import Request
 
 from . import context, snapshot
 from .config import Config
@@ -80,8 +80,8 @@ class Dispatcher:
         """Return who makes the present request."""
         return context.identify(self._app, self._identity_loader(), self._config.user_id_field)
 
-    def start(self, route: Route, arguments: Mapping[str, Any]) -> AsyncRouteTask:
-        """Make the present request a task of ``route`` and have it run; return it as it was stored.
+    def start(self, route: Route, current: Request, arguments: Mapping[str, Any]) -> AsyncRouteTask:
+        """Make the present request, ``current``, a task of ``route`` and have it run; return it as it was stored.
 
         Nothing is stored where this raises.
 
@@ -91,11 +91,11 @@ class Dispatcher:
         executor = self._executor_of(route)
         caller = self.caller()
         permission = self._permission(route, caller)
-        captured, body = context.capture(arguments, self._config.max_body, self._config.snapshot_drop)
+        captured, body = context.capture(current, arguments, self._config.max_body, self._config.snapshot_drop)
         try:
             executor.reserve()
             try:
-                task = self._create(route, caller, permission, captured, body)
+                task = self._create(route, current, caller, permission, captured, body)
             except BaseException:
                 executor.unreserve()
                 raise
@@ -196,13 +196,13 @@ class Dispatcher:
     def _create(
         self,
         route: Route,
+        current: Request,
         caller: Caller | None,
         permission: Permission | None,
         captured: snapshot.Snapshot,
         body: snapshot.Body | None,
     ) -> AsyncRouteTask:
         options = route.options
-        current: Request = request._get_current_object()  # type: ignore[attr-defined]
         method = current.method
         rule = current.url_rule
         name = options.name or f"[{method.capitalize()}]{rule.rule if rule is not None else current.path}"

@@ -20,7 +20,7 @@ from .errors import ConfigurationError
 from .http.operations import make_blueprint
 from .query import NEWEST_FIRST, parse_mapping, position_of
 from .registry import Declaration, check_variables
-from .route import declare
+from .route import declare, is_bare
 from .runtime import EXTENSION, Runtime, current_runtime, runtime_of
 from .state import SharedState
 from .task import AsyncRouteTask
@@ -248,8 +248,11 @@ def _on_request(app: Flask, **extra: Any) -> None:
     """
     runtime_of(app).become_runner()
     request_started.disconnect(_on_request, sender=app)
-    request_started.connect(_before_hooks, sender=app, weak=False)
-    _before_hooks(app)
+    routes = runtime_of(app).routes
+    has_hooks = any(app.before_request_funcs.values()) or any(app.url_value_preprocessors.values())
+    if has_hooks or not all(is_bare(app.view_functions[endpoint]) for endpoint in routes):
+        request_started.connect(_before_hooks, sender=app, weak=False)
+        _before_hooks(app)
 
 
 def _before_hooks(app: Flask, **extra: Any) -> None:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from flask import Response, request
+from flask import Request, Response, request
 
 from .errors import CannotStart, ConfigurationError, MethodNotAllowed, NotServed, RequestRefused
 from .http.answers import location_of, task_answer
@@ -54,27 +54,34 @@ def declare(view: View, options: dict[str, Any]) -> tuple[Callable[..., Response
     return start, declaration
 
 
+def is_bare(view_function: Callable[..., Any]) -> bool:
+    """Return whether a view function is what :func:`declare` made, with no decorator above it."""
+    return getattr(view_function, "__code__", None) is _START_CODE
+
+
+_START_CODE = next(constant for constant in declare.__code__.co_consts if getattr(constant, "co_name", None) == "start")
+
+
 def _start(arguments: dict[str, Any]) -> Response:
+    current: Request = request._get_current_object()  # type: ignore[attr-defined]
     runtime = current_runtime()
     runner = runtime.runner
-    route = runtime.routes.get(request.endpoint or "")
+    route = runtime.routes.get(current.endpoint or "")
     if route is None:
         raise ConfigurationError(
-            f"The endpoint {request.endpoint!r} became an async route after the app's first use (register it before), or "
+            f"The endpoint {current.endpoint!r} became an async route after the app's first use (register it before), or "
             "a decorator above it hides it: decorators need functools.wraps, which sets __wrapped__."
         )
-    if request.method == "HEAD":
+    if current.method == "HEAD":
         raise MethodNotAllowed(f"HEAD never starts a task; use {_allowed()}.")
-    environ = request.environ
-    if "HTTP_IDEMPOTENCY_KEY" in environ:
+    if "HTTP_IDEMPOTENCY_KEY" in current.environ:
         raise NotServed("Idempotency-Key is not served by this version; send the request without it.")
-    media_type = negotiate(environ.get("HTTP_ACCEPT"), route.options.response_types)
-    task = runner.dispatcher.start(route, arguments)
+    media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
+    task = runner.dispatcher.start(route, current, arguments)
     if route.options.executor == "immediate":
         task = runner.store.get(task.id) or task
-    return task_answer(
-        task, media_type, runner.config.accepted_status, [("Location", location_of(task, runner.config))]
-    )
+    config = runner.config
+    return task_answer(task, media_type, config.accepted_status, [("Location", location_of(task, config, current))])
 
 
 def _allowed() -> str:

@@ -20,18 +20,22 @@ from werkzeug.exceptions import HTTPException
 from .errors import BodyTooLarge, InvalidRequest
 
 CHUNK = 256 * 1024
+SMALL = 8 * 1024
+"""Bytes of a body up to which it is kept in the snapshot itself, and costs no row of its own."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """What a task needs of the request that started it, beside the body.
+    """What a task needs of the request that started it, beside a large body.
 
     :param environ: the WSGI environ's plain values.
+    :param body: a small body; None where there is none, or it is kept apart.
     :param session: the session as Flask's tagged JSON; None where it was empty.
     :param url_names: which URL variables the view was called with; their values are matched again.
     :param injected: what decorators above the route added to the call.
     """
 
     environ: dict[str, Any]
+    body: bytes | None = None
     session: str | None = None
     url_names: tuple[str, ...] = ()
     injected: dict[str, Any] = msgspec.field(default_factory=dict)

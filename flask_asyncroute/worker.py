@@ -80,9 +80,13 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
 def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) -> Outcome:
     """Call the view of a claimed task in its rebuilt request; return how that ended."""
     app = runner.app
-    body = runner.store.body(claim.task.id) if claim.task.body_size else None
+    body = None
     try:
         captured = snapshot.decode(claim.request)
+        if claim.task.body_size:
+            body = runner.store.body(claim.task.id)
+        elif captured.body is not None:
+            body = snapshot.Body([captured.body])
         with context.running(execution), context.rebuilt(app, captured, body) as arguments:
             try:
                 for prepare in runner.before_task:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Response, request
+from flask import Request, Response
 
 from ..config import Config
 from ..task import AsyncRouteTask
@@ -34,9 +34,9 @@ def etag_of(task: AsyncRouteTask, media_type: str) -> str:
     return f"{task.revision}-{etag_suffix(media_type)}"
 
 
-def location_of(task: AsyncRouteTask, config: Config) -> str:
+def location_of(task: AsyncRouteTask, config: Config, current: Request) -> str:
     """Return the path under which a task can be got, SCRIPT_NAME included. Ids need no escaping."""
-    base = f"{request.root_path}{config.url_prefix}{config.task_path}"
+    base = f"{current.root_path}{config.url_prefix}{config.task_path}"
     if "path" in config.task_id_in:
         return f"{base}/{task.id}"
     if "query" in config.task_id_in:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from flask import Blueprint, Flask, Response, request
+from flask import Blueprint, Flask, Request, Response, request
 from flask.blueprints import BlueprintSetupState
 
 from ..dispatcher import unknown
@@ -76,10 +76,11 @@ def _guarded(operation: Operation, decorators: Sequence[Decorator]) -> Callable[
 
 def get(runner: Runner, task_id: str | None) -> Response:
     """Answer with a task as it is now, whatever its state."""
-    media_type = negotiate(request.headers.get("Accept"), MEDIA_TYPES)
-    task, _ = _readable(runner, task_id)
+    current: Request = request._get_current_object()  # type: ignore[attr-defined]
+    media_type = negotiate(current.environ.get("HTTP_ACCEPT"), MEDIA_TYPES)
+    task, _ = _readable(runner, task_id, current)
     etag = etag_of(task, media_type)
-    if "HTTP_IF_NONE_MATCH" in request.environ and request.if_none_match.contains_weak(etag):
+    if "HTTP_IF_NONE_MATCH" in current.environ and current.if_none_match.contains_weak(etag):
         return render(b"", media_type, "", 304, [("ETag", f'"{etag}"')])
     return task_answer(task, media_type, 200, [("ETag", f'"{etag}"')])
 
@@ -153,14 +154,14 @@ def query(runner: Runner, task_id: str | None) -> Response:
 _OPERATIONS: dict[str, Operation] = {"get": get, "result": result, "stop": stop, "query": query}
 
 
-def _readable(runner: Runner, in_path: str | None) -> tuple[AsyncRouteTask, Caller | None]:
+def _readable(runner: Runner, in_path: str | None, current: Request = request) -> tuple[AsyncRouteTask, Caller | None]:
     """Return the task that is asked for and who asks.
 
     The caller is looked up whether or not there is such a task, so that the two cases take the same time.
 
     :raises TaskNotFound: where there is none, or the caller may not read it.
     """
-    task_id = asking.task_id(request, runner.config, in_path)
+    task_id = asking.task_id(current, runner.config, in_path)
     task = runner.store.get(task_id)
     caller = runner.dispatcher.caller()
     if task is None or not may_read(caller, task.user, task.granted, runner.config.admins):

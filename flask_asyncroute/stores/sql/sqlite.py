@@ -14,6 +14,7 @@ import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ...errors import ConfigurationError, StoreUnavailable
 
@@ -49,6 +50,35 @@ class SQLiteDatabase:
     def read(self) -> ReadConnection:
         """Return a context manager that lends a connection to read from."""
         return ReadConnection(self)
+
+    def fetch_one(self, sql: str, values: tuple[Any, ...]) -> Any:
+        """Return one row, or None: what :meth:`read` does, for the way that is taken most."""
+        try:
+            connection = self._readers.pop()
+        except IndexError:
+            connection = self.connect()
+        try:
+            row = connection.execute(sql, values).fetchone()
+        except sqlite3.Error as error:
+            connection.close()
+            raise unavailable(error, self.path) from error
+        self._readers.append(connection)
+        return row
+
+    def write_one(self, sql: str, values: tuple[Any, ...]) -> None:
+        """Execute one writing statement, which is a transaction by itself, and waits for others as ``BEGIN IMMEDIATE`` does.
+
+        :raises sqlite3.IntegrityError: as it is.
+        """
+        with self._write_lock:
+            if self._writer is None:
+                self._writer = self.connect()
+            try:
+                self._writer.execute(sql, values)
+            except sqlite3.IntegrityError:
+                raise
+            except sqlite3.Error as error:
+                raise unavailable(error, self.path) from error
 
     def version(self) -> int:
         """Return a number that differs from the last call's where somebody has committed in between. One thread only."""

@@ -7,6 +7,7 @@ and only its values change; columns hold plain types, so nothing has to be conve
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import bindparam, case, delete, func, insert, null, select, update
@@ -26,13 +27,15 @@ class Statement:
     def __init__(self, clause: CompilerElement) -> None:
         compiled: Any = clause.compile(dialect=_dialect)
         self.sql = str(compiled)
-        self._names: list[str] = list(compiled.positiontup or ())
+        names: list[str] = list(compiled.positiontup or ())
+        # One more name, so that it gives a tuple for a single one too.
+        self._in_order = itemgetter(*names, "")
         self._fixed: dict[str, Any] = {name: value for name, value in compiled.params.items() if value is not None}
 
-    def values(self, **given: Any) -> list[Any]:
+    def values(self, **given: Any) -> tuple[Any, ...]:
         """Return the parameters in the order that :attr:`sql` has them."""
-        fixed = self._fixed
-        return [given[name] if name in given else fixed[name] for name in self._names]
+        given[""] = None
+        return self._in_order({**self._fixed, **given} if self._fixed else given)[:-1]  # type: ignore[no-any-return]
 
 
 def _is_task() -> ColumnElement[bool]:

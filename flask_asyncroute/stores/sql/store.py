@@ -58,15 +58,18 @@ class SQLTaskStore(TaskStore):
         self._seen = None
 
     def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
-        values = _row(task)
+        values = sql.ADD.values(ns=self._ns, request=request, **_row(task))
         try:
+            if body is None and not grants:
+                self._database.write_one(sql.ADD.sql, values)
+                return
             with self._database.write() as transaction:
                 cursor = transaction.cursor
-                _run(cursor, sql.ADD, ns=self._ns, request=request, **values)
+                cursor.execute(sql.ADD.sql, values)
                 for kind, name in set(grants):
                     _run(
                         cursor, sql.ADD_GRANT, namespace=self._ns, task_id=task.id, reader=queries.reader_key(kind, name),
-                        user=values["user"], state=values["state"], created_us=task.created_us,
+                        user=task.user or "", state=task.state.value, created_us=task.created_us,
                     )  # fmt: skip
                 if body is not None:
                     for part, data in enumerate(body.pieces()):
@@ -77,8 +80,7 @@ class SQLTaskStore(TaskStore):
             body.close()
 
     def get(self, task_id: str) -> AsyncRouteTask | None:
-        with self._database.read() as connection:
-            row = connection.execute(sql.GET.sql, (self._ns, task_id)).fetchone()
+        row = self._database.fetch_one(sql.GET.sql, (self._ns, task_id))
         return None if row is None else _record(row)
 
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
