@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flask import Flask
 
 PREFIX = "ASYNCROUTE_"
+MEMORY = "memory://"
 SQLITE_SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 
 
@@ -33,7 +34,7 @@ def _store(label: str, value: Any) -> str:
         raise refuse(
             label, "a URL such as 'sqlite:///asyncroute.db' or 'memory://' (an Engine is not served yet)", value
         )
-    if value == "memory://":
+    if value == MEMORY:
         return value
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError

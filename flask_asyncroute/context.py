@@ -154,7 +154,10 @@ def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body
             return Body([cached])
         return read_body(current.stream, announced, limit)
     except RequestEntityTooLarge:
-        raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken.") from None
+        most = current.max_content_length
+        raise BodyTooLarge(
+            f"The body is larger than the {most} bytes that this app takes (MAX_CONTENT_LENGTH)."
+        ) from None
     except ClientDisconnected:
         raise InvalidRequest("The body was cut short: the client went away. Send it again.") from None
     except OSError as error:

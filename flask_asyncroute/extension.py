@@ -14,6 +14,7 @@ from typing import Any, TypeVar, overload
 from flask import Blueprint, Flask, request, request_started
 
 from . import checks, options
+from .config import MEMORY
 from .context import note_request
 from .dispatcher import ID_PATTERN, unknown
 from .errors import ConfigurationError
@@ -24,7 +25,7 @@ from .route import declare, is_bare
 from .runtime import EXTENSION, Runtime, current_runtime, runtime_of
 from .state import SharedState
 from .task import AsyncRouteTask
-from .typing import IdentityLoader
+from .typing import IdentityLoader, Start, View
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -89,10 +90,10 @@ class AsyncRoute:
         request_started.connect(_on_request, sender=app, weak=False)
 
     @overload
-    def task(self, view: F, /) -> F: ...
+    def task(self, view: View, /) -> Start: ...
 
     @overload
-    def task(self, /, **options: Any) -> Callable[[F], F]: ...
+    def task(self, /, **options: Any) -> Callable[[View], Start]: ...
 
     def task(self, view: Any = None, /, **given: Any) -> Any:
         """Make the view below an async route; a route decorator of Flask or a blueprint goes above.
@@ -102,14 +103,14 @@ class AsyncRoute:
         :raises ConfigurationError: for options or a view that cannot work.
         """
 
-        def decorate(function: F) -> F:
+        def decorate(function: View) -> Start:
             start, declaration = declare(function, given)
             self._declared.append(declaration)
-            return start  # type: ignore[return-value]
+            return start
 
         return decorate if view is None else decorate(view)
 
-    def route(self, rule: str, **settings: Any) -> Callable[[F], F]:
+    def route(self, rule: str, **settings: Any) -> Callable[[View], Start]:
         """Make the view below an async route under ``rule``, in every app this is set up for, until its first request.
 
         Takes the options of :meth:`task` and those of :meth:`flask.Flask.route` (``methods``, ``endpoint``, ``defaults``, …).
@@ -120,7 +121,7 @@ class AsyncRoute:
             name: settings.pop(name) for name in list(settings) if name in options.DEFAULTED or name in options.OWN
         }
 
-        def decorate(function: F) -> F:
+        def decorate(function: View) -> Start:
             start, declaration = declare(function, known)
             check_variables(declaration.label, _VARIABLE.findall(rule), declaration.given.get("arguments", {}))
             endpoint = settings.get("endpoint") or function.__name__
@@ -135,7 +136,7 @@ class AsyncRoute:
             self._rules.append(made)
             for app in open_apps:
                 self._add(app, made)
-            return start  # type: ignore[return-value]
+            return start
 
         return decorate
 
@@ -246,9 +247,15 @@ def _on_request(app: Flask, **extra: Any) -> None:
 
     An error in the configuration is raised again at each.
     """
-    runtime_of(app).become_runner()
+    runtime = runtime_of(app)
+    runtime.become_runner()
+    if runtime.config.store == MEMORY and request.environ.get("wsgi.multiprocess"):
+        logger.warning(
+            "ASYNCROUTE_STORE is memory://, and this server has several processes: each knows its own tasks alone, so a "
+            "client that reaches another one gets 404. Use the default, or one process."
+        )
     request_started.disconnect(_on_request, sender=app)
-    routes = runtime_of(app).routes
+    routes = runtime.routes
     has_hooks = any(app.before_request_funcs.values()) or any(app.url_value_preprocessors.values())
     if has_hooks or not all(is_bare(app.view_functions[endpoint]) for endpoint in routes):
         request_started.connect(_before_hooks, sender=app, weak=False)

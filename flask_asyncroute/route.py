@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from flask import Request, Response, request
 
@@ -15,12 +15,10 @@ from .http.problems import problem_response
 from .options import checked
 from .registry import MARK, Declaration, check_view, declaration_of
 from .runtime import current_runtime
-from .typing import View
-
-F = TypeVar("F", bound=Callable[..., Any])
+from .typing import Start, View
 
 
-def declare(view: View, options: dict[str, Any]) -> tuple[Callable[..., Response], Declaration]:
+def declare(view: View, options: dict[str, Any]) -> tuple[Start, Declaration]:
     """Return the function that starts ``view`` as a task, and what it declares.
 
     The view stays reachable as ``__wrapped__``, so that :func:`inspect.unwrap` gives it to a unit test.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import import_string
 
-from .config import Config
+from .config import MEMORY, Config
 from .dispatcher import Dispatcher
 from .errors import QueueFull
 from .executors.base import RUN, Run, TaskExecutor
@@ -85,7 +85,7 @@ class Runner:
         """Log, once, that lists leave out tasks that nobody owns, and how to have them."""
         if not self._has_told and self.store.query((), NEWEST_FIRST, 1, None, Readers(anonymous=True)):
             self._has_told = True
-            logger.info(
+            logger.warning(
                 "Lists leave out tasks that were started by nobody known, since they are anybody's who has their id. "
                 "Set ASYNCROUTE_LIST_ANONYMOUS to True to list them, or give an identity_loader."
             )
@@ -112,7 +112,7 @@ class Runner:
 
 def make_store(app: Flask, config: Config) -> TaskStore:
     """Return the store that ``ASYNCROUTE_STORE`` names, not opened yet."""
-    if config.store == "memory://":
+    if config.store == MEMORY:
         from .stores.memory import MemoryTaskStore
 
         store: TaskStore = MemoryTaskStore()

@@ -15,7 +15,7 @@ from flask import current_app
 from flask.json.provider import DefaultJSONProvider
 
 from . import config as configuration
-from .config import Config
+from .config import MEMORY, Config
 from .errors import ConfigurationError, StoreUnavailable
 from .registry import Declaration, Route, resolve_routes
 from .runner import Runner
@@ -120,7 +120,7 @@ class Runtime:
                 app = self._get_app()
                 config = configuration.read(app)
                 if self.is_inline:
-                    config = replace(config, store="memory://")
+                    config = replace(config, store=MEMORY)
                 if config.routing != self.initial.routing:
                     raise ConfigurationError(
                         "ASYNCROUTE_OPERATIONS, _URL_PREFIX, _TASK_PATH, _TASKS_PATH and _TASK_ID_IN made the URL rules at "

@@ -100,9 +100,15 @@ def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) ->
                 return Outcome(
                     State.COMPLETED, {"result_json": encode_result(result, json_default(app), runner.config.max_result)}
                 )
-            except (HTTPException, ResultError):
+            except (HTTPException, TaskAborted):
                 raise
-            except Exception as error:
+            except ResultError as error:
+                app.logger.error(
+                    "The result of task %s cannot be stored: %s",
+                    execution.task_id, error, extra={"task_id": execution.task_id},
+                )  # fmt: skip
+                raise
+            except BaseException as error:
                 _make_known(runner, error, execution.task_id)
                 raise
     except TaskAborted as error:
@@ -164,7 +170,7 @@ def _told(tell: Callable[[], str], otherwise: str) -> str:
         return otherwise
 
 
-def _make_known(runner: Runner, error: Exception, task_id: str) -> None:
+def _make_known(runner: Runner, error: BaseException, task_id: str) -> None:
     """Log what a view raised and send Flask's signal, whatever hears of it does."""
     app = runner.app
     try:

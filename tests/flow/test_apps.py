@@ -506,6 +506,18 @@ def test_a_store_that_cannot_be_opened(make_app: MakeApp, tmp_path: Path, caplog
     assert flow.result() == 1
 
 
+@pytest.mark.parametrize("processes", [False, True])
+def test_memory_under_several_processes_is_warned_of(
+    make_app: MakeApp, processes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(**MEMORY)
+    AsyncRoute(app)
+    for _ in range(2):
+        app.test_client().get("/tasks", environ_overrides={"wsgi.multiprocess": processes})
+    told = [record for record in caplog.records if "memory://" in record.getMessage()]
+    assert len(told) == (1 if processes else 0)
+
+
 def test_several_apps_under_one_server(make_app: MakeApp) -> None:
     """DispatcherMiddleware mounts apps under a SCRIPT_NAME each."""
     from werkzeug.middleware.dispatcher import DispatcherMiddleware

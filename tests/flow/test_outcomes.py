@@ -413,6 +413,32 @@ def test_a_receiver_of_flask_s_signal_that_raises_leaves_the_error_alone(make_fl
         assert flow.error() == "ValueError: of the view"
 
 
+def test_an_exit_is_known_like_an_exception(flow: Flow, executor: Any, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[BaseException] = []
+
+    def receive(sender: Flow, exception: BaseException, **extra: Any) -> None:
+        heard.append(exception)
+
+    @flow.route(executor=executor)
+    def work() -> None:
+        raise SystemExit(3)
+
+    with got_request_exception.connected_to(receive, flow.app):
+        task = flow.run()
+    assert task["Error"] == "SystemExit: 3"
+    assert [type(error) for error in heard] == [SystemExit]
+    assert len([record for record in caplog.records if getattr(record, "task_id", None) == task["Id"]]) == 1
+
+
+def test_a_result_that_cannot_be_stored_is_logged(make_flow: MakeFlow, caplog: pytest.LogCaptureFixture) -> None:
+    flow = make_flow()
+    flow.route()(lambda: {1, 2})
+    task = flow.run()
+    [record] = [record for record in caplog.records if getattr(record, "task_id", None) == task["Id"]]
+    assert record.levelno == logging.ERROR and record.exc_info is None
+    assert task["Error"].removeprefix("ResultError: ") in record.getMessage()
+
+
 def test_an_abort_is_neither_logged_nor_sent(make_flow: MakeFlow, caplog: pytest.LogCaptureFixture) -> None:
     """As in a plain view: it is an answer, no fault."""
     flow = make_flow()
