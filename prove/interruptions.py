@@ -140,7 +140,6 @@ class _Trial:
         self.ground = ground
         self.ends: dict[str, AsyncRouteTask] = {}
         self.begun: dict[str, threading.Event] = {}
-        self.code_ended: dict[str, float] = {}
         self.errors: Counter[str] = Counter()
         self.meeting = threading.Barrier(WORKERS)
         async_routes = AsyncRoute(app)
@@ -150,26 +149,20 @@ class _Trial:
         @async_routes.task(**options)
         def endless(kind: str) -> dict[str, str]:
             work = ground.works[kind]
-            try:
-                self._event(current_task.id).set()
-                while True:
-                    work()
-            finally:
-                self.code_ended[current_task.id] = time.monotonic()
+            self._event(current_task.id).set()
+            while True:
+                work()
 
         @app.put("/brief/<kind>")
         @async_routes.task(**options)
         def brief(kind: str) -> dict[str, int]:
             # Ends by itself just when it would be interrupted, so that some interruptions come too late.
             work = ground.works[kind]
-            try:
-                self._event(current_task.id).set()
-                until = time.monotonic() + INTERRUPT_AFTER * 1.2
-                while time.monotonic() < until:
-                    work()
-                return {"Done": 1}
-            finally:
-                self.code_ended[current_task.id] = time.monotonic()
+            self._event(current_task.id).set()
+            until = time.monotonic() + INTERRUPT_AFTER * 1.2
+            while time.monotonic() < until:
+                work()
+            return {"Done": 1}
 
         @app.put("/innocent/<kind>")
         @async_routes.task(**options)
@@ -242,7 +235,7 @@ class _Trial:
         check(answer.status == 200, f"a stop was answered {answer.status}")
         task = self._wait_for_end(task_id)
         check(task["State"] == "Aborted", f"a stopped task ({kind}) is {task['State']}")
-        waits.append(self.code_ended[task_id] - asked_at)
+        waits.append(time.monotonic() - asked_at)
         check(waits[-1] <= ENDED_SECONDS, f"{path}/{kind} went on for {waits[-1]:.1f} s after its stop")
 
     def _wait_for_end(self, task_id: str) -> dict[str, Any]:
