@@ -9,17 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import checks, options
+from . import checks, options, store_url
 from .checks import Check, refuse
 from .errors import ConfigurationError
 from .permissions import Access
+from .store_url import StoreSetting
 
 if TYPE_CHECKING:
     from flask import Flask
 
 PREFIX = "ASYNCROUTE_"
-MEMORY = "memory://"
-SQLITE_SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 
 
 def _new_id() -> str:
@@ -27,40 +26,6 @@ def _new_id() -> str:
     digits = os.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
-
-
-def _store(label: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise refuse(
-            label, "a URL such as 'sqlite:///asyncroute.db' or 'memory://' (an Engine is not served yet)", value
-        )
-    if value == MEMORY:
-        return value
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        url = make_url(value)
-    except (ArgumentError, ValueError):
-        raise refuse(label, "a URL such as 'sqlite:///asyncroute.db' or 'memory://'", value) from None
-    if url.drivername not in ("sqlite", "sqlite+pysqlite"):
-        raise ConfigurationError(
-            f"{label}: {url.drivername!r} is not served by this version; use 'sqlite:///…' or 'memory://'."
-        )
-    if url.database in (None, "", ":memory:") or url.query.get("mode") == "memory":
-        raise ConfigurationError(f"{label}: an SQLite database in memory has one connection; use 'memory://' instead.")
-    if url.host or url.username or url.port or "\x00" in value or ("?" in value and not url.query):
-        # The value is not shown: it may hold a password.
-        raise ConfigurationError(
-            f"{label} must be 'sqlite:///' and a path, with no user or host before it and '?synchronous=…' at most after it."
-        )
-    for name, setting in url.query.items():
-        if name != "synchronous" or not isinstance(setting, str) or setting.upper() not in SQLITE_SYNCHRONOUS:
-            raise ConfigurationError(
-                f"{label}: after the '?' only synchronous= is known, with one of {', '.join(SQLITE_SYNCHRONOUS)}; "
-                f"not {name}={setting}."
-            )
-    return value
 
 
 def _path(label: str, value: Any) -> str:
@@ -125,7 +90,7 @@ class Key:
 
 
 KEYS: dict[str, Key] = {
-    "STORE": Key(_store, "sqlite:///asyncroute.db"),
+    "STORE": Key(store_url.checked, "sqlite:///asyncroute.db"),
     "NAMESPACE": Key(checks.optional(checks.short_name), None),
     "CREATE_TABLES": Key(checks.boolean, True),
     "OPERATIONS": Key(_operations, ("get", "stop", "query")),
@@ -179,7 +144,7 @@ KEYS: dict[str, Key] = {
 class Config:
     """The checked configuration of one app. Sizes in bytes, times in seconds; ``defaults`` as `options.resolve` takes them."""
 
-    store: str
+    store: StoreSetting
     namespace: str
     create_tables: bool
     operations: tuple[str, ...]

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, overload
 from flask import Blueprint, Flask, request, request_started
 
 from . import checks, options
-from .config import MEMORY
 from .context import note_request
 from .dispatcher import ID_PATTERN, unknown
 from .errors import ConfigurationError
@@ -24,6 +23,7 @@ from .registry import Declaration, check_variables
 from .route import declare, is_bare
 from .runtime import EXTENSION, Runtime, current_runtime, runtime_of
 from .state import SharedState
+from .store_url import MEMORY
 from .task import AsyncRouteTask
 from .typing import IdentityLoader, Start, View
 

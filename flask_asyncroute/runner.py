@@ -9,12 +9,11 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import import_string
 
-from .config import MEMORY, Config
+from .config import Config
 from .dispatcher import Dispatcher
 from .errors import QueueFull
 from .executors.base import RUN, Run, TaskExecutor
@@ -23,7 +22,8 @@ from .lifecycle import Lifecycle
 from .notifier import Notifier
 from .query import NEWEST_FIRST
 from .registry import Route
-from .stores.base import Readers, TaskStore
+from .stores.base import Readers
+from .stores.opening import make_store
 from .task import now_us
 from .typing import IdentityLoader
 
@@ -51,7 +51,7 @@ class Runner:
         self.config = config
         self.routes = routes
         self.before_task = before_task
-        self.store = make_store(app, config)
+        self.store = make_store(config.store, app.instance_path, config.namespace, config.create_tables)
         self.lifecycle = Lifecycle(app, self.store, f"{os.getpid()}-{uuid.uuid4()}")
         self.dispatcher = Dispatcher(app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes)
         self.notifier = Notifier(app, self.store, self.dispatcher.heard)
@@ -108,25 +108,6 @@ class Runner:
                 except QueueFull:
                     continue
                 executor.submit(task_id)
-
-
-def make_store(app: Flask, config: Config) -> TaskStore:
-    """Return the store that ``ASYNCROUTE_STORE`` names, not opened yet."""
-    if config.store == MEMORY:
-        from .stores.memory import MemoryTaskStore
-
-        store: TaskStore = MemoryTaskStore()
-    else:
-        from sqlalchemy.engine import make_url
-
-        from .stores.sql.sqlite import SQLiteDatabase
-        from .stores.sql.store import SQLTaskStore
-
-        url = make_url(config.store)
-        path = Path(app.instance_path) / str(url.database)
-        synchronous = str(url.query.get("synchronous", "NORMAL")).upper()
-        store = SQLTaskStore(SQLiteDatabase(path, synchronous), config.namespace, config.create_tables)
-    return store
 
 
 def _executor(route: Route, run: Run) -> TaskExecutor:

@@ -15,10 +15,11 @@ from flask import current_app
 from flask.json.provider import DefaultJSONProvider
 
 from . import config as configuration
-from .config import MEMORY, Config
+from .config import Config
 from .errors import ConfigurationError, StoreUnavailable
 from .registry import Declaration, Route, resolve_routes
 from .runner import Runner
+from .store_url import MEMORY
 from .typing import IdentityLoader
 
 if TYPE_CHECKING:

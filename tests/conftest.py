@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ import pytest
 from blinker import ANY, NamedSignal
 from flask import Flask
 from hypothesis import settings
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
-from flask_asyncroute import AsyncRouteTask, signals
+from flask_asyncroute import AsyncRouteTask, metadata, signals
 from flask_asyncroute import context as asyncroute_context
 from flask_asyncroute.runtime import EXTENSION, runtime_of
 from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import TaskStore
+from flask_asyncroute.stores.opening import make_store
 
 LEAK_SECONDS = 5.0
 """How long a thread may take to end once its app is closed."""
@@ -184,17 +190,87 @@ def make_sqlite_store(sqlite_path: Path) -> Iterator[Callable[..., TaskStore]]:
         store.close()
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(scope="session")
+def postgresql_server() -> str:
+    """Give the URL of a PostgreSQL server whose user may make databases; skip, or in CI fail, where there is none."""
+    url = os.environ.get("TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres")
+    try:
+        with engine_of(url).connect():
+            pass
+    except SQLAlchemyError as error:
+        if os.environ.get("REQUIRE_SERVICES") == "1":
+            raise
+        pytest.skip(f"no PostgreSQL at {url}: {type(error).__name__}")
+    return url
+
+
+@pytest.fixture(scope="session")
+def postgresql_database(postgresql_server: str) -> Iterator[str]:
+    """Give the URL of a database of this run's own, which all its tests share, each in namespaces of its own."""
+    with new_postgresql_database(postgresql_server) as url:
+        yield url
+
+
+@pytest.fixture
+def postgresql_url(postgresql_database: str) -> Iterator[str]:
+    """Give the URL of a database whose tables, if any, are empty at the end."""
+    yield postgresql_database
+    with engine_of(postgresql_database).begin() as connection:
+        for table in metadata.tables.values():
+            if table.name != "asyncroute_schema" and connection.scalar(text(f"SELECT to_regclass('{table.name}')")):
+                connection.execute(table.delete())
+
+
+@contextmanager
+def new_postgresql_database(server: str) -> Iterator[str]:
+    """Make a database, yield its URL, and remove it."""
+    name = f"asyncroute_test_{os.getpid()}_{time.monotonic_ns()}"
+    engine = engine_of(server).execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    try:
+        yield make_url(server).set(database=name).render_as_string(hide_password=False)
+    finally:
+        with engine.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+def engine_of(url: str) -> Engine:
+    """Return an engine that keeps no connection."""
+    return create_engine(url, poolclass=NullPool)
+
+
+@pytest.fixture
+def make_postgresql_store(postgresql_url: str) -> Iterator[Callable[..., TaskStore]]:
+    """Give ``make_postgresql_store(namespace="test", create_tables=True)``: a further store on the database of this test."""
+    made: list[TaskStore] = []
+
+    def make(namespace: str = "test", create_tables: bool = True) -> TaskStore:
+        store = make_store(postgresql_url, "", namespace, create_tables)
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        store.close()
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 def store(request: pytest.FixtureRequest) -> TaskStore:
     """Give an open store of each kind."""
     if request.param == "memory":
-        from flask_asyncroute.stores.memory import MemoryTaskStore
-
-        made: TaskStore = MemoryTaskStore()
+        made = make_store("memory://", "", "test", True)
     else:
-        made = request.getfixturevalue("make_sqlite_store")()
+        made = request.getfixturevalue(f"make_{request.param}_store")()
     made.open()
     return made
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def make_shared_store(request: pytest.FixtureRequest) -> Callable[..., TaskStore]:
+    """Give ``make_shared_store(namespace="test", create_tables=True)`` for each kind that processes share."""
+    make: Callable[..., TaskStore] = request.getfixturevalue(f"make_{request.param}_store")
+    return make
 
 
 def new_app(name: str, instance_path: Path | str, config: dict[str, Any]) -> Flask:
@@ -229,10 +305,7 @@ def new_task(id: str = "task", **fields: Any) -> AsyncRouteTask:
 
 def new_sqlite_store(path: Path, namespace: str = "test", create_tables: bool = True) -> TaskStore:
     """Return a store on an SQLite file, not opened yet."""
-    from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
-    from flask_asyncroute.stores.sql.store import SQLTaskStore
-
-    return SQLTaskStore(SQLiteDatabase(path), namespace, create_tables)
+    return make_store(f"sqlite:///{path}", "", namespace, create_tables)
 
 
 def _threads() -> set[threading.Thread]:

@@ -25,7 +25,7 @@ ROOMS = """
     states permissions expressions encoding
     checks
     options
-    config task query snapshot registry
+    config task query snapshot registry store_url
     execution
     current
     context

@@ -1,7 +1,7 @@
 """The port of all stores. Its docstrings are the contract; one test suite proves it on every adapter.
 
-Every method may be called from any thread. Each write is one transaction and raises the store's change number by one,
-in the order of the commits. What the underlying storage cannot do now is raised as `StoreUnavailable`.
+Every method may be called from any thread. Each write of a task is one transaction and raises the store's change number,
+in the order of the commits; numbers may be left out. What the underlying storage cannot do now is raised as `StoreUnavailable`.
 """
 
 from __future__ import annotations

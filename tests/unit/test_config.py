@@ -47,7 +47,7 @@ BAD: dict[str, list[Any]] = {
         None, "", 5, "False", "memory", "memory:", "memory://x", "asyncroute.db", "/tmp/asyncroute.db", "sqlite", "sqlite:",
         "sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///x.db?mode=memory", "sqlite:///x.db?timeout=5",
         "sqlite:///x.db?synchronous=SOMETIMES", "sqlite:///x.db?synchronous=FULL&synchronous=OFF",
-        "sqlite+aiosqlite:///x.db", "postgresql://localhost/x", "postgresql+psycopg://localhost/x",
+        "sqlite+aiosqlite:///x.db", "postgresql://localhost/x", "postgresql+psycopg://localhost",
         "postgresql://localhost:port/x", "mysql+pymysql://localhost/x", "redis://localhost", "http://localhost", object(),
         b"memory://", ["memory://"], "sqlite://server/x.db", "sqlite://user:secret@server/x.db", "sqlite:///a\0b",
     ],

@@ -23,7 +23,7 @@ from flask_asyncroute.stores.base import Expect, TaskStore
 from flask_asyncroute.stores.sql import sqlite
 from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
 from flask_asyncroute.stores.sql.store import SQLTaskStore
-from flask_asyncroute.stores.sql.tables import VERSION
+from flask_asyncroute.stores.sql.upgrades import VERSION
 from flask_asyncroute.task import AsyncRouteTask
 
 NewTask = Callable[..., AsyncRouteTask]
@@ -34,9 +34,8 @@ CREATORS = """
 import os, sys
 from pathlib import Path
 from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
-from flask_asyncroute.stores.sql.store import SQLTaskStore, _definitions
+from flask_asyncroute.stores.sql.store import SQLTaskStore
 
-_definitions()
 folder, rounds, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 for number in range(rounds):
     start_reader, start_writer = os.pipe()
@@ -164,19 +163,51 @@ def test_without_create_tables_nothing_is_made(make_sqlite_store: NewStore, sqli
     assert store.get("task") is None
 
 
-@pytest.mark.parametrize("version", [VERSION + 1, VERSION - 1, 99, None])
-def test_f43_tables_of_another_version_are_refused(
-    store: TaskStore, make_sqlite_store: NewStore, sqlite_path: Path, version: int | None
-) -> None:
-    connection = sqlite3.connect(sqlite_path)
-    connection.execute("DELETE FROM asyncroute_schema")
+def set_version(path: Path, version: int | None, *statements: str) -> None:
+    connection = sqlite3.connect(path)
+    for statement in ("DELETE FROM asyncroute_schema", *statements):
+        connection.execute(statement)
     if version is not None:
         connection.execute("INSERT INTO asyncroute_schema VALUES (?)", (version,))
     connection.commit()
     connection.close()
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, 99])
+def test_f43_tables_of_a_newer_version_are_refused(
+    store: TaskStore, make_sqlite_store: NewStore, sqlite_path: Path, version: int
+) -> None:
+    set_version(sqlite_path, version)
     for _ in range(2):
-        with pytest.raises(ConfigurationError, match=f"ASYNCROUTE_STORE.* version {version}; .* version {VERSION}"):
+        with pytest.raises(ConfigurationError, match=f"ASYNCROUTE_STORE.* version {version}, .* version {VERSION}"):
             make_sqlite_store().open()
+
+
+def test_f43_tables_of_an_older_version_are_upgraded(
+    store: TaskStore, make_sqlite_store: NewStore, make_task: Callable[..., AsyncRouteTask], sqlite_path: Path
+) -> None:
+    store.add(make_task(), b"", None, ())
+    before = store.get("task")
+    set_version(sqlite_path, 1, "ALTER TABLE asyncroute_namespaces RENAME COLUMN change TO removed_change")
+    with pytest.raises(ConfigurationError, match="ASYNCROUTE_CREATE_TABLES"):
+        make_sqlite_store(create_tables=False).open()
+    upgraded = make_sqlite_store()
+    upgraded.open()
+    assert upgraded.get("task") == before
+    upgraded.add(make_task("another"), b"", None, ())
+    connection = sqlite3.connect(sqlite_path)
+    assert connection.execute("SELECT version FROM asyncroute_schema").fetchall() == [(VERSION,)]
+    connection.close()
+
+
+def test_tables_that_a_migration_made_get_their_version(
+    store: TaskStore, make_sqlite_store: NewStore, sqlite_path: Path
+) -> None:
+    set_version(sqlite_path, None)
+    make_sqlite_store(create_tables=False).open()
+    connection = sqlite3.connect(sqlite_path)
+    assert connection.execute("SELECT version FROM asyncroute_schema").fetchall() == [(VERSION,)]
+    connection.close()
 
 
 def test_other_tables_in_the_file_are_left_alone(make_sqlite_store: NewStore, sqlite_path: Path) -> None:
@@ -477,8 +508,8 @@ def test_the_log_is_moved_into_the_file_off_the_way(
 def test_synchronous_is_as_asked_on_every_connection(sqlite_path: Path, setting: str) -> None:
     database = SQLiteDatabase(sqlite_path, setting)
     level = {"OFF": 0, "NORMAL": 1, "FULL": 2, "EXTRA": 3}[setting]
-    with database.write() as transaction:
-        assert transaction.cursor.execute("PRAGMA synchronous").fetchone() == (level,)
+    with database.write() as cursor:
+        assert cursor.execute("PRAGMA synchronous").fetchone() == (level,)
     with database.read() as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (level,)
     database.close()

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import and_, bindparam, case, literal_column, or_, select, union
+from sqlalchemy import and_, bindparam, case, func, literal_column, or_, select, union
+from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import ColumnElement
-from sqlalchemy.sql.selectable import FromClause
+from sqlalchemy.sql.selectable import FromClause, Select
 
 from ...query import FIELDS, Condition, Operator, Position, Sort, sql_like
 from ...states import TERMINAL, State
@@ -37,20 +38,40 @@ _TERMINAL = sorted(state.value for state in TERMINAL)
 _size: ColumnElement[int] = literal_column("coalesce(length(asyncroute_tasks.result_json), 0)")
 _small_result = case((_size > bindparam("large", LARGE_RESULT), None), else_=tasks.c.result_json).label("result_json")
 _LISTED: list[Any] = [_small_result if column.name == "result_json" else column for column in RECORD]
-LISTED = Statement(select(*_LISTED).where(tasks.c.namespace == bindparam("ns"), tasks.c.id == bindparam("task_id")))
-"""One task as lists show it."""
 
 
-def statement(
-    conditions: Sequence[Condition], sort: Sort, position: Position | None, readers: Readers | None
-) -> tuple[Statement, bool]:
-    """Return the statement for a query, and whether it gives ids alone: it does where it merges several index ranges."""
-    shape = tuple((condition.field.name, condition.operator) for condition in conditions)
-    place = None if position is None else (position.value is None)
-    if ("State", Operator.EQ) in shape and (readers is None or (readers.user is None and not readers.granted)):
-        return _single(shape, sort.field.name, sort.descending, place, readers is not None), False
-    who = None if readers is None else (readers.user is not None, readers.anonymous, len(readers.granted))
-    return _merged(shape, sort.field.name, sort.descending, place, who), True
+class Queries:
+    """The statements of list queries for one dialect; each shape is compiled once, and the last few hundred are kept."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._single = lru_cache(256)(lambda *shape: Statement(_single(*shape), dialect))
+        self._merged = lru_cache(256)(lambda *shape: Statement(_merged(*shape), dialect))
+        self._listed = lru_cache(16)(self._make_listed)
+
+    def statement(
+        self, conditions: Sequence[Condition], sort: Sort, position: Position | None, readers: Readers | None
+    ) -> tuple[Statement, bool]:
+        """Return the statement for a query, and whether it gives ids alone: it does where it merges several index ranges."""
+        shape = tuple((condition.field.name, condition.operator) for condition in conditions)
+        place = None if position is None else (position.value is None)
+        if ("State", Operator.EQ) in shape and (readers is None or (readers.user is None and not readers.granted)):
+            return self._single(shape, sort.field.name, sort.descending, place, readers is not None), False
+        who = None if readers is None else (readers.user is not None, readers.anonymous, len(readers.granted))
+        return self._merged(shape, sort.field.name, sort.descending, place, who), True
+
+    def listed(self, ids: Sequence[str]) -> tuple[Statement, dict[str, str]]:
+        """Return the statement that gives tasks as lists show them, and the values for these ids."""
+        # Few different lengths, so that few statements are compiled, here and in the database.
+        count = 1 << (len(ids) - 1).bit_length()
+        padded = [*ids, *[ids[-1]] * (count - len(ids))]
+        return self._listed(count), {f"id_{number}": task_id for number, task_id in enumerate(padded)}
+
+    def _make_listed(self, count: int) -> Statement:
+        ids = [bindparam(f"id_{number}", type_=tasks.c.id.type) for number in range(count)]
+        return Statement(
+            select(*_LISTED).where(tasks.c.namespace == bindparam("ns"), tasks.c.id.in_(ids)), self._dialect
+        )
 
 
 def values(
@@ -79,24 +100,22 @@ def reader_key(kind: str, name: str) -> str:
     return f"{kind[0]}:{name}"
 
 
-@lru_cache(256)
-def _single(shape: Shape, sort: str, descending: bool, place: bool | None, anonymous: bool) -> Statement:
+def _single(shape: Shape, sort: str, descending: bool, place: bool | None, anonymous: bool) -> Select[Any]:
     where = [tasks.c.namespace == bindparam("ns"), *_conditions(shape, None), *_after(sort, descending, place)]
     if anonymous:
         where.append(tasks.c.user == bindparam("nobody"))
-    return Statement(select(*_LISTED).where(*where).order_by(*_order(sort, descending)).limit(bindparam("most")))
+    return select(*_LISTED).where(*where).order_by(*_order(sort, descending)).limit(bindparam("most"))
 
 
-@lru_cache(256)
 def _merged(
     shape: Shape, sort: str, descending: bool, place: bool | None, who: tuple[bool, bool, int] | None
-) -> Statement:
+) -> Select[Any]:
     """Take the first of each index range, one for each reader and state, and of those the first."""
     keys = [tasks.c.id, tasks.c.created_us, tasks.c[FIELDS[sort].attribute].label("sorted")]
     states: list[str | None] = [None] if ("State", Operator.EQ) in shape else [state.value for state in State]
     branches = []
 
-    def add(table: FromClause, source: FromClause, reader: ColumnElement[bool] | None, many: bool = False) -> None:
+    def add(table: FromClause, source: FromClause, reader: ColumnElement[bool] | None) -> None:
         granted = None if table is tasks else table
         for state in states:
             where = [table.c.namespace == bindparam("ns"), *_conditions(shape, granted)]
@@ -105,8 +124,7 @@ def _merged(
             if state is not None:
                 where.append(table.c.state == literal_column(f"'{state}'"))
             branches.append(
-                # A task may be granted to several of the names that are searched together.
-                (select(*keys).distinct() if reader is not None and many else select(*keys))
+                select(*keys)
                 .select_from(source)
                 .where(*where, *_after(sort, descending, place, granted))
                 .order_by(*_order(sort, descending, granted))
@@ -122,7 +140,11 @@ def _merged(
         names: list[Any] = [bindparam(f"granted_{number}") for number in range(granted)]
         joined = grants.join(tasks, (tasks.c.namespace == grants.c.namespace) & (tasks.c.id == grants.c.task_id))
         if granted > MOST_RANGES:
-            add(grants, joined, grants.c.reader.in_(names), many=True)
+            # A task may be granted to several of the names, so it is looked for by its id.
+            granted_ids = select(grants.c.task_id).where(
+                grants.c.namespace == bindparam("ns"), grants.c.reader.in_(names)
+            )
+            add(tasks, tasks, tasks.c.id.in_(granted_ids))
         else:
             for name in names:
                 add(grants, joined, grants.c.reader == name)
@@ -134,7 +156,7 @@ def _merged(
         _way(every.c.created_us, down),
         _way(every.c.id, down),
     ]
-    return Statement(select(every.c.id).order_by(*order).limit(bindparam("most")))
+    return select(every.c.id).order_by(*order).limit(bindparam("most"))
 
 
 def _conditions(shape: Shape, granted: FromClause | None) -> list[ColumnElement[bool]]:
@@ -153,9 +175,9 @@ def _conditions(shape: Shape, granted: FromClause | None) -> list[ColumnElement[
         if attribute == "user":
             where.append(column != "")
         if operator is Operator.LIKE:
-            where.append(column.like(value, escape="\\"))
+            where.append(func.lower(column).like(value, escape="\\"))
         elif operator is Operator.NOTLIKE:
-            where.append(column.not_like(value, escape="\\"))
+            where.append(func.lower(column).not_like(value, escape="\\"))
         else:
             where.append(getattr(column, _COMPARE[operator])(value))
     return where

@@ -6,30 +6,34 @@ be used after a fork; `runtime` makes a new store there.
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ...errors import ConfigurationError, StoreUnavailable
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.engine import Dialect
 
-logger = logging.getLogger("flask_asyncroute")
+from ...errors import ConfigurationError
+from .database import Cursor, Database, Duplicate
 
 BUSY_SECONDS = 5.0
 READERS = 8
 """Idle reading connections that are kept."""
 CHECKPOINT_PAGES = 8000
 """At how many pages of log a commit tidies up itself, where no runner does it in time."""
-MINIMUM = (3, 24, 0)
+MINIMUM = (3, 35, 0)
 
 
-class SQLiteDatabase:
+class SQLiteDatabase(Database):
     """Opens, lends and closes the connections. Thread-safe."""
+
+    dialect: Dialect = sqlite.dialect()
 
     def __init__(self, path: Path, synchronous: str = "NORMAL") -> None:
         if sqlite3.sqlite_version_info < MINIMUM:
@@ -37,6 +41,7 @@ class SQLiteDatabase:
                 f"SQLite {sqlite3.sqlite_version} is too old for ASYNCROUTE_STORE; {'.'.join(map(str, MINIMUM))} is needed."
             )
         self.path = path
+        self.label = str(path)
         self._synchronous = synchronous
         self._write_lock = threading.Lock()
         self._writer: sqlite3.Connection | None = None
@@ -44,56 +49,62 @@ class SQLiteDatabase:
         self._observer: sqlite3.Connection | None = None
 
     def write(self) -> WriteTransaction:
-        """Return a context manager for one write transaction; inside, a cursor."""
         return WriteTransaction(self)
 
-    def read(self) -> ReadConnection:
-        """Return a context manager that lends a connection to read from."""
-        return ReadConnection(self)
+    def read(self) -> ReadTransaction:
+        return ReadTransaction(self)
 
-    def fetch_one(self, sql: str, values: tuple[Any, ...]) -> Any:
-        """Return one row, or None: what :meth:`read` does, for the way that is taken most."""
-        try:
-            connection = self._readers.pop()
-        except IndexError:
-            connection = self.connect()
+    def fetch_one(self, sql: str, values: Sequence[Any]) -> Any:
+        connection = self.lend()
         try:
             row = connection.execute(sql, values).fetchone()
         except sqlite3.Error as error:
             connection.close()
-            raise unavailable(error, self.path) from error
+            raise self.unavailable(error) from error
         self._readers.append(connection)
         return row
 
-    def write_one(self, sql: str, values: tuple[Any, ...]) -> None:
-        """Execute one writing statement, which is a transaction by itself, and waits for others as ``BEGIN IMMEDIATE`` does.
+    def fetch_all(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        connection = self.lend()
+        try:
+            rows = connection.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            connection.close()
+            raise self.unavailable(error) from error
+        self.take_back(connection)
+        return rows
 
-        :raises sqlite3.IntegrityError: as it is.
-        """
+    def write_one(self, sql: str, values: Sequence[Any]) -> Any:
+        # One statement is a transaction by itself, and waits for other writers as BEGIN IMMEDIATE does.
         with self._write_lock:
             if self._writer is None:
                 self._writer = self.connect()
             try:
-                self._writer.execute(sql, values)
-            except sqlite3.IntegrityError:
-                raise
+                rows = self._writer.execute(sql, values).fetchall()
+            except sqlite3.IntegrityError as error:
+                raise Duplicate from error
             except sqlite3.Error as error:
-                raise unavailable(error, self.path) from error
+                raise self.unavailable(error) from error
+        return rows[0] if rows else None
 
     def version(self) -> int:
-        """Return a number that differs from the last call's where somebody has committed in between. One thread only."""
         try:
             if self._observer is None:
                 self._observer = self.connect()
             return int(self._observer.execute("PRAGMA data_version").fetchone()[0])
         except sqlite3.Error as error:
             self._observer = None
-            raise unavailable(error, self.path) from error
+            raise self.unavailable(error) from error
 
-    def checkpoint(self) -> None:
+    def lock_schema(self, cursor: Cursor) -> None:
+        """``BEGIN IMMEDIATE`` has done so."""
+
+    def has_table(self, cursor: Cursor, name: str) -> bool:
+        return cursor.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone() is not None
+
+    def tend(self) -> None:
         """Move what the log holds into the file, as far as nobody is reading it."""
-        with ReadConnection(self) as connection:
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        self.fetch_all("PRAGMA wal_checkpoint(PASSIVE)", ())
 
     def close(self) -> None:
         """Close what is not lent out."""
@@ -121,7 +132,21 @@ class SQLiteDatabase:
             connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
             return connection
         except (OSError, sqlite3.Error) as error:
-            raise unavailable(error, self.path) from error
+            raise self.unavailable(error) from error
+
+    def lend(self) -> sqlite3.Connection:
+        """Return a connection to read from."""
+        try:
+            return self._readers.pop()
+        except IndexError:
+            return self.connect()
+
+    def take_back(self, connection: sqlite3.Connection) -> None:
+        """Keep a connection that was lent, or close it."""
+        if len(self._readers) < READERS:
+            self._readers.append(connection)
+        else:
+            connection.close()
 
 
 def _use_log(connection: sqlite3.Connection) -> None:
@@ -137,83 +162,68 @@ def _use_log(connection: sqlite3.Connection) -> None:
             time.sleep(0.01)
 
 
-def unavailable(error: Exception, path: Path) -> StoreUnavailable:
-    """Log what went wrong and return what the client hears of it."""
-    logger.error("The store cannot be used: %s: %s (ASYNCROUTE_STORE, %s)", type(error).__name__, error, path)
-    return StoreUnavailable("The task store cannot be used at the moment. Try again.", retry_after=5)
-
-
 class WriteTransaction:
-    """``BEGIN IMMEDIATE`` … ``COMMIT``, or ``ROLLBACK`` where the block raises or asks for it."""
+    """``BEGIN IMMEDIATE`` … ``COMMIT``, or ``ROLLBACK`` where the block raises."""
 
     def __init__(self, database: SQLiteDatabase) -> None:
         self._database = database
-        self._rolled_back = False
 
-    def __enter__(self) -> WriteTransaction:
+    def __enter__(self) -> Cursor:
         database = self._database
         database._write_lock.acquire()
         try:
             connection = database._writer
             if connection is None:
                 connection = database._writer = database.connect()
-            self.cursor = connection.cursor()
-            self.cursor.execute("BEGIN IMMEDIATE")
+            self._cursor = connection.cursor()
+            self._cursor.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
             database._write_lock.release()
-            raise unavailable(error, database.path) from error
+            raise database.unavailable(error) from error
         except BaseException:
             database._write_lock.release()
             raise
-        return self
-
-    def rollback(self) -> None:
-        """Take everything back; nothing may be executed afterwards."""
-        self._rolled_back = True
-        self.cursor.execute("ROLLBACK")
+        return self._cursor
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and not self._rolled_back:
-                self.cursor.execute("COMMIT")
-            elif not self._rolled_back:
-                self.cursor.execute("ROLLBACK")
+            self._cursor.execute("COMMIT" if kind is None else "ROLLBACK")
         except sqlite3.Error as failure:
-            self._reset()
+            # Whatever state the connection is in, a new one is in none.
+            writer, self._database._writer = self._database._writer, None
+            if writer is not None:
+                writer.close()
             if kind is None:
-                raise unavailable(failure, self._database.path) from failure
+                raise self._database.unavailable(failure) from failure
         finally:
             self._database._write_lock.release()
-        if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
-            raise unavailable(error, self._database.path) from error
-
-    def _reset(self) -> None:
-        writer, self._database._writer = self._database._writer, None
-        if writer is not None:
-            writer.close()
+        if isinstance(error, sqlite3.IntegrityError):
+            raise Duplicate from error
+        if isinstance(error, sqlite3.Error):
+            raise self._database.unavailable(error) from error
 
 
-class ReadConnection:
-    """Lends a connection and takes it back; a broken one is closed instead."""
+class ReadTransaction:
+    """Reads of one state of the file, on a connection that is lent; a broken one is closed."""
 
     def __init__(self, database: SQLiteDatabase) -> None:
         self._database = database
 
-    def __enter__(self) -> sqlite3.Connection:
-        try:
-            self._connection = self._database._readers.pop()
-        except IndexError:
-            self._connection = self._database.connect()
+    def __enter__(self) -> Cursor:
+        self._connection = self._database.lend()
+        self._connection.execute("BEGIN")
         return self._connection
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and len(self._database._readers) < READERS:
-            self._database._readers.append(self._connection)
-        else:
+        try:
+            self._connection.execute("ROLLBACK")
+        except sqlite3.Error:
             self._connection.close()
+        else:
+            self._database.take_back(self._connection)
         if isinstance(error, sqlite3.Error):
-            raise unavailable(error, self._database.path) from error
+            raise self._database.unavailable(error) from error

@@ -19,9 +19,17 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
 )
+from sqlalchemy.types import TypeEngine, to_instance
 
-VERSION = 1
-"""Of the schema; raised with every change to it."""
+# Texts are compared by code point in every database.
+_EXACT = "C"
+
+
+def _text(length: int | None = None) -> TypeEngine[str]:
+    plain = Text if length is None else String(length)
+    exact = Text(collation=_EXACT) if length is None else String(length, collation=_EXACT)
+    return to_instance(plain).with_variant(exact, "postgresql")
+
 
 metadata = MetaData()
 
@@ -32,8 +40,8 @@ namespaces = Table(
     "asyncroute_namespaces",
     metadata,
     Column("key", Integer, primary_key=True),
-    Column("name", String(255), nullable=False),
-    Column("removed_change", BigInteger, nullable=False),
+    Column("name", _text(255), nullable=False),
+    Column("change", BigInteger, nullable=False),
     Column("secret", LargeBinary, nullable=False),
     UniqueConstraint("name", name="asyncroute_namespace_name"),
 )
@@ -42,30 +50,30 @@ tasks = Table(
     "asyncroute_tasks",
     metadata,
     Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("id", String(128), primary_key=True),
-    Column("async_route_id", String(255), nullable=False),
-    Column("endpoint", String(255), nullable=False),
-    Column("state", String(16), nullable=False),
+    Column("id", _text(128), primary_key=True),
+    Column("async_route_id", _text(255), nullable=False),
+    Column("endpoint", _text(255), nullable=False),
+    Column("state", _text(16), nullable=False),
     Column("cancellable", Integer, nullable=False),
-    Column("user", String(255), nullable=False),
-    Column("url", Text, nullable=False),
-    Column("method", String(32), nullable=False),
+    Column("user", _text(255), nullable=False),
+    Column("url", _text(), nullable=False),
+    Column("method", _text(32), nullable=False),
     Column("created_us", BigInteger, nullable=False),
     Column("started_us", BigInteger),
     Column("completed_us", BigInteger),
     Column("expires_us", BigInteger),
     Column("progress", Float),
-    Column("progress_message", Text),
+    Column("progress_message", _text()),
     Column("result_json", LargeBinary),
-    Column("error", Text),
+    Column("error", _text()),
     Column("error_status", Integer),
     Column("stopping", Integer, nullable=False),
     Column("permission_json", LargeBinary),
     Column("timeout_us", BigInteger),
     Column("retention_us", BigInteger, nullable=False),
-    Column("on_loss", String(16), nullable=False),
+    Column("on_loss", _text(16), nullable=False),
     Column("body_size", BigInteger, nullable=False),
-    Column("owner", String(64)),
+    Column("owner", _text(64)),
     Column("epoch", Integer, nullable=False),
     Column("revision", Integer, nullable=False),
     Column("change", BigInteger, nullable=False),
@@ -87,10 +95,10 @@ grants = Table(
     "asyncroute_grants",
     metadata,
     Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("task_id", String(128), primary_key=True),
-    Column("reader", String(264), primary_key=True),
-    Column("user", String(255), nullable=False),
-    Column("state", String(16), nullable=False),
+    Column("task_id", _text(128), primary_key=True),
+    Column("reader", _text(264), primary_key=True),
+    Column("user", _text(255), nullable=False),
+    Column("state", _text(16), nullable=False),
     Column("created_us", BigInteger, nullable=False),
 )
 """One row for each (kind, name) that may list a task: what a query needs to find it is here too, so that it is one range."""
@@ -108,7 +116,7 @@ bodies = Table(
     "asyncroute_bodies",
     metadata,
     Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("task_id", String(128), primary_key=True),
+    Column("task_id", _text(128), primary_key=True),
     Column("part", Integer, primary_key=True, autoincrement=False),
     Column("data", LargeBinary, nullable=False),
 )
@@ -117,7 +125,7 @@ shared_values = Table(
     "asyncroute_values",
     metadata,
     Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("key", String(255), primary_key=True),
+    Column("key", _text(255), primary_key=True),
     Column("value", LargeBinary, nullable=False),
     Column("version", BigInteger, nullable=False),
 )

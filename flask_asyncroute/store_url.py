@@ -1,0 +1,95 @@
+"""What ``ASYNCROUTE_STORE`` may hold, checked without opening anything. `stores.opening` makes the store of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from .checks import refuse
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL, Engine
+
+MEMORY = "memory://"
+SQLITE_SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+_EXAMPLES = "a URL such as 'sqlite:///asyncroute.db', 'postgresql+psycopg://…' or 'memory://', an SQLAlchemy Engine, or a function that returns one"
+
+StoreSetting: TypeAlias = "str | Engine | Callable[[], Engine]"
+"""What ``ASYNCROUTE_STORE`` may hold."""
+
+
+def checked(label: str, value: Any) -> StoreSetting:
+    """Return a value of ``ASYNCROUTE_STORE`` that can name a store.
+
+    :raises ConfigurationError: naming the key; a URL's password is not shown.
+    """
+    if value == MEMORY:
+        return MEMORY
+    if not isinstance(value, str):
+        return _engine_setting(label, value)
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(value)
+    except (ArgumentError, ValueError):
+        raise refuse(label, _EXAMPLES, value) from None
+    if url.drivername in ("sqlite", "sqlite+pysqlite"):
+        _check_sqlite(label, value, url)
+    elif url.drivername == "postgresql+psycopg":
+        _check_postgresql(label, url)
+    else:
+        raise ConfigurationError(
+            f"{label}: {url.drivername!r} is not served; use 'sqlite:///…', 'postgresql+psycopg://…' or 'memory://'."
+        )
+    return value
+
+
+def _engine_setting(label: str, value: Any) -> StoreSetting:
+    from sqlalchemy.engine import Engine
+
+    if isinstance(value, Engine):
+        return not_sqlite(label, value)
+    if callable(value) and not isinstance(value, type):
+        return cast("Callable[[], Engine]", value)
+    raise refuse(label, _EXAMPLES, value)
+
+
+def not_sqlite(label: str, engine: Engine) -> Engine:
+    """Return the engine, if it is not for SQLite.
+
+    :raises ConfigurationError: where it is.
+    """
+    if engine.dialect.name == "sqlite":
+        raise ConfigurationError(
+            f"{label}: an Engine for SQLite is not served, since the store needs settings of its own there; give the URL "
+            "'sqlite:///' and a path. It may be the file that the app uses."
+        )
+    return engine
+
+
+def _check_sqlite(label: str, value: str, url: URL) -> None:
+    if url.database in (None, "", ":memory:") or url.query.get("mode") == "memory":
+        raise ConfigurationError(f"{label}: an SQLite database in memory has one connection; use 'memory://' instead.")
+    if url.host or url.username or url.port or "\x00" in value or ("?" in value and not url.query):
+        # The value is not shown: it may hold a password.
+        raise ConfigurationError(
+            f"{label} must be 'sqlite:///' and a path, with no user or host before it and '?synchronous=…' at most after it."
+        )
+    for name, setting in url.query.items():
+        if name != "synchronous" or not isinstance(setting, str) or setting.upper() not in SQLITE_SYNCHRONOUS:
+            raise ConfigurationError(
+                f"{label}: after the '?' only synchronous= is known, with one of {', '.join(SQLITE_SYNCHRONOUS)}; "
+                f"not {name}={setting}."
+            )
+
+
+def _check_postgresql(label: str, url: URL) -> None:
+    if find_spec("psycopg") is None:
+        raise ConfigurationError(
+            f"{label}: 'postgresql+psycopg' needs psycopg, which is not installed: pip install 'flask-asyncroute[postgresql]'."
+        )
+    if not url.database:
+        raise ConfigurationError(f"{label} must name a database: 'postgresql+psycopg://user@host/database'.")

@@ -1,0 +1,166 @@
+"""A database behind an SQLAlchemy Engine: PostgreSQL through psycopg 3, the app's own Engine included.
+
+The engine's pool lends the connections, and notices lost ones; statements go to the driver as text. A single statement is
+a transaction by itself (AUTOCOMMIT); others are READ COMMITTED, so that a compare-and-set that had to wait looks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+
+from ...errors import ConfigurationError
+from .database import Cursor, Database, Duplicate, Rows
+
+T = TypeVar("T")
+
+SCHEMA_LOCK = 0x6173796E63
+"""Key of the advisory lock under which tables are made."""
+TRIES = 3
+_AGAIN = ("40001", "40P01")
+"""SQLSTATE of what has not happened and may be tried again: serialization failure, deadlock."""
+
+
+class _Cursor:
+    """Executes statements on one connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, parameters: Any = (), /) -> Rows:
+        return self._connection.exec_driver_sql(sql, tuple(parameters))
+
+
+class EngineDatabase(Database):
+    """Works on connections of an engine. Thread-safe, as engines are; not to be used across a fork.
+
+    :param engine: for PostgreSQL with psycopg.
+    :param is_owned: whether the engine belongs to this object, which then closes it.
+    :raises ConfigurationError: for an engine of another kind.
+    """
+
+    def __init__(self, engine: Engine, is_owned: bool) -> None:
+        if (engine.dialect.name, engine.dialect.driver) != ("postgresql", "psycopg"):
+            raise ConfigurationError(
+                f"ASYNCROUTE_STORE: an Engine for {engine.dialect.name} with {engine.dialect.driver} is not served; make it "
+                "with a URL that begins with 'postgresql+psycopg://', or use 'sqlite:///…'."
+            )
+        make_dialect: Any = type(engine.dialect)
+        self.dialect = make_dialect(paramstyle="format")
+        self.label = engine.url.render_as_string(hide_password=True)
+        self._engine = engine
+        self._is_owned = is_owned
+        self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._several = engine.execution_options(isolation_level="READ COMMITTED")
+        self._snapshot = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+    def fetch_one(self, sql: str, values: Sequence[Any]) -> Any:
+        return self._read_again(lambda cursor: cursor.execute(sql, values).fetchone())
+
+    def fetch_all(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        return self._read_again(lambda cursor: cursor.execute(sql, values).fetchall())
+
+    def write_one(self, sql: str, values: Sequence[Any]) -> Any:
+        for tries_left in reversed(range(TRIES)):
+            is_under_way = False
+            try:
+                with self._single.connect() as connection:
+                    is_under_way = True
+                    rows = connection.exec_driver_sql(sql, tuple(values))
+                    return rows.fetchone() if rows.returns_rows else None
+            except IntegrityError as error:
+                raise Duplicate from error
+            except SQLAlchemyError as error:
+                if tries_left and _has_not_happened(error, is_under_way):
+                    continue
+                raise (self.unknown(error) if is_under_way and _is_lost(error) else self.unavailable(error)) from error
+        raise AssertionError("the last try returns or raises")
+
+    @contextmanager
+    def write(self) -> Iterator[Cursor]:
+        connection = self._connect(self._several)
+        is_committing = False
+        try:
+            with connection, connection.begin() as transaction:
+                yield _Cursor(connection)
+                is_committing = True
+                transaction.commit()
+        except IntegrityError as error:
+            raise Duplicate from error
+        except SQLAlchemyError as error:
+            raise (self.unknown(error) if is_committing and _is_lost(error) else self.unavailable(error)) from error
+
+    def read(self) -> AbstractContextManager[Cursor]:
+        return self._reading()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Cursor]:
+        connection = self._connect(self._snapshot)
+        try:
+            with connection:
+                yield _Cursor(connection)
+        except SQLAlchemyError as error:
+            raise self.unavailable(error) from error
+
+    def version(self) -> None:
+        return None
+
+    def lock_schema(self, cursor: Cursor) -> None:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
+
+    def has_table(self, cursor: Cursor, name: str) -> bool:
+        found = cursor.execute("SELECT to_regclass(%s)", (name,)).fetchone()
+        return found is not None and found[0] is not None
+
+    def tend(self) -> None:
+        """PostgreSQL sees to itself."""
+
+    def close(self) -> None:
+        if self._is_owned:
+            self._engine.dispose()
+
+    def _log(self, error: BaseException) -> None:
+        # What SQLAlchemy says of an error holds the statement's values, which are not the log's affair.
+        super()._log(error.orig if isinstance(error, DBAPIError) and error.orig is not None else error)
+
+    def _connect(self, engine: Engine) -> Connection:
+        """Return a connection that works: one that was lost while it lay in the pool is replaced, with all others there."""
+        for tries_left in reversed(range(TRIES)):
+            try:
+                connection = engine.connect()
+                try:
+                    connection.exec_driver_sql("SELECT 1")
+                    connection.rollback()
+                except BaseException:
+                    connection.close()
+                    raise
+                return connection
+            except SQLAlchemyError as error:
+                if not tries_left or not _is_lost(error):
+                    raise self.unavailable(error) from error
+        raise AssertionError("the last try returns or raises")
+
+    def _read_again(self, read: Callable[[Cursor], T]) -> T:
+        for tries_left in reversed(range(TRIES)):
+            try:
+                with self._single.connect() as connection:
+                    return read(_Cursor(connection))
+            except SQLAlchemyError as error:
+                if not tries_left or not _is_lost(error):
+                    raise self.unavailable(error) from error
+        raise AssertionError("the last try returns or raises")
+
+
+def _is_lost(error: SQLAlchemyError) -> bool:
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def _has_not_happened(error: SQLAlchemyError, is_under_way: bool) -> bool:
+    """Return whether a statement that failed can be given once more without being executed twice."""
+    if _is_lost(error) and not is_under_way:
+        return True
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _AGAIN

@@ -1,0 +1,80 @@
+"""An app whose tasks are in PostgreSQL: by URL, through an Engine of its own, through a function that returns one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from flask import Flask
+from sqlalchemy import create_engine
+from sqlalchemy.engine import Engine
+
+from flask_asyncroute import AsyncRoute, ConfigurationError
+from tests.flow.driving import Flow
+
+MakeFlow = Callable[..., Flow]
+
+
+@pytest.fixture
+def engine(postgresql_url: str) -> Iterator[Engine]:
+    made = create_engine(postgresql_url)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture(params=["url", "engine", "function"])
+def setting(request: pytest.FixtureRequest, postgresql_url: str) -> Any:
+    if request.param == "url":
+        return postgresql_url
+    engine = request.getfixturevalue("engine")
+    return engine if request.param == "engine" else lambda: engine
+
+
+def test_the_way_of_a_task(make_flow: MakeFlow, setting: Any) -> None:
+    flow = make_flow(ASYNCROUTE_STORE=setting)
+
+    @flow.route()
+    def work() -> Any:
+        return {"Done": True}
+
+    task = flow.run()
+    assert (task["State"], task["Result"]) == ("Completed", {"Done": True})
+    assert flow.ids() == [task["Id"]]
+
+
+def test_a_stop_from_another_process(make_flow: MakeFlow, postgresql_url: str, gate: threading.Event) -> None:
+    """Two apps of one name know each other only by the store, as two machines do."""
+    one, two = make_flow(ASYNCROUTE_STORE=postgresql_url), make_flow(ASYNCROUTE_STORE=postgresql_url)
+    begun = threading.Event()
+    stopped = threading.Event()
+
+    def work() -> None:
+        from flask_asyncroute import current_task
+
+        begun.set()
+        while not current_task.stop_requested and not gate.is_set():
+            gate.wait(0.01)
+        stopped.set()
+
+    for flow in (one, two):
+        flow.route(endpoint="work")(work)
+    task = one.start()
+    assert begun.wait(10)
+    assert two.request("DELETE", f"/task/{task['Id']}").status_code == 200
+    assert stopped.wait(10)
+    assert one.get(task["Id"])["State"] == "Aborted"
+
+
+@pytest.mark.parametrize("make", [lambda: "sqlite://", lambda: create_engine("sqlite://")])
+def test_a_function_that_returns_something_else(make_app: Callable[..., Flask], make: Callable[[], Any]) -> None:
+    app = make_app(ASYNCROUTE_STORE=make)
+    AsyncRoute(app)
+    with pytest.raises(ConfigurationError, match="ASYNCROUTE_STORE"):
+        app.test_client().get("/tasks")
+
+
+def test_an_engine_for_sqlite_is_refused(make_app: Callable[..., Flask]) -> None:
+    with pytest.raises(ConfigurationError, match=r"ASYNCROUTE_STORE.*'sqlite:///'"):
+        AsyncRoute(make_app(ASYNCROUTE_STORE=create_engine("sqlite://")))
