@@ -1,4 +1,4 @@
-"""The one room that touches Flask's contexts: a request captured and rebuilt, an app context, the caller, `current_task`.
+"""The one room that touches Flask's contexts: a request captured and rebuilt, an app context, `current_task`.
 
 `dispatcher` captures in the request, `worker` rebuilds wherever the task runs. Whatever pushes a context pops it here.
 """
@@ -10,16 +10,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context, ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 from flask import Request, current_app, has_app_context, session
 from flask.ctx import RequestContext
 from flask.json.tag import TaggedJSONSerializer
 from flask.sessions import SecureCookieSession
-from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 from werkzeug.http import dump_cookie, parse_cookie
 from werkzeug.local import LocalProxy
+from werkzeug.wsgi import LimitedStream
 
 from .current import CurrentTask
 from .errors import (
@@ -27,13 +28,22 @@ from .errors import (
     CannotStart,
     InvalidRequest,
     NoCurrentTask,
+    RequestRefused,
     SessionIsReadOnly,
     StoreUnavailable,
 )
 from .execution import Execution
-from .permissions import Caller
-from .snapshot import SMALL, Body, Snapshot, check_announced, check_complete, empty, form_body, read_body
-from .typing import IdentityLoader
+from .snapshot import (
+    SMALL,
+    Body,
+    LimitedInput,
+    Snapshot,
+    check_announced,
+    check_complete,
+    empty,
+    form_body,
+    read_body,
+)
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -94,12 +104,26 @@ def note_request(current: Request) -> None:
     """Note of a request to an async route, before any hook of the app runs, what hooks may change.
 
     A server that ends the input by itself says so, and Werkzeug then takes any end for the end of the body. Without that
-    it notices a form that is cut short, also where a hook parses it.
+    it notices a form that is cut short, whoever parses it.
     """
-    if "CONTENT_LENGTH" in current.environ:
+    if current.content_length is not None:
         current.environ.pop("wsgi.input_terminated", None)
     if current_app.url_value_preprocessors and current.view_args:
         current.environ[_VARIABLES] = dict(current.view_args)
+
+
+def guard(current: Request, max_body: int) -> None:
+    """Have whatever reads the body from here on, such as an identity loader, get no more than ``max_body`` and all of it.
+
+    :raises BodyTooLarge: where more is announced.
+    """
+    announced = current.content_length
+    environ = current.environ
+    if announced is not None:
+        check_announced(announced, max_body)
+        environ.pop("wsgi.input_terminated", None)
+    elif "HTTP_TRANSFER_ENCODING" in environ:
+        environ["wsgi.input"] = LimitedInput(environ["wsgi.input"], max_body)
 
 
 def capture(
@@ -137,7 +161,6 @@ def capture(
 
 def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body:
     announced = current.content_length
-    check_announced(announced, limit)
     try:
         cached = getattr(current, "_cached_data", None)
         # Once a form was parsed, get_data() caches nothing at all.
@@ -146,23 +169,43 @@ def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body
             content_type, body = form_body(current.mimetype, current.form, current.files)
             if current.mimetype == "multipart/form-data":
                 environ["CONTENT_TYPE"] = content_type
-            check_announced(body.size, limit)
+            if announced is None:
+                # Written anew it may be a little longer than it was; what was announced is in bounds.
+                check_announced(body.size, limit)
             return body
         if cached is not None:
             check_announced(len(cached), limit)
             check_complete(len(cached), announced)
             return Body([cached])
-        return read_body(current.stream, announced, limit)
-    except RequestEntityTooLarge:
-        most = current.max_content_length
-        raise BodyTooLarge(
-            f"The body is larger than the {most} bytes that this app takes (MAX_CONTENT_LENGTH)."
-        ) from None
-    except ClientDisconnected:
-        raise InvalidRequest("The body was cut short: the client went away. Send it again.") from None
+        stream = current.stream
+        if _is_used_up(stream, announced):
+            raise CannotStart(
+                "The app read the body of this request and kept nothing of it. Let it read request.form, json or get_data(), "
+                "not request.stream or get_data(cache=False)."
+            )
+        return read_body(stream, announced, limit)
+    except HTTPException as error:
+        raise body_refusal(current, error) from None
     except OSError as error:
         logger.error("A request body could not be set aside: %s: %s", type(error).__name__, error)
         raise StoreUnavailable("The body cannot be kept at the moment. Try again.", retry_after=5) from error
+
+
+def _is_used_up(stream: IO[bytes], announced: int | None) -> bool:
+    if isinstance(stream, LimitedInput):
+        return stream.arrived > 0
+    return isinstance(stream, LimitedStream) and bool(announced) and stream.is_exhausted
+
+
+def body_refusal(current: Request, error: HTTPException) -> RequestRefused | HTTPException:
+    """Return the refusal for what Werkzeug raised while the body was read; ``error`` itself where that was not about it."""
+    if isinstance(error, RequestEntityTooLarge):
+        most = current.max_content_length
+        told = "MAX_FORM_MEMORY_SIZE or MAX_FORM_PARTS" if most is None else f"{most} bytes, MAX_CONTENT_LENGTH"
+        return BodyTooLarge(f"The body is larger than this app takes ({told}).")
+    if isinstance(error, ClientDisconnected):
+        return InvalidRequest("The body was cut short: the client went away. Send it again.")
+    return error
 
 
 def _matched_again(current: Request, arguments: Mapping[str, Any]) -> set[str]:
@@ -258,57 +301,3 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
         variables = {name: matched[name] for name in snapshot.url_names}
         context.request.view_args = variables
         yield {**variables, **snapshot.injected}
-
-
-def identify(app: Flask, loader: IdentityLoader | None, id_field: str) -> Caller | None:
-    """Return who makes the present request: what the app's identity loader says, else Flask-Login's user.
-
-    :raises CannotStart: for an identity without a usable id.
-    """
-    if loader is not None:
-        identity = loader()
-    elif hasattr(app, "login_manager"):
-        from flask_login import current_user
-
-        identity = current_user._get_current_object() if current_user.is_authenticated else None
-        if identity is not None and id_field == "id":
-            return Caller(
-                _user_id(identity.get_id()), *(_names(identity, kind) for kind in ("groups", "roles", "scopes"))
-            )
-    else:
-        return None
-    if identity is None:
-        return None
-    return Caller(
-        _user_id(_field(identity, id_field)), *(_names(identity, kind) for kind in ("groups", "roles", "scopes"))
-    )
-
-
-def _field(identity: Any, name: str) -> Any:
-    return identity.get(name) if isinstance(identity, Mapping) else getattr(identity, name, None)
-
-
-def _user_id(value: Any) -> str:
-    user = "" if value is None else str(value)
-    if not 0 < len(user) <= 255 or not user.isascii() and user.encode("utf-8", "replace").decode() != user:
-        raise CannotStart(
-            "The identity loader returned an identity whose id is missing or not 1 to 255 characters long; "
-            "see ASYNCROUTE_USER_ID_FIELD."
-        )
-    return user
-
-
-def _names(identity: Any, kind: str) -> frozenset[str]:
-    held = _field(identity, kind)
-    if held is None:
-        return frozenset()
-    if isinstance(held, str):
-        raise CannotStart(f"The identity's {kind} must be a list of names, not a text.")
-    try:
-        names = frozenset(map(str, held))
-        "".join(names).encode()
-    except (TypeError, UnicodeEncodeError):
-        raise CannotStart(
-            f"The identity's {kind} must be a list of names in valid Unicode, not {held!r:.80}."
-        ) from None
-    return names
