@@ -21,7 +21,7 @@ PACKAGE = "flask_asyncroute"
 MAX_LINES = 320
 
 ROOMS = """
-    errors signals typing
+    errors finalizers signals typing
     states permissions expressions encoding
     checks
     options
