@@ -18,7 +18,6 @@ from flask.ctx import RequestContext
 from flask.json.tag import TaggedJSONSerializer
 from flask.sessions import SecureCookieSession
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
-from werkzeug.http import dump_cookie, parse_cookie
 from werkzeug.local import LocalProxy
 from werkzeug.wsgi import LimitedStream
 
@@ -254,9 +253,10 @@ def _drop_names(environ: dict[str, Any], names: frozenset[str]) -> None:
         environ.pop("HTTP_" + name.upper().replace("-", "_"), None)
     cookies = environ.get("HTTP_COOKIE")
     if cookies is not None:
-        kept = [(key, value) for key, value in parse_cookie(cookies).items(multi=True) if key.lower() not in names]
+        # As it came, so that what is kept reads as it did: Werkzeug too splits at each semicolon, quoted or not.
+        kept = [cookie for cookie in cookies.split(";") if cookie.partition("=")[0].strip().lower() not in names]
         if kept:
-            environ["HTTP_COOKIE"] = "; ".join(dump_cookie(key, value, path=None, max_size=0) for key, value in kept)
+            environ["HTTP_COOKIE"] = ";".join(kept)
         else:
             del environ["HTTP_COOKIE"]
 

@@ -34,11 +34,12 @@ from .execution import Execution
 from .executors.base import TaskExecutor
 from .identity import identify
 from .lifecycle import Lifecycle
+from .names import MAX_NAME, plain
 from .permissions import Caller, Permission
 from .registry import Route
 from .states import State
 from .stores.base import TaskStore
-from .task import MAX_NAME, AsyncRouteTask, now_us
+from .task import AsyncRouteTask, now_us
 from .typing import IdentityLoader
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ class Dispatcher:
             raise CannotStart(
                 "The id generator of this route returned something else than 1 to 128 of A-Z a-z 0-9 . _ ~ -. Nothing was started."
             )
-        return task_id
+        return plain(task_id)
 
 
 def _url(current: Request) -> str:

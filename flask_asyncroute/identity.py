@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import CannotStart
+from .names import can_be_stored, is_name, name_of
 from .permissions import Caller
 from .typing import IdentityLoader
 
@@ -45,11 +46,14 @@ def _field(identity: Any, name: str) -> Any:
 
 
 def _user_id(value: Any) -> str:
-    user = "" if value is None else str(value)
-    if not 0 < len(user) <= 255 or not user.isascii() and user.encode("utf-8", "replace").decode() != user:
+    try:
+        user = name_of(value)
+    except ValueError:
+        user = ""
+    if not is_name(user):
         raise CannotStart(
-            "The identity loader returned an identity whose id is missing or not 1 to 255 characters long; "
-            "see ASYNCROUTE_USER_ID_FIELD."
+            "The identity loader returned an identity whose id is missing, not 1 to 255 characters long, or holds a NUL or "
+            "invalid Unicode; see ASYNCROUTE_USER_ID_FIELD."
         )
     return user
 
@@ -58,13 +62,15 @@ def _names(identity: Any, kind: str) -> frozenset[str]:
     held = _field(identity, kind)
     if held is None:
         return frozenset()
-    if isinstance(held, str):
-        raise CannotStart(f"The identity's {kind} must be a list of names, not a text.")
+    if isinstance(held, (str, bytes)):
+        raise CannotStart(f"The identity's {kind} must be a list of names, not one text.")
     try:
-        names = frozenset(map(str, held))
-        "".join(names).encode()
-    except (TypeError, UnicodeEncodeError):
+        names = frozenset(map(name_of, held))
+        is_fit = can_be_stored("".join(names))
+    except (TypeError, ValueError):
+        is_fit = False
+    if not is_fit:
         raise CannotStart(
-            f"The identity's {kind} must be a list of names in valid Unicode, not {held!r:.80}."
-        ) from None
+            f"The identity's {kind} must be a list of names, without NUL and in valid Unicode, not {held!r:.80}."
+        )
     return names

@@ -21,7 +21,7 @@ PACKAGE = "flask_asyncroute"
 MAX_LINES = 320
 
 ROOMS = """
-    errors finalizers signals typing
+    errors finalizers names signals typing
     states permissions expressions encoding
     checks
     options
