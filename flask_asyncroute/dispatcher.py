@@ -17,8 +17,8 @@ from flask import Request
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from . import snapshot
+from .capture import body_refusal, capture, guard
 from .config import Config
-from .context import body_refusal, capture, guard
 from .errors import (
     CannotStart,
     IdTaken,

@@ -28,7 +28,7 @@ ROOMS = """
     config task query snapshot registry
     execution
     current
-    context identity
+    capture context identity
     stores
     presence
     lifecycle state

@@ -187,9 +187,61 @@ def test_a_url_value_preprocessor_may_take_a_variable_away(flow: Flow) -> None:
 
     @flow.route("/<language>/<int:page>")
     def work(page: int) -> Any:
-        return [page, request.view_args, hasattr(g, "language")]
+        return [page, request.view_args, g.language]
 
-    assert flow.result("/de/7") == [7, {"page": 7}, False]
+    assert flow.result("/de/7") == [7, {"page": 7}, "de"]
+
+
+def test_url_processors_of_an_app_and_of_its_blueprints(flow: Flow) -> None:
+    """The pattern of Flask's documentation: what a preprocessor takes out, `url_defaults` put back. A hook's g does not return."""
+    outer = Blueprint("outer", __name__, url_prefix="/<language>/x")
+    inner = Blueprint("inner", __name__, url_prefix="/<int:number>")
+    order: list[tuple[str, str | None]] = []
+
+    @flow.app.url_value_preprocessor
+    def first(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        order.append(("app", endpoint))
+
+    @outer.url_value_preprocessor
+    def take(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        order.append(("outer", endpoint))
+        g.language = (values or {}).pop("language")
+
+    @inner.url_value_preprocessor
+    def look(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        order.append(("inner", endpoint))
+
+    @outer.url_defaults
+    def put(endpoint: str, values: dict[str, Any]) -> None:
+        values.setdefault("language", g.language)
+
+    def seen(number: int, name: str) -> Any:
+        return [number, name, request.view_args, g.language, url_for(".work", number=2, name="other")]
+
+    inner.add_url_rule("/work/<name>", "work", flow.async_routes.task(seen), methods=["POST"])
+    inner.add_url_rule("/plain/<name>", "plain", seen)
+    outer.register_blueprint(inner)
+    flow.app.register_blueprint(outer)
+    found = flow.result("/de/x/7/work/caf%C3%A9")
+    called = [place for place, endpoint in order if endpoint == "outer.inner.work"]
+    assert called == 2 * ["app", "outer", "inner"], "in the request and in the task"
+    assert found == [7, "café", {"number": 7, "name": "café"}, "de", "/de/x/2/work/other"]
+    assert found == flow.request("GET", "/de/x/7/plain/caf%C3%A9").get_json()
+
+
+def test_a_url_value_preprocessor_that_raises_in_the_task(flow: Flow, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
+
+    @flow.app.url_value_preprocessor
+    def twice(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        if endpoint == "work":
+            calls.append(1)
+            if len(calls) > 1:
+                raise LookupError("gone")
+
+    flow.route(endpoint="work")(lambda: 1)
+    assert flow.error() == "LookupError: gone"
+    assert "Traceback" in caplog.text and "LookupError: gone" in caplog.text
 
 
 def test_a_url_value_preprocessor_may_change_a_variable(flow: Flow) -> None:
@@ -200,9 +252,9 @@ def test_a_url_value_preprocessor_may_change_a_variable(flow: Flow) -> None:
 
     @flow.route("/<language>/page")
     def work(language: str) -> Any:
-        return language
+        return [language, request.view_args]
 
-    assert flow.result("/de/page") == "DE"
+    assert flow.result("/de/page") == ["DE", {"language": "DE"}]
 
 
 def test_a_url_value_preprocessor_may_add_a_variable(flow: Flow) -> None:
