@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigurationError
+from .names import MAX_NAME, is_name, plain
 
 EXECUTORS = ("thread", "process", "celery", "immediate")
-MAX_NAME = 255
 DAY = 24 * 60 * 60
 
 Check = Callable[[str, Any], Any]
@@ -59,10 +59,10 @@ def text(label: str, value: Any) -> str:
 
 
 def short_name(label: str, value: Any) -> str:
-    """Accept a string of 1 to 255 characters."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
-        raise refuse(label, f"a name of 1 to {MAX_NAME} characters", value)
-    return value
+    """Accept a string of 1 to 255 characters that every store can hold."""
+    if not is_name(value):
+        raise refuse(label, f"a name of 1 to {MAX_NAME} characters, without NUL and in valid Unicode", value)
+    return plain(value)
 
 
 def names(label: str, value: Any) -> tuple[str, ...]:

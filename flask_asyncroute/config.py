@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import checks, options, store_url
 from .checks import Check, refuse
 from .errors import ConfigurationError
+from .names import MAX_NAME
 from .permissions import Access
 from .store_url import StoreSetting
 
@@ -193,7 +194,7 @@ def read(app: Flask) -> Config:
     listed = values["LIST_ANONYMOUS"]
     return Config(
         store=values["STORE"],
-        namespace=values["NAMESPACE"] or app.name[: checks.MAX_NAME],
+        namespace=values["NAMESPACE"] or app.name[:MAX_NAME],
         create_tables=values["CREATE_TABLES"],
         operations=values["OPERATIONS"],
         url_prefix=values["URL_PREFIX"],

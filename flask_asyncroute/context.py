@@ -1,6 +1,6 @@
-"""The one room that touches Flask's contexts: a request captured and rebuilt, an app context, the caller, `current_task`.
+"""The one room that pushes Flask's contexts: a rebuilt request, an app context, `current_task`.
 
-`dispatcher` captures in the request, `worker` rebuilds wherever the task runs. Whatever pushes a context pops it here.
+`worker` has a request rebuilt wherever its task runs. Whatever pushes a context pops it here.
 """
 
 from __future__ import annotations
@@ -12,28 +12,16 @@ from contextlib import contextmanager
 from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import msgspec
-from flask import Request, current_app, has_app_context, session
+from flask import current_app, has_app_context, request
 from flask.ctx import RequestContext
 from flask.json.tag import TaggedJSONSerializer
 from flask.sessions import SecureCookieSession
-from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
-from werkzeug.http import dump_cookie, parse_cookie
 from werkzeug.local import LocalProxy
 
 from .current import CurrentTask
-from .errors import (
-    BodyTooLarge,
-    CannotStart,
-    InvalidRequest,
-    NoCurrentTask,
-    SessionIsReadOnly,
-    StoreUnavailable,
-)
+from .errors import NoCurrentTask, SessionIsReadOnly
 from .execution import Execution
-from .permissions import Caller
-from .snapshot import SMALL, Body, Snapshot, check_announced, check_complete, empty, form_body, read_body
-from .typing import IdentityLoader
+from .snapshot import Body, Snapshot, empty
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -42,10 +30,6 @@ logger = logging.getLogger("flask_asyncroute")
 
 T = TypeVar("T")
 
-_KEPT = frozenset({str, int, bool})
-_DROPPED = frozenset({"HTTP_TRANSFER_ENCODING", "wsgi.input_terminated", "CONTENT_LENGTH"})
-_VARIABLES = "flask_asyncroute.view_args"
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _tagged = TaggedJSONSerializer()
 _running: ContextVar[CurrentTask] = ContextVar("flask_asyncroute.current_task")
 
@@ -90,134 +74,6 @@ def in_app(app: Flask) -> Iterator[None]:
         yield
 
 
-def note_request(current: Request) -> None:
-    """Note of a request to an async route, before any hook of the app runs, what hooks may change.
-
-    A server that ends the input by itself says so, and Werkzeug then takes any end for the end of the body. Without that
-    it notices a form that is cut short, also where a hook parses it.
-    """
-    if "CONTENT_LENGTH" in current.environ:
-        current.environ.pop("wsgi.input_terminated", None)
-    if current_app.url_value_preprocessors and current.view_args:
-        current.environ[_VARIABLES] = dict(current.view_args)
-
-
-def capture(
-    current: Request, arguments: Mapping[str, Any], max_body: int, drop: frozenset[str]
-) -> tuple[Snapshot, Body | None]:
-    """Take from the present request what its task will need.
-
-    :param arguments: what the view was called with; URL variables are matched again later, the rest must be JSON.
-    :param max_body: bytes.
-    :param drop: lower-case names of headers and cookies that must not be stored.
-    :raises RequestRefused: for a body that is too large or incomplete, or a session or argument that cannot be stored.
-    """
-    environ = {key: value for key, value in current.environ.items() if type(value) in _KEPT and key not in _DROPPED}
-    if drop:
-        _drop_names(environ, drop)
-    body = None
-    if current.content_length or "HTTP_TRANSFER_ENCODING" in current.environ:
-        body = _capture_body(current, environ, max_body)
-    try:
-        matched = _matched_again(current, arguments)
-        names = tuple(name for name in arguments if name in matched)
-        injected = {name: _json_argument(name, arguments[name]) for name in arguments if name not in names}
-        small = None
-        held = _capture_session()
-        if body is not None and body.size <= SMALL:
-            small = body.open().read()
-            body.close()
-            body = None
-        return Snapshot(environ=environ, body=small, session=held, url_names=names, injected=injected), body
-    except BaseException:
-        if body is not None:
-            body.close()
-        raise
-
-
-def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body:
-    announced = current.content_length
-    check_announced(announced, limit)
-    try:
-        cached = getattr(current, "_cached_data", None)
-        # Once a form was parsed, get_data() caches nothing at all.
-        was_parsed = "form" in current.__dict__ and not cached
-        if was_parsed and current.mimetype in _FORMS:
-            content_type, body = form_body(current.mimetype, current.form, current.files)
-            if current.mimetype == "multipart/form-data":
-                environ["CONTENT_TYPE"] = content_type
-            check_announced(body.size, limit)
-            return body
-        if cached is not None:
-            check_announced(len(cached), limit)
-            check_complete(len(cached), announced)
-            return Body([cached])
-        return read_body(current.stream, announced, limit)
-    except RequestEntityTooLarge:
-        most = current.max_content_length
-        raise BodyTooLarge(
-            f"The body is larger than the {most} bytes that this app takes (MAX_CONTENT_LENGTH)."
-        ) from None
-    except ClientDisconnected:
-        raise InvalidRequest("The body was cut short: the client went away. Send it again.") from None
-    except OSError as error:
-        logger.error("A request body could not be set aside: %s: %s", type(error).__name__, error)
-        raise StoreUnavailable("The body cannot be kept at the moment. Try again.", retry_after=5) from error
-
-
-def _matched_again(current: Request, arguments: Mapping[str, Any]) -> set[str]:
-    """Return which arguments are variables of the URL, just as they will come out of it when it is matched again."""
-    # A preprocessor may have changed the variables since, or added some.
-    variables = current.environ.get(_VARIABLES, current.view_args) or {}
-    return {name for name, value in arguments.items() if name in variables and value is variables[name]}
-
-
-def _capture_session() -> str | None:
-    held = dict(session)
-    if not held:
-        return None
-    try:
-        return _tagged.dumps(held)
-    except (TypeError, ValueError, RecursionError):
-        for key, value in held.items():
-            try:
-                _tagged.dumps({key: value})
-            except (TypeError, ValueError, RecursionError):
-                raise CannotStart(
-                    f"The session's {key!r} holds a {type(value).__name__}, which cannot be stored with a task. Keep JSON there."
-                ) from None
-        raise
-
-
-def _json_argument(name: str, value: Any) -> Any:
-    try:
-        encoded = msgspec.json.encode(value, enc_hook=_no_json)
-        if msgspec.json.decode(encoded) != (list(value) if isinstance(value, tuple) else value):
-            raise TypeError
-    except (TypeError, ValueError, RecursionError):
-        raise CannotStart(
-            f"A decorator above the async route passed {name!r} a {type(value).__name__}, which cannot be stored with a task. "
-            "Let it pass JSON, or load the object in a before_task function."
-        ) from None
-    return value
-
-
-def _no_json(value: Any) -> Any:
-    raise TypeError(f"{type(value).__name__} is no JSON")
-
-
-def _drop_names(environ: dict[str, Any], names: frozenset[str]) -> None:
-    for name in names:
-        environ.pop("HTTP_" + name.upper().replace("-", "_"), None)
-    cookies = environ.get("HTTP_COOKIE")
-    if cookies is not None:
-        kept = [(key, value) for key, value in parse_cookie(cookies).items(multi=True) if key.lower() not in names]
-        if kept:
-            environ["HTTP_COOKIE"] = "; ".join(dump_cookie(key, value, path=None, max_size=0) for key, value in kept)
-        else:
-            del environ["HTTP_COOKIE"]
-
-
 class TaskSession(SecureCookieSession):
     """The session as it was at the start; a write raises."""
 
@@ -251,64 +107,46 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
     if body is not None:
         environ["CONTENT_LENGTH"] = str(body.size)
     held = TaskSession({} if snapshot.session is None else _tagged.loads(snapshot.session))
-    with RequestContext(app, environ, session=held) as context:
+    context = RequestContext(app, environ, session=held)
+    context.push()
+    ended: BaseException | None = None
+    try:
         if context.request.routing_exception is not None:
             raise context.request.routing_exception
-        matched = context.request.view_args or {}
-        variables = {name: matched[name] for name in snapshot.url_names}
-        context.request.view_args = variables
-        yield {**variables, **snapshot.injected}
+        matched = dict(context.request.view_args or {})
+        yield {**{name: matched[name] for name in snapshot.url_names}, **snapshot.injected}
+    except BaseException as error:
+        ended = error
+        raise
+    finally:
+        _leave(context, ended)
 
 
-def identify(app: Flask, loader: IdentityLoader | None, id_field: str) -> Caller | None:
-    """Return who makes the present request: what the app's identity loader says, else Flask-Login's user.
+def process_url(arguments: Mapping[str, Any]) -> None:
+    """Call the app's `url_value_preprocessor` functions on the rebuilt request, as Flask does before a view.
 
-    :raises CannotStart: for an identity without a usable id.
+    They take variables out of the URL and leave them where `url_defaults` functions look for them; without that
+    :func:`flask.url_for` would not work. ``view_args`` are then as they were there.
+
+    :param arguments: of the view's call, as :func:`rebuilt` gave them.
     """
-    if loader is not None:
-        identity = loader()
-    elif hasattr(app, "login_manager"):
-        from flask_login import current_user
-
-        identity = current_user._get_current_object() if current_user.is_authenticated else None
-        if identity is not None and id_field == "id":
-            return Caller(
-                _user_id(identity.get_id()), *(_names(identity, kind) for kind in ("groups", "roles", "scopes"))
-            )
-    else:
-        return None
-    if identity is None:
-        return None
-    return Caller(
-        _user_id(_field(identity, id_field)), *(_names(identity, kind) for kind in ("groups", "roles", "scopes"))
-    )
+    processors = current_app.url_value_preprocessors
+    if not processors:
+        return
+    for name in (None, *reversed(request.blueprints)):
+        for process in processors.get(name, ()):
+            process(request.endpoint, request.view_args)
+    values = request.view_args
+    if values is not None:
+        values.update((name, value) for name, value in arguments.items() if name in values)
 
 
-def _field(identity: Any, name: str) -> Any:
-    return identity.get(name) if isinstance(identity, Mapping) else getattr(identity, name, None)
-
-
-def _user_id(value: Any) -> str:
-    user = "" if value is None else str(value)
-    if not 0 < len(user) <= 255 or not user.isascii() and user.encode("utf-8", "replace").decode() != user:
-        raise CannotStart(
-            "The identity loader returned an identity whose id is missing or not 1 to 255 characters long; "
-            "see ASYNCROUTE_USER_ID_FIELD."
-        )
-    return user
-
-
-def _names(identity: Any, kind: str) -> frozenset[str]:
-    held = _field(identity, kind)
-    if held is None:
-        return frozenset()
-    if isinstance(held, str):
-        raise CannotStart(f"The identity's {kind} must be a list of names, not a text.")
+def _leave(context: RequestContext, ended: BaseException | None) -> None:
+    """Pop a rebuilt request. What its teardown functions raise is logged: how the task ended is decided by then."""
     try:
-        names = frozenset(map(str, held))
-        "".join(names).encode()
-    except (TypeError, UnicodeEncodeError):
-        raise CannotStart(
-            f"The identity's {kind} must be a list of names in valid Unicode, not {held!r:.80}."
-        ) from None
-    return names
+        context.pop(ended)
+    except (Exception, SystemExit):
+        task_id = _current().id
+        logger.exception(
+            "A teardown function raised after task %s. Its outcome stands.", task_id, extra={"task_id": task_id}
+        )

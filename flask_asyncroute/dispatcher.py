@@ -14,8 +14,10 @@ from urllib.parse import quote
 
 import msgspec
 from flask import Request
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
-from . import context, snapshot
+from . import snapshot
+from .capture import body_refusal, capture, guard
 from .config import Config
 from .errors import (
     CannotStart,
@@ -24,17 +26,20 @@ from .errors import (
     NotCancellable,
     NotPermitted,
     QueueFull,
+    RequestRefused,
     TaskFinished,
     TaskNotFound,
 )
 from .execution import Execution
 from .executors.base import TaskExecutor
+from .identity import identify
 from .lifecycle import Lifecycle
+from .names import MAX_NAME, plain
 from .permissions import Caller, Permission
 from .registry import Route
 from .states import State
 from .stores.base import TaskStore
-from .task import MAX_NAME, AsyncRouteTask, now_us
+from .task import AsyncRouteTask, now_us
 from .typing import IdentityLoader
 
 if TYPE_CHECKING:
@@ -78,7 +83,7 @@ class Dispatcher:
 
     def caller(self) -> Caller | None:
         """Return who makes the present request."""
-        return context.identify(self._app, self._identity_loader(), self._config.user_id_field)
+        return identify(self._app, self._identity_loader(), self._config.user_id_field)
 
     def start(self, route: Route, current: Request, arguments: Mapping[str, Any]) -> AsyncRouteTask:
         """Make the present request, ``current``, a task of ``route`` and have it run; return it as it was stored.
@@ -89,9 +94,13 @@ class Dispatcher:
         :raises RequestRefused: with the status of the answer.
         """
         executor = self._executor_of(route)
-        caller = self.caller()
-        permission = self._permission(route, caller)
-        captured, body = context.capture(current, arguments, self._config.max_body, self._config.snapshot_drop)
+        guard(current, self._config.max_body)
+        try:
+            caller = self.caller()
+            permission = self._permission(route, caller)
+        except HTTPException as error:
+            raise body_refusal(current, error) from error
+        captured, body = capture(current, arguments, self._config.max_body, self._config.snapshot_drop)
         try:
             executor.reserve()
             try:
@@ -182,6 +191,9 @@ class Dispatcher:
             return asked
         try:
             permission = asked()
+        except (RequestRefused, ClientDisconnected, RequestEntityTooLarge):
+            # It read the body, and what is wrong with that is the client's.
+            raise
         except Exception as error:
             logger.exception("The permission function of endpoint %s raised.", route.endpoint)
             raise NotPermitted("The permission for this task could not be determined.") from error
@@ -248,7 +260,7 @@ class Dispatcher:
             raise CannotStart(
                 "The id generator of this route returned something else than 1 to 128 of A-Z a-z 0-9 . _ ~ -. Nothing was started."
             )
-        return task_id
+        return plain(task_id)
 
 
 def _url(current: Request) -> str:

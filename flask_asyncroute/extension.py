@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 from flask import Blueprint, Flask, request, request_started
 
 from . import checks, options
-from .context import note_request
+from .capture import note_request
 from .dispatcher import ID_PATTERN, unknown
 from .errors import ConfigurationError
 from .http.operations import make_blueprint

@@ -18,6 +18,7 @@ from .dispatcher import Dispatcher
 from .errors import AsyncRouteError
 from .execution import Execution
 from .executors.base import TaskExecutor
+from .finalizers import when_gone
 from .lifecycle import Lifecycle
 from .stores.base import TaskStore
 from .task import now_us
@@ -72,6 +73,7 @@ class Housekeeper:
         if self._thread is None:
             with self._lock:
                 if self._thread is None and not self._is_closed:
+                    when_gone(self, self._wake.set)
                     arguments = (weakref.ref(self), self._wake)
                     self._thread = threading.Thread(
                         target=_keep, args=arguments, name="asyncroute-housekeeper", daemon=True

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import signals
+from .finalizers import when_gone
 from .stores.base import TaskStore
 from .task import AsyncRouteTask
 
@@ -69,6 +70,7 @@ class Notifier:
                 self._wake.set()
             self._watching += 1
             if self._thread is None:
+                when_gone(self, self._wake.set)
                 self._thread = threading.Thread(
                     target=_watch, args=(weakref.ref(self), self._wake), name="asyncroute-watcher", daemon=True
                 )

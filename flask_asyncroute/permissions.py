@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from .errors import ConfigurationError
+from .names import is_name, plain
 
 KINDS = ("users", "groups", "roles", "scopes")
 
@@ -14,7 +15,7 @@ KINDS = ("users", "groups", "roles", "scopes")
 class Access(msgspec.Struct, frozen=True, rename="pascal"):
     """A set of people: all whose id, or one of whose groups, roles or scopes, is named.
 
-    Names match exactly. At most 255 characters each.
+    Names match exactly. At most 255 characters each; a member of an Enum that is a text counts by its value.
 
     :param users: ids of users.
     :raises ConfigurationError: for anything that is not a sequence of such names.
@@ -31,10 +32,13 @@ class Access(msgspec.Struct, frozen=True, rename="pascal"):
             if isinstance(names, str) or not isinstance(names, (list, tuple, set, frozenset)):
                 raise ConfigurationError(f"Access({kind}=…) takes a sequence of names, not {names!r}.")
             for name in names:
-                if not isinstance(name, str) or not 0 < len(name) <= 255:
-                    raise ConfigurationError(f"Access({kind}=…): {name!r} is not a name of 1 to 255 characters.")
+                if not is_name(name):
+                    raise ConfigurationError(
+                        f"Access({kind}=…): {name!r} is not a name of 1 to 255 characters, without NUL and in valid Unicode."
+                    )
+            texts = tuple(map(plain, names))
             msgspec.structs.force_setattr(
-                self, kind, tuple(sorted(set(names))) if isinstance(names, (set, frozenset)) else tuple(names)
+                self, kind, tuple(sorted(set(texts))) if isinstance(names, (set, frozenset)) else texts
             )
 
     def __iter__(self) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from .config import Config
 from .dispatcher import Dispatcher
 from .errors import QueueFull
 from .executors.base import RUN, Run, TaskExecutor
+from .finalizers import when_gone
 from .housekeeping import Housekeeper
 from .lifecycle import Lifecycle
 from .notifier import Notifier
@@ -62,6 +63,7 @@ class Runner:
         self._has_told = False
         self._executors: dict[str, TaskExecutor] = {}
         self._run = _runs(weakref.ref(self))
+        when_gone(self, self.store.close)
 
     def executor_of(self, route: Route) -> TaskExecutor:
         """Return the executor of a route's pool, made when it is first asked for."""

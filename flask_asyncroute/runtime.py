@@ -103,7 +103,6 @@ class Runtime:
             if self._runner is None:
                 config = self.prepare()
                 self._runner = Runner(self._get_app(), config, self._routes, self._before_task, self._identity_loader)
-                weakref.finalize(self, _close, weakref.ref(self._runner))
             return self._runner
 
     @property
@@ -216,12 +215,6 @@ def _shape(rule: str) -> str:
     """Return a rule with its variables' names and converters left out, and without a slash at the end."""
     parts = ["<>" if part.startswith("<") and part.endswith(">") else part for part in rule.split("/")]
     return "/".join(parts).rstrip("/")
-
-
-def _close(reference: weakref.ref[Runner]) -> None:
-    runner = reference()
-    if runner is not None:
-        runner.close()
 
 
 def _after_fork() -> None:

@@ -17,7 +17,7 @@ import msgspec
 from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.exceptions import HTTPException
 
-from .errors import BodyTooLarge, InvalidRequest
+from .errors import BodyTooLarge, InvalidRequest, RequestRefused
 
 CHUNK = 256 * 1024
 SMALL = 8 * 1024
@@ -100,10 +100,9 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
     check_announced(announced, limit)
     body = Body()
     try:
-        while body.size != announced and (piece := _piece_of(stream)):
+        while body.size != announced and (piece := _piece_of(stream, CHUNK)):
             body.write(piece)
-            if body.size > limit:
-                raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken (ASYNCROUTE_MAX_BODY).")
+            _check_size(body.size, limit)
         check_complete(body.size, announced)
     except BaseException:
         body.close()
@@ -111,14 +110,43 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
     return body
 
 
-def _piece_of(stream: IO[bytes]) -> bytes:
+class LimitedInput(io.RawIOBase):
+    """The input of a request that does not announce its length, for the app's own code to read up to a limit.
+
+    :raises BodyTooLarge: over ``limit``, from the read that passes it.
+    :raises InvalidRequest: for what the server cannot read.
+    """
+
+    def __init__(self, stream: IO[bytes], limit: int) -> None:
+        self._stream = stream
+        self._limit = limit
+        self.arrived = 0
+        """How many bytes were read."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = _piece_of(self._stream, len(buffer))
+        self.arrived += len(piece)
+        _check_size(self.arrived, self._limit)
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def _piece_of(stream: IO[bytes], size: int) -> bytes:
     """Read on. Servers raise errors of their own for what they cannot read: gunicorn's InvalidChunkSize is no OSError."""
     try:
-        return stream.read(CHUNK)
-    except HTTPException:
+        return stream.read(size)
+    except (HTTPException, RequestRefused):
         raise
     except Exception as error:
         raise InvalidRequest(f"The body cannot be read ({type(error).__name__}). Send it again.") from error
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken (ASYNCROUTE_MAX_BODY).")
 
 
 def check_announced(announced: int | None, limit: int) -> None:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 MEMORY = "memory://"
 SQLITE_SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
-_EXAMPLES = "a URL such as 'sqlite:///asyncroute.db', 'postgresql+psycopg://…' or 'memory://', an SQLAlchemy Engine, or a function that returns one"
+_EXAMPLES = (
+    "a URL such as 'sqlite:///asyncroute.db', 'postgresql+psycopg://…' or 'memory://', an SQLAlchemy Engine, or a function "
+    "that returns one"
+)
 
 StoreSetting: TypeAlias = "str | Engine | Callable[[], Engine]"
 """What ``ASYNCROUTE_STORE`` may hold."""

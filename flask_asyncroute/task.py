@@ -17,7 +17,6 @@ from .permissions import Permission
 from .states import State
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-MAX_NAME = 255
 MAX_ERROR = 2000
 MAX_MESSAGE = 500
 

@@ -89,6 +89,7 @@ def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) ->
             body = snapshot.Body([captured.body])
         with context.running(execution), context.rebuilt(app, captured, body) as arguments:
             try:
+                context.process_url(arguments)
                 for prepare in runner.before_task:
                     prepare()
                 execution.check()

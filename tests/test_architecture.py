@@ -21,14 +21,14 @@ PACKAGE = "flask_asyncroute"
 MAX_LINES = 320
 
 ROOMS = """
-    errors signals typing
+    errors finalizers names signals typing
     states permissions expressions encoding
     checks
     options
     config task query snapshot registry store_url
     execution
     current
-    context
+    capture context identity
     stores
     presence
     lifecycle state

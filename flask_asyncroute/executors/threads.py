@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from ..execution import Execution
+from ..finalizers import when_gone
 from .base import Run, TaskExecutor
 from .interruption import interrupt
 from .pool import ElasticThreadPool
@@ -19,6 +20,7 @@ class ThreadTaskExecutor(TaskExecutor):
         super().__init__(run, max_workers, queue_size)
         self.interrupt_after = interrupt_after
         self._pool = ElasticThreadPool(name, min_workers, max_workers)
+        when_gone(self, self._pool.shutdown, False)
         self._abandoned: set[str] = set()
 
     def interrupt(self, execution: Execution) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,9 @@ import pytest
 from flask import Blueprint, Flask, abort, current_app, request
 
 from flask_asyncroute import Access, AsyncRoute, ConfigurationError, task_created
+from flask_asyncroute.stores.memory import MemoryTaskStore
+from flask_asyncroute.stores.sql.store import SQLTaskStore
+from tests.conftest import eventually_true, new_app
 from tests.flow.driving import Flow, problem
 
 MakeApp = Callable[..., Flask]
@@ -547,3 +553,49 @@ def test_a_teapot_of_an_error_handler(make_flow: MakeFlow) -> None:
     assert flow.request("GET", "/nowhere").status_code == 418
     problem(flow.request("GET", "/task/x"), 404, "task-not-found")
     problem(flow.request("GET", "/tasks?limit=0"), 400, "invalid-query")
+
+
+@pytest.mark.parametrize("executor", ["thread", "immediate"])
+def test_an_app_that_is_dropped_takes_its_threads_and_connections_along(
+    tmp_path: Path, store_url: str, executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody closes anything: a suite with an app for every test must not collect threads."""
+    closed: list[str] = []
+    for store in (MemoryTaskStore, SQLTaskStore):
+        monkeypatch.setattr(store, "close", lambda self, close=store.close: (close(self), closed.append(store_url)))
+    before = set(threading.enumerate())
+
+    def use_one() -> weakref.ref[Flask]:
+        app = new_app("dropped", tmp_path, {"ASYNCROUTE_STORE": store_url})
+        flow = Flow(app, AsyncRoute(app))
+        flow.route(executor=executor)(lambda: 1)
+        assert flow.result() == 1
+        with app.app_context():
+            flow.async_routes.wait(flow.start()["Id"], 5)
+        return weakref.ref(app)
+
+    dropped = use_one()
+    assert any(thread.name.startswith("asyncroute") for thread in set(threading.enumerate()) - before)
+    eventually_true(lambda: gc.collect() and dropped() is None)
+    eventually_true(lambda: not any(t.name.startswith("asyncroute") for t in set(threading.enumerate()) - before))
+    eventually_true(lambda: closed == [store_url])
+
+
+def test_an_app_is_kept_as_long_as_its_task_runs(tmp_path: Path, gate: threading.Event) -> None:
+    app = new_app("dropped", tmp_path, {"ASYNCROUTE_STORE": "memory://"})
+    flow = Flow(app, AsyncRoute(app))
+    ended = threading.Event()
+
+    @flow.route()
+    def work() -> None:
+        gate.wait(10)
+        assert current_app.name == "dropped"
+        ended.set()
+
+    flow.became(flow.start(), "Running")
+    left = weakref.ref(app)
+    del app, flow, work
+    gc.collect()
+    gate.set()
+    assert ended.wait(5)
+    eventually_true(lambda: gc.collect() and left() is None)

@@ -14,6 +14,7 @@ import pytest
 from flask import request
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
+from flask_asyncroute import Permission
 from tests.flow.driving import IN_MEMORY, Flow, loaded, problem
 
 MakeFlow = Callable[..., Flow]
@@ -138,6 +139,112 @@ def test_a49_a_body_cut_short_that_a_hook_has_read(
     response = send(flow, Input(data[: len(data) // 2]), len(data), content_type, is_terminated)
     assert response.status_code == 400, response.get_data(as_text=True)
     assert flow.query() == []
+
+
+class Asking:
+    """An app whose permission function or identity loader reads the body before it is kept."""
+
+    def __init__(self, make_flow: MakeFlow, asked: str, read: Callable[[], Any], limit: int) -> None:
+        self.flow = make_flow(ASYNCROUTE_MAX_BODY=limit, PROPAGATE_EXCEPTIONS=False)
+
+        def loader() -> Any:
+            if asked == "loader" and request.method == "POST":
+                read()
+            return {"id": "anna"}
+
+        def permission() -> Permission:
+            if asked == "permission":
+                read()
+            return Permission()
+
+        self.flow.async_routes.identity_loader(loader)
+
+        @self.flow.route(permission=permission)
+        def work() -> Any:
+            return {name: len(file.read()) for name, file in request.files.items()} | dict(request.form)
+
+
+READS: dict[str, Callable[[], Any]] = {
+    "form": lambda: request.form,
+    "json": lambda: request.get_json(force=True, silent=True),
+    "stream": lambda: request.stream.read(),
+}
+who_asks = pytest.mark.parametrize("asked", ["loader", "permission"])
+FORMS = [(BOUNDARY, PART), ("application/x-www-form-urlencoded", b"a=1&b=22222222&c=3")]
+
+
+@who_asks
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(("content_type", "data"), FORMS)
+@pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning")  # Werkzeug's own
+def test_a49_a_body_cut_short_that_our_own_asking_has_read(
+    make_flow: MakeFlow, asked: str, read: str, content_type: str, data: bytes
+) -> None:
+    """No hook of the app runs, and a part of a form looks like a whole one."""
+    flow = Asking(make_flow, asked, READS[read], 1_000_000).flow
+    found = problem(send(flow, Input(data[: len(data) // 2]), len(data), content_type), 400, "invalid-request")
+    assert "cut short" in found["detail"]
+    assert flow.query() == []
+
+
+@who_asks
+@pytest.mark.parametrize("read", READS)
+def test_a49_a_body_over_the_limit_is_refused_before_anything_of_ours_reads_it(
+    make_flow: MakeFlow, asked: str, read: str
+) -> None:
+    flow = Asking(make_flow, asked, READS[read], 100_000).flow
+    for content_type, _ in FORMS:
+        endless = Endless()
+        problem(send(flow, endless, 100_001, content_type), 413, "body-too-large")
+        assert endless.given == 0
+        found = problem(send(flow, endless, None, content_type), 413, "body-too-large")
+        assert endless.given < 1_000_000 and "ASYNCROUTE_MAX_BODY" in found["detail"]
+    assert flow.query() == []
+
+
+@who_asks
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_whole_form_that_our_own_asking_has_read(make_flow: MakeFlow, asked: str, is_announced: bool) -> None:
+    flow = Asking(make_flow, asked, READS["form"], len(PART) + (0 if is_announced else 200)).flow
+    for (content_type, data), expected in zip(
+        FORMS, ({"f": len(CSV)}, {"a": "1", "b": "22222222", "c": "3"}), strict=True
+    ):
+        response = send(flow, Input(data), len(data) if is_announced else None, content_type)
+        assert result(flow, response) == expected
+
+
+@who_asks
+@pytest.mark.parametrize("read", READS)
+def test_chunks_that_cannot_be_read_are_the_client_s_fault_whoever_reads_them(
+    make_flow: MakeFlow, asked: str, read: str
+) -> None:
+    flow = Asking(make_flow, asked, READS[read], 1_000_000).flow
+    response = send(flow, Input(b"a=1", InvalidChunkSize("zz")), None, FORMS[1][0])
+    assert "InvalidChunkSize" in problem(response, 400, "invalid-request")["detail"]
+
+
+@who_asks
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_body_that_was_read_and_not_kept_is_the_app_s_fault(
+    make_flow: MakeFlow, asked: str, is_announced: bool
+) -> None:
+    flow = Asking(make_flow, asked, READS["stream"], 1_000_000).flow
+    data = b"x" * 1000
+    found = problem(send(flow, Input(data), len(data) if is_announced else None), 500, "cannot-start")
+    assert "get_data()" in found["detail"]
+    assert flow.query() == []
+
+
+@who_asks
+def test_the_limits_of_flask_hold_too_where_our_own_asking_reads(make_flow: MakeFlow, asked: str) -> None:
+    for settings in ({"MAX_CONTENT_LENGTH": 10}, {"MAX_FORM_PARTS": 1}):
+        flow = Asking(make_flow, asked, READS["form"], 1_000_000).flow
+        flow.app.config.update(settings)
+        parts = (
+            b"".join(b'--B\r\nContent-Disposition: form-data; name="%d"\r\n\r\nx\r\n' % n for n in range(3))
+            + b"--B--\r\n"
+        )
+        problem(send(flow, Input(parts), len(parts), BOUNDARY), 413, "body-too-large")
 
 
 @IN_MEMORY

@@ -8,6 +8,7 @@ import random
 import re
 import threading
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -356,3 +357,47 @@ def test_a_loader_of_a_blueprint_s_app_is_asked_in_the_request(flow: Flow) -> No
     flow.query()
     flow.stop(task, status=410)
     assert seen == ["shop.work", "asyncroute.get", "asyncroute.query", "asyncroute.stop"]
+
+
+class Role(str, Enum):  # noqa: UP042 - StrEnum is another one
+    ADMIN = "admin"
+
+
+class Team(Enum):
+    FINANCE = "finance"
+
+
+def test_members_of_an_enum_count_by_their_value(make_flow: MakeFlow) -> None:
+    flow = make_flow(ASYNCROUTE_ADMINS=Access(roles=(Role.ADMIN,)))
+    who: dict[str, Any] = {"id": "owner"}
+    flow.async_routes.identity_loader(lambda: who)
+    flow.route(endpoint="work", permission=Permission(read=Access(groups=("finance",))))(lambda: 1)
+    task = flow.start()
+    for identity in (
+        {"id": "a", "roles": [Role.ADMIN]},
+        {"id": "b", "groups": [Team.FINANCE]},
+        {"id": Role.ADMIN, "roles": ["admin"]},
+    ):
+        who.clear()
+        who.update(identity)
+        flow.get(task)
+        assert flow.ids() == [task["Id"]]
+    assert flow.start()["User"] == "admin"
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        {"id": "a\0"}, {"id": "\ud800"}, {"id": ""}, {"id": None}, {"id": b"anna"}, {"id": True}, {"id": "x" * 256},
+        {"id": "a", "groups": [None]}, {"id": "a", "groups": b"g"}, {"id": "a", "groups": "g"}, {"id": "a", "roles": ["r\0"]},
+        {"id": "a", "scopes": ["\udfff"]}, {"id": "a", "scopes": 5}, {"id": "a", "scopes": [b"s"]},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_an_identity_that_cannot_be_stored_or_compared(make_flow: MakeFlow, identity: dict[str, Any]) -> None:
+    """The app's own mistake, told at once: a store would refuse it later, or nothing would ever match."""
+    flow = make_flow()
+    flow.async_routes.identity_loader(lambda: identity)
+    flow.route(endpoint="work")(lambda: 1)
+    for method, path in (("POST", "/work"), ("GET", "/task/x"), ("GET", "/tasks")):
+        problem(flow.request(method, path), 500, "cannot-start")

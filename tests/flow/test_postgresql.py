@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,16 +12,15 @@ from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine
 
 from flask_asyncroute import AsyncRoute, ConfigurationError
+from tests.conftest import engine_of
 from tests.flow.driving import Flow
 
 MakeFlow = Callable[..., Flow]
 
 
 @pytest.fixture
-def engine(postgresql_url: str) -> Iterator[Engine]:
-    made = create_engine(postgresql_url)
-    yield made
-    made.dispose()
+def engine(postgresql_url: str) -> Engine:
+    return engine_of(postgresql_url)
 
 
 @pytest.fixture(params=["url", "engine", "function"])
@@ -44,7 +43,9 @@ def test_the_way_of_a_task(make_flow: MakeFlow, setting: Any) -> None:
     assert flow.ids() == [task["Id"]]
 
 
-def test_a_stop_from_another_process(make_flow: MakeFlow, postgresql_url: str, gate: threading.Event) -> None:
+def test_a_stop_from_another_process(
+    make_flow: MakeFlow, postgresql_url: str, gate: threading.Event, eventually: Callable[..., Any]
+) -> None:
     """Two apps of one name know each other only by the store, as two machines do."""
     one, two = make_flow(ASYNCROUTE_STORE=postgresql_url), make_flow(ASYNCROUTE_STORE=postgresql_url)
     begun = threading.Event()
@@ -64,7 +65,8 @@ def test_a_stop_from_another_process(make_flow: MakeFlow, postgresql_url: str, g
     assert begun.wait(10)
     assert two.request("DELETE", f"/task/{task['Id']}").status_code == 200
     assert stopped.wait(10)
-    assert one.get(task["Id"])["State"] == "Aborted"
+    ended = eventually(lambda: "Stopping" not in (found := one.get(task["Id"])) and found, 10)
+    assert ended["State"] == "Aborted"
 
 
 @pytest.mark.parametrize("make", [lambda: "sqlite://", lambda: create_engine("sqlite://")])

@@ -187,9 +187,61 @@ def test_a_url_value_preprocessor_may_take_a_variable_away(flow: Flow) -> None:
 
     @flow.route("/<language>/<int:page>")
     def work(page: int) -> Any:
-        return [page, request.view_args, hasattr(g, "language")]
+        return [page, request.view_args, g.language]
 
-    assert flow.result("/de/7") == [7, {"page": 7}, False]
+    assert flow.result("/de/7") == [7, {"page": 7}, "de"]
+
+
+def test_url_processors_of_an_app_and_of_its_blueprints(flow: Flow) -> None:
+    """The pattern of Flask's documentation: what a preprocessor takes out, `url_defaults` put back. A hook's g does not return."""
+    outer = Blueprint("outer", __name__, url_prefix="/<language>/x")
+    inner = Blueprint("inner", __name__, url_prefix="/<int:number>")
+    order: list[tuple[str, str | None]] = []
+
+    @flow.app.url_value_preprocessor
+    def first(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        order.append(("app", endpoint))
+
+    @outer.url_value_preprocessor
+    def take(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        order.append(("outer", endpoint))
+        g.language = (values or {}).pop("language")
+
+    @inner.url_value_preprocessor
+    def look(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        order.append(("inner", endpoint))
+
+    @outer.url_defaults
+    def put(endpoint: str, values: dict[str, Any]) -> None:
+        values.setdefault("language", g.language)
+
+    def seen(number: int, name: str) -> Any:
+        return [number, name, request.view_args, g.language, url_for(".work", number=2, name="other")]
+
+    inner.add_url_rule("/work/<name>", "work", flow.async_routes.task(seen), methods=["POST"])
+    inner.add_url_rule("/plain/<name>", "plain", seen)
+    outer.register_blueprint(inner)
+    flow.app.register_blueprint(outer)
+    found = flow.result("/de/x/7/work/caf%C3%A9")
+    called = [place for place, endpoint in order if endpoint == "outer.inner.work"]
+    assert called == 2 * ["app", "outer", "inner"], "in the request and in the task"
+    assert found == [7, "café", {"number": 7, "name": "café"}, "de", "/de/x/2/work/other"]
+    assert found == flow.request("GET", "/de/x/7/plain/caf%C3%A9").get_json()
+
+
+def test_a_url_value_preprocessor_that_raises_in_the_task(flow: Flow, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
+
+    @flow.app.url_value_preprocessor
+    def twice(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        if endpoint == "work":
+            calls.append(1)
+            if len(calls) > 1:
+                raise LookupError("gone")
+
+    flow.route(endpoint="work")(lambda: 1)
+    assert flow.error() == "LookupError: gone"
+    assert "Traceback" in caplog.text and "LookupError: gone" in caplog.text
 
 
 def test_a_url_value_preprocessor_may_change_a_variable(flow: Flow) -> None:
@@ -200,9 +252,9 @@ def test_a_url_value_preprocessor_may_change_a_variable(flow: Flow) -> None:
 
     @flow.route("/<language>/page")
     def work(language: str) -> Any:
-        return language
+        return [language, request.view_args]
 
-    assert flow.result("/de/page") == "DE"
+    assert flow.result("/de/page") == ["DE", {"language": "DE"}]
 
 
 def test_a_url_value_preprocessor_may_add_a_variable(flow: Flow) -> None:
@@ -406,7 +458,17 @@ def test_headers_and_cookies_that_must_not_be_stored(make_flow: MakeFlow, store_
 
 
 @pytest.mark.parametrize(
-    "cookies", ["a=1; =x; é=2; b c=3; d", "a=1; token=2; token=3", "token=1", "", ";;", 'a="x\\"y"']
+    "cookies",
+    [
+        "a=1; =x; é=2; b c=3; d",
+        "a=1; token=2; token=3",
+        "token=1",
+        "",
+        ";;",
+        'a="x\\"y"',
+        " token =1; a = 2 ",
+        'a=1;TOKEN="x; b=2',
+    ],
 )
 def test_awkward_cookies_beside_one_that_is_dropped(make_flow: MakeFlow, cookies: str) -> None:
     """What is kept reads as it did before."""
@@ -416,7 +478,9 @@ def test_awkward_cookies_beside_one_that_is_dropped(make_flow: MakeFlow, cookies
     @flow.app.before_request
     def before() -> None:
         if request.endpoint == "work":
-            at_start[:] = [(name, value) for name, value in request.cookies.items(multi=True) if name != "token"]
+            at_start[:] = [
+                (name, value) for name, value in request.cookies.items(multi=True) if name.lower() != "token"
+            ]
 
     @flow.route()
     def work() -> Any:
@@ -425,6 +489,20 @@ def test_awkward_cookies_beside_one_that_is_dropped(make_flow: MakeFlow, cookies
     flow.client = flow.app.test_client(use_cookies=False)
     found = flow.result(environ_overrides={"HTTP_COOKIE": cookies.encode().decode("latin-1")})
     assert [tuple(pair) for pair in found] == at_start
+
+
+@pytest.mark.parametrize("cookies", ["a=\xff; token=2", "a=\xc3\xbc; token=1", "a=\\303; token=1", "\xe9=1; token=2"])
+def test_cookies_that_are_not_utf_8_beside_one_that_is_dropped(make_flow: MakeFlow, cookies: str) -> None:
+    flow = make_flow(ASYNCROUTE_SNAPSHOT_DROP=["token"])
+    flow.client = flow.app.test_client(use_cookies=False)
+
+    def seen() -> Any:
+        return [[*pair] for pair in request.cookies.items(multi=True) if pair[0] != "token"]
+
+    flow.route(endpoint="work")(seen)
+    flow.app.add_url_rule("/plain", view_func=seen)
+    given: dict[str, Any] = {"environ_overrides": {"HTTP_COOKIE": cookies}}
+    assert flow.result(**given) == flow.client.get("/plain", **given).get_json() != []
 
 
 def test_a_long_cookie_beside_one_that_is_dropped(make_flow: MakeFlow) -> None:

@@ -732,3 +732,13 @@ def test_an_executor_of_the_app_that_raises_leaves_no_trace(flow: Flow) -> None:
     flow.app.config["PROPAGATE_EXCEPTIONS"] = False
     assert flow.request("POST", "/work").status_code in (500, 503)
     assert flow.query() == []
+
+
+def test_an_id_of_a_kind_of_text_is_its_text(flow: Flow) -> None:
+    """The answer's encoder would refuse it, with the task stored and running."""
+
+    class Kind(str):
+        pass
+
+    flow.route(endpoint="work", id_generator=lambda: Kind("a-1"))(lambda: 1)
+    assert flow.run()["Id"] == "a-1"

@@ -41,7 +41,7 @@ NOT_SECONDS = [
     101 * 365 * 86400,
     b"1",
 ]
-NOT_NAMES = ["", 5, [], True, "x" * 256, b"x"]
+NOT_NAMES = ["a\0", "\ud800", "", 5, [], True, "x" * 256, b"x"]
 NOT_TEXTS = ["", 5, [], True, "x" * 2049, b"x"]
 NOT_MAPPINGS = [None, [], "x", 5, [("a", 1)]]
 

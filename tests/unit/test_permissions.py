@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -17,7 +18,22 @@ NOBODY = Access()
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "value", ["anna", b"anna", 5, None, {"anna": 1}, iter(["anna"]), [5], [None], [""], ["x" * 256], [["a"]]]
+    "value",
+    [
+        "anna",
+        b"anna",
+        5,
+        None,
+        {"anna": 1},
+        iter(["anna"]),
+        [5],
+        [None],
+        [""],
+        ["x" * 256],
+        [["a"]],
+        ["a\0"],
+        ["\ud800"],
+    ],
 )
 def test_names_that_are_none_are_refused(kind: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=rf"Access\({kind}="):
@@ -31,6 +47,21 @@ def test_names_come_as_a_tuple(value: Any) -> None:
     unordered: Any = {"b", "a"}
     assert Access(users=unordered).users == ("a", "b"), "sets in an order that does not change"
     assert hash(Access(users=value)) is not None
+
+
+def test_kinds_of_text_count_by_what_they_hold() -> None:
+    """No encoder takes a subclass of str, and what `str` makes of a member of an Enum is not its value."""
+
+    class Role(str, Enum):  # noqa: UP042 - StrEnum is another one
+        ADMIN = "admin"
+
+    class Kind(str):
+        pass
+
+    found = Access(roles=(Role.ADMIN, Kind("editor")), groups={Role.ADMIN})
+    assert [type(name) for _, name in found] == [str] * 3
+    assert (found.roles, found.groups) == (("admin", "editor"), ("admin",))
+    assert msgspec.json.decode(msgspec.json.encode(Permission(found)), type=Permission).read == found
 
 
 def test_the_longest_name_will_do() -> None:

@@ -6,12 +6,14 @@ a transaction by itself (AUTOCOMMIT); others are READ COMMITTED, so that a compa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.pool import QueuePool
 
 from ...errors import ConfigurationError
 from .database import Cursor, Database, Duplicate, Rows
@@ -21,6 +23,7 @@ T = TypeVar("T")
 SCHEMA_LOCK = 0x6173796E63
 """Key of the advisory lock under which tables are made."""
 TRIES = 3
+CLOSE_SECONDS = 1.0
 _AGAIN = ("40001", "40P01")
 """SQLSTATE of what has not happened and may be tried again: serialization failure, deadlock."""
 
@@ -120,8 +123,14 @@ class EngineDatabase(Database):
         """PostgreSQL sees to itself."""
 
     def close(self) -> None:
-        if self._is_owned:
-            self._engine.dispose()
+        if not self._is_owned:
+            return
+        # What is lent out when a pool is disposed of is left to the garbage collector; a statement takes no longer than this.
+        pool = self._engine.pool
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while isinstance(pool, QueuePool) and pool.checkedout() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        self._engine.dispose()
 
     def _log(self, error: BaseException) -> None:
         # What SQLAlchemy says of an error holds the statement's values, which are not the log's affair.
