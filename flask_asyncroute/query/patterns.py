@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from .fields import ASCII_LOWER
 
-ESCAPE = "\\"
+ESCAPE = "!"
 
 
 def like_parts(text: str) -> tuple[str, ...]:
@@ -24,7 +24,7 @@ def sql_like(text: str) -> str:
 
     The column must be folded alike: SQLite's LIKE does so by itself, ``lower()`` in PostgreSQL under ``COLLATE "C"``.
     """
-    parts = (re.sub(r"([%_\\])", r"\\\1", part).replace("?", "_") for part in like_parts(text))
+    parts = (re.sub(r"([%_!])", r"!\1", part).replace("?", "_") for part in like_parts(text))
     return "%".join(("", *parts, "")) or "%"
 
 

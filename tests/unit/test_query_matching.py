@@ -167,7 +167,7 @@ def test_like_parts() -> None:
 
 def test_sql_like() -> None:
     assert sql_like("a*B?") == "%a%b_%"
-    assert sql_like("100%_\\") == "%100\\%\\_\\\\%"
+    assert sql_like("100%_\\!") == "%100!%!_\\!!%"
     assert sql_like("") == sql_like("**") == "%"
 
 

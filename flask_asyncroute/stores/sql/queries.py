@@ -15,7 +15,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.selectable import FromClause, Select
 
-from ...query import FIELDS, Condition, Operator, Position, Sort, sql_like
+from ...query import ESCAPE, FIELDS, Condition, Operator, Position, Sort, sql_like
 from ...states import TERMINAL, State
 from ..base import LARGE_RESULT, Readers
 from .statements import Statement
@@ -175,9 +175,9 @@ def _conditions(shape: Shape, granted: FromClause | None) -> list[ColumnElement[
         if attribute == "user":
             where.append(column != "")
         if operator is Operator.LIKE:
-            where.append(func.lower(column).like(value, escape="\\"))
+            where.append(func.lower(column).like(value, escape=ESCAPE))
         elif operator is Operator.NOTLIKE:
-            where.append(func.lower(column).not_like(value, escape="\\"))
+            where.append(func.lower(column).not_like(value, escape=ESCAPE))
         else:
             where.append(getattr(column, _COMPARE[operator])(value))
     return where
