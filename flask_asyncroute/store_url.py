@@ -54,21 +54,27 @@ def _engine_setting(label: str, value: Any) -> StoreSetting:
     from sqlalchemy.engine import Engine
 
     if isinstance(value, Engine):
-        return not_sqlite(label, value)
+        return checked_engine(label, value)
     if callable(value) and not isinstance(value, type):
         return cast("Callable[[], Engine]", value)
     raise refuse(label, _EXAMPLES, value)
 
 
-def not_sqlite(label: str, engine: Engine) -> Engine:
-    """Return the engine, if it is not for SQLite.
+def checked_engine(label: str, engine: Engine) -> Engine:
+    """Return an engine that a store can work with.
 
-    :raises ConfigurationError: where it is.
+    :raises ConfigurationError: for one that is not for PostgreSQL with psycopg.
     """
-    if engine.dialect.name == "sqlite":
+    kind = (engine.dialect.name, engine.dialect.driver)
+    if kind[0] == "sqlite":
         raise ConfigurationError(
             f"{label}: an Engine for SQLite is not served, since the store needs settings of its own there; give the URL "
             "'sqlite:///' and a path. It may be the file that the app uses."
+        )
+    if kind != ("postgresql", "psycopg"):
+        raise ConfigurationError(
+            f"{label}: an Engine for {kind[0]} with {kind[1]} is not served; make it with a URL that begins with "
+            "'postgresql+psycopg://'."
         )
     return engine
 

@@ -266,13 +266,6 @@ def store(request: pytest.FixtureRequest) -> TaskStore:
     return made
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def make_shared_store(request: pytest.FixtureRequest) -> Callable[..., TaskStore]:
-    """Give ``make_shared_store(namespace="test", create_tables=True)`` for each kind that processes share."""
-    make: Callable[..., TaskStore] = request.getfixturevalue(f"make_{request.param}_store")
-    return make
-
-
 def new_app(name: str, instance_path: Path | str, config: dict[str, Any]) -> Flask:
     """Return a Flask app in testing mode; ``config`` comes on top."""
     app = Flask(name, instance_path=str(Path(instance_path).absolute()), root_path=str(Path(__file__).parent))

@@ -22,7 +22,7 @@ def like_parts(text: str) -> tuple[str, ...]:
 def sql_like(text: str) -> str:
     """Return the pattern for SQL's LIKE, A–Z folded, with :data:`ESCAPE` as the escape character.
 
-    The column must be folded alike: SQLite's LIKE does so by itself, ``lower()`` in PostgreSQL under ``COLLATE "C"``.
+    The column must be folded alike: ``lower()`` does so in SQLite, and in PostgreSQL under ``COLLATE "C"``.
     """
     parts = (re.sub(r"([%_!])", r"!\1", part).replace("?", "_") for part in like_parts(text))
     return "%".join(("", *parts, "")) or "%"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
-from ..store_url import MEMORY, StoreSetting, not_sqlite
+from ..store_url import MEMORY, StoreSetting, checked_engine
 from .base import TaskStore
 
 if TYPE_CHECKING:
@@ -55,4 +55,4 @@ def _engine(setting: Engine | Callable[[], Engine]) -> Engine:
         raise ConfigurationError(
             f"ASYNCROUTE_STORE: the function returned a {type(engine).__name__}; it must return an SQLAlchemy Engine."
         )
-    return not_sqlite("ASYNCROUTE_STORE", engine)
+    return checked_engine("ASYNCROUTE_STORE", engine)

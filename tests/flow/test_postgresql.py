@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine
 
 from flask_asyncroute import AsyncRoute, ConfigurationError
+from flask_asyncroute.store_url import checked_engine
 from tests.conftest import engine_of
 from tests.flow.driving import Flow
 
@@ -75,6 +77,15 @@ def test_a_function_that_returns_something_else(make_app: Callable[..., Flask], 
     AsyncRoute(app)
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_STORE"):
         app.test_client().get("/tasks")
+
+
+@pytest.mark.parametrize(
+    ("name", "driver"), [("postgresql", "psycopg2"), ("postgresql", "pg8000"), ("mysql", "pymysql")]
+)
+def test_an_engine_with_another_driver_is_refused(name: str, driver: str) -> None:
+    engine: Any = SimpleNamespace(dialect=SimpleNamespace(name=name, driver=driver))
+    with pytest.raises(ConfigurationError, match=f"ASYNCROUTE_STORE: .* {driver} .*postgresql.psycopg"):
+        checked_engine("ASYNCROUTE_STORE", engine)
 
 
 def test_an_engine_for_sqlite_is_refused(make_app: Callable[..., Flask]) -> None:

@@ -515,6 +515,18 @@ def test_synchronous_is_as_asked_on_every_connection(sqlite_path: Path, setting:
     database.close()
 
 
+def test_a_connection_that_failed_in_a_read_is_not_lent_again(sqlite_path: Path) -> None:
+    database = SQLiteDatabase(sqlite_path)
+    with database.read() as cursor:
+        assert cursor.execute("SELECT 1").fetchone() == (1,)
+    with pytest.raises(StoreUnavailable), database.read() as failing:
+        failing.execute("SELECT x FROM nothing")
+    with database.read() as cursor:
+        assert cursor is not failing
+        assert cursor.execute("SELECT 1").fetchone() == (1,)
+    database.close()
+
+
 def test_an_old_sqlite_is_a_configuration_error(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 7, 0))
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_STORE"):

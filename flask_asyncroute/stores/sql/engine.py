@@ -15,7 +15,6 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
-from ...errors import ConfigurationError
 from .database import Cursor, Database, Duplicate, Rows
 
 T = TypeVar("T")
@@ -43,15 +42,9 @@ class EngineDatabase(Database):
 
     :param engine: for PostgreSQL with psycopg.
     :param is_owned: whether the engine belongs to this object, which then closes it.
-    :raises ConfigurationError: for an engine of another kind.
     """
 
     def __init__(self, engine: Engine, is_owned: bool) -> None:
-        if (engine.dialect.name, engine.dialect.driver) != ("postgresql", "psycopg"):
-            raise ConfigurationError(
-                f"ASYNCROUTE_STORE: an Engine for {engine.dialect.name} with {engine.dialect.driver} is not served; make it "
-                "with a URL that begins with 'postgresql+psycopg://', or use 'sqlite:///…'."
-            )
         make_dialect: Any = type(engine.dialect)
         self.dialect = make_dialect(paramstyle="format")
         self.label = engine.url.render_as_string(hide_password=True)

@@ -28,14 +28,14 @@ def prepare(database: Database, cursor: Cursor, may_create: bool) -> None:
             )
         for statement in definitions(database):
             cursor.execute(statement)
-        _note(database, cursor, VERSION)
+        _note(cursor, VERSION)
         logger.info("Made the tables of flask_asyncroute in %s.", database.label)
         return
     row = cursor.execute("SELECT max(version) FROM asyncroute_schema").fetchone()
     version = row[0]
     if version is None:
         # A migration of the app made them; it makes tables and no rows.
-        _note(database, cursor, VERSION)
+        _note(cursor, VERSION)
         return
     if version > VERSION:
         raise ConfigurationError(
@@ -51,7 +51,7 @@ def prepare(database: Database, cursor: Cursor, may_create: bool) -> None:
     for step in range(version + 1, VERSION + 1):
         for statement in UPGRADES[step]:
             cursor.execute(statement)
-        _note(database, cursor, step)
+        _note(cursor, step)
         logger.info("Upgraded the tables of flask_asyncroute in %s to version %s.", database.label, step)
 
 
@@ -67,8 +67,6 @@ def definitions(database: Database) -> list[str]:
     return made
 
 
-def _note(database: Database, cursor: Cursor, version: int) -> None:
+def _note(cursor: Cursor, version: int) -> None:
     cursor.execute("DELETE FROM asyncroute_schema")
-    cursor.execute(str(schema.insert().values(version=version).compile(
-        dialect=database.dialect, compile_kwargs={"literal_binds": True}
-    )))  # fmt: skip
+    cursor.execute(f"INSERT INTO asyncroute_schema (version) VALUES ({version:d})")

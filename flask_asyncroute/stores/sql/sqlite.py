@@ -213,17 +213,24 @@ class ReadTransaction:
 
     def __enter__(self) -> Cursor:
         self._connection = self._database.lend()
-        self._connection.execute("BEGIN")
+        try:
+            self._connection.execute("BEGIN")
+        except sqlite3.Error as error:
+            self._connection.close()
+            raise self._database.unavailable(error) from error
         return self._connection
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise self._database.unavailable(error) from error
+            return
         try:
             self._connection.execute("ROLLBACK")
-        except sqlite3.Error:
+        except sqlite3.Error as failure:
             self._connection.close()
-        else:
-            self._database.take_back(self._connection)
-        if isinstance(error, sqlite3.Error):
-            raise self._database.unavailable(error) from error
+            raise self._database.unavailable(failure) from failure
+        self._database.take_back(self._connection)

@@ -19,16 +19,13 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
 )
-from sqlalchemy.types import TypeEngine, to_instance
-
-# Texts are compared by code point in every database.
-_EXACT = "C"
+from sqlalchemy.types import TypeEngine
 
 
 def _text(length: int | None = None) -> TypeEngine[str]:
-    plain = Text if length is None else String(length)
-    exact = Text(collation=_EXACT) if length is None else String(length, collation=_EXACT)
-    return to_instance(plain).with_variant(exact, "postgresql")
+    """Return the type of a text that every database compares by code point, as SQLite does by itself."""
+    kind = Text if length is None else String
+    return kind(length).with_variant(kind(length, collation="C"), "postgresql")
 
 
 metadata = MetaData()
