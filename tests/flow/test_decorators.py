@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import time
@@ -770,3 +771,49 @@ def test_an_instance_without_an_app_is_refused_by_name() -> None:
         async_routes.get("x")
     with pytest.raises(RuntimeError, match="application context"):
         async_routes.get("x")
+
+
+@IN_MEMORY
+def test_async_methods_of_a_class_based_view(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flask calls them, and cannot without asgiref: that is told before anything is started."""
+    monkeypatch.setattr("flask_asyncroute.registry.find_spec", lambda name: None)
+
+    class Posted(MethodView):
+        decorators = [flow.async_routes.task]
+
+        async def post(self) -> int:
+            return 1
+
+    class Dispatched(View):
+        methods = ["POST"]
+        decorators = [flow.async_routes.task]
+
+        async def dispatch_request(self) -> int:  # type: ignore[override]
+            return 1
+
+    for view, name in ((Posted, "post"), (Dispatched, "dispatch_request")):
+        app = flask.Flask("app")
+        app.config.update(TESTING=True, ASYNCROUTE_STORE="memory://")
+        flow.async_routes.init_app(app)
+        app.add_url_rule("/work", view_func=view.as_view("work"))
+        with pytest.raises(ConfigurationError, match=rf"{view.__name__}\.{name}\(\) is async.*flask\[async\]"):
+            app.test_client().post("/nowhere")
+
+
+def test_async_methods_of_a_class_based_view_where_the_app_runs_them(make_flow: MakeFlow) -> None:
+    flow = make_flow()
+
+    class Async(flask.Flask):
+        def async_to_sync(self, function: Any) -> Any:
+            return lambda *args, **given: asyncio.run(function(*args, **given))
+
+    class Report(MethodView):
+        decorators = [flow.async_routes.task]
+
+        async def post(self) -> int:
+            await asyncio.sleep(0)
+            return 1
+
+    flow.app.__class__ = Async
+    flow.app.add_url_rule("/work", view_func=Report.as_view("work"))
+    assert flow.result() == 1
