@@ -15,6 +15,7 @@ from urllib.parse import quote
 import msgspec
 from flask import Request
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
+from werkzeug.sansio.utils import get_host
 
 from . import snapshot
 from .capture import body_refusal, capture, guard
@@ -266,8 +267,9 @@ class Dispatcher:
 def _url(current: Request) -> str:
     """Return the absolute URL of a request without its query; as `Request.base_url`, percent-encoded, and faster."""
     path = quote(current.root_path + current.path, safe="/:@!$&'()*+,;=~", errors="replace")
-    # Older Werkzeug lets userinfo through in the Host header.
-    return f"{current.scheme}://{current.host.rpartition('@')[2]}{path}"
+    # Older Werkzeug lets userinfo through in the Host header, newer gives nothing for one that is none.
+    host = current.host.rpartition("@")[2] or get_host(current.scheme, None, current.server)
+    return f"{current.scheme}://{host}{path}"
 
 
 def unknown(task_id: str) -> TaskNotFound:

@@ -144,8 +144,12 @@ def _refuse_misplaced(app: Flask, declared: Iterable[Declaration]) -> None:
     for declaration in declared:
         if id(declaration) in placed:
             continue
-        endpoint = plain.get(id(declaration.view))
-        if endpoint is not None:
+        # Also through decorators between the two.
+        view: Callable[..., Any] | None = declaration.view
+        while view is not None and id(view) not in plain:
+            view = getattr(view, "__wrapped__", None)
+        if view is not None:
+            endpoint = plain[id(view)]
             raise ConfigurationError(
                 f"{declaration.label}: task() stands above the route decorator of endpoint {endpoint!r}, which registered the "
                 "plain view. Put the route decorator above @task()."

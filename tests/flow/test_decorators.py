@@ -817,3 +817,40 @@ def test_async_methods_of_a_class_based_view_where_the_app_runs_them(make_flow: 
     flow.app.__class__ = Async
     flow.app.add_url_rule("/work", view_func=Report.as_view("work"))
     assert flow.result() == 1
+
+
+def test_a_misspelt_option_of_route_is_told_where_it_is_written() -> None:
+    async_routes = AsyncRoute()
+    with pytest.raises(ConfigurationError, match=r"route\('/work'\): 'max_worker' .*max_workers"):
+        async_routes.route("/work", methods=["POST"], max_worker=3)
+    async_routes.route("/work", methods=["POST"], strict_slashes=False, provide_automatic_options=False)(lambda: 1)
+
+
+def test_task_above_the_route_with_a_decorator_between(make_flow: MakeFlow) -> None:
+    flow = make_flow()
+
+    @flow.async_routes.task
+    @passing()
+    @flow.app.post("/work")
+    def work() -> int:
+        return 1
+
+    with pytest.raises(ConfigurationError, match=r"above the route decorator of endpoint 'work'"):
+        flow.client.post("/work")
+
+
+async def load_nothing() -> None: ...
+
+
+@pytest.mark.parametrize("function", [load_nothing, 5, None, int], ids=repr)
+def test_functions_that_cannot_be_called_plainly(function: Any) -> None:
+    """They would be called without being awaited, and whatever came of it be taken for an answer."""
+    async_routes = AsyncRoute()
+    for register in (async_routes.before_task, async_routes.identity_loader):
+        with pytest.raises(ConfigurationError, match="plain function"):
+            register(function)
+    if function is not None:
+        with pytest.raises(ConfigurationError, match=r"permission=… must be"):
+            async_routes.task(permission=function)(lambda: 1)
+        with pytest.raises(ConfigurationError, match=r"id_generator=… must be a plain function"):
+            async_routes.task(id_generator=function)(lambda: 1)
