@@ -95,7 +95,8 @@ class Dispatcher:
         :raises RequestRefused: with the status of the answer.
         """
         executor = self._executor_of(route)
-        guard(current, self._config.max_body)
+        if self._asks_the_app(route):
+            guard(current, self._config.max_body)
         try:
             caller = self.caller()
             permission = self._permission(route, caller)
@@ -181,6 +182,14 @@ class Dispatcher:
         """Count a run no longer."""
         with self._lock:
             self.running.pop(execution.task_id, None)
+
+    def _asks_the_app(self, route: Route) -> bool:
+        """Return whether functions of the app are asked before the body is kept. They may read it."""
+        return (
+            self._identity_loader() is not None
+            or hasattr(self._app, "login_manager")
+            or callable(route.options.permission)
+        )
 
     def _permission(self, route: Route, caller: Caller | None) -> Permission | None:
         asked = route.options.permission
