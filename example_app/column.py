@@ -57,7 +57,7 @@ class Column:
             self._missing += 1
             return
         self._count += 1
-        self._tally(text[:MAX_VALUE])
+        self._tally(text)
         for kind in [kind for kind, fits in self._kinds.items() if not fits(text)]:
             del self._kinds[kind]
         if "number" in self._kinds:
@@ -90,6 +90,10 @@ class Column:
         return summary
 
     def _tally(self, text: str) -> None:
+        if len(text) > MAX_VALUE:
+            # Two that begin alike are counted as one.
+            text = text[:MAX_VALUE]
+            self._is_exact = False
         if text in self._counts or len(self._counts) < self._max_distinct:
             self._counts[text] += 1
         else:

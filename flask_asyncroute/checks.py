@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import keyword
 import math
 from collections.abc import Callable, Mapping
@@ -137,9 +138,9 @@ def executor(label: str, value: Any) -> str | Executor:
 
 
 def function(label: str, value: Any) -> Callable[[], Any]:
-    """Accept something that can be called."""
-    if not callable(value) or isinstance(value, type):
-        raise refuse(label, "a function", value)
+    """Accept something that can be called and is not async: it is called in a request or a thread, without an event loop."""
+    if not callable(value) or isinstance(value, type) or inspect.iscoroutinefunction(value):
+        raise refuse(label, "a plain function", value)
     return value  # type: ignore[no-any-return]
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import msgspec
 from flask import Request
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
+from werkzeug.sansio.utils import get_host
 
 from . import snapshot
 from .capture import body_refusal, capture, guard
@@ -94,7 +95,8 @@ class Dispatcher:
         :raises RequestRefused: with the status of the answer.
         """
         executor = self._executor_of(route)
-        guard(current, self._config.max_body)
+        if self._asks_the_app(route):
+            guard(current, self._config.max_body)
         try:
             caller = self.caller()
             permission = self._permission(route, caller)
@@ -181,6 +183,14 @@ class Dispatcher:
         with self._lock:
             self.running.pop(execution.task_id, None)
 
+    def _asks_the_app(self, route: Route) -> bool:
+        """Return whether functions of the app are asked before the body is kept. They may read it."""
+        return (
+            self._identity_loader() is not None
+            or hasattr(self._app, "login_manager")
+            or callable(route.options.permission)
+        )
+
     def _permission(self, route: Route, caller: Caller | None) -> Permission | None:
         asked = route.options.permission
         if asked is None:
@@ -266,8 +276,9 @@ class Dispatcher:
 def _url(current: Request) -> str:
     """Return the absolute URL of a request without its query; as `Request.base_url`, percent-encoded, and faster."""
     path = quote(current.root_path + current.path, safe="/:@!$&'()*+,;=~", errors="replace")
-    # Older Werkzeug lets userinfo through in the Host header.
-    return f"{current.scheme}://{current.host.rpartition('@')[2]}{path}"
+    # Older Werkzeug lets userinfo through in the Host header, newer gives nothing for one that is none.
+    host = current.host.rpartition("@")[2] or get_host(current.scheme, None, current.server)
+    return f"{current.scheme}://{host}{path}"
 
 
 def unknown(task_id: str) -> TaskNotFound:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, TypeVar, overload
 
 from flask import Blueprint, Flask, request, request_started
+from werkzeug.routing import Rule
 
 from . import checks, options
 from .capture import note_request
@@ -31,6 +32,7 @@ logger = logging.getLogger("flask_asyncroute")
 
 F = TypeVar("F", bound=Callable[..., Any])
 PAGE = 200
+_ROUTE_SETTINGS = {*inspect.signature(Rule).parameters, "provide_automatic_options"} - {"string"}
 _VARIABLE = re.compile(r"<(?:[^<>]*:)?([A-Za-z_]\w*)>")
 
 
@@ -120,6 +122,12 @@ class AsyncRoute:
         known = {
             name: settings.pop(name) for name in list(settings) if name in options.DEFAULTED or name in options.OWN
         }
+        for name in settings:
+            if name not in _ROUTE_SETTINGS:
+                raise ConfigurationError(
+                    f"route({rule!r}): {name!r} is neither an option of an async route nor one of Flask's route(). The options "
+                    f"are: {', '.join((*options.DEFAULTED, *options.OWN))}."
+                )
 
         def decorate(function: View) -> Start:
             start, declaration = declare(function, known)
@@ -146,10 +154,9 @@ class AsyncRoute:
         It is the place for what ``before_request`` does for plain views, ``g.user`` and the like. An exception in it
         fails the task.
 
-        :raises ConfigurationError: for an async function.
+        :raises ConfigurationError: for anything but a plain function.
         """
-        if inspect.iscoroutinefunction(function):
-            raise ConfigurationError(f"before_task takes plain functions; {function.__name__}() is async.")
+        checks.function("before_task(…)", function)
         self._before_task.append(function)
         return function
 
@@ -158,7 +165,10 @@ class AsyncRoute:
 
         It returns None, or a mapping or object with ``id`` (see ``ASYNCROUTE_USER_ID_FIELD``), ``groups``, ``roles``
         and ``scopes``. Without one, Flask-Login's user counts where the app has it.
+
+        :raises ConfigurationError: for anything but a plain function.
         """
+        checks.function("identity_loader(…)", function)
         self._identity_loader = function
         return function
 

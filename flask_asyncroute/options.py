@@ -100,9 +100,9 @@ def permission(label: str, value: Any) -> Permission | Callable[[], Any]:
     """Accept a Permission or a function that will return one."""
     if isinstance(value, Permission):
         return value
-    if callable(value) and not isinstance(value, type):
-        return value  # type: ignore[no-any-return]
-    raise refuse(label, "a Permission or a function that returns one", value)
+    if not callable(value):
+        raise refuse(label, "a Permission or a function that returns one", value)
+    return checks.function(label, value)
 
 
 def callback(label: str, value: Any) -> Callback:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any
 
+import flask
+from flask import Flask
 from werkzeug.sansio.response import Response
 
 from .errors import ConfigurationError
 from .options import RouteOptions, resolve
 from .typing import View
-
-if TYPE_CHECKING:
-    from flask import Flask
 
 MARK = "__asyncroute__"
 
@@ -103,6 +103,7 @@ def resolve_routes(
         if declaration is None:
             continue
         given = declaration.given if executor is None else {**declaration.given, "executor": executor}
+        _refuse_async_methods(app, declaration.label, function)
         options = resolve(given, defaults, declaration.label)
         _refuse_unserved(declaration.label, options)
         for rule in app.url_map.iter_rules(endpoint):
@@ -113,6 +114,19 @@ def resolve_routes(
     _refuse_misplaced(app, declared)
     _refuse_different_pools(routes)
     return routes
+
+
+def _refuse_async_methods(app: Flask, label: str, function: Callable[..., Any]) -> None:
+    """Refuse a class-based view with async methods where Flask, which calls these itself, cannot."""
+    view_class = getattr(function, "view_class", None)
+    if view_class is None or type(app).async_to_sync is not flask.Flask.async_to_sync or find_spec("asgiref"):
+        return
+    for name in ("dispatch_request", *map(str.lower, getattr(view_class, "methods", None) or ())):
+        if inspect.iscoroutinefunction(getattr(view_class, name, None)):
+            raise ConfigurationError(
+                f"{label}: {view_class.__name__}.{name}() is async, and Flask runs such methods with asgiref alone. Install "
+                "flask[async], or make it a plain method, or a view function of its own: those need nothing."
+            )
 
 
 def _refuse_unserved(label: str, options: RouteOptions) -> None:
@@ -130,8 +144,12 @@ def _refuse_misplaced(app: Flask, declared: Iterable[Declaration]) -> None:
     for declaration in declared:
         if id(declaration) in placed:
             continue
-        endpoint = plain.get(id(declaration.view))
-        if endpoint is not None:
+        # Also through decorators between the two.
+        view: Callable[..., Any] | None = declaration.view
+        while view is not None and id(view) not in plain:
+            view = getattr(view, "__wrapped__", None)
+        if view is not None:
+            endpoint = plain[id(view)]
             raise ConfigurationError(
                 f"{declaration.label}: task() stands above the route decorator of endpoint {endpoint!r}, which registered the "
                 "plain view. Put the route decorator above @task()."

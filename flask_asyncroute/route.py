@@ -79,7 +79,8 @@ def _start(arguments: dict[str, Any]) -> Response:
     if route.options.executor == "immediate":
         task = runner.store.get(task.id) or task
     config = runner.config
-    return task_answer(task, media_type, config.accepted_status, [("Location", location_of(task, config, current))])
+    location = [("Location", location_of(task, config, current))] if "get" in config.operations else []
+    return task_answer(task, media_type, config.accepted_status, location)
 
 
 def _allowed() -> str:

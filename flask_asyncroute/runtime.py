@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,7 @@ from .typing import IdentityLoader
 
 if TYPE_CHECKING:
     from flask import Flask
+    from werkzeug.routing import Rule
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -126,10 +127,10 @@ class Runtime:
                         "ASYNCROUTE_OPERATIONS, _URL_PREFIX, _TASK_PATH, _TASKS_PATH and _TASK_ID_IN made the URL rules at "
                         "init_app() and were changed since; set them before it."
                     )
-                refuse_conflicts(app)
                 self._routes = resolve_routes(
                     app, self._declared, config.defaults, "immediate" if self.is_inline else None
                 )
+                refuse_conflicts(app, self._routes)
                 self._config = config
             return self._config
 
@@ -188,19 +189,29 @@ def json_default(app: Flask) -> Callable[[Any], Any]:
     return lambda value: json.loads(provider.dumps(value))
 
 
-def refuse_conflicts(app: Flask) -> None:
-    """Refuse a rule of the app that has a method and path of an operation.
+def refuse_conflicts(app: Flask, routes: Collection[str]) -> None:
+    """Refuse a rule of the app that has the method and path of an operation, where tasks are started or asked for.
 
+    :param routes: the endpoints of the app's async routes.
     :raises ConfigurationError: naming the rule and the key that moves the operations away.
     """
     ours: dict[tuple[str, str], str] = {}
+    places: set[str] = set()
     rules = list(app.url_map.iter_rules())
     for rule in rules:
-        if rule.endpoint.startswith(f"{EXTENSION}."):
-            for method in rule.methods or ():
-                ours[_shape(rule.rule), method] = rule.endpoint
+        is_ours = rule.endpoint.startswith(f"{EXTENSION}.")
+        if is_ours or rule.endpoint in routes:
+            places.add(_place(rule))
+        if is_ours:
+            for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}:
+                other = ours.setdefault((_shape(rule.rule), method), rule.endpoint)
+                if other != rule.endpoint:
+                    raise ConfigurationError(
+                        f"ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH give {method} {rule.rule} to {other!r} and to "
+                        f"{rule.endpoint!r}. Change one of them."
+                    )
     for rule in rules:
-        if rule.endpoint.startswith(f"{EXTENSION}."):
+        if rule.endpoint.startswith(f"{EXTENSION}.") or _place(rule) not in places:
             continue
         for method in sorted((rule.methods or set()) - {"OPTIONS", "HEAD"}):
             operation = ours.get((_shape(rule.rule), method))
@@ -215,6 +226,11 @@ def _shape(rule: str) -> str:
     """Return a rule with its variables' names and converters left out, and without a slash at the end."""
     parts = ["<>" if part.startswith("<") and part.endswith(">") else part for part in rule.split("/")]
     return "/".join(parts).rstrip("/")
+
+
+def _place(rule: Rule) -> str:
+    """Return the host or subdomain that a rule is for, as `_shape` has it."""
+    return _shape(rule.host or rule.subdomain or "")
 
 
 def _after_fork() -> None:

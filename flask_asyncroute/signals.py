@@ -41,5 +41,5 @@ def send_fact(signal: NamedSignal, app: Flask, logger: logging.Logger, **values:
     for receiver in signal.receivers_for(app):
         try:
             receiver(app, **values)
-        except Exception:
+        except (Exception, SystemExit):
             logger.exception("A receiver of %s raised: %r. The fact stands.", signal.name, receiver)

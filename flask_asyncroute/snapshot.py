@@ -100,7 +100,9 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
     check_announced(announced, limit)
     body = Body()
     try:
-        while body.size != announced and (piece := _piece_of(stream, CHUNK)):
+        # No more than is to come: Werkzeug's stream makes room for as much as is asked for.
+        size = CHUNK if announced is None else min(CHUNK, announced)
+        while body.size != announced and (piece := _piece_of(stream, size)):
             body.write(piece)
             _check_size(body.size, limit)
         check_complete(body.size, announced)

@@ -14,6 +14,7 @@ from typing import Any
 
 from flask import got_request_exception
 from werkzeug.exceptions import HTTPException
+from werkzeug.http import HTTP_STATUS_CODES
 
 from . import context, snapshot
 from .encoding import clean_text, encode_result
@@ -155,8 +156,14 @@ def _await(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
 def _failed(error: BaseException, expose: bool) -> Outcome:
     name = type(error).__name__
     if isinstance(error, HTTPException):
-        text = _told(lambda: f"{error.code or 500} {error.name}: {error.description or ''}".rstrip(": "), name)
-        return Outcome(State.FAILED, {"error": clean_text(text, MAX_ERROR), "error_status": error.code})
+        code = error.code
+        # What abort() makes of a response has no code and name of its own.
+        status = getattr(getattr(error, "response", None), "status_code", None) if code is None else None
+        phrase = HTTP_STATUS_CODES.get(status) if status is not None else None
+        text = _told(
+            lambda: f"{code or status or 500} {phrase or error.name}: {error.description or ''}".rstrip(": "), name
+        )
+        return Outcome(State.FAILED, {"error": clean_text(text, MAX_ERROR), "error_status": code or status})
     if not expose:
         return Outcome(State.FAILED, {"error": clean_text(name, MAX_ERROR)})
     message = _told(lambda: str(error)[:MAX_ERROR], "(its message could not be read)")

@@ -180,6 +180,14 @@ def test_a_column_counts_so_many_values_and_no_more() -> None:
     assert summary["top"] == [{"value": "a", "count": 2}, {"value": "b", "count": 1}]
 
 
+def test_a_column_says_where_it_has_cut_values() -> None:
+    column = Column("x", 10)
+    for number in range(3):
+        column.add("x" * 100 + str(number))
+    summary = column.summary()
+    assert (summary["distinct"], summary["distinct_is_exact"]) == (1, False)
+
+
 @pytest.mark.parametrize(
     ("data", "encoding"),
     [

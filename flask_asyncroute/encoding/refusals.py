@@ -10,6 +10,8 @@ import io
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import Any
 
+from werkzeug.local import LocalProxy
+
 _MAX_STEP, _MAX_PATH = 40, 240
 _RESPONSES = ("Response", "HTTPException")
 
@@ -73,6 +75,8 @@ def too_large(max_bytes: int, key: str | None) -> Unfit:
 
 def refuse(value: Any) -> None:
     """Raise for what a provider or msgspec would take for data, and what deserves better advice than "not JSON"."""
+    if issubclass(type(value), LocalProxy):  # a proxy takes itself for what it stands for
+        raise Unfit(_a(value), "return the data that you need of what it stands for")
     if isinstance(value, (set, frozenset)):
         raise Unfit(_a(value), "return a list, for example sorted(…)")
     if isinstance(value, (bytes, bytearray, memoryview)):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from flask import Blueprint, Flask, Request, Response, request
+from flask import Blueprint, Flask, Request, Response, has_request_context, request
 from flask.blueprints import BlueprintSetupState
 
 from ..dispatcher import unknown
@@ -25,6 +25,9 @@ from .negotiation import MEDIA_TYPES, negotiate, render
 from .problems import problem_response
 
 logger = logging.getLogger("flask_asyncroute")
+
+_HOST = "asyncroute_host"
+"""The variable of rules that are served on any host or subdomain."""
 
 Operation = Callable[..., Response]
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -45,24 +48,46 @@ def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
         paths = [f"{one}/<task_id>"] if "path" in config.task_id_in else []
         if set(config.task_id_in) - {"path"}:
             paths.append(one)
+        hosts = _hosts(cast(Flask, state.app))
+
+        def add(path: str, endpoint: str, *methods: str) -> None:
+            for host in hosts:
+                state.add_url_rule(path, endpoint, views[endpoint], methods=methods, **host)
+
         if "get" in config.operations:
             for path in paths:
-                state.add_url_rule(path, "get", views["get"], methods=["GET"])
+                add(path, "get", "GET")
             for path in paths:
-                state.add_url_rule(f"{path}/result", "result", views["result"], methods=["GET"])
+                add(f"{path}/result", "result", "GET")
         if "stop" in config.operations:
             for path in paths:
-                state.add_url_rule(path, "stop", views["stop"], methods=["DELETE"])
+                add(path, "stop", "DELETE")
         if "query" in config.operations:
-            state.add_url_rule(many, "query", views["query"], methods=["GET", "POST"])
-            state.add_url_rule(f"{many}/query", "query", views["query"], methods=["POST"])
+            add(many, "query", "GET", "POST")
+            add(f"{many}/query", "query", "POST")
 
     return blueprint
 
 
+def _hosts(app: Flask) -> list[dict[str, str]]:
+    """Return the options that rules need to be served wherever a task may be started: Location names a path alone."""
+    if app.url_map.host_matching:
+        app.url_default_functions.setdefault(EXTENSION, []).append(_add_host)
+        return [{"host": f"<{_HOST}>"}]
+    if app.subdomain_matching:
+        # The first is what url_for gives.
+        return [{}, {"subdomain": f"<{_HOST}>"}]
+    return [{}]
+
+
+def _add_host(endpoint: str, values: dict[str, Any]) -> None:
+    if has_request_context():
+        values.setdefault(_HOST, request.host)
+
+
 def _guarded(operation: Operation, decorators: Sequence[Decorator]) -> Callable[..., Any]:
     @functools.wraps(operation)
-    def view(task_id: str | None = None) -> Response:
+    def view(task_id: str | None = None, **host: str) -> Response:
         try:
             return operation(current_runtime().runner, task_id)
         except RequestRefused as refusal:

@@ -383,6 +383,19 @@ def test_a_conflict_is_solved_by_a_prefix(make_flow: MakeFlow) -> None:
     assert flow.request("GET", "/async/tasks").get_json() == []
 
 
+def test_operations_that_get_in_each_other_s_way(make_flow: MakeFlow) -> None:
+    flow = make_flow(ASYNCROUTE_TASK_PATH="/api", ASYNCROUTE_TASKS_PATH="/api/result")
+    with pytest.raises(ConfigurationError, match="ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH.*GET /api/result"):
+        flow.client.get("/api/result")
+
+
+def test_without_get_there_is_no_location(make_flow: MakeFlow) -> None:
+    flow = make_flow(ASYNCROUTE_OPERATIONS=("stop", "query"))
+    flow.route()(lambda: 1)
+    response = flow.request("POST", "/work")
+    assert response.status_code == 202 and "Location" not in response.headers
+
+
 # -- first use -----------------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from flask import request
+from flask import Request, request
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_asyncroute import Permission
@@ -237,9 +237,9 @@ def test_a_body_that_was_read_and_not_kept_is_the_app_s_fault(
 
 @who_asks
 def test_the_limits_of_flask_hold_too_where_our_own_asking_reads(make_flow: MakeFlow, asked: str) -> None:
-    for settings in ({"MAX_CONTENT_LENGTH": 10}, {"MAX_FORM_PARTS": 1}):
+    for name in ("max_content_length", "max_form_parts"):
         flow = Asking(make_flow, asked, READS["form"], 1_000_000).flow
-        flow.app.config.update(settings)
+        flow.app.request_class = type("Strict", (Request,), {name: 2})
         parts = (
             b"".join(b'--B\r\nContent-Disposition: form-data; name="%d"\r\n\r\nx\r\n' % n for n in range(3))
             + b"--B--\r\n"

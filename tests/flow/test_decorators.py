@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import time
@@ -770,3 +771,86 @@ def test_an_instance_without_an_app_is_refused_by_name() -> None:
         async_routes.get("x")
     with pytest.raises(RuntimeError, match="application context"):
         async_routes.get("x")
+
+
+@IN_MEMORY
+def test_async_methods_of_a_class_based_view(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flask calls them, and cannot without asgiref: that is told before anything is started."""
+    monkeypatch.setattr("flask_asyncroute.registry.find_spec", lambda name: None)
+
+    class Posted(MethodView):
+        decorators = [flow.async_routes.task]
+
+        async def post(self) -> int:
+            return 1
+
+    class Dispatched(View):
+        methods = ["POST"]
+        decorators = [flow.async_routes.task]
+
+        async def dispatch_request(self) -> int:  # type: ignore[override]
+            return 1
+
+    for view, name in ((Posted, "post"), (Dispatched, "dispatch_request")):
+        app = flask.Flask("app")
+        app.config.update(TESTING=True, ASYNCROUTE_STORE="memory://")
+        flow.async_routes.init_app(app)
+        app.add_url_rule("/work", view_func=view.as_view("work"))
+        with pytest.raises(ConfigurationError, match=rf"{view.__name__}\.{name}\(\) is async.*flask\[async\]"):
+            app.test_client().post("/nowhere")
+
+
+def test_async_methods_of_a_class_based_view_where_the_app_runs_them(make_flow: MakeFlow) -> None:
+    flow = make_flow()
+
+    class Async(flask.Flask):
+        def async_to_sync(self, function: Any) -> Any:
+            return lambda *args, **given: asyncio.run(function(*args, **given))
+
+    class Report(MethodView):
+        decorators = [flow.async_routes.task]
+
+        async def post(self) -> int:
+            await asyncio.sleep(0)
+            return 1
+
+    flow.app.__class__ = Async
+    flow.app.add_url_rule("/work", view_func=Report.as_view("work"))
+    assert flow.result() == 1
+
+
+def test_a_misspelt_option_of_route_is_told_where_it_is_written() -> None:
+    async_routes = AsyncRoute()
+    with pytest.raises(ConfigurationError, match=r"route\('/work'\): 'max_worker' .*max_workers"):
+        async_routes.route("/work", methods=["POST"], max_worker=3)
+    async_routes.route("/work", methods=["POST"], strict_slashes=False, provide_automatic_options=False)(lambda: 1)
+
+
+def test_task_above_the_route_with_a_decorator_between(make_flow: MakeFlow) -> None:
+    flow = make_flow()
+
+    @flow.async_routes.task
+    @passing()
+    @flow.app.post("/work")
+    def work() -> int:
+        return 1
+
+    with pytest.raises(ConfigurationError, match=r"above the route decorator of endpoint 'work'"):
+        flow.client.post("/work")
+
+
+async def load_nothing() -> None: ...
+
+
+@pytest.mark.parametrize("function", [load_nothing, 5, None, int], ids=repr)
+def test_functions_that_cannot_be_called_plainly(function: Any) -> None:
+    """They would be called without being awaited, and whatever came of it be taken for an answer."""
+    async_routes = AsyncRoute()
+    for register in (async_routes.before_task, async_routes.identity_loader):
+        with pytest.raises(ConfigurationError, match="plain function"):
+            register(function)
+    if function is not None:
+        with pytest.raises(ConfigurationError, match=r"permission=… must be"):
+            async_routes.task(permission=function)(lambda: 1)
+        with pytest.raises(ConfigurationError, match=r"id_generator=… must be a plain function"):
+            async_routes.task(id_generator=function)(lambda: 1)

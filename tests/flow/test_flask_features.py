@@ -44,6 +44,28 @@ def test_behind_a_proxy(flow: Flow) -> None:
     ]  # fmt: skip
 
 
+def asking(app: Flask, async_routes: AsyncRoute, path: str, base_url: str) -> Any:
+    """Start a task at ``base_url`` and use every operation there, as a client that knows no other address."""
+    client = app.test_client()
+    started = client.post(path, base_url=base_url)
+    assert started.status_code == 202, started.text
+    task_id = started.get_json()["Id"]
+    location = started.headers["Location"]
+    with app.app_context():
+        async_routes.wait(task_id, 5)
+    found = client.get(location, base_url=base_url)
+    assert found.status_code == 200 and found.get_json()["Id"] == task_id
+    assert client.get(f"{location}/result", base_url=base_url).get_json() == found.get_json()["Result"]
+    assert client.delete(location, base_url=base_url).status_code == 410
+    for answer in (
+        client.get("/tasks", base_url=base_url),
+        client.post("/tasks", base_url=base_url, json={}),
+        client.post("/tasks/query", base_url=base_url, json={}),
+    ):
+        assert task_id in [task["Id"] for task in answer.get_json()]
+    return found.get_json()["Result"]
+
+
 def test_subdomains(tmp_path: Any) -> None:
     app = Flask("app", subdomain_matching=True, instance_path=str(tmp_path))
     app.config.update(TESTING=True, ASYNCROUTE_STORE="memory://", SERVER_NAME="shop.example")
@@ -51,17 +73,54 @@ def test_subdomains(tmp_path: Any) -> None:
 
     @async_routes.route("/work/<int:n>", methods=["POST"], subdomain="<tenant>")
     def work(tenant: str, n: int) -> Any:
-        return [tenant, n, request.host, url_for("work", tenant="b", n=2)]
+        return [tenant, n, request.host, url_for("work", tenant="b", n=2), url_for("asyncroute.get", task_id="x")]
+
+    @async_routes.route("/main", methods=["POST"])
+    def main() -> Any:
+        return url_for("asyncroute.get", task_id="x")
+
+    @app.get("/tasks", subdomain="admin")
+    def other_tasks() -> str:
+        return "of the app"
 
     try:
-        response = app.test_client().post("/work/1", base_url="http://a.shop.example/")
-        assert response.status_code == 202
-        with app.app_context():
-            found = async_routes.wait(response.get_json()["Id"], 5)
-        assert found.result == ["a", 1, "a.shop.example", "http://b.shop.example/work/2"]
-        assert app.test_client().get("/tasks", base_url="http://shop.example/").status_code == 200
+        for tenant in ("a", "b.c"):
+            assert asking(app, async_routes, "/work/1", f"http://{tenant}.shop.example/") == [
+                tenant, 1, f"{tenant}.shop.example", "http://b.shop.example/work/2", "http://shop.example/task/x",
+            ]  # fmt: skip
+        assert asking(app, async_routes, "/main", "http://shop.example/") == "/task/x"
+        assert app.test_client().get("/tasks", base_url="http://admin.shop.example/").text == "of the app"
     finally:
         close_app(app)
+
+
+def test_host_matching(tmp_path: Any) -> None:
+    app = Flask("app", host_matching=True, static_host="a.example", instance_path=str(tmp_path))
+    app.config.update(TESTING=True, ASYNCROUTE_STORE="memory://")
+    async_routes = AsyncRoute(app)
+
+    @app.post("/work", host="a.example")
+    @app.post("/work", host="b.example:8000")
+    @async_routes.task
+    def work() -> Any:
+        return [request.host, url_for("asyncroute.get", task_id="x"), url_for("asyncroute.query")]
+
+    try:
+        for host in ("a.example", "b.example:8000"):
+            assert asking(app, async_routes, "/work", f"http://{host}/") == [host, "/task/x", "/tasks"]
+    finally:
+        close_app(app)
+
+
+@pytest.mark.parametrize("place", ["a.example", "<anywhere>"])
+def test_a_rule_that_would_hide_an_operation_where_tasks_are_started(tmp_path: Any, place: str) -> None:
+    app = Flask("app", host_matching=True, static_host="a.example", instance_path=str(tmp_path))
+    app.config.update(TESTING=True, ASYNCROUTE_STORE="memory://")
+    async_routes = AsyncRoute(app)
+    app.post("/work", host="a.example")(async_routes.task(lambda: 1))
+    app.add_url_rule("/tasks", "mine", lambda **given: "mine", host=place)
+    with pytest.raises(ConfigurationError, match=r"'mine'.*ASYNCROUTE_URL_PREFIX"):
+        app.test_client().get("/tasks", base_url="http://a.example/")
 
 
 def test_templates(flow: Flow) -> None:

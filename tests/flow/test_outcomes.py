@@ -329,7 +329,7 @@ class Untold(HTTPException):
         (lambda: abort(500, "broken"), "500 Internal Server Error: broken", 500),
         (lambda: abort(503), "503 Service Unavailable: ", 500),
         (lambda: abort(302), "LookupError: no exception for 302", 500),
-        (lambda: abort(Response("x", 403)), "", 500),
+        (lambda: abort(Response("x", 403)), "403 Forbidden", 403),
         (lambda: raise_(HTTPException("odd")), "500 ", 500),
         (lambda: raise_(Untold()), "", 0),
         (lambda: flask.request.args["missing"], "400 Bad Request: ", 400),

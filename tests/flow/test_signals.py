@@ -170,14 +170,15 @@ def test_the_store_has_the_fact_when_it_is_sent(flow: Flow, listen: Any, executo
     assert found[-1] == (State.COMPLETED, State.COMPLETED)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("in the receiver"), SystemExit("in the receiver")], ids=repr)
 def test_f42_a_receiver_that_raises_is_logged_and_later_ones_are_called(
-    flow: Flow, executor: Any, listen: Any, caplog: pytest.LogCaptureFixture, eventually: Any
+    flow: Flow, executor: Any, error: BaseException, listen: Any, caplog: pytest.LogCaptureFixture, eventually: Any
 ) -> None:
     called: list[str] = []
 
     def raising(sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
         called.append("raising")
-        raise RuntimeError("in the receiver")
+        raise error
 
     def other(sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
         called.append("other")

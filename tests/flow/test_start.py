@@ -742,3 +742,10 @@ def test_an_id_of_a_kind_of_text_is_its_text(flow: Flow) -> None:
 
     flow.route(endpoint="work", id_generator=lambda: Kind("a-1"))(lambda: 1)
     assert flow.run()["Id"] == "a-1"
+
+
+@pytest.mark.parametrize("host", ["e vil<x>", ""])
+def test_url_is_absolute_whatever_the_host_header_says(flow: Flow, host: str) -> None:
+    flow.route(endpoint="work")(lambda: 1)
+    task = flow.start(environ_overrides={"HTTP_HOST": host})
+    assert re.fullmatch(r"http://[^/]+/work", task["Url"])

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import NotFound
+from werkzeug.local import LocalProxy
 
 from flask_asyncroute.encoding import clean_text, decode_json, encode_json, encode_result, encode_xml, encode_yaml
 from flask_asyncroute.encoding import yaml as our_yaml
@@ -213,6 +214,7 @@ class TestResults:
             (flask.Response("secret"), "a response (flask.wrappers.Response)", "return the data alone"),
             (NotFound("secret"), "a response (werkzeug.exceptions.NotFound)", "abort"),
             (object(), "an object", "return data"),
+            (LocalProxy(object), "a werkzeug.local.LocalProxy", "what it stands for"),
             (timedelta(1), "a datetime.timedelta", "return data"),
             (range(3), "a range", "return data"),
             (int, "a type", "return data"),
