@@ -53,6 +53,7 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
     body_size: int = 0
     owner: str | None = None
     epoch: int = 0
+    restarts: int = 0
     revision: int = 1
     change: int = 0
 

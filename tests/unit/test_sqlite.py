@@ -188,7 +188,14 @@ def test_f43_tables_of_an_older_version_are_upgraded(
 ) -> None:
     store.add(make_task(), b"", None, ())
     before = store.get("task")
-    set_version(sqlite_path, 1, "ALTER TABLE asyncroute_namespaces RENAME COLUMN change TO removed_change")
+    set_version(
+        sqlite_path,
+        1,
+        "ALTER TABLE asyncroute_namespaces RENAME COLUMN change TO removed_change",
+        "DROP INDEX asyncroute_task_stopping",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
+        "DROP TABLE asyncroute_workers",
+    )
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_CREATE_TABLES"):
         make_sqlite_store(create_tables=False).open()
     upgraded = make_sqlite_store()

@@ -10,7 +10,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from ...errors import ConfigurationError
 from .database import Cursor, Database, logger
 from .tables import metadata, schema
-from .upgrades import UPGRADES, VERSION
+from .upgrades import VERSION, steps
 
 
 def prepare(database: Database, cursor: Cursor, may_create: bool) -> None:
@@ -49,7 +49,7 @@ def prepare(database: Database, cursor: Cursor, may_create: bool) -> None:
             "ASYNCROUTE_CREATE_TABLES to True."
         )
     for step in range(version + 1, VERSION + 1):
-        for statement in UPGRADES[step]:
+        for statement in steps(step, database.dialect.name):
             cursor.execute(statement)
         _note(cursor, step)
         logger.info("Upgraded the tables of flask_asyncroute in %s to version %s.", database.label, step)

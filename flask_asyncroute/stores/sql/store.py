@@ -311,10 +311,11 @@ def _row(task: AsyncRouteTask) -> dict[str, Any]:
 def _record(row: Any) -> AsyncRouteTask:
     (
         task_id, route, endpoint, state, cancellable, user, url, method, created, started, completed, expires, progress,
-        message, result, error, status, stopping, permission, timeout, retention, on_loss, body, owner, epoch, revision, change,
+        message, result, error, status, stopping, permission, timeout, retention, on_loss, body, owner, epoch, restarts, revision,
+        change,
     ) = row  # fmt: skip
     return AsyncRouteTask(
         task_id, route, endpoint, _STATES[state], cancellable == 1, user or None, url, method, created, started, completed,
         expires, progress, message, result, error, status, stopping == 1, permission, timeout, retention, on_loss, body,
-        owner, epoch, revision, change,
+        owner, epoch, restarts, revision, change,
     )  # fmt: skip

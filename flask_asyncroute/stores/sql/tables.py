@@ -72,6 +72,7 @@ tasks = Table(
     Column("body_size", BigInteger, nullable=False),
     Column("owner", _text(64)),
     Column("epoch", Integer, nullable=False),
+    Column("restarts", Integer, nullable=False, server_default="0"),
     Column("revision", Integer, nullable=False),
     Column("change", BigInteger, nullable=False),
     Column("outlived_us", BigInteger),
@@ -86,6 +87,13 @@ Index(
     tasks.c.outlived_us,
     sqlite_where=tasks.c.outlived_us.is_not(None),
     postgresql_where=tasks.c.outlived_us.is_not(None),
+)
+Index(
+    "asyncroute_task_stopping",
+    tasks.c.namespace,
+    tasks.c.owner,
+    sqlite_where=tasks.c.stopping == 1,
+    postgresql_where=tasks.c.stopping == 1,
 )
 
 grants = Table(
@@ -125,6 +133,17 @@ shared_values = Table(
     Column("key", _text(255), primary_key=True),
     Column("value", LargeBinary, nullable=False),
     Column("version", BigInteger, nullable=False),
+)
+
+workers = Table(
+    "asyncroute_workers",
+    metadata,
+    Column("namespace", Integer, primary_key=True, autoincrement=False),
+    Column("name", _text(64), primary_key=True),
+    Column("place", _text(64), nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("beat", BigInteger, nullable=False),
+    Column("endpoints", _text(), nullable=False),
 )
 
 RECORD = [column for column in tasks.columns if column.name not in ("namespace", "outlived_us", "request")]

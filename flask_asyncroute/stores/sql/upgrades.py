@@ -1,16 +1,33 @@
 """What brings the tables of an older release up to date, step by step, as SQL that each database understands.
 
-A step is never changed once it is released: it says what a database of that time lacks.
+A step is never changed once it is released: it says what a database of that time lacks. ``{text}`` and ``{bytes}`` stand
+for the types that each database has for them, see :func:`steps`.
 """
 
 from __future__ import annotations
 
-VERSION = 2
+VERSION = 3
 """Of the schema in `tables`; raised with every change to it."""
 
 UPGRADES: dict[int, tuple[str, ...]] = {
     2: (
         "ALTER TABLE asyncroute_namespaces RENAME COLUMN removed_change TO change",
     ),
+    3: (
+        "ALTER TABLE asyncroute_tasks ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX asyncroute_task_stopping ON asyncroute_tasks (namespace, owner) WHERE stopping = 1",
+        "CREATE TABLE asyncroute_workers (namespace INTEGER NOT NULL, name {text} NOT NULL, place {text} NOT NULL, "
+        "number BIGINT NOT NULL, beat BIGINT NOT NULL, endpoints {text} NOT NULL, PRIMARY KEY (namespace, name))",
+    ),
 }  # fmt: skip
 """By the version that a step leads to."""
+
+_TYPES = {
+    "sqlite": {"text": "TEXT", "bytes": "BLOB"},
+    "postgresql": {"text": 'TEXT COLLATE "C"', "bytes": "BYTEA"},
+}
+
+
+def steps(version: int, dialect: str) -> list[str]:
+    """Return the statements that lead to ``version`` from the one before."""
+    return [statement.format_map(_TYPES[dialect]) for statement in UPGRADES[version]]
