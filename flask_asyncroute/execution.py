@@ -44,7 +44,7 @@ class Execution:
         self._interrupt_after = interrupt_after
         self._wake = wake
         self._lock = threading.Lock()
-        self._cancel_coroutine: Callable[[], object] | None = None
+        self._cancel: Callable[[], object] | None = None
         self._progress: float | None = None
         self._message: str | None = None
         self._is_dirty = False
@@ -60,13 +60,13 @@ class Execution:
         self.deadline = None if seconds is None else time.monotonic() + seconds
 
     def ask_to_stop(self) -> bool:
-        """Ask the view to stop; return whether this was the first time. A coroutine is cancelled at once."""
+        """Ask the view to stop; return whether this was the first time. What can be cancelled is, at once."""
         with self._lock:
             if self.stop.is_set():
                 return False
             self.stop.set()
             self._climb = None
-            cancel = self._cancel_coroutine
+            cancel = self._cancel
             if cancel is None and self._interrupt_after is not None:
                 self.interrupt_at = time.monotonic() + self._interrupt_after
         if cancel is not None:
@@ -74,10 +74,10 @@ class Execution:
         self._wake()
         return True
 
-    def run_coroutine(self, cancel: Callable[[], object] | None) -> None:
-        """Say how to cancel the coroutine that runs from now on; None: there is none any more."""
+    def cancel_with(self, cancel: Callable[[], object] | None) -> None:
+        """Say how to cancel the coroutine or child that runs from now on; None: there is none any more."""
         with self._lock:
-            self._cancel_coroutine = cancel
+            self._cancel = cancel
             self.interrupt_at = None
             is_stopped = self.stop.is_set()
         if is_stopped and cancel is not None:
