@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import import_string
 
-from .config import Config
+from . import app_path
+from .config import Config, values_for_child
 from .dispatcher import Dispatcher
 from .errors import QueueFull
 from .executors.base import RUN, Run, TaskExecutor
@@ -30,6 +31,8 @@ from .typing import IdentityLoader
 
 if TYPE_CHECKING:
     from flask import Flask
+
+    from .executors.children import ForkServer
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -63,6 +66,7 @@ class Runner:
         self._has_told = False
         self._executors: dict[str, TaskExecutor] = {}
         self._run = _runs(weakref.ref(self))
+        self._fork_server: ForkServer | None = None
         when_gone(self, self.store.close)
 
     def executor_of(self, route: Route) -> TaskExecutor:
@@ -72,7 +76,7 @@ class Runner:
             with self._lock:
                 executor = self._executors.get(route.pool)
                 if executor is None:
-                    executor = self._executors[route.pool] = _executor(route, self._run)
+                    executor = self._executors[route.pool] = self._make_executor(route)
         return executor
 
     def close(self) -> None:
@@ -81,6 +85,8 @@ class Runner:
         self.notifier.close()
         for executor in self._executors.values():
             executor.close()
+        if self._fork_server is not None:
+            self._fork_server.close()
         self.store.close()
 
     def tell_of_unlisted(self) -> None:
@@ -92,11 +98,38 @@ class Runner:
                 "Set ASYNCROUTE_LIST_ANONYMOUS to True to list them, or give an identity_loader."
             )
 
+    def _make_executor(self, route: Route) -> TaskExecutor:
+        options = route.options
+        if isinstance(options.executor, Executor):
+            from .executors.futures import FutureTaskExecutor
+
+            return FutureTaskExecutor(options.executor, self._run, options.max_workers, options.queue_size)
+        if options.executor == "immediate":
+            from .executors.immediate import ImmediateTaskExecutor
+
+            return ImmediateTaskExecutor(self._run, options.max_workers, options.queue_size)
+        if options.executor == "process":
+            from .executors.children import ForkServer
+            from .executors.processes import ProcessTaskExecutor
+
+            if self._fork_server is None:
+                self._fork_server = ForkServer(
+                    app_path.found(self.app, self.config.app), values_for_child(self.app), self.config.max_result
+                )
+            return ProcessTaskExecutor(
+                route.pool, self._run, self._fork_server, options.min_workers, options.max_workers, options.queue_size
+            )
+        from .executors.threads import ThreadTaskExecutor
+
+        return ThreadTaskExecutor(
+            route.pool, self._run, options.min_workers, options.max_workers, options.queue_size, options.interrupt_after
+        )
+
     def _take_over(self) -> None:
         """Submit tasks that have waited for over a second to executors with a free place."""
         free: dict[str, int] = {}
         for route in self.routes.values():
-            if route.options.executor == "thread":
+            if route.options.executor in ("thread", "process"):
                 room = self.executor_of(route).free()
                 if room:
                     free[route.endpoint] = room
@@ -110,23 +143,6 @@ class Runner:
                 except QueueFull:
                     continue
                 executor.submit(task_id)
-
-
-def _executor(route: Route, run: Run) -> TaskExecutor:
-    options = route.options
-    if isinstance(options.executor, Executor):
-        from .executors.futures import FutureTaskExecutor
-
-        return FutureTaskExecutor(options.executor, run, options.max_workers, options.queue_size)
-    if options.executor == "immediate":
-        from .executors.immediate import ImmediateTaskExecutor
-
-        return ImmediateTaskExecutor(run, options.max_workers, options.queue_size)
-    from .executors.threads import ThreadTaskExecutor
-
-    return ThreadTaskExecutor(
-        route.pool, run, options.min_workers, options.max_workers, options.queue_size, options.interrupt_after
-    )
 
 
 def _runs(reference: weakref.ref[Runner]) -> Run:
