@@ -177,12 +177,14 @@ class Config:
         return tuple(getattr(self, name.lower()) for name in ROUTING)
 
 
-def values_for_child(app: Flask) -> tuple[dict[str, Any], list[str]]:
+def values_for_child(app: Flask, config: Config) -> tuple[dict[str, Any], list[str]]:
     """Return the values that a child process must have too, as JSON, and the keys whose values must be its own.
 
     Functions and objects cannot be sent; and what made the URL rules has made them there.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"ASYNCROUTE_NAMESPACE": config.namespace}
+    if isinstance(config.store, str):
+        values["ASYNCROUTE_STORE"] = store_url.absolute(config.store, app.instance_path)
     own: list[str] = []
     for name, value in app.config.items():
         if name.startswith(PREFIX):
@@ -192,7 +194,7 @@ def values_for_child(app: Flask) -> tuple[dict[str, Any], list[str]]:
             if name[len(PREFIX) :] in ROUTING or not all(type(m) in (str, int, float, bool, NoneType) for m in members):
                 own.append(name)
             else:
-                values[name] = value
+                values.setdefault(name, value)
     return values, own
 
 

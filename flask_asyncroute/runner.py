@@ -114,7 +114,9 @@ class Runner:
 
             if self._fork_server is None:
                 self._fork_server = ForkServer(
-                    app_path.found(self.app, self.config.app), values_for_child(self.app), self.config.max_result
+                    app_path.found(self.app, self.config.app),
+                    values_for_child(self.app, self.config),
+                    self.config.max_result,
                 )
             return ProcessTaskExecutor(
                 route.pool, self._run, self._fork_server, options.min_workers, options.max_workers, options.queue_size
