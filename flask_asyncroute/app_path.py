@@ -49,13 +49,15 @@ def load(path: str) -> Flask:
 
     :raises ConfigurationError: naming the key and what went wrong.
     """
-    from flask.cli import NoAppException, locate_app
+    from flask.cli import locate_app
 
     module, _, name = path.partition(":")
     try:
         return locate_app(module, name or None)
-    except NoAppException as error:
-        raise ConfigurationError(f"ASYNCROUTE_APP: {path!r} does not give an app: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(
+            f"ASYNCROUTE_APP: {path!r} does not give an app: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_names(module: str, name: str, path: str) -> None:

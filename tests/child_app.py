@@ -129,7 +129,7 @@ def create_app(**config: Any) -> Flask:
             resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
             return len([bytearray(1 << 24) for _ in range(100)])
         if how == "processor":
-            resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+            resource.setrlimit(resource.RLIMIT_CPU, (1, 5))
             while True:
                 pass
         if how == "close":
@@ -141,18 +141,18 @@ def create_app(**config: Any) -> Flask:
         if how == "half":
             for descriptor in range(3, 64):
                 if is_socket(descriptor):
-                    os.write(descriptor, b"O\x00\x00\x00\xff{")
+                    os.write(descriptor, b"O" + (255).to_bytes(8, "big") + b"{")
             os._exit(5)
         if how == "huge":
             for descriptor in range(3, 64):
                 if is_socket(descriptor):
-                    os.write(descriptor, b"O\xff\xff\xff\xff" + b"x" * 100)
+                    os.write(descriptor, b"O" + b"\xff" * 8 + b"x" * 100)
             time.sleep(10)
         if how == "lie":
             for descriptor in range(3, 64):
                 if is_socket(descriptor):
                     text = b'{"state":"Running","report":{"progress":null,"message":null}}'
-                    os.write(descriptor, b"O" + len(text).to_bytes(4, "big") + text)
+                    os.write(descriptor, b"O" + len(text).to_bytes(8, "big") + text)
             time.sleep(10)
         if how == "stdout":
             for _ in range(200):

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.spawn import get_executable
 from typing import Any
 
@@ -30,14 +30,25 @@ from .leash import Leash
 class Child:
     """A child that was asked for. One thread at a time; :meth:`kill` may be called from any.
 
+    :param channel: the socket on which it is told and heard.
+    :param status_end: where its exit status will come, with the end of the process.
     :param limits: the most bytes of each kind of frame that are taken from it.
+    :param held: closes these three.
     """
 
-    def __init__(self, channel: socket.socket, leash: Leash, status_end: int, limits: Mapping[bytes, int]) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        leash: Leash,
+        status_end: int,
+        limits: Mapping[bytes, int],
+        held: ExitStack,
+    ) -> None:
         self._channel = channel
         self._leash = leash
         self._status_end = status_end
         self._limits = limits
+        self._held = held
         self._is_gone = False
         self.status: int | None = None
         """How it ended, as :func:`os.waitstatus_to_exitcode` gives it; None before, and where nobody learned of it."""
@@ -100,9 +111,7 @@ class Child:
 
     def drop(self) -> None:
         """Let go of it: kill it if it is there, and close what was held of it."""
-        self._channel.close()
-        self._leash.close()
-        os.close(self._status_end)
+        self._held.close()
 
     def _receive(self) -> bytes:
         try:
@@ -143,23 +152,20 @@ class ForkServer:
 
         :raises OSError: where the system has no more processes or descriptors.
         """
-        ours, theirs = socket.socketpair()
-        leash = Leash()
-        status_end, their_status_end = os.pipe()
-        try:
-            self._ask([theirs.fileno(), leash.other_end, their_status_end])
+        with ExitStack() as theirs, ExitStack() as ours:
+            channel, their_channel = socket.socketpair()
+            theirs.callback(their_channel.close)
+            ours.callback(channel.close)
+            leash = Leash()
+            theirs.callback(os.close, leash.other_end)
+            ours.callback(leash.close)
+            status_end, their_status_end = os.pipe()
+            theirs.callback(os.close, their_status_end)
+            ours.callback(os.close, status_end)
+            self._ask([their_channel.fileno(), leash.other_end, their_status_end])
             with suppress(OSError):
-                frames.send(ours, frames.SETTINGS, self._settings)
-        except BaseException:
-            ours.close()
-            leash.close()
-            os.close(status_end)
-            raise
-        finally:
-            theirs.close()
-            os.close(leash.other_end)
-            os.close(their_status_end)
-        return Child(ours, leash, status_end, self._limits)
+                frames.send(channel, frames.SETTINGS, self._settings)
+            return Child(channel, leash, status_end, self._limits, ours.pop_all())
 
     def close(self) -> None:
         """Start no more; children that run go on."""
@@ -189,33 +195,31 @@ class _ServerProcess:
     """One run of the program `forkserver`."""
 
     def __init__(self, app: str) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._leash = Leash()
         self._lock = threading.Lock()
         self._is_closed = False
-        # Numbers that are neither's, since a descriptor that is copied to its own number would not be handed on.
-        control, leash_end = (max(theirs.fileno(), self._leash.other_end) + more for more in (1, 2))
         executable = os.fsdecode(get_executable())
-        try:
+        with ExitStack() as theirs, ExitStack() as ours:
+            self._control, control_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            theirs.callback(control_end.close)
+            ours.callback(self._control.close)
+            self._leash = Leash()
+            theirs.callback(os.close, self._leash.other_end)
+            ours.callback(self._leash.close)
+            ends = (control_end.fileno(), self._leash.other_end)
+            # Numbers that are neither's, since a descriptor that is copied to its own number would not be handed on.
+            numbers = (max(ends) + 1, max(ends) + 2)
             self._pid = os.posix_spawn(
                 executable,
-                [executable, "-c", forkserver.PROGRAM, app, str(control), str(leash_end), *sys.path],
+                [executable, "-c", forkserver.PROGRAM, app, *map(str, numbers), *sys.path],
                 os.environ,
                 file_actions=[
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), control),
-                    (os.POSIX_SPAWN_DUP2, self._leash.other_end, leash_end),
+                    *((os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(ends, numbers, strict=True)),
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 ],
                 setsigmask=(),
                 setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
             )
-        except BaseException:
-            self._control.close()
-            self._leash.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(self._leash.other_end)
+            self._held = ours.pop_all()
 
     def ask(self, descriptors: list[int]) -> None:
         """Have it fork a child that gets these.
@@ -237,7 +241,6 @@ class _ServerProcess:
     def _reap(self) -> None:
         with suppress(OSError):
             self._control.recv(1)
-        self._control.close()
         with suppress(ChildProcessError):
             os.waitpid(self._pid, 0)
-        self._leash.close()
+        self._held.close()

@@ -6,12 +6,14 @@ forks carry over no locks, connections or signal handlers of a web server. It mu
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import os
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -50,8 +52,10 @@ def main(app: str, control: int, leash_end: int) -> None:
         os.setsid()
     leash.put_on(leash_end, os.getpid())
     if app:
+        import_string(CHILD)
+        before = _descriptors()
         _preload(app)
-        if threading.active_count() > 1:
+        if threading.active_count() > 1 or any(map(_is_shared_badly, _descriptors() - before)):
             _begin_anew(control, leash_end)
     gc.collect()
     gc.freeze()
@@ -59,18 +63,32 @@ def main(app: str, control: int, leash_end: int) -> None:
 
 
 def _preload(app: str) -> None:
-    """Import what each child needs. What fails here fails in the child too, where somebody hears of it."""
+    """Import the app's module. What fails here fails in the child too, where somebody hears of it."""
     try:
-        import_string(CHILD)
         import_module(app.partition(":")[0])
     except BaseException as error:
         logger.warning("The app could not be imported beforehand, each child does it for itself: %r", error)
 
 
+def _descriptors() -> set[int]:
+    listed = os.listdir("/proc/self/fd")
+    return {int(name) for name in listed if os.path.exists(f"/proc/self/fd/{name}")}  # not that of the look itself
+
+
+def _is_shared_badly(descriptor: int) -> bool:
+    """Return whether children must not share an open file: a connection, a database; unlike a log."""
+    kind = os.fstat(descriptor).st_mode
+    access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    return not stat.S_ISCHR(kind) and not (stat.S_ISREG(kind) and access != os.O_RDWR)
+
+
 def _begin_anew(control: int, leash_end: int) -> None:
-    """Start again without the app: it has threads, and a fork beside threads can copy a lock that nobody releases."""
+    """Start again without the app: a fork beside threads can copy a lock that nobody releases, and children that share a
+    connection take each other's answers.
+    """
     logger.warning(
-        "The app starts threads when it is imported, so each child imports it for itself, which takes longer."
+        "The app starts threads or opens connections when it is imported, so each child imports it for itself, which takes "
+        "longer."
     )
     for descriptor in (control, leash_end):
         os.set_inheritable(descriptor, True)

@@ -18,7 +18,7 @@ SETTINGS, JOB, BODY = b"S", b"J", b"B"
 READY, PROGRESS, OUTCOME = b"R", b"P", b"O"
 
 SMALL_FRAME = 64 * 1024
-HEADER = struct.Struct("!cI")
+HEADER = struct.Struct("!cQ")
 PIECE = 256 * 1024
 
 
