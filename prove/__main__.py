@@ -8,13 +8,15 @@ import time
 import traceback
 from collections.abc import Callable
 
-from . import Broken, generated, hotpath, interruptions, lists, races, uploads, workers
+from . import Broken, crashes, generated, hotpath, interruptions, kills, lists, races, uploads, workers
 
 PROOFS: dict[str, Callable[[float], str]] = {
     "workers": workers.prove,
     "races-at-store": races.prove_at_store,
     "races-over-http": races.prove_over_http,
     "interruptions": interruptions.prove,
+    "crashes": crashes.prove,
+    "kills": kills.prove,
     "uploads": uploads.prove,
     "lists": lists.prove,
     "hotpath": hotpath.prove,
