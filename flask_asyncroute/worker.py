@@ -60,26 +60,30 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
     try:
         runner.notifier.watch()
         try:
+            runner.enter()
             claim = runner.lifecycle.claim(task_id)
             if claim is None:
                 return
             task = claim.task
-            execution.begin(task.user, task.epoch, None if task.timeout_us is None else task.timeout_us / 1_000_000)
-            runner.housekeeper.start()
+            seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000
+            execution.begin(task.user, task.epoch, seconds, task.on_loss == "restart")
             runner.housekeeper.wake()
             try:
                 outcome = execute(runner, runner.routes[task.endpoint], claim, execution)
             finally:
                 interruption.leave(execution)
-            runner.lifecycle.finish(execution, outcome.state, outcome.values)
+            if outcome is None:
+                runner.lifecycle.cut_short(execution, is_over=True)
+            else:
+                runner.lifecycle.finish(execution, outcome.state, outcome.values)
         finally:
             runner.notifier.unwatch()
     finally:
         runner.dispatcher.end(execution)
 
 
-def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) -> Outcome:
-    """Call the view of a claimed task in its rebuilt request; return how that ended."""
+def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) -> Outcome | None:
+    """Call the view of a claimed task in its rebuilt request; return how that ended, None where the shutdown ended it."""
     app = runner.app
     body = None
     try:
@@ -116,6 +120,8 @@ def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) ->
     except TaskAborted as error:
         if execution.is_time_up and not execution.stop.is_set():
             return Outcome(State.ABORTED, {"error": "Timeout"})
+        if execution.is_shutting_down:
+            return None
         return _failed(error, runner.config.expose_errors)
     except BaseException as error:
         return _failed(error, runner.config.expose_errors)

@@ -42,11 +42,13 @@ class SQLiteDatabase(Database):
             )
         self.path = path
         self.label = str(path)
+        self.lock_path = path.with_name(f"{path.name}-workers")
         self._synchronous = synchronous
         self._write_lock = threading.Lock()
         self._writer: sqlite3.Connection | None = None
         self._readers: deque[sqlite3.Connection] = deque()
         self._observer: sqlite3.Connection | None = None
+        self._apart: sqlite3.Connection | None = None
 
     def write(self) -> WriteTransaction:
         return WriteTransaction(self)
@@ -87,6 +89,17 @@ class SQLiteDatabase(Database):
                 raise self.unavailable(error) from error
         return rows[0] if rows else None
 
+    def write_apart(self, sql: str, values: Sequence[Any]) -> int:
+        try:
+            if self._apart is None:
+                self._apart = self.connect()
+            return self._apart.execute(sql, values).rowcount
+        except sqlite3.Error as error:
+            apart, self._apart = self._apart, None
+            if apart is not None:
+                apart.close()
+            raise self.unavailable(error) from error
+
     def version(self) -> int:
         try:
             if self._observer is None:
@@ -117,6 +130,9 @@ class SQLiteDatabase(Database):
         if self._observer is not None:
             self._observer.close()
             self._observer = None
+        if self._apart is not None:
+            self._apart.close()
+            self._apart = None
 
     def connect(self) -> sqlite3.Connection:
         """Open a connection; make the file, for its owner's eyes only, where there is none."""

@@ -20,6 +20,7 @@ from . import queries, schema
 from .database import CommitUnknown, Cursor, Database, Duplicate, Rows
 from .queries import Queries
 from .statements import Statement, Statements, expectation
+from .workers import SQLWorkers
 
 T = TypeVar("T")
 
@@ -33,14 +34,13 @@ class SQLTaskStore(TaskStore):
     Where a connection is lost in the middle of a commit, the store looks whether it happened, and else writes again.
     """
 
-    is_shared = True
-
     def __init__(self, database: Database, namespace: str, create_tables: bool) -> None:
         self._database = database
         self._namespace = namespace
         self._create_tables = create_tables
         self._sql = Statements(database.dialect)
         self._queries = Queries(database.dialect)
+        self.workers = SQLWorkers(database, lambda: self._ns)
         self._ns = 0
         self._secret = b""
         self._seen: tuple[int, int] | None = None
@@ -193,9 +193,6 @@ class SQLTaskStore(TaskStore):
         statement = self._sql.waiting
         rows = self._database.fetch_all(statement.sql, statement.values(ns=self._ns, before=before_us))
         return list(islice(((row[0], row[1]) for row in rows if row[1] in endpoints), limit))
-
-    def overdue(self, now_us: int, limit: int) -> list[str]:
-        return self._ids(self._sql.overdue, now=now_us, most=limit)
 
     def outlived(self, now_us: int, limit: int) -> list[str]:
         return self._ids(self._sql.outlived, now=now_us, most=limit)
