@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from . import Broken, generated, hotpath, interruptions, lists, losses, races, uploads, workers
+from . import Broken, exits, generated, hotpath, interruptions, lists, losses, races, uploads, workers
 
 PROOFS: dict[str, Callable[[float], str]] = {
     "workers": workers.prove,
@@ -19,6 +19,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "lists": lists.prove,
     "hotpath": hotpath.prove,
     "losses": losses.prove,
+    "exits": exits.prove,
     "generated": generated.prove,
 }
 

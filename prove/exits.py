@@ -49,7 +49,7 @@ def prove(share: float) -> str:
     return "; ".join(told)
 
 
-def recycle(how: Callable[[Server, int], None], is_async: bool, rounds: int) -> tuple[int, int, list[float]]:
+def recycle(how: Callable[[Server, int], float], is_async: bool, rounds: int) -> tuple[int, int, list[float]]:
     """Serve, load and recycle; return how many requests failed, how many were sent, and the seconds of each exit."""
     took: list[float] = []
     with tempfile.TemporaryDirectory(prefix="asyncroute-prove-") as name:
@@ -60,7 +60,6 @@ def recycle(how: Callable[[Server, int], None], is_async: bool, rounds: int) -> 
             options += ["--max-requests", str(MAX_REQUESTS), "--max-requests-jitter", "0"]
         app = f"prove.apps.crowd:create_app({name!r}, drain={DRAIN})"
         with gunicorn(folder / "log", app, *options) as server:
-            # TERM ends the whole server, so it is sent to its workers, one after the other; the arbiter replaces them.
             path, method = ("/work/30", "PUT") if is_async else ("/pid", "GET")
             with Clients(server.port, method, path) as clients:
                 for _ in range(rounds):
@@ -68,9 +67,7 @@ def recycle(how: Callable[[Server, int], None], is_async: bool, rounds: int) -> 
                         patiently(server.port, "/work/60000")
                         patiently(server.port, "/deaf/60000")
                     victim = server.workers()[0]
-                    began = time.monotonic()
-                    how(server, victim)
-                    began = max(began, clients.marked_at) if how is by_max_requests else began
+                    began = how(server, victim)
                     while is_there(server, victim):
                         check(time.monotonic() - began < 60, f"worker {victim} does not end")
                         time.sleep(0.005)
@@ -82,24 +79,25 @@ def recycle(how: Callable[[Server, int], None], is_async: bool, rounds: int) -> 
     return clients.failed, clients.sent, took
 
 
-def by_term(server: Server, pid: int) -> None:
-    """End one worker as its arbiter does."""
+def by_term(server: Server, pid: int) -> float:
+    """End one worker as its arbiter does; return when it was told."""
     os.kill(pid, signal.SIGTERM)
+    return time.monotonic()
 
 
-def by_hup(server: Server, pid: int) -> None:
+def by_hup(server: Server, pid: int) -> float:
     """Have the arbiter replace all its workers."""
     os.kill(server.pid, signal.SIGHUP)
+    return time.monotonic()
 
 
-def by_max_requests(server: Server, pid: int) -> None:
-    """Wait until the worker has had as many requests as it takes."""
-    while "Autorestarting worker" not in server.output().rpartition(f"(pid: {pid})")[0] + server.output():
-        time.sleep(0.005)
+def by_max_requests(server: Server, pid: int) -> float:
+    """Wait until the worker has had as many requests as it may."""
     deadline = time.monotonic() + 60
-    while is_there(server, pid) and f"[{pid}] [INFO] Autorestarting worker" not in server.output():
+    while f"[{pid}] [INFO] Autorestarting worker" not in server.output():
         check(time.monotonic() < deadline, f"worker {pid} did not come to its last request")
         time.sleep(0.005)
+    return time.monotonic()
 
 
 def is_there(server: Server, pid: int) -> bool:
@@ -124,7 +122,6 @@ class Clients:
     def __init__(self, port: int, method: str, path: str) -> None:
         self.sent = 0
         self.failed = 0
-        self.marked_at = 0.0
         self._port = port
         self._method = method
         self._path = path
