@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from . import Broken, exits, generated, hotpath, interruptions, lists, losses, races, uploads, workers
+from . import Broken, exits, generated, hotpath, interruptions, lists, losses, races, soak, uploads, workers
 
 PROOFS: dict[str, Callable[[float], str]] = {
     "workers": workers.prove,
@@ -20,6 +20,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "hotpath": hotpath.prove,
     "losses": losses.prove,
     "exits": exits.prove,
+    "soak": soak.prove,
     "generated": generated.prove,
 }
 

@@ -92,6 +92,11 @@ def create_app(folder: str, **config: Any) -> Flask:
         ctypes.PyDLL(None).usleep(milliseconds * 1000)
         note("end", current_task.id)
 
+    @app.put("/fail")
+    @async_routes.task(max_workers=8)
+    def fail() -> None:
+        raise ValueError("on purpose")
+
     @app.put("/exit/<int:code>")
     @async_routes.task(max_workers=8)
     def leave(code: int) -> None:
