@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from . import Broken, exits, generated, hotpath, interruptions, lists, losses, races, soak, uploads, workers
+from . import Broken, exits, generated, hotpath, interruptions, lists, losses, races, soak, stops, uploads, workers
 
 PROOFS: dict[str, Callable[[float], str]] = {
     "workers": workers.prove,
@@ -21,6 +21,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "losses": losses.prove,
     "exits": exits.prove,
     "soak": soak.prove,
+    "stops": stops.prove,
     "generated": generated.prove,
 }
 

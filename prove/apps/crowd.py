@@ -84,6 +84,13 @@ def create_app(folder: str, **config: Any) -> Flask:
         note("begin", current_task.id)
         time.sleep(milliseconds / 1000)
 
+    @app.put("/lonely/<int:milliseconds>")
+    @async_routes.task(max_workers=1)
+    def lonely(milliseconds: int) -> None:
+        """As deaf, in a pool of one thread."""
+        note("begin", current_task.id)
+        time.sleep(milliseconds / 1000)
+
     @app.put("/frozen/<int:milliseconds>")
     @async_routes.task(max_workers=8)
     def frozen(milliseconds: int) -> None:
@@ -96,6 +103,23 @@ def create_app(folder: str, **config: Any) -> Flask:
     @async_routes.task(max_workers=8)
     def fail() -> None:
         raise ValueError("on purpose")
+
+    @app.put("/loop")
+    @async_routes.task(max_workers=8)
+    def loop() -> None:
+        note("begin", current_task.id)
+        try:
+            while True:
+                sum(range(100))
+        finally:
+            note("told", current_task.id)
+
+    @app.put("/short")
+    @async_routes.task(max_workers=8, timeout=0.5)
+    def short() -> None:
+        note("begin", current_task.id)
+        while True:
+            sum(range(100))
 
     @app.put("/exit/<int:code>")
     @async_routes.task(max_workers=8)
