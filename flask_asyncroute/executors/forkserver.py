@@ -44,13 +44,12 @@ def main(app: str, control: int, leash_end: int) -> None:
 
     :param app: what ``ASYNCROUTE_APP`` says, or empty: nothing is imported beforehand.
     :param control: the descriptor on which the parent asks for children.
-    :param leash_end: that of this process's own leash.
+    :param leash_end: that of this process's own leash, which the parent has put it on.
     """
     for descriptor in (control, leash_end):
         os.set_inheritable(descriptor, False)
     with suppress(PermissionError):
         os.setsid()
-    leash.put_on(leash_end, os.getpid())
     if app:
         import_string(CHILD)
         before = _descriptors()

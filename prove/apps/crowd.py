@@ -25,6 +25,7 @@ def create_app(folder: str, **config: Any) -> Flask:
     """
     app = Flask(__name__, instance_path=folder)
     app.config.update({f"ASYNCROUTE_{name.upper()}": value for name, value in config.items()})
+    app.config.setdefault("ASYNCROUTE_APP", f"{__name__}:create_app({folder!r})")
     async_routes = AsyncRoute(app)
     app.extensions["crowd"] = async_routes
     journal = Path(folder) / "journal"
@@ -74,6 +75,15 @@ def create_app(folder: str, **config: Any) -> Flask:
         note("begin", current_task.id)
         current_task.sleep(milliseconds / 1000)
         current_task.check()
+        note("end", current_task.id)
+        return {"Pid": os.getpid()}
+
+    @app.put("/child/<int:milliseconds>")
+    @async_routes.task(executor="process", max_workers=4)
+    def child(milliseconds: int) -> dict[str, int]:
+        """Sleep in a process of its own, whose fork server is the worker's child."""
+        note("begin", current_task.id, worker=parent_of(os.getppid()))
+        time.sleep(milliseconds / 1000)
         note("end", current_task.id)
         return {"Pid": os.getpid()}
 
@@ -132,6 +142,11 @@ def create_app(folder: str, **config: Any) -> Flask:
 
     task_finished.connect(on_finished, sender=app, weak=False)
     return app
+
+
+def parent_of(pid: int) -> int:
+    """Return the parent of a process (Linux)."""
+    return int(Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[1])
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
