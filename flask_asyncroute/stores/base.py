@@ -83,6 +83,9 @@ class TaskStore(ABC):
     def close(self) -> None:
         """Let go of connections and files; the next call opens them again."""
 
+    def forget(self) -> None:  # noqa: B027 - most leave nothing behind that would be used again
+        """Leave what is open to the parent process; called in a child after a fork, which uses this store no more."""
+
     @abstractmethod
     def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
         """Store a new task with its request, all or nothing.
