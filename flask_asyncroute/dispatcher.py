@@ -149,10 +149,9 @@ class Dispatcher:
     def expire(self, execution: Execution) -> None:
         """Abort a task of this process whose time is up; its view is asked to stop whether or not the store could be told."""
         execution.is_expired = True
-        try:
-            self._lifecycle.expire(execution, TIMED_OUT)
-        finally:
-            execution.ask_to_stop()
+        # Before the store is told, which may take it a while.
+        execution.ask_to_stop()
+        self._lifecycle.expire(execution, TIMED_OUT)
 
     def expire_of_others(self, task: AsyncRouteTask) -> None:
         """Abort a task whose time is long up and whose process has not seen to it."""

@@ -6,23 +6,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from blinker import NamedSignal
 
 from . import context, signals
+from .errors import CommitUnknown, StoreUnavailable
 from .execution import Execution
 from .snapshot import Body
 from .states import TERMINAL, TRANSITIONS, State
 from .stores.base import Claim, Expect, TaskStore
 from .task import AsyncRouteTask, now_us
+from .unwritten import Unwritten
 
 if TYPE_CHECKING:
     from flask import Flask
 
 logger = logging.getLogger("flask_asyncroute")
 
+_OF_A_RUN = ("owner", "started_us", "expires_us", "progress", "progress_message")
+"""The record fields that a run sets and that are empty before it."""
 _FINISHED = {
     State.COMPLETED: signals.task_completed,
     State.FAILED: signals.task_failed,
@@ -43,6 +47,7 @@ class Lifecycle:
         self._app = app
         self._store = store
         self.owner = owner
+        self.unwritten = Unwritten()
         # Weak, unlike other receivers: the signal must not keep this object, and with it the app, alive.
         signals.progress_reported.connect(self.on_progress_reported, sender=app)
 
@@ -50,15 +55,35 @@ class Lifecycle:
         self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]
     ) -> None:
         """Store a new task; :exc:`IdTaken` where its id is not new."""
-        self._store.add(task, request, body, grants)
+        try:
+            self._store.add(task, request, body, grants)
+        except CommitUnknown:
+            # Its client is told that nothing was started, so nothing may.
+            self.unwritten.keep(task.id, lambda: self._uncreate(task))
+            raise
         self._tell(signals.task_created, task)
 
     def claim(self, task_id: str) -> Claim | None:
         """Take a waiting task for this process: NotStarted → Running. None where somebody else was first."""
-        claim = self._store.claim(task_id, self.owner, now_us())
+        now = now_us()
+        try:
+            claim = self._store.claim(task_id, self.owner, now)
+        except CommitUnknown:
+            # It would be Running with nobody to run it.
+            self.unwritten.keep(task_id, lambda: self._unclaim(task_id, now))
+            raise
         if claim is not None:
             self._tell(signals.task_started, claim.task)
         return claim
+
+    def settle(
+        self, execution: Execution, state: State, values: dict[str, Any], then: Callable[[], object]
+    ) -> None:
+        """Write the outcome of a run as :meth:`finish` does, and call ``then``: now or, where the store cannot be used,
+        as soon as it can. Does not raise `StoreUnavailable`.
+        """
+        values = {"completed_us": now_us(), **values}
+        self.unwritten.write(execution.task_id, lambda: self.finish(execution, state, values), then)
 
     def finish(self, execution: Execution, state: State, values: dict[str, Any]) -> AsyncRouteTask | None:
         """Write the outcome of a run: Running → ``state``; with it the last progress.
@@ -86,17 +111,18 @@ class Lifecycle:
         expect = Expect((task.state,), task.owner, task.epoch)
         return self._step(task.id, expect, State.ABORTED, {"error": error, "stopping": task.state is State.RUNNING})
 
-    def expire(self, execution: Execution, error: str) -> AsyncRouteTask | None:
-        """Move a task that runs in this process to Aborted, its code Stopping."""
+    def expire(self, execution: Execution, error: str) -> None:
+        """Move a task that runs in this process to Aborted, its code Stopping: now, or as soon as the store can be used."""
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
-        return self._step(execution.task_id, expect, State.ABORTED, {"error": error, "stopping": True})
+        values = {"completed_us": now_us(), "error": error, "stopping": True}
+        self.unwritten.write(
+            execution.task_id, lambda: self._step(execution.task_id, expect, State.ABORTED, values)
+        )
 
     def release(self, execution: Execution) -> None:
         """Write that the code of an aborted task has ended."""
         expect = Expect((State.ABORTED,), self.owner, execution.epoch, stopping=True)
-        task = self._store.update(execution.task_id, expect, {"stopping": False})
-        if task is not None:
-            self._tell(None, task)
+        self._change(execution.task_id, expect, {"stopping": False})
 
     def withdraw(self, task: AsyncRouteTask) -> bool:
         """Remove a task that could not be submitted; return whether it was still waiting."""
@@ -112,7 +138,11 @@ class Lifecycle:
         if report is None:
             return
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
-        task = self._store.update(execution.task_id, expect, {"progress": report[0], "progress_message": report[1]})
+        try:
+            task = self._store.update(execution.task_id, expect, {"progress": report[0], "progress_message": report[1]})
+        except StoreUnavailable:
+            execution.return_report()
+            raise
         if task is not None:
             self._tell(signals.task_progressed, task)
 
@@ -122,6 +152,30 @@ class Lifecycle:
         task = self._store.update(task_id, expect, {"state": state, "completed_us": now_us(), **values})
         if task is not None:
             self._tell(_FINISHED[state], task)
+        return task
+
+    def _uncreate(self, task: AsyncRouteTask) -> None:
+        """Remove a task that may have been stored, though its start was refused, where it has not begun."""
+        found = self._store.get(task.id)
+        if found is not None and found.created_us == task.created_us:
+            self.withdraw(task)
+
+    def _unclaim(self, task_id: str, claimed_us: int) -> None:
+        """Have a task wait again whose claim may have been stored, though this process was told that it could not."""
+        task = self._store.get(task_id)
+        if task is not None and task.started_us == max(claimed_us, task.created_us):
+            self._put_back(task_id, Expect((State.RUNNING,), self.owner, task.epoch), {})
+
+    def _put_back(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
+        """Have a task wait again, as if it had never run."""
+        values = {**dict.fromkeys(_OF_A_RUN), **values, "state": State.NOT_STARTED}
+        return self._change(task_id, expect, values)
+
+    def _change(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
+        """Write what is no fact for the app's receivers, but news for whoever waits."""
+        task = self._store.update(task_id, expect, values)
+        if task is not None:
+            self._tell(None, task)
         return task
 
     def _tell(self, fact: NamedSignal | None, task: AsyncRouteTask) -> None:

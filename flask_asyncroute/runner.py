@@ -59,6 +59,7 @@ class Runner:
         self.housekeeper = Housekeeper(
             app, self.store, self.lifecycle, self.dispatcher, config.housekeeping_interval, self._take_over
         )
+        self.lifecycle.unwritten.wake = weakly(self.housekeeper, Housekeeper.attend)
         self._lock = threading.Lock()
         self._has_told = False
         self._executors: dict[str, TaskExecutor] = {}

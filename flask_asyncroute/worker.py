@@ -17,6 +17,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
 from . import context, snapshot
+from .dispatcher import TIMED_OUT
 from .encoding import clean_text, encode_result
 from .errors import AsyncRouteError, ResultError, TaskAborted
 from .execution import Execution
@@ -57,6 +58,7 @@ def run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
 def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
     execution = Execution(task_id, executor.interrupt_after, runner.housekeeper.wake)
     runner.dispatcher.begin(execution, executor)
+    is_settled = False
     try:
         runner.notifier.watch()
         try:
@@ -71,11 +73,20 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
                 outcome = execute(runner, runner.routes[task.endpoint], claim, execution)
             finally:
                 interruption.leave(execution)
-            runner.lifecycle.finish(execution, outcome.state, outcome.values)
+                execution.end()
+            if execution.is_expired:
+                # That may not be stored yet, and then this is what is.
+                outcome = Outcome(State.ABORTED, {"error": TIMED_OUT})
+            # It counts as running here until its outcome is stored, whenever that is.
+            is_settled = True
+            runner.lifecycle.settle(
+                execution, outcome.state, outcome.values, lambda: runner.dispatcher.end(execution)
+            )
         finally:
             runner.notifier.unwatch()
     finally:
-        runner.dispatcher.end(execution)
+        if not is_settled:
+            runner.dispatcher.end(execution)
 
 
 def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) -> Outcome:
@@ -115,7 +126,7 @@ def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) ->
                 raise
     except TaskAborted as error:
         if execution.is_time_up and not execution.stop.is_set():
-            return Outcome(State.ABORTED, {"error": "Timeout"})
+            return Outcome(State.ABORTED, {"error": TIMED_OUT})
         return _failed(error, runner.config.expose_errors)
     except BaseException as error:
         return _failed(error, runner.config.expose_errors)

@@ -1,7 +1,8 @@
 """The port of all stores. Its docstrings are the contract; one test suite proves it on every adapter.
 
 Every method may be called from any thread. Each write of a task is one transaction and raises the store's change number,
-in the order of the commits; numbers may be left out. What the underlying storage cannot do now is raised as `StoreUnavailable`.
+in the order of the commits; numbers may be left out. What the underlying storage cannot do now is raised as `StoreUnavailable`;
+where it may have done it all the same, as `CommitUnknown`.
 """
 
 from __future__ import annotations

@@ -168,8 +168,12 @@ class MemoryTaskStore(TaskStore):
         if changed.state is not task.state:
             for index in (self._waiting, self._running, self._finished):
                 index.pop(task.id, None)
-            index = self._running if changed.state is State.RUNNING else self._finished
-            index[task.id] = None
+            if changed.state is State.NOT_STARTED:
+                self._waiting[task.id] = None
+            elif changed.state is State.RUNNING:
+                self._running[task.id] = None
+            else:
+                self._finished[task.id] = None
             if changed.state.is_terminal:
                 self._drop_request(task.id)
         return changed

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.engine import Dialect
 
-from ...errors import StoreUnavailable
+from ...errors import CommitUnknown, StoreUnavailable
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -21,10 +21,6 @@ T = TypeVar("T")
 
 class Duplicate(Exception):
     """A row with this key exists; the transaction was taken back."""
-
-
-class CommitUnknown(StoreUnavailable):
-    """The connection was lost while a commit was under way: it may have happened or not."""
 
 
 class Rows(Protocol):

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from ...errors import IdTaken
+from ...errors import CommitUnknown, IdTaken
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
 from ...task import AsyncRouteTask
 from ..base import Claim, Expect, News, Readers, TaskStore
 from . import queries
-from .database import CommitUnknown, Cursor, Database, Duplicate, Rows
+from .database import Cursor, Database, Duplicate, Rows
 from .namespace import Namespace
 from .queries import Queries
 from .records import plain, record_of, row_of
