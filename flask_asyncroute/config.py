@@ -126,7 +126,7 @@ KEYS: dict[str, Key] = {
     "ON_LOSS": Key(options.DEFAULTED["on_loss"], "abort"),
     "APP": Key(_not_served, None),
     "CELERY": Key(_not_served, None),
-    "DRAIN": Key(_not_served, None),
+    "DRAIN": Key(checks.optional(checks.seconds), None),
     "MAX_WAIT": Key(_not_served, None),
     "MAX_STREAMS": Key(_not_served, None),
     "STREAM_AGE": Key(_not_served, None),
@@ -164,6 +164,7 @@ class Config:
     list_anonymous: bool
     trusted_origins: tuple[str, ...]
     housekeeping_interval: float
+    drain: float
     defaults: Mapping[str, Any]
 
     @property
@@ -192,6 +193,7 @@ def read(app: Flask) -> Config:
     if values["CALLBACK"] is not None:
         raise ConfigurationError("ASYNCROUTE_CALLBACK: callbacks are not served by this version; remove it.")
     listed = values["LIST_ANONYMOUS"]
+    drain = values["DRAIN"]
     return Config(
         store=values["STORE"],
         namespace=values["NAMESPACE"] or app.name[:MAX_NAME],
@@ -212,5 +214,6 @@ def read(app: Flask) -> Config:
         list_anonymous=listed if listed is not None else bool(app.debug or app.testing),
         trusted_origins=values["TRUSTED_ORIGINS"],
         housekeeping_interval=values["HOUSEKEEPING_INTERVAL"],
+        drain=drain if drain is not None else 0.5 if app.debug else 5.0,
         defaults={name: values[name.upper()] for name in options.DEFAULTED},
     )

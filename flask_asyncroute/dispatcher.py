@@ -28,6 +28,7 @@ from .errors import (
     NotPermitted,
     QueueFull,
     RequestRefused,
+    ShuttingDown,
     TaskFinished,
     TaskNotFound,
 )
@@ -78,7 +79,9 @@ class Dispatcher:
         self._identity_loader = identity_loader
         self._executor_of = executor_of
         self._routes = routes
-        self._lock = threading.Lock()
+        self._ended = threading.Condition(threading.Lock())
+        self.is_closing = False
+        """Whether this process is about to exit: it starts nothing more."""
         self.running: dict[str, tuple[Execution, TaskExecutor]] = {}
         """The runs of this process whose code has not ended, by task id."""
 
@@ -94,6 +97,8 @@ class Dispatcher:
         :param arguments: what the view was called with, the route's own ``arguments`` not among them.
         :raises RequestRefused: with the status of the answer.
         """
+        if self.is_closing:
+            raise ShuttingDown("This server process is shutting down; nothing was started. Try again.", retry_after=1)
         executor = self._executor_of(route)
         if self._asks_the_app(route):
             guard(current, self._config.max_body)
@@ -147,21 +152,22 @@ class Dispatcher:
         raise unknown(task.id)
 
     def expire(self, execution: Execution) -> None:
-        """Abort a task of this process whose time is up; its view is asked to stop whether or not the store could be told."""
+        """Abort a task of this process whose time is up; its view is asked to stop whether or not the store can be told."""
         execution.is_expired = True
         # Before the store is told, which may take it a while.
         execution.ask_to_stop()
-        self._lifecycle.expire(execution, TIMED_OUT)
-
-    def expire_of_others(self, task: AsyncRouteTask) -> None:
-        """Abort a task whose time is long up and whose process has not seen to it."""
-        self._lifecycle.abort(task, TIMED_OUT)
+        self._lifecycle.unwritten.write(execution.task_id, lambda: self._lifecycle.expire(execution, TIMED_OUT))
 
     def heard(self, task: AsyncRouteTask) -> None:
-        """Take note that a task has changed, here or elsewhere; one that runs or waits here is stopped where it was aborted."""
-        if task.state is not State.ABORTED:
-            return
+        """Take note that a task has changed, here or elsewhere; one that runs or waits here is stopped where it was aborted,
+        or where this process was taken for dead and lost it.
+        """
         run = self.running.get(task.id)
+        if task.state is not State.ABORTED:
+            if run is not None and self._is_lost(run[0], task):
+                logger.warning("Task %s is another worker's by now: this process was taken for dead.", task.id)
+                run[0].ask_to_stop()
+            return
         if run is not None:
             execution, executor = run
             execution.ask_to_stop()
@@ -174,13 +180,26 @@ class Dispatcher:
 
     def begin(self, execution: Execution, executor: TaskExecutor) -> None:
         """Count a run as one of this process."""
-        with self._lock:
+        with self._ended:
             self.running[execution.task_id] = (execution, executor)
 
     def end(self, execution: Execution) -> None:
         """Count a run no longer."""
-        with self._lock:
-            self.running.pop(execution.task_id, None)
+        with self._ended:
+            if self.running.get(execution.task_id, (None,))[0] is execution:
+                del self.running[execution.task_id]
+            self._ended.notify_all()
+
+    def wait_idle(self, seconds: float) -> bool:
+        """Wait until nothing runs here any more, at most so long; return whether that is so."""
+        with self._ended:
+            return self._ended.wait_for(lambda: not self.running, seconds)
+
+    def _is_lost(self, execution: Execution, task: AsyncRouteTask) -> bool:
+        """Return whether a task that runs here has been given to somebody else. News can be older than the claim."""
+        if task.state is State.NOT_STARTED:
+            return 0 < execution.epoch <= task.epoch
+        return task.owner != self._lifecycle.owner and task.epoch > execution.epoch
 
     def _asks_the_app(self, route: Route) -> bool:
         """Return whether functions of the app are asked before the body is kept. They may read it."""

@@ -186,6 +186,14 @@ class QueueFull(RequestRefused):
     title = "Queue full"
 
 
+class ShuttingDown(RequestRefused):
+    """This server process is about to end and starts nothing more."""
+
+    status = 503
+    slug = "shutting-down"
+    title = "Shutting down"
+
+
 class StoreUnavailable(RequestRefused):
     """The store cannot be read or written now."""
 

@@ -1,5 +1,5 @@
-"""One thread per process that finds what is due: time that is up, interruptions, progress to write, tasks to take over,
-tasks whose retention is over.
+"""One thread per process that finds what is due: time that is up, interruptions, progress to write, tasks whose retention
+is over, and what else `runner` has done from time to time.
 
 It calls the dispatcher, the lifecycle and the executors; it decides nothing itself.
 """
@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from . import signals
@@ -32,11 +32,7 @@ REPORT_SECONDS = 0.1
 """Progress of one task is written at most this often."""
 RETRY_SECONDS = 0.01
 """Between two looks whether a thread can be interrupted."""
-TAKEOVER_SECONDS = 0.5
-TEND_SECONDS = 1.0
 LONGEST_SLEEP = 30.0
-OVERDUE_US = 5_000_000
-"""A task this far over its time has no process that would see to it."""
 STORE_RETRY_SECONDS = 1.0
 PAGE = 500
 
@@ -44,7 +40,8 @@ PAGE = 500
 class Housekeeper:
     """Runs what is due, on one daemon thread that starts with the first :meth:`start`.
 
-    :param take_over: submits waiting tasks that nobody runs; called about twice a second.
+    :param interval: seconds between two sweeps.
+    :param jobs: what else is to be done, each with the seconds between two times.
     """
 
     def __init__(
@@ -54,7 +51,7 @@ class Housekeeper:
         lifecycle: Lifecycle,
         dispatcher: Dispatcher,
         interval: float,
-        take_over: Callable[[], None],
+        jobs: Sequence[Job] = (),
     ) -> None:
         self._app = app
         self._store = store
@@ -66,10 +63,7 @@ class Housekeeper:
         self._is_closed = False
         self._report_after = 0.0
         """When the store is to be tried again with progress; there is no hurry with it."""
-        jobs: list[tuple[float, Callable[[], None]]] = [(interval, self._sweep)]
-        if store.is_shared:
-            jobs += [(TAKEOVER_SECONDS, take_over), (TEND_SECONDS, store.tend)]
-        self._jobs = [_Job(seconds, work) for seconds, work in jobs]
+        self._jobs = [Job(interval, self._sweep), *jobs]
 
     def start(self) -> None:
         """Start the thread, if it does not run yet."""
@@ -149,21 +143,17 @@ class Housekeeper:
         return due
 
     def _sweep(self) -> None:
-        """Remove tasks whose retention is over, and abort those that nobody has timed out."""
+        """Remove tasks whose retention is over."""
         while True:
             outlived = self._store.outlived(now_us(), PAGE)
             for task_id in outlived:
                 self._lifecycle.purge(task_id)
             if len(outlived) < PAGE:
-                break
-        for task_id in self._store.overdue(now_us() - OVERDUE_US, PAGE):
-            task = self._store.get(task_id)
-            if task is not None and task_id not in self._dispatcher.running and not task.is_completed:
-                self._dispatcher.expire_of_others(task)
+                return
 
 
-class _Job:
-    """Work that is done every so many seconds."""
+class Job:
+    """Work that is done every so many seconds; ``work`` may raise, and is then done again."""
 
     def __init__(self, seconds: float, work: Callable[[], None]) -> None:
         self.seconds = seconds

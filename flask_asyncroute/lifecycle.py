@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from blinker import NamedSignal
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from flask import Flask
 
 logger = logging.getLogger("flask_asyncroute")
+
+MAX_RESTARTS = 2
+"""How often a task that asks for it is restarted after its worker was lost."""
+LOST = "Worker lost"
+SHUT_DOWN = "Server shutdown"
 
 _OF_A_RUN = ("owner", "started_us", "expires_us", "progress", "progress_message")
 """The record fields that a run sets and that are empty before it."""
@@ -48,6 +53,7 @@ class Lifecycle:
         self._store = store
         self.owner = owner
         self.unwritten = Unwritten()
+        """What could not be stored yet."""
         # Weak, unlike other receivers: the signal must not keep this object, and with it the app, alive.
         signals.progress_reported.connect(self.on_progress_reported, sender=app)
 
@@ -76,15 +82,6 @@ class Lifecycle:
             self._tell(signals.task_started, claim.task)
         return claim
 
-    def settle(
-        self, execution: Execution, state: State, values: dict[str, Any], then: Callable[[], object]
-    ) -> None:
-        """Write the outcome of a run as :meth:`finish` does, and call ``then``: now or, where the store cannot be used,
-        as soon as it can. Does not raise `StoreUnavailable`.
-        """
-        values = {"completed_us": now_us(), **values}
-        self.unwritten.write(execution.task_id, lambda: self.finish(execution, state, values), then)
-
     def finish(self, execution: Execution, state: State, values: dict[str, Any]) -> AsyncRouteTask | None:
         """Write the outcome of a run: Running → ``state``; with it the last progress.
 
@@ -111,13 +108,37 @@ class Lifecycle:
         expect = Expect((task.state,), task.owner, task.epoch)
         return self._step(task.id, expect, State.ABORTED, {"error": error, "stopping": task.state is State.RUNNING})
 
-    def expire(self, execution: Execution, error: str) -> None:
-        """Move a task that runs in this process to Aborted, its code Stopping: now, or as soon as the store can be used."""
+    def lose(self, task: AsyncRouteTask) -> AsyncRouteTask | None:
+        """Settle a task whose worker is gone: one that ran is aborted or, as its route wants it, restarted; one that was
+        Stopping has stopped.
+        """
+        if task.state is not State.RUNNING:
+            return self._change(
+                task.id, Expect((task.state,), task.owner, task.epoch, stopping=True), {"stopping": False}
+            )
+        expect = Expect((State.RUNNING,), task.owner, task.epoch)
+        if task.on_loss == "restart" and task.restarts < MAX_RESTARTS:
+            return self._put_back(task.id, expect, {"restarts": task.restarts + 1})
+        return self._step(task.id, expect, State.ABORTED, {"error": LOST})
+
+    def cut_short(self, execution: Execution, is_over: bool) -> None:
+        """Settle a task whose process shuts down: Aborted or, as its route wants it, waiting again, which is no loss.
+
+        :param is_over: whether its code has ended. A task is not put back before.
+        """
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
-        values = {"completed_us": now_us(), "error": error, "stopping": True}
-        self.unwritten.write(
-            execution.task_id, lambda: self._step(execution.task_id, expect, State.ABORTED, values)
-        )
+        task = None
+        if not execution.restarts_on_loss:
+            task = self._step(execution.task_id, expect, State.ABORTED, {"error": SHUT_DOWN, "stopping": not is_over})
+        elif is_over:
+            task = self._put_back(execution.task_id, expect, {})
+        if task is None and is_over:
+            self.release(execution)
+
+    def expire(self, execution: Execution, error: str) -> AsyncRouteTask | None:
+        """Move a task that runs in this process to Aborted, its code Stopping."""
+        expect = Expect((State.RUNNING,), self.owner, execution.epoch)
+        return self._step(execution.task_id, expect, State.ABORTED, {"error": error, "stopping": True})
 
     def release(self, execution: Execution) -> None:
         """Write that the code of an aborted task has ended."""
@@ -147,7 +168,7 @@ class Lifecycle:
             self._tell(signals.task_progressed, task)
 
     def _step(self, task_id: str, expect: Expect, state: State, values: dict[str, Any]) -> AsyncRouteTask | None:
-        if any(state not in TRANSITIONS[before] for before in expect.states):
+        if state not in _FINISHED or any(state not in TRANSITIONS[before] for before in expect.states):
             raise ValueError(f"There is no step from {' or '.join(expect.states)} to {state}.")
         task = self._store.update(task_id, expect, {"state": state, "completed_us": now_us(), **values})
         if task is not None:

@@ -40,7 +40,9 @@ class Unwritten:
         try:
             write()
         except StoreUnavailable:
-            logger.error("What became of task %s could not be stored. It is kept, and tried again until it is.", task_id)
+            logger.error(
+                "What became of task %s could not be stored. It is kept, and tried again until it is.", task_id
+            )
             self.keep(task_id, write, then)
         else:
             then()

@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flask import got_request_exception
@@ -28,7 +29,7 @@ from .runner import Runner
 from .runtime import json_default
 from .states import State
 from .stores.base import Claim
-from .task import MAX_ERROR
+from .task import MAX_ERROR, now_us
 from .typing import View
 
 logger = logging.getLogger("flask_asyncroute")
@@ -62,26 +63,29 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
     try:
         runner.notifier.watch()
         try:
+            runner.enter()
             claim = runner.lifecycle.claim(task_id)
             if claim is None:
                 return
             task = claim.task
-            execution.begin(task.user, task.epoch, None if task.timeout_us is None else task.timeout_us / 1_000_000)
-            runner.housekeeper.start()
+            seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000
+            execution.begin(task.user, task.epoch, seconds, task.on_loss == "restart")
             runner.housekeeper.wake()
             try:
                 outcome = execute(runner, runner.routes[task.endpoint], claim, execution)
             finally:
                 interruption.leave(execution)
                 execution.end()
+            write: Callable[[], object] = partial(runner.lifecycle.cut_short, execution, is_over=True)
             if execution.is_expired:
                 # That may not be stored yet, and then this is what is.
                 outcome = Outcome(State.ABORTED, {"error": TIMED_OUT})
+            if outcome is not None:
+                values = {"completed_us": now_us(), **outcome.values}
+                write = partial(runner.lifecycle.finish, execution, outcome.state, values)
             # It counts as running here until its outcome is stored, whenever that is.
             is_settled = True
-            runner.lifecycle.settle(
-                execution, outcome.state, outcome.values, lambda: runner.dispatcher.end(execution)
-            )
+            runner.lifecycle.unwritten.write(task_id, write, partial(runner.dispatcher.end, execution))
         finally:
             runner.notifier.unwatch()
     finally:
@@ -89,8 +93,8 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
             runner.dispatcher.end(execution)
 
 
-def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) -> Outcome:
-    """Call the view of a claimed task in its rebuilt request; return how that ended."""
+def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) -> Outcome | None:
+    """Call the view of a claimed task in its rebuilt request; return how that ended, None where the shutdown ended it."""
     app = runner.app
     body = None
     try:
@@ -127,6 +131,8 @@ def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) ->
     except TaskAborted as error:
         if execution.is_time_up and not execution.stop.is_set():
             return Outcome(State.ABORTED, {"error": TIMED_OUT})
+        if execution.is_shutting_down:
+            return None
         return _failed(error, runner.config.expose_errors)
     except BaseException as error:
         return _failed(error, runner.config.expose_errors)

@@ -21,7 +21,7 @@ PACKAGE = "flask_asyncroute"
 MAX_LINES = 320
 
 ROOMS = """
-    errors finalizers names signals typing
+    errors finalizers locks names signals typing
     states permissions expressions encoding
     checks
     options
@@ -36,7 +36,9 @@ ROOMS = """
     executors
     callbacks
     dispatcher
-    housekeeping runner drain
+    census housekeeping
+    drain
+    runner
     runtime
     worker
     http

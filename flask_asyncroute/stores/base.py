@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..query import Condition, Position, Sort
@@ -67,11 +68,69 @@ class News:
     tasks: Sequence[AsyncRouteTask]
 
 
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A process that runs tasks, as other processes know it.
+
+    :param name: what the tasks that it runs have as ``owner``.
+    :param place: names the lock file that it uses (see `presence`); empty where it has none.
+    :param number: the byte of that file which it keeps locked while it lives.
+    :param endpoints: whose tasks it can run.
+    :param beat: how often it has said that it lives.
+    """
+
+    name: str
+    place: str
+    number: int
+    endpoints: frozenset[str]
+    beat: int = 0
+
+
+class Workers(ABC):
+    """Keeps which workers of one namespace there are, and tells what each holds. None of this is a change of a task."""
+
+    lock_path: Path
+    """The file in which those of this host keep their locks, see `locks`."""
+
+    @abstractmethod
+    def enter(self, worker: Worker) -> None:
+        """List a worker, in the place of one with its name."""
+
+    @abstractmethod
+    def beat(self, name: str) -> bool:
+        """Count one beat more, without waiting for any other use of the store; return whether the worker is listed."""
+
+    @abstractmethod
+    def listed(self) -> list[Worker]:
+        """Return all that have entered and not left."""
+
+    @abstractmethod
+    def leave(self, name: str) -> None:
+        """List a worker no longer."""
+
+    @abstractmethod
+    def owners(self) -> list[str]:
+        """Return the names under which tasks run, or are Stopping; whether they are listed or not."""
+
+    @abstractmethod
+    def held(self, name: str) -> list[str]:
+        """Return the ids of the tasks that run, or are Stopping, under this name."""
+
+    @abstractmethod
+    def wanted(self) -> list[str]:
+        """Return the endpoints whose tasks are waiting, each once."""
+
+
 class TaskStore(ABC):
     """Keeps the tasks, their requests and the shared values of one namespace."""
 
-    is_shared: bool
-    """Whether other processes read and write the same tasks."""
+    workers: Workers | None = None
+    """Who else reads and writes the same tasks; None where no other process does."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes read and write the same tasks."""
+        return self.workers is not None
 
     @abstractmethod
     def open(self) -> None:
@@ -143,10 +202,6 @@ class TaskStore(ABC):
     @abstractmethod
     def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
         """Return (id, endpoint) of the oldest tasks of these endpoints that are NotStarted since before ``before_us``."""
-
-    @abstractmethod
-    def overdue(self, now_us: int, limit: int) -> list[str]:
-        """Return ids of Running tasks whose ExpireTime is before ``now_us``."""
 
     @abstractmethod
     def outlived(self, now_us: int, limit: int) -> list[str]:

@@ -21,15 +21,12 @@ from .base import LARGE_RESULT, Claim, Expect, News, Readers, TaskStore
 class MemoryTaskStore(TaskStore):
     """Keeps tasks in dicts under one lock. Readers get records, which never change."""
 
-    is_shared = False
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tasks: dict[str, AsyncRouteTask] = {}
         self._requests: dict[str, tuple[bytes, Body | None]] = {}
         self._grants: dict[str, frozenset[tuple[str, str]]] = {}
         self._waiting: dict[str, None] = {}
-        self._running: dict[str, None] = {}
         self._finished: dict[str, None] = {}
         self._values: dict[str, tuple[bytes, int]] = {}
         self._versions = 0
@@ -92,8 +89,8 @@ class MemoryTaskStore(TaskStore):
             self._change += 1
             del self._tasks[task_id]
             self._grants.pop(task_id, None)
-            for index in (self._waiting, self._running, self._finished):
-                index.pop(task_id, None)
+            self._waiting.pop(task_id, None)
+            self._finished.pop(task_id, None)
             self._drop_request(task_id)
             return True
 
@@ -122,11 +119,6 @@ class MemoryTaskStore(TaskStore):
         fit = [task for task in tasks if task.endpoint in endpoints and task.created_us < before_us]
         fit.sort(key=lambda task: task.created_us)
         return [(task.id, task.endpoint) for task in islice(fit, limit)]
-
-    def overdue(self, now_us: int, limit: int) -> list[str]:
-        with self._lock:
-            tasks = [self._tasks[task_id] for task_id in self._running]
-        return [task.id for task in tasks if task.expires_us is not None and task.expires_us < now_us][:limit]
 
     def outlived(self, now_us: int, limit: int) -> list[str]:
         with self._lock:
@@ -166,13 +158,10 @@ class MemoryTaskStore(TaskStore):
         changed = replace(task, **values, revision=task.revision + 1, change=self._change)
         self._tasks[task.id] = changed
         if changed.state is not task.state:
-            for index in (self._waiting, self._running, self._finished):
-                index.pop(task.id, None)
+            self._waiting.pop(task.id, None)
             if changed.state is State.NOT_STARTED:
                 self._waiting[task.id] = None
-            elif changed.state is State.RUNNING:
-                self._running[task.id] = None
-            else:
+            elif changed.state.is_terminal:
                 self._finished[task.id] = None
             if changed.state.is_terminal:
                 self._drop_request(task.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -66,6 +67,36 @@ def create_app(folder: str, **config: Any) -> Flask:
         current_task.sleep(milliseconds / 1000)
         note("end", current_task.id)
         return {"Pid": os.getpid()}
+
+    @app.put("/again/<int:milliseconds>")
+    @async_routes.task(max_workers=8, on_loss="restart")
+    def again(milliseconds: int) -> dict[str, int]:
+        note("begin", current_task.id)
+        current_task.sleep(milliseconds / 1000)
+        current_task.check()
+        note("end", current_task.id)
+        return {"Pid": os.getpid()}
+
+    @app.put("/deaf/<int:milliseconds>")
+    @async_routes.task(max_workers=8)
+    def deaf(milliseconds: int) -> None:
+        """Sleep in C, with the interpreter's lock let go."""
+        note("begin", current_task.id)
+        time.sleep(milliseconds / 1000)
+
+    @app.put("/frozen/<int:milliseconds>")
+    @async_routes.task(max_workers=8)
+    def frozen(milliseconds: int) -> None:
+        """Sleep in C and hold the interpreter's lock: nothing else runs in this process meanwhile."""
+        note("begin", current_task.id)
+        ctypes.PyDLL(None).usleep(milliseconds * 1000)
+        note("end", current_task.id)
+
+    @app.put("/exit/<int:code>")
+    @async_routes.task(max_workers=8)
+    def leave(code: int) -> None:
+        note("begin", current_task.id)
+        os._exit(code)
 
     def on_finished(sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
         note("finished", task.id, state=task.state.value)

@@ -405,7 +405,7 @@ def test_f21_trouble_with_the_watchers_connection_is_unavailable(
     """It asks on a connection of its own, which can fail as any other; the next look has one that works."""
 
     class Broken:
-        def execute(self, statement: str) -> None:
+        def execute(self, statement: str, values: object) -> None:
             raise sqlite3.OperationalError("disk I/O error")
 
         def close(self) -> None:
@@ -414,7 +414,7 @@ def test_f21_trouble_with_the_watchers_connection_is_unavailable(
     assert isinstance(store, SQLTaskStore)
     store.news(-1)
     store.close()
-    monkeypatch.setattr(store._database, "_observer", Broken())
+    monkeypatch.setattr(store._database._observer, "_connection", Broken())
     with pytest.raises(StoreUnavailable):
         store.news(0)
     assert "disk I/O error" in caplog.text and "ASYNCROUTE_STORE" in caplog.text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.engine import Dialect
@@ -59,6 +60,8 @@ class Database(ABC):
     """What statements are compiled for; its parameters are positional."""
     label: str
     """How messages name the database; without a password."""
+    lock_path: Path
+    """Where workers of this host that share the database keep their locks."""
 
     @abstractmethod
     def fetch_one(self, sql: str, values: Sequence[Any]) -> Any:
@@ -74,6 +77,13 @@ class Database(ABC):
 
         :raises Duplicate: where a row with that key exists.
         :raises CommitUnknown: see there.
+        """
+
+    @abstractmethod
+    def write_apart(self, sql: str, values: Sequence[Any]) -> int:
+        """As :meth:`write_one`, on a connection kept for this alone; return how many rows it wrote.
+
+        Called by one thread only.
         """
 
     @abstractmethod

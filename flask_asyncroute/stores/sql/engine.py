@@ -7,15 +7,18 @@ before it is used: one that turns out to be lost takes all others of the pool al
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
-from .database import Cursor, Database, Duplicate, Rows
+from .database import Cursor, Database, Duplicate, Rows, logger
 
 T = TypeVar("T")
 
@@ -48,8 +51,11 @@ class EngineDatabase(Database):
         make_dialect: Any = type(engine.dialect)
         self.dialect = make_dialect(paramstyle="format")
         self.label = engine.url.render_as_string(hide_password=True)
+        user = os.geteuid() if hasattr(os, "geteuid") else "user"
+        self.lock_path = Path(tempfile.gettempdir()) / f"flask-asyncroute-{user}-workers"
         self._engine = engine
         self._is_owned = is_owned
+        self._apart: Connection | None = None
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._several = engine.execution_options(isolation_level="READ COMMITTED")
         self._snapshot = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
@@ -74,6 +80,20 @@ class EngineDatabase(Database):
                 if tries_left and (_may_be_tried_again(error) or (_is_lost(error) and not is_under_way)):
                     continue
                 raise (self.unknown(error) if is_under_way and _is_lost(error) else self.unavailable(error)) from error
+        raise AssertionError("the last try returns or raises")
+
+    def write_apart(self, sql: str, values: Sequence[Any]) -> int:
+        for tries_left in reversed(range(TRIES)):
+            try:
+                if self._apart is None:
+                    self._apart = self._single.connect()
+                    # Out of the pool, so that it is there even when all others are lent out.
+                    self._apart.detach()
+                return self._apart.exec_driver_sql(sql, tuple(values)).rowcount
+            except SQLAlchemyError as error:
+                self._close_apart()
+                if not tries_left or not _is_lost(error):
+                    raise self.unavailable(error) from error
         raise AssertionError("the last try returns or raises")
 
     def open(self, look: Callable[[Cursor], T | None], make: Callable[[Cursor], T]) -> T:
@@ -118,6 +138,7 @@ class EngineDatabase(Database):
         """PostgreSQL sees to itself."""
 
     def close(self) -> None:
+        self._close_apart()
         if not self._is_owned:
             return
         # What is lent out when a pool is disposed of is left to the garbage collector; a statement takes no longer than this.
@@ -126,6 +147,14 @@ class EngineDatabase(Database):
         while isinstance(pool, QueuePool) and pool.checkedout() and time.monotonic() < deadline:
             time.sleep(0.005)
         self._engine.dispose()
+
+    def _close_apart(self) -> None:
+        apart, self._apart = self._apart, None
+        if apart is not None:
+            try:
+                apart.close()
+            except SQLAlchemyError:
+                logger.debug("A connection that was lost could not be closed.", exc_info=True)
 
     def forget(self) -> None:
         # Two processes that speak on one socket break both. The app's engine is this process's too, so it gets a new pool;

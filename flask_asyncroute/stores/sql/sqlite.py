@@ -57,13 +57,13 @@ class SQLiteDatabase(Database):
         self.path = path
         self._file = StoreFile(path)
         self.label = str(path)
+        self.lock_path = path.with_name(f"{path.name}-workers")
         self._synchronous = synchronous
         self._write_lock = threading.Lock()
         self._writer: sqlite3.Connection | None = None
         self._readers: deque[sqlite3.Connection] = deque()
-        self._observer: sqlite3.Connection | None = None
-        self._observed: Identity | None = None
-        self._observers = 0
+        self._observer = _Own(self)
+        self._apart = _Own(self)
 
     def open(self, look: Callable[[Cursor], T | None], make: Callable[[Cursor], T]) -> T:
         try:
@@ -124,23 +124,13 @@ class SQLiteDatabase(Database):
     def fetch_all(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
         return self._read(lambda connection: connection.execute(sql, values).fetchall())
 
-    def version(self) -> Hashable:
-        try:
-            if self._observer is None or self._observed != self._file.opened:
-                self._close_observer()
-                self._observed = self._file.opened
-                self._observer = self.connect()
-                self._observers += 1
-            # SQLite's number is the connection's own: that of another may be the same by chance.
-            return self._observers, self._observer.execute("PRAGMA data_version").fetchone()[0]
-        except sqlite3.Error as error:
-            self._close_observer()
-            raise self.unavailable(error) from error
+    def write_apart(self, sql: str, values: Sequence[Any]) -> int:
+        return self._apart.execute(sql, values).rowcount
 
-    def _close_observer(self) -> None:
-        observer, self._observer = self._observer, None
-        if observer is not None:
-            observer.close()
+    def version(self) -> Hashable:
+        found = self._observer.execute("PRAGMA data_version").fetchone()[0]
+        # That number is the connection's own: the same of another would be chance.
+        return self._observer.number, found
 
     def lock_schema(self, cursor: Cursor) -> None:
         """``BEGIN IMMEDIATE`` has done so."""
@@ -159,7 +149,8 @@ class SQLiteDatabase(Database):
                 self._writer.close()
                 self._writer = None
         _close_all(self._readers)
-        self._close_observer()
+        self._observer.close()
+        self._apart.close()
 
     def connect(self, wanted: Identity | None = None) -> sqlite3.Connection:
         """Open a connection.
@@ -285,3 +276,32 @@ class _Writing:
                 raise database.unavailable(error) from error
         finally:
             database._write_lock.release()
+
+
+class _Own:
+    """A connection for one thread alone; a new one after a failure, and for another file."""
+
+    def __init__(self, database: SQLiteDatabase) -> None:
+        self._database = database
+        self._connection: sqlite3.Connection | None = None
+        self._file: Identity | None = None
+        self.number = 0
+        """How many there have been."""
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        database = self._database
+        try:
+            if self._connection is None or self._file != database._file.opened:
+                self.close()
+                self._file = database._file.opened
+                self._connection = database.connect()
+                self.number += 1
+            return self._connection.execute(sql, values)
+        except sqlite3.Error as error:
+            self.close()
+            raise database.unavailable(error) from error
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()

@@ -18,6 +18,7 @@ from .namespace import Namespace
 from .queries import Queries
 from .records import plain, record_of, row_of
 from .statements import Statement, Statements, expectation
+from .workers import SQLWorkers
 
 T = TypeVar("T")
 
@@ -30,13 +31,12 @@ class SQLTaskStore(TaskStore):
     Where a connection is lost in the middle of a commit, the store looks whether it happened, and else writes again.
     """
 
-    is_shared = True
-
     def __init__(self, database: Database, namespace: str, create_tables: bool) -> None:
         self._database = database
         self._sql = Statements(database.dialect)
         self._queries = Queries(database.dialect)
         self._namespace = Namespace(database, self._sql, namespace, create_tables)
+        self.workers = SQLWorkers(database, lambda: self._ns)
         self._seen: tuple[Hashable, int] | None = None
 
     @property
@@ -199,9 +199,6 @@ class SQLTaskStore(TaskStore):
         statement = self._sql.waiting
         rows = self._database.fetch_all(statement.sql, statement.values(ns=self._ns, before=before_us))
         return list(islice(((row[0], row[1]) for row in rows if row[1] in endpoints), limit))
-
-    def overdue(self, now_us: int, limit: int) -> list[str]:
-        return self._ids(self._sql.overdue, now=now_us, most=limit)
 
     def outlived(self, now_us: int, limit: int) -> list[str]:
         return self._ids(self._sql.outlived, now=now_us, most=limit)
