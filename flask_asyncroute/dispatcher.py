@@ -152,12 +152,11 @@ class Dispatcher:
         raise unknown(task.id)
 
     def expire(self, execution: Execution) -> None:
-        """Abort a task of this process whose time is up; its view is asked to stop whether or not the store could be told."""
+        """Abort a task of this process whose time is up; its view is asked to stop whether or not the store can be told."""
         execution.is_expired = True
-        try:
-            self._lifecycle.expire(execution, TIMED_OUT)
-        finally:
-            execution.ask_to_stop()
+        # Before the store is told, which may take it a while.
+        execution.ask_to_stop()
+        self._lifecycle.unwritten.write(execution.task_id, lambda: self._lifecycle.expire(execution, TIMED_OUT))
 
     def heard(self, task: AsyncRouteTask) -> None:
         """Take note that a task has changed, here or elsewhere; one that runs or waits here is stopped where it was aborted,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 
 # Its own hook ends child processes. Hooks run in the reverse order, so it must be registered before the one here.
 import multiprocessing.util  # noqa: F401
@@ -46,6 +47,7 @@ def drain(runner: Runner, seconds: float) -> None:
     for executor in runner.executors:
         executor.discard_waiting()
     if not runner.dispatcher.wait_idle(seconds):
+        runner.lifecycle.unwritten.retry(math.inf)
         _cut_short(runner)
     is_settled = True
     for execution, _ in list(runner.dispatcher.running.values()):

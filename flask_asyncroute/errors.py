@@ -200,3 +200,7 @@ class StoreUnavailable(RequestRefused):
     status = 503
     slug = "store-unavailable"
     title = "Store unavailable"
+
+
+class CommitUnknown(StoreUnavailable):
+    """The store failed in the middle of a write: it may have happened or not."""

@@ -142,6 +142,16 @@ class Execution:
             self._is_dirty = False
             return self._progress, self._message
 
+    def return_report(self) -> None:
+        """Take back what :meth:`take_report` gave, since it could not be written: the next report has it, or newer."""
+        self._is_dirty = True
+
+    def end(self) -> None:
+        """Take note that the code has ended: nothing is due for it any more."""
+        with self._lock:
+            self.deadline = self.interrupt_at = self._climb = None
+            self._is_dirty = False
+
     def final_report(self) -> tuple[float | None, str | None]:
         """Return progress and message as they are, and count them as reported."""
         with self._lock:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from . import signals
 from .dispatcher import Dispatcher
-from .errors import AsyncRouteError
+from .errors import AsyncRouteError, StoreUnavailable
 from .execution import Execution
 from .executors.base import TaskExecutor
 from .finalizers import when_gone
@@ -33,6 +33,7 @@ REPORT_SECONDS = 0.1
 RETRY_SECONDS = 0.01
 """Between two looks whether a thread can be interrupted."""
 LONGEST_SLEEP = 30.0
+STORE_RETRY_SECONDS = 1.0
 PAGE = 500
 
 
@@ -60,6 +61,8 @@ class Housekeeper:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._report_after = 0.0
+        """When the store is to be tried again with progress; there is no hurry with it."""
         self._jobs = [Job(interval, self._sweep), *jobs]
 
     def start(self) -> None:
@@ -100,6 +103,7 @@ class Housekeeper:
             except Exception:
                 logger.exception("Task %s could not be attended to; it is tried again.", execution.task_id)
                 due = min(due, now + 1.0)
+        due = min(due, self._lifecycle.unwritten.retry(now))
         for job in self._jobs:
             if job.due <= now:
                 try:
@@ -125,11 +129,17 @@ class Housekeeper:
         step = execution.climb(now)
         due = due if step is None else min(due, step)
         if execution.has_report:
-            if execution.reported_at + REPORT_SECONDS <= now:
+            report_at = max(execution.reported_at + REPORT_SECONDS, self._report_after)
+            if report_at <= now:
                 execution.reported_at = now
-                signals.progress_reported.send(self._app, execution=execution)
+                try:
+                    signals.progress_reported.send(self._app, execution=execution)
+                except StoreUnavailable:
+                    # Each try may take seconds, in which nothing else is attended to.
+                    self._report_after = time.monotonic() + STORE_RETRY_SECONDS
+                    raise
             else:
-                due = min(due, execution.reported_at + REPORT_SECONDS)
+                due = min(due, report_at)
         return due
 
     def _sweep(self) -> None:

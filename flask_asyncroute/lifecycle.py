@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from blinker import NamedSignal
 
 from . import context, signals
+from .errors import CommitUnknown, StoreUnavailable
 from .execution import Execution
 from .snapshot import Body
 from .states import TERMINAL, TRANSITIONS, State
 from .stores.base import Claim, Expect, TaskStore
 from .task import AsyncRouteTask, now_us
+from .unwritten import Unwritten
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -50,6 +52,8 @@ class Lifecycle:
         self._app = app
         self._store = store
         self.owner = owner
+        self.unwritten = Unwritten()
+        """What could not be stored yet."""
         # Weak, unlike other receivers: the signal must not keep this object, and with it the app, alive.
         signals.progress_reported.connect(self.on_progress_reported, sender=app)
 
@@ -57,12 +61,23 @@ class Lifecycle:
         self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]
     ) -> None:
         """Store a new task; :exc:`IdTaken` where its id is not new."""
-        self._store.add(task, request, body, grants)
+        try:
+            self._store.add(task, request, body, grants)
+        except CommitUnknown:
+            # Its client is told that nothing was started, so nothing may.
+            self.unwritten.keep(task.id, lambda: self._uncreate(task))
+            raise
         self._tell(signals.task_created, task)
 
     def claim(self, task_id: str) -> Claim | None:
         """Take a waiting task for this process: NotStarted → Running. None where somebody else was first."""
-        claim = self._store.claim(task_id, self.owner, now_us())
+        now = now_us()
+        try:
+            claim = self._store.claim(task_id, self.owner, now)
+        except CommitUnknown:
+            # It would be Running with nobody to run it.
+            self.unwritten.keep(task_id, lambda: self._unclaim(task_id, now))
+            raise
         if claim is not None:
             self._tell(signals.task_started, claim.task)
         return claim
@@ -144,7 +159,11 @@ class Lifecycle:
         if report is None:
             return
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
-        task = self._store.update(execution.task_id, expect, {"progress": report[0], "progress_message": report[1]})
+        try:
+            task = self._store.update(execution.task_id, expect, {"progress": report[0], "progress_message": report[1]})
+        except StoreUnavailable:
+            execution.return_report()
+            raise
         if task is not None:
             self._tell(signals.task_progressed, task)
 
@@ -155,6 +174,18 @@ class Lifecycle:
         if task is not None:
             self._tell(_FINISHED[state], task)
         return task
+
+    def _uncreate(self, task: AsyncRouteTask) -> None:
+        """Remove a task that may have been stored, though its start was refused, where it has not begun."""
+        found = self._store.get(task.id)
+        if found is not None and found.created_us == task.created_us:
+            self.withdraw(task)
+
+    def _unclaim(self, task_id: str, claimed_us: int) -> None:
+        """Have a task wait again whose claim may have been stored, though this process was told that it could not."""
+        task = self._store.get(task_id)
+        if task is not None and task.started_us == max(claimed_us, task.created_us):
+            self._put_back(task_id, Expect((State.RUNNING,), self.owner, task.epoch), {})
 
     def _put_back(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         """Have a task wait again, as if it had never run."""

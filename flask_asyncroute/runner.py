@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import uuid
@@ -78,6 +79,7 @@ class Runner:
         self.housekeeper = Housekeeper(
             app, self.store, self.lifecycle, self.dispatcher, config.housekeeping_interval, jobs
         )
+        self.lifecycle.unwritten.wake = self.housekeeper.wake
         self._lock = threading.Lock()
         self._has_told = False
         self._executors: dict[str, TaskExecutor] = {}
@@ -113,6 +115,7 @@ class Runner:
     def close(self) -> None:
         """End the threads and close the store; tasks that run go on until they end."""
         self.housekeeper.close()
+        self.lifecycle.unwritten.retry(math.inf)
         self.notifier.close()
         for executor in self.executors:
             executor.close()

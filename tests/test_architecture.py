@@ -30,7 +30,7 @@ ROOMS = """
     current
     capture context identity
     stores
-    presence
+    presence unwritten
     lifecycle state
     notifier scheduler
     executors

@@ -1,7 +1,8 @@
 """The port of all stores. Its docstrings are the contract; one test suite proves it on every adapter.
 
 Every method may be called from any thread. Each write of a task is one transaction and raises the store's change number,
-in the order of the commits; numbers may be left out. What the underlying storage cannot do now is raised as `StoreUnavailable`.
+in the order of the commits; numbers may be left out. What the underlying storage cannot do now is raised as `StoreUnavailable`;
+where it may have done it all the same, as `CommitUnknown`.
 """
 
 from __future__ import annotations
@@ -141,6 +142,9 @@ class TaskStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of connections and files; the next call opens them again."""
+
+    def forget(self) -> None:  # noqa: B027 - most leave nothing behind that would be used again
+        """Leave what is open to the parent process; called in a child after a fork, which uses this store no more."""
 
     @abstractmethod
     def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.sql.elements import CompilerElement
 
 from ...states import State
 from ..base import Worker, Workers
-from .database import Database
+from .database import Cursor, Database
 from .statements import Statement
 from .tables import tasks, workers
 
@@ -51,12 +51,15 @@ class SQLWorkers(Workers):
     def enter(self, worker: Worker) -> None:
         ns = self._key()
         endpoints = json.dumps(sorted(worker.endpoints))
-        with self._database.write() as cursor:
+        values = self._add.values(
+            ns=ns, worker=worker.name, place=worker.place, number=worker.number, endpoints=endpoints
+        )
+
+        def enter(cursor: Cursor) -> None:
             cursor.execute(self._drop.sql, self._drop.values(ns=ns, worker=worker.name))
-            values = self._add.values(
-                ns=ns, worker=worker.name, place=worker.place, number=worker.number, endpoints=endpoints
-            )
             cursor.execute(self._add.sql, values)
+
+        self._database.write(enter)
 
     def beat(self, name: str) -> bool:
         return self._database.write_apart(self._beat.sql, self._beat.values(ns=self._key(), worker=name)) > 0
