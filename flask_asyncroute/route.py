@@ -70,6 +70,10 @@ def _start(arguments: dict[str, Any]) -> Response:
             f"The endpoint {current.endpoint!r} became an async route after the app's first use (register it before), or "
             "a decorator above it hides it: decorators need functools.wraps, which sets __wrapped__."
         )
+    if runtime.is_child:
+        raise CannotStart(
+            "A child process starts no tasks: it ends with its own, and these with it. Send a request to the server."
+        )
     if current.method == "HEAD":
         raise MethodNotAllowed(f"HEAD never starts a task; use {_allowed()}.")
     if "HTTP_IDEMPOTENCY_KEY" in current.environ:

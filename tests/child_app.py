@@ -232,6 +232,8 @@ def create_app(**config: Any) -> Flask:
         if what == "stop":
             async_routes.stop(current_task.id)
             time.sleep(30)
+        if what == "start":
+            return current_app.test_client().post("/thread").json
         if what == "client":
             return current_app.test_client().get(f"/task/{current_task.id}").json
         return None
