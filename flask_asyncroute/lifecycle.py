@@ -14,6 +14,7 @@ from blinker import NamedSignal
 from . import context, signals
 from .execution import Execution
 from .snapshot import Body
+from .start_key import StartKey
 from .states import TERMINAL, TRANSITIONS, State
 from .stores.base import Claim, Expect, TaskStore
 from .task import AsyncRouteTask, now_us
@@ -54,10 +55,11 @@ class Lifecycle:
         signals.progress_reported.connect(self.on_progress_reported, sender=app)
 
     def create(
-        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]
-    ) -> None:
-        """Store a new task; :exc:`IdTaken` where its id is not new."""
-        self._store.add(task, request, body, grants)
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
+        key: StartKey | None = None, quota: int | None = None,
+    ) -> None:  # fmt: skip
+        """Store a new task, or raise what :meth:`TaskStore.add` does where it may not be."""
+        self._store.add(task, request, body, grants, key, quota)
         self._tell(signals.task_created, task)
 
     def claim(self, task_id: str) -> Claim | None:

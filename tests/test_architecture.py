@@ -26,9 +26,9 @@ ROOMS = """
     checks
     options
     config task query snapshot registry store_url
-    execution
+    execution pace
     current
-    capture context identity
+    capture context identity start_key intake
     stores
     presence
     lifecycle state

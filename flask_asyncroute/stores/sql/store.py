@@ -8,24 +8,23 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from msgspec.structs import astuple
-
 from ...errors import IdTaken
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
-from ...states import State
+from ...start_key import StartKey
 from ...task import AsyncRouteTask
 from ..base import Claim, Expect, News, Readers, TaskStore
 from . import queries, schema
 from .database import CommitUnknown, Cursor, Database, Duplicate, Rows
 from .queries import Queries
+from .records import plain, record_of, row_of
 from .statements import Statement, Statements, expectation
+from .terms import Terms
 from .workers import SQLWorkers
 
 T = TypeVar("T")
 
 NEWS_PAGE = 1000
-_STATES = {state.value: state for state in State}
 
 
 class SQLTaskStore(TaskStore):
@@ -40,6 +39,7 @@ class SQLTaskStore(TaskStore):
         self._create_tables = create_tables
         self._sql = Statements(database.dialect)
         self._queries = Queries(database.dialect)
+        self._terms = Terms(database.dialect, self._sql)
         self.workers = SQLWorkers(database, lambda: self._ns)
         self._ns = 0
         self._secret = b""
@@ -62,10 +62,14 @@ class SQLTaskStore(TaskStore):
         self._database.close()
         self._seen = None
 
-    def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
+    def add(
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
+        key: StartKey | None = None, quota: int | None = None,
+    ) -> None:  # fmt: skip
         try:
             self._surely(
-                lambda: self._add(task, request, body, grants), lambda: _is_same_start(self.get(task.id), task) or None
+                lambda: self._add(task, request, body, grants, key, quota),
+                lambda: _is_same_start(self.get(task.id), task) or None,
             )
         except Duplicate:
             raise IdTaken(f"A task with the id {task.id!r} exists.") from None
@@ -73,14 +77,17 @@ class SQLTaskStore(TaskStore):
             body.close()
 
     def _add(
-        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]
-    ) -> bool:
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
+        key: StartKey | None, quota: int | None,
+    ) -> bool:  # fmt: skip
         sql = self._sql
-        values = sql.add.values(ns=self._ns, request=request, **_row(task))
-        if body is None and not grants:
+        values = sql.add.values(ns=self._ns, request=request, **row_of(task))
+        if body is None and not grants and key is None and quota is None:
             self._database.write_one(sql.add.sql, values)
             return True
         with self._database.write() as cursor:
+            if key is not None or quota is not None:
+                self._terms.keep(cursor, self._ns, task, key, quota)
             cursor.execute(sql.add.sql, values)
             for kind, name in set(grants):
                 _run(
@@ -94,13 +101,18 @@ class SQLTaskStore(TaskStore):
 
     def get(self, task_id: str) -> AsyncRouteTask | None:
         row = self._database.fetch_one(self._sql.get.sql, (self._ns, task_id))
-        return None if row is None else _record(row)
+        return None if row is None else record_of(row)
+
+    def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
+        statement = self._terms.started_with
+        row = self._database.fetch_one(statement.sql, statement.values(ns=self._ns, key_name=key_name))
+        return None if row is None else (record_of(row[:-1]), row[-1])
 
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         def look() -> Claim | None:
             statement = self._sql.claimed
             row = self._database.fetch_one(statement.sql, statement.values(ns=self._ns, task_id=task_id))
-            task = None if row is None else _record(row[:-1])
+            task = None if row is None else record_of(row[:-1])
             is_ours = task is not None and task.owner == owner and task.started_us == max(now_us, task.created_us)
             return Claim(task, row[-1]) if task is not None and is_ours else None
 
@@ -111,7 +123,7 @@ class SQLTaskStore(TaskStore):
             row = _one(cursor, self._sql.claim, ns=self._ns, task_id=task_id, new_owner=owner, now=now_us)
             if row is None:
                 return None
-            task = _record(row[:-1])
+            task = record_of(row[:-1])
             self._move_grants(cursor, task)
         return Claim(task, row[-1])
 
@@ -134,16 +146,16 @@ class SQLTaskStore(TaskStore):
 
     def _update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         statement = self._sql.update_of(tuple(values), expect)
-        given = {f"new_{name}": _plain(value) for name, value in values.items()}
+        given = {f"new_{name}": plain(value) for name, value in values.items()}
         parameters = statement.values(ns=self._ns, task_id=task_id, **given, **expectation(expect))
         if "state" not in values:
             row = self._database.write_one(statement.sql, parameters)
-            return None if row is None else _record(row)
+            return None if row is None else record_of(row)
         with self._database.write() as cursor:
             rows = cursor.execute(statement.sql, parameters).fetchall()
             if not rows:
                 return None
-            task = _record(rows[0])
+            task = record_of(rows[0])
             self._move_grants(cursor, task)
             if task.body_size and task.state.is_terminal:
                 _run(cursor, self._sql.drop_parts, ns=self._ns, task_id=task_id)
@@ -162,6 +174,7 @@ class SQLTaskStore(TaskStore):
                     raise _TakeBack
                 _run(cursor, sql.drop_grants, ns=self._ns, task_id=task_id)
                 _run(cursor, sql.drop_parts, ns=self._ns, task_id=task_id)
+                _run(cursor, self._terms.drop_key, ns=self._ns, task_id=task_id)
         except _TakeBack:
             return False
         return True
@@ -179,7 +192,7 @@ class SQLTaskStore(TaskStore):
         statement, ids_alone = self._queries.statement(conditions, sort, position, readers)
         values = statement.values(ns=self._ns, **queries.values(conditions, limit, position, readers))
         if not ids_alone:
-            return [_record(row) for row in self._database.fetch_all(statement.sql, values)]
+            return [record_of(row) for row in self._database.fetch_all(statement.sql, values)]
         with self._database.read() as cursor:
             ids = [row[0] for row in cursor.execute(statement.sql, values).fetchall()]
             if not ids:
@@ -187,7 +200,7 @@ class SQLTaskStore(TaskStore):
             listed, given = self._queries.listed(ids)
             rows = cursor.execute(listed.sql, listed.values(ns=self._ns, **given)).fetchall()
         by_id = {row[0]: row for row in rows}
-        return [_record(by_id[task_id]) for task_id in ids]
+        return [record_of(by_id[task_id]) for task_id in ids]
 
     def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
         statement = self._sql.waiting
@@ -207,7 +220,7 @@ class SQLTaskStore(TaskStore):
         if 0 <= since < change:
             statement = self._sql.news
             rows = self._database.fetch_all(statement.sql, statement.values(ns=self._ns, since=since, most=NEWS_PAGE))
-            tasks = [_record(row) for row in rows]
+            tasks = [record_of(row) for row in rows]
             if len(tasks) == NEWS_PAGE:
                 return News(tasks[-1].change, tasks)
             change = max(change, tasks[-1].change if tasks else 0)
@@ -289,30 +302,3 @@ def _one(cursor: Cursor, statement: Statement, **given: Any) -> Any:
 
 def _is_same_start(found: AsyncRouteTask | None, task: AsyncRouteTask) -> bool:
     return found is not None and (found.created_us, found.url, found.user) == (task.created_us, task.url, task.user)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, State):
-        return value.value
-    return int(value) if isinstance(value, bool) else value
-
-
-def _row(task: AsyncRouteTask) -> dict[str, Any]:
-    values = dict(zip(task.__struct_fields__, astuple(task), strict=True))
-    values.update(
-        state=task.state.value, user=task.user or "", cancellable=int(task.cancellable), stopping=int(task.stopping)
-    )
-    return values
-
-
-def _record(row: Any) -> AsyncRouteTask:
-    (
-        task_id, route, endpoint, state, cancellable, user, url, method, created, started, completed, expires, progress,
-        message, result, error, status, stopping, permission, timeout, retention, on_loss, body, owner, epoch, restarts, revision,
-        change,
-    ) = row  # fmt: skip
-    return AsyncRouteTask(
-        task_id, route, endpoint, _STATES[state], cancellable == 1, user or None, url, method, created, started, completed,
-        expires, progress, message, result, error, status, stopping == 1, permission, timeout, retention, on_loss, body,
-        owner, epoch, restarts, revision, change,
-    )  # fmt: skip
