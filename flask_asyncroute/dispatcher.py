@@ -218,11 +218,14 @@ class Dispatcher:
                 intake.permission = permission_of(intake.route, intake.caller)
             except HTTPException as error:
                 raise body_refusal(intake.current, error) from error
-        while task is None:
             try:
                 return self._start(executor, intake)
             except KeyTaken:
                 task = self._started_with(key)
+        if task is None:
+            raise QueueFull(
+                "The task that came with this Idempotency-Key was withdrawn just now. Try again.", retry_after=1
+            )
         if intake.body is not None:
             intake.body.close()
         return task

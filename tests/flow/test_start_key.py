@@ -15,6 +15,7 @@ from flask import Flask, request
 from werkzeug.test import TestResponse
 
 from flask_asyncroute import Access, AsyncRoute, Permission, task_created
+from flask_asyncroute.errors import KeyTaken
 from flask_asyncroute.runtime import runtime_of
 from tests.conftest import close_app, eventually_true, new_app
 from tests.flow.conftest import identity_of_header
@@ -313,7 +314,12 @@ def test_a75_a_form_that_a_permission_function_parsed_is_the_same_form(flow: Flo
     def work() -> Any:
         return [request.form["a"], len(request.files["f"].read())]
 
-    body = PARTS[:-7] + b'--b\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n' + b"y" * size + b"\r\n--b--\r\n"
+    body = (
+        PARTS[:-7]
+        + b'--b\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n'
+        + b"y" * size
+        + b"\r\n--b--\r\n"
+    )
     first = started(send(flow, data=body, headers=FORM))
     flow.headers = ANNA
     assert flow.ended(first)["Result"] == ["1", size]
@@ -343,9 +349,7 @@ def test_a75_a_form_that_the_app_has_parsed_before_is_the_same_form(flow: Flow, 
 # -- what is kept of it --------------------------------------------------------------------------------------------------
 
 
-def test_a75_the_key_is_nowhere_in_plain(
-    make_flow: MakeFlow, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a75_the_key_is_nowhere_in_plain(make_flow: MakeFlow, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     flow = make_flow(ASYNCROUTE_STORE=f"sqlite:///{tmp_path / 'keys.db'}")
 
     @flow.route()
@@ -390,22 +394,9 @@ def test_a75_sixteen_at_once_make_one_task_and_one_run(two_flows: list[Flow], ga
 
     for flow in two_flows:
         flow.route(max_workers=1, queue_size=20)(work)
-    for round_ in range(5):
-        barrier = threading.Barrier(16)
-        answers: list[TestResponse] = []
-
-        def start(flow: Flow) -> None:
-            headers = {"Idempotency-Key": f"k{round_}", **ANNA}
-            barrier.wait(10)
-            answers.append(flow.app.test_client().post("/work", json=round_, headers=headers))
-
-        threads = [threading.Thread(target=start, args=(two_flows[n % len(two_flows)],)) for n in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert {answer.status_code for answer in answers} == {202}
-        assert len(answers) == 16
+    for turn in range(5):
+        answers = sixteen_at_once(two_flows, f"key{turn}")
+        assert [answer.status_code for answer in answers] == [202] * 16
         assert len({answer.get_json()["Id"] for answer in answers}) == 1
     flow = two_flows[0]
     flow.headers = ANNA
@@ -416,6 +407,42 @@ def test_a75_sixteen_at_once_make_one_task_and_one_run(two_flows: list[Flow], ga
         flow.ended(task_id)
     assert len(runs) == 5
     # Those that lost have given back their places.
-    for flow in two_flows:
-        runner = runtime_of(flow.app).runner
-        eventually_true(lambda: all(executor.free() == 1 for executor in runner.executors))
+    executors = [executor for flow in two_flows for executor in runtime_of(flow.app).runner.executors]
+    eventually_true(lambda: all(executor.free() == 1 for executor in executors))
+
+
+def sixteen_at_once(flows: list[Flow], key: str) -> list[TestResponse]:
+    """Send as many starts with one key, on threads of their own, to each runner in turn."""
+    barrier = threading.Barrier(16)
+    answers: list[TestResponse] = []
+
+    def start(flow: Flow) -> None:
+        barrier.wait(10)
+        answers.append(flow.app.test_client().post("/work", json=1, headers={"Idempotency-Key": key, **ANNA}))
+
+    threads = [threading.Thread(target=start, args=(flows[number % len(flows)],)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return answers
+
+
+@IN_MEMORY
+def test_a75_the_winner_of_a_race_may_be_withdrawn(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    @flow.route()
+    def work() -> None: ...
+
+    flow.query()
+    store = runtime_of(flow.app).runner.store
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "add", refusing)
+        assert send(flow).headers["Retry-After"] == "1"
+        problem(send(flow), 503, "queue-full")
+    first = started(send(flow))
+    flow.headers = ANNA
+    flow.ended(first)
+
+
+def refusing(*given: Any) -> None:
+    raise KeyTaken("x")
