@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from . import Broken, generated, hotpath, interruptions, lists, races, uploads, workers
+from . import Broken, generated, hotpath, interruptions, lists, overload, races, uploads, workers
 
 PROOFS: dict[str, Callable[[float], str]] = {
     "workers": workers.prove,
@@ -17,6 +17,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "interruptions": interruptions.prove,
     "uploads": uploads.prove,
     "lists": lists.prove,
+    "overload": overload.prove,
     "hotpath": hotpath.prove,
     "generated": generated.prove,
 }
