@@ -9,8 +9,22 @@ import traceback
 from collections.abc import Callable
 
 from . import (
-    Broken, crashes, exits, generated, hotpath, interruptions, kills, lists, losses, races, soak, stops, uploads, workers,
-)  # fmt: skip
+    Broken,
+    crashes,
+    exits,
+    generated,
+    hotpath,
+    interruptions,
+    kills,
+    lists,
+    losses,
+    overload,
+    races,
+    soak,
+    stops,
+    uploads,
+    workers,
+)
 
 PROOFS: dict[str, Callable[[float], str]] = {
     "workers": workers.prove,
@@ -21,6 +35,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "kills": kills.prove,
     "uploads": uploads.prove,
     "lists": lists.prove,
+    "overload": overload.prove,
     "hotpath": hotpath.prove,
     "losses": losses.prove,
     "exits": exits.prove,
