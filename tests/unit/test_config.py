@@ -38,7 +38,7 @@ NOT_PATHS: list[Any] = [
 NOT_LISTS: list[Any] = [None, "get", 5, {"get"}, {"get": 1}]
 NOT_SECONDS: list[Any] = ["5", "", True, [], math.nan, math.inf, -1, timedelta(seconds=-1), 101 * 365 * 86400]
 NOT_SERVED = (
-    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "MAX_TASKS_PER_USER", "CALLBACK_ATTEMPTS",
+    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "CALLBACK_ATTEMPTS",
     "CALLBACK_SECRET", "CALLBACK_ALLOWED_HOSTS", "OPENAPI_PATH", "DOCS_PATH", "DASHBOARD_PATH",
 )  # fmt: skip
 
