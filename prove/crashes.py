@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -26,6 +27,8 @@ CLIENTS = 2
 def prove(share: float) -> str:
     """Crash very many children; return the figures."""
     count = scaled(COUNT, share, 20)
+    logger = logging.getLogger("flask_asyncroute")
+    logger.setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="asyncroute-prove-") as folder:
         app = create_app(folder)
         try:
@@ -40,6 +43,7 @@ def prove(share: float) -> str:
             )
         finally:
             runtime_of(app).close()
+            logger.setLevel(logging.NOTSET)
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(trial.crashed.items()))
     innocents = sum(trial.innocents.values())
     return f"{count} crashes ({kinds}), {innocents} innocent tasks in threads and children beside them, 0 harmed"

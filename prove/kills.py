@@ -29,7 +29,7 @@ def prove(share: float) -> str:
     with tempfile.TemporaryDirectory(prefix="asyncroute-prove-") as name:
         folder = Path(name)
         app = f"prove.apps.children:create_app({name!r})"
-        with gunicorn(folder / "log", app, "--workers", "2", "--threads", "4") as server:
+        with gunicorn(folder / "log", app, "--workers", "2", "--threads", "4", "--keep-alive", "60") as server:
             workers = _connections(server.port)
             try:
                 trial = _Trial(folder, workers)
