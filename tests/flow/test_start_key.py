@@ -470,3 +470,27 @@ def test_a75_the_winner_of_a_race_may_be_withdrawn(flow: Flow, monkeypatch: pyte
 
 def refusing(*given: Any) -> None:
     raise KeyTaken("x")
+
+
+@IN_MEMORY
+def test_a75_the_last_place_may_be_taken_by_the_same_start(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    @flow.route(max_workers=1, queue_size=0)
+    def work() -> None:
+        gate.wait(10)
+
+    flow.query()
+    runner = runtime_of(flow.app).runner
+    executor = runner.executor_of(runner.routes["work"])
+    reserve = executor.reserve
+    firsts: list[str] = []
+
+    def reserve_after_another() -> None:
+        monkeypatch.setattr(executor, "reserve", reserve)
+        other = flow.app.test_client().post("/work", headers={"Idempotency-Key": "key", **ANNA})
+        firsts.append(started(other))
+        reserve()
+
+    monkeypatch.setattr(executor, "reserve", reserve_after_another)
+    assert [started(send(flow))] == firsts
