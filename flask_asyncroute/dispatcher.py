@@ -219,12 +219,15 @@ class Dispatcher:
                 raise body_refusal(intake.current, error) from error
             try:
                 return self._start(executor, intake)
-            except KeyTaken:
+            except (KeyTaken, QueueFull) as error:
+                # Another request with the key was first, and may have taken the last place.
                 task = self._started_with(key)
-        if task is None:
-            raise QueueFull(
-                "The task that came with this Idempotency-Key was withdrawn just now. Try again.", retry_after=1
-            )
+                if task is None and isinstance(error, QueueFull):
+                    raise
+                if task is None:
+                    raise QueueFull(
+                        "The task of this Idempotency-Key was withdrawn. Try again.", retry_after=1
+                    ) from error
         if intake.body is not None:
             intake.body.close()
         return task

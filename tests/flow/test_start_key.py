@@ -327,6 +327,30 @@ def test_a75_a_form_that_a_permission_function_parsed_is_the_same_form(flow: Flo
     problem(send(flow, data=body + b" ", headers=FORM), 422, "key-reused")
 
 
+@pytest.mark.parametrize("size", [10, 600_000])
+def test_a75_a_chunked_body_is_the_same_body(flow: Flow, size: int) -> None:
+    def permission() -> Permission:
+        assert len(request.get_data()) == size
+        return Permission()
+
+    @flow.route(permission=permission)
+    def work() -> int:
+        return len(request.get_data())
+
+    def chunked(data: bytes) -> TestResponse:
+        return send(
+            flow, input_stream=io.BytesIO(data), headers={"Transfer-Encoding": "chunked"},
+            environ_overrides={"wsgi.input_terminated": True},
+        )  # fmt: skip
+
+    first = started(chunked(b"y" * size))
+    flow.headers = ANNA
+    assert flow.ended(first)["Result"] == size
+    assert started(chunked(b"y" * size), 200) == first
+    assert started(send(flow, data=b"y" * size), 200) == first
+    problem(chunked(b"y" * (size - 1)), 422, "key-reused")
+
+
 @pytest.mark.parametrize("size", [10, 300_000])
 def test_a75_a_form_that_the_app_has_parsed_before_is_the_same_form(flow: Flow, size: int) -> None:
     """As Flask-WTF does; the body is then written anew, with a boundary of chance."""
@@ -446,3 +470,27 @@ def test_a75_the_winner_of_a_race_may_be_withdrawn(flow: Flow, monkeypatch: pyte
 
 def refusing(*given: Any) -> None:
     raise KeyTaken("x")
+
+
+@IN_MEMORY
+def test_a75_the_last_place_may_be_taken_by_the_same_start(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    @flow.route(max_workers=1, queue_size=0)
+    def work() -> None:
+        gate.wait(10)
+
+    flow.query()
+    runner = runtime_of(flow.app).runner
+    executor = runner.executor_of(runner.routes["work"])
+    reserve = executor.reserve
+    firsts: list[str] = []
+
+    def reserve_after_another() -> None:
+        monkeypatch.setattr(executor, "reserve", reserve)
+        other = flow.app.test_client().post("/work", headers={"Idempotency-Key": "key", **ANNA})
+        firsts.append(started(other))
+        reserve()
+
+    monkeypatch.setattr(executor, "reserve", reserve_after_another)
+    assert [started(send(flow))] == firsts

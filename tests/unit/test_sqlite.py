@@ -762,3 +762,13 @@ def test_an_old_sqlite_is_a_configuration_error(sqlite_path: Path, monkeypatch: 
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 7, 0))
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_STORE"):
         SQLiteDatabase(sqlite_path)
+
+
+def test_a70_a_quota_is_counted_in_the_index_of_the_user(store: TaskStore, sqlite_path: Path) -> None:
+    assert isinstance(store, SQLTaskStore)
+    statement = store._terms._unfinished
+    connection = sqlite3.connect(sqlite_path)
+    plan = connection.execute(f"EXPLAIN QUERY PLAN {statement.sql}", statement.values(ns=1, owner="anna", most=5))
+    steps = " ".join(row[3] for row in plan.fetchall())
+    connection.close()
+    assert "INDEX asyncroute_task_user (namespace=? AND user=? AND state=?)" in steps
