@@ -22,7 +22,7 @@ from flask_asyncroute.states import TERMINAL, State
 from flask_asyncroute.stores.base import Expect, TaskStore
 from flask_asyncroute.stores.opening import make_store
 from flask_asyncroute.task import AsyncRouteTask
-from tests.conftest import engine_of, eventually_true, new_postgresql_database, new_task
+from tests.conftest import close_app, engine_of, eventually_true, new_postgresql_database, new_task
 from tests.faults.proxy import Proxy
 from tests.flow.driving import Flow
 
@@ -367,4 +367,5 @@ def test_a_pool_of_one_connection_serves_all(make_app: Callable[..., Any], postg
         return 1
 
     assert flow.run()["State"] == "Completed"
+    close_app(app)
     engine.dispose()

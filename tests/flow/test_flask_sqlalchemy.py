@@ -13,7 +13,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, inspect
 
 from flask_asyncroute import AsyncRoute, ConfigurationError, metadata
 from flask_asyncroute.stores.opening import make_store
-from tests.conftest import engine_of, new_postgresql_database
+from tests.conftest import close_app, engine_of, new_postgresql_database
 from tests.flow.driving import Flow
 
 ENV = """
@@ -67,6 +67,7 @@ def test_the_engine_of_flask_sqlalchemy(make_app: Callable[..., Flask], postgres
     assert flow.ids() == [task["Id"]]
     # First use may come where there is no app context.
     assert flow.async_routes.start(app) is None
+    close_app(app)
     with app.app_context():
         assert db.engine.pool.checkedout() == 0
         db.engine.dispose()
