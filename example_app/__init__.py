@@ -36,6 +36,8 @@ def create_app(config: Mapping[str, Any] | None = None, instance_path: str | Non
     """
     app = Flask(__name__, instance_path=instance_path)
     app.config.update(
+        # Child processes, which run tasks of `primes`, make the app in the same way.
+        ASYNCROUTE_APP=f"{__name__}:create_app(instance_path={instance_path!r})",
         ASYNCROUTE_LIST_ANONYMOUS=True,
         ASYNCROUTE_MAX_BODY=MAX_UPLOAD,
         MAX_CONTENT_LENGTH=MAX_UPLOAD,

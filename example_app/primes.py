@@ -1,4 +1,7 @@
-"""``POST /primes/<limit>``: counts prime numbers, as long as you like. Work for the processor, with progress."""
+"""``POST /primes/<limit>``: counts prime numbers, as long as you like. Work for the processor, with progress.
+
+It runs in a child process, so that requests do not wait for it, and a stop ends it whatever it is doing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ SEGMENT = 1_000_000
 
 
 @blueprint.post("/primes/<int:limit>")
-@async_routes.task(timeout=600)
+@async_routes.task(timeout=600, executor="process")
 def count_primes(limit: int) -> dict[str, int | None]:
     """Count the primes up to ``limit`` and give the largest, in segments of a million numbers."""
     if limit > MAX_LIMIT:
@@ -25,7 +28,6 @@ def count_primes(limit: int) -> dict[str, int | None]:
     count, largest = 0, None
     divisors = primes_up_to(math.isqrt(limit))
     for low in current_task.track(range(0, limit + 1, SEGMENT)):
-        current_task.check()
         sieve = _sieve(low, min(low + SEGMENT, limit + 1), divisors)
         count += sieve.count(1)
         if (last := sieve.rfind(1)) >= 0:

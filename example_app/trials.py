@@ -79,7 +79,7 @@ def trials(root: str) -> tuple[Group, ...]:
                 ),
                 Trial(
                     "Prime numbers",
-                    "Keeps a processor busy, tells its progress, and can be stopped.",
+                    "Keeps a processor busy in a process of its own, tells its progress, and can be stopped.",
                     (f"curl -X POST {url('/primes/1000000000')}",),
                 ),
             ),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from . import checks, options, store_url
+from . import app_path, checks, options, store_url
 from .checks import Check, refuse
 from .errors import ConfigurationError
 from .names import MAX_NAME
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from flask import Flask
 
 PREFIX = "ASYNCROUTE_"
+ROUTING = ("OPERATIONS", "URL_PREFIX", "TASK_PATH", "TASKS_PATH", "TASK_ID_IN")
+"""The keys that make the URL rules at ``init_app``."""
 
 
 def _new_id() -> str:
@@ -92,6 +96,7 @@ class Key:
 
 KEYS: dict[str, Key] = {
     "STORE": Key(store_url.checked, "sqlite:///asyncroute.db"),
+    "APP": Key(checks.optional(app_path.checked), None),
     "NAMESPACE": Key(checks.optional(checks.short_name), None),
     "CREATE_TABLES": Key(checks.boolean, True),
     "OPERATIONS": Key(_operations, ("get", "stop", "query")),
@@ -124,7 +129,6 @@ KEYS: dict[str, Key] = {
     "RESPONSE_TYPES": Key(options.DEFAULTED["response_types"], ("application/json",)),
     "RETENTION": Key(options.DEFAULTED["retention"], 86_400_000_000),
     "ON_LOSS": Key(options.DEFAULTED["on_loss"], "abort"),
-    "APP": Key(_not_served, None),
     "CELERY": Key(_not_served, None),
     "DRAIN": Key(checks.optional(checks.seconds), None),
     "MAX_WAIT": Key(_not_served, None),
@@ -146,6 +150,7 @@ class Config:
     """The checked configuration of one app. Sizes in bytes, times in seconds; ``defaults`` as `options.resolve` takes them."""
 
     store: StoreSetting
+    app: str | None
     namespace: str
     create_tables: bool
     operations: tuple[str, ...]
@@ -170,7 +175,35 @@ class Config:
     @property
     def routing(self) -> tuple[Any, ...]:
         """What decided the URL rules at ``init_app`` and cannot change after it."""
-        return self.operations, self.url_prefix, self.task_path, self.tasks_path, self.task_id_in
+        return tuple(getattr(self, name.lower()) for name in ROUTING)
+
+
+def values_for_child(app: Flask, config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Return the values that a child process must have too, as JSON, and the keys whose values must be its own.
+
+    Functions and objects cannot be sent; and what made the URL rules has made them there.
+    """
+    values: dict[str, Any] = {"ASYNCROUTE_NAMESPACE": config.namespace}
+    if isinstance(config.store, str):
+        values["ASYNCROUTE_STORE"] = store_url.absolute(config.store, app.instance_path)
+    own: list[str] = []
+    for name, value in app.config.items():
+        if name.startswith(PREFIX):
+            if isinstance(value, timedelta):
+                value = value.total_seconds()
+            members = value if isinstance(value, (list, tuple)) else (value,)
+            if name[len(PREFIX) :] in ROUTING or not all(type(m) in (str, int, float, bool, NoneType) for m in members):
+                own.append(name)
+            else:
+                values.setdefault(name, value)
+    return values, own
+
+
+def take_values(app: Flask, values: Mapping[str, Any], own: Collection[str]) -> None:
+    """Make the configuration of ``app`` that of the parent process; see :func:`values_for_child`."""
+    for name in [name for name in app.config if name.startswith(PREFIX) and name not in own]:
+        del app.config[name]
+    app.config.update(values)
 
 
 def read(app: Flask) -> Config:
@@ -196,6 +229,7 @@ def read(app: Flask) -> Config:
     drain = values["DRAIN"]
     return Config(
         store=values["STORE"],
+        app=values["APP"],
         namespace=values["NAMESPACE"] or app.name[:MAX_NAME],
         create_tables=values["CREATE_TABLES"],
         operations=values["OPERATIONS"],

@@ -164,7 +164,7 @@ class Dispatcher:
         """
         run = self.running.get(task.id)
         if task.state is not State.ABORTED:
-            if run is not None and self._is_lost(run[0], task):
+            if run is not None and not run[0].is_shutting_down and self._is_lost(run[0], task):
                 logger.warning("Task %s is another worker's by now: this process was taken for dead.", task.id)
                 run[0].ask_to_stop()
             return

@@ -47,7 +47,7 @@ class Execution:
         self._interrupt_after = interrupt_after
         self._wake = wake
         self._lock = threading.Lock()
-        self._cancel_coroutine: Callable[[], object] | None = None
+        self._cancel: Callable[[], object] | None = None
         self._progress: float | None = None
         self._message: str | None = None
         self._is_dirty = False
@@ -65,7 +65,7 @@ class Execution:
         self.deadline = None if seconds is None else time.monotonic() + seconds
 
     def ask_to_stop(self, within: float = math.inf) -> bool:
-        """Ask the view to stop; return whether this was the first time. A coroutine is cancelled at once.
+        """Ask the view to stop; return whether this was the first time. What can be cancelled is, at once.
 
         :param within: seconds after which to interrupt at the latest, where that is done at all.
         """
@@ -75,7 +75,7 @@ class Execution:
                 return False
             self.stop.set()
             self._climb = None
-            cancel = self._cancel_coroutine
+            cancel = self._cancel
             if cancel is None and self._interrupt_after is not None:
                 self.interrupt_at = time.monotonic() + min(self._interrupt_after, within)
         if cancel is not None:
@@ -83,10 +83,10 @@ class Execution:
         self._wake()
         return is_first
 
-    def run_coroutine(self, cancel: Callable[[], object] | None) -> None:
-        """Say how to cancel the coroutine that runs from now on; None: there is none any more."""
+    def cancel_with(self, cancel: Callable[[], object] | None) -> None:
+        """Say how to cancel the coroutine or child that runs from now on; None: there is none any more."""
         with self._lock:
-            self._cancel_coroutine = cancel
+            self._cancel = cancel
             self.interrupt_at = None
             is_stopped = self.stop.is_set()
         if is_stopped and cancel is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -130,9 +131,11 @@ def _refuse_async_methods(app: Flask, label: str, function: Callable[..., Any]) 
 
 
 def _refuse_unserved(label: str, options: RouteOptions) -> None:
-    if options.executor in ("process", "celery"):
+    if options.executor == "process" and platform.system() != "Linux":
+        raise ConfigurationError(f'{label}: executor="process" works on Linux alone; use "thread" here.')
+    if options.executor == "celery":
         raise ConfigurationError(
-            f'{label}: executor="{options.executor}" is not served by this version; use "thread" or an Executor of your own.'
+            f'{label}: executor="celery" is not served by this version; use "thread" or "process".'
         )
     if options.callback is not None:
         raise ConfigurationError(f"{label}: callback=… is not served by this version; leave it out.")

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import import_string
 
-from . import drain
+from . import app_path, drain
 from .census import Census
-from .config import Config
+from .config import Config, values_for_child
 from .dispatcher import Dispatcher
 from .errors import AsyncRouteError, QueueFull
 from .executors.base import RUN, Run, TaskExecutor
@@ -34,6 +34,8 @@ from .typing import IdentityLoader
 
 if TYPE_CHECKING:
     from flask import Flask
+
+    from .executors.children import ForkServer
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -82,6 +84,7 @@ class Runner:
         self._has_told = False
         self._executors: dict[str, TaskExecutor] = {}
         self._run = _runs(weakref.ref(self))
+        self._fork_server: ForkServer | None = None
         when_gone(self, self.store.close)
         drain.at_exit(self)
 
@@ -92,7 +95,7 @@ class Runner:
             with self._lock:
                 executor = self._executors.get(route.pool)
                 if executor is None:
-                    executor = self._executors[route.pool] = _executor(route, self._run)
+                    executor = self._executors[route.pool] = self._make_executor(route)
         return executor
 
     @property
@@ -118,6 +121,8 @@ class Runner:
             executor.close()
         if self.presence is not None:
             self._close_presence(self.presence)
+        if self._fork_server is not None:
+            self._fork_server.close()
         self.store.close()
 
     def _close_presence(self, presence: Presence) -> None:
@@ -137,6 +142,35 @@ class Runner:
                 "Lists leave out tasks that were started by nobody known, since they are anybody's who has their id. "
                 "Set ASYNCROUTE_LIST_ANONYMOUS to True to list them, or give an identity_loader."
             )
+
+    def _make_executor(self, route: Route) -> TaskExecutor:
+        options = route.options
+        if isinstance(options.executor, Executor):
+            from .executors.futures import FutureTaskExecutor
+
+            return FutureTaskExecutor(options.executor, self._run, options.max_workers, options.queue_size)
+        if options.executor == "immediate":
+            from .executors.immediate import ImmediateTaskExecutor
+
+            return ImmediateTaskExecutor(self._run, options.max_workers, options.queue_size)
+        if options.executor == "process":
+            from .executors.children import ForkServer
+            from .executors.processes import ProcessTaskExecutor
+
+            if self._fork_server is None:
+                self._fork_server = ForkServer(
+                    app_path.found(self.app, self.config.app),
+                    values_for_child(self.app, self.config),
+                    self.config.max_result,
+                )
+            return ProcessTaskExecutor(
+                route.pool, self._run, self._fork_server, options.min_workers, options.max_workers, options.queue_size
+            )
+        from .executors.threads import ThreadTaskExecutor
+
+        return ThreadTaskExecutor(
+            route.pool, self._run, options.min_workers, options.max_workers, options.queue_size, options.interrupt_after
+        )
 
     def _take_over(self) -> None:
         """Submit tasks that have waited for over a second to executors with a free place."""
@@ -158,23 +192,6 @@ class Runner:
                 except QueueFull:
                     continue
                 executor.submit(task_id)
-
-
-def _executor(route: Route, run: Run) -> TaskExecutor:
-    options = route.options
-    if isinstance(options.executor, Executor):
-        from .executors.futures import FutureTaskExecutor
-
-        return FutureTaskExecutor(options.executor, run, options.max_workers, options.queue_size)
-    if options.executor == "immediate":
-        from .executors.immediate import ImmediateTaskExecutor
-
-        return ImmediateTaskExecutor(run, options.max_workers, options.queue_size)
-    from .executors.threads import ThreadTaskExecutor
-
-    return ThreadTaskExecutor(
-        route.pool, run, options.min_workers, options.max_workers, options.queue_size, options.interrupt_after
-    )
 
 
 def _runs(reference: weakref.ref[Runner]) -> Run:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from flask import current_app
 from flask.json.provider import DefaultJSONProvider
 
+from . import app_path
 from . import config as configuration
 from .config import Config
 from .errors import ConfigurationError, StoreUnavailable
@@ -49,6 +50,8 @@ class Runtime:
         self._declared = declared
         self._before_task = before_task
         self._identity_loader = identity_loader
+        self.is_child = False
+        """Whether this process runs one task and nothing else; see `child`."""
         self.is_inline = False
         """Whether all routes run inside the request, on ``memory://``; see `testing`."""
         self.initial = configuration.read(app)
@@ -81,6 +84,11 @@ class Runtime:
         :raises StoreUnavailable: where the store cannot be opened now.
         """
         runner = self._runner or self._make_runner()
+        if self.is_child and runner.config.store == MEMORY:
+            raise ConfigurationError(
+                'In a child process of executor="process" there are no tasks and no state to ask for: with memory:// they are '
+                "in its parent. Only current_task is here. Use another ASYNCROUTE_STORE, or return what the parent needs."
+            )
         runner.store.open()
         return runner
 
@@ -89,6 +97,8 @@ class Runtime:
 
         :raises ConfigurationError: see :attr:`runner`.
         """
+        if self.is_child:
+            return
         runner = self._runner or self._make_runner()
         try:
             runner.store.open()
@@ -98,6 +108,15 @@ class Runtime:
             )
         if runner.store.is_shared:
             runner.housekeeper.start()
+
+    def become_child(self) -> Runner:
+        """Have this process run a single task for its parent: it takes no others and keeps no house.
+
+        :return: the runner, its store not opened: with ``memory://`` there is none, see :attr:`runner`.
+        :raises ConfigurationError: where the app is set up in a way that cannot work.
+        """
+        self.is_child = True
+        return self._make_runner()
 
     def _make_runner(self) -> Runner:
         with self._lock:
@@ -131,6 +150,8 @@ class Runtime:
                     app, self._declared, config.defaults, "immediate" if self.is_inline else None
                 )
                 refuse_conflicts(app, self._routes)
+                if any(route.options.executor == "process" for route in self._routes.values()):
+                    app_path.found(app, config.app)
                 self._config = config
             return self._config
 

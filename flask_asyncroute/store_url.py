@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from .checks import refuse
@@ -48,6 +49,21 @@ def checked(label: str, value: Any) -> StoreSetting:
             f"{label}: {url.drivername!r} is not served; use 'sqlite:///…', 'postgresql+psycopg://…' or 'memory://'."
         )
     return value
+
+
+def absolute(setting: str, folder: str) -> str:
+    """Return a URL that names the same store wherever it is read.
+
+    :param folder: what a relative path of SQLite begins at.
+    """
+    if setting == MEMORY:
+        return setting
+    from sqlalchemy.engine import make_url
+
+    url = make_url(setting)
+    if url.get_backend_name() == "sqlite":
+        url = url.set(database=str(Path(folder) / str(url.database)))
+    return url.render_as_string(hide_password=False)
 
 
 def _engine_setting(label: str, value: Any) -> StoreSetting:

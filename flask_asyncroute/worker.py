@@ -9,38 +9,29 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from flask import got_request_exception
 from werkzeug.exceptions import HTTPException
-from werkzeug.http import HTTP_STATUS_CODES
 
 from . import context, snapshot
 from .dispatcher import TIMED_OUT
-from .encoding import clean_text, encode_result
+from .encoding import encode_result
 from .errors import AsyncRouteError, ResultError, TaskAborted
 from .execution import Execution
 from .executors import interruption
 from .executors.base import TaskExecutor
+from .outcome import Outcome, failed
 from .registry import Route
 from .runner import Runner
 from .runtime import json_default
 from .states import State
 from .stores.base import Claim
-from .task import MAX_ERROR, now_us
+from .task import now_us
 from .typing import View
 
 logger = logging.getLogger("flask_asyncroute")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended: the state to go to and the record fields that go with it."""
-
-    state: State
-    values: dict[str, Any] = field(default_factory=dict)
 
 
 def run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
@@ -72,17 +63,18 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
             execution.begin(task.user, task.epoch, seconds, task.on_loss == "restart")
             runner.housekeeper.wake()
             try:
-                outcome = execute(runner, runner.routes[task.endpoint], claim, execution)
+                outcome = _carry_out(runner, executor, claim, execution)
             finally:
                 interruption.leave(execution)
                 execution.end()
-            write: Callable[[], object] = partial(runner.lifecycle.cut_short, execution, is_over=True)
             if execution.is_expired:
                 # That may not be stored yet, and then this is what is.
                 outcome = Outcome(State.ABORTED, {"error": TIMED_OUT})
-            if outcome is not None:
-                values = {"completed_us": now_us(), **outcome.values}
-                write = partial(runner.lifecycle.finish, execution, outcome.state, values)
+            values = {"completed_us": now_us(), **outcome.values}
+            write: Callable[[], object] = partial(runner.lifecycle.finish, execution, outcome.state, values)
+            if execution.is_shutting_down and outcome.state is State.FAILED:
+                # Whatever the view made of being stopped, it is the shutdown that ended it.
+                write = partial(runner.lifecycle.cut_short, execution, is_over=True)
             # It counts as running here until its outcome is stored, whenever that is.
             is_settled = True
             runner.lifecycle.unwritten.write(task_id, write, partial(runner.dispatcher.end, execution))
@@ -93,15 +85,32 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
             runner.dispatcher.end(execution)
 
 
-def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) -> Outcome | None:
-    """Call the view of a claimed task in its rebuilt request; return how that ended, None where the shutdown ended it."""
-    app = runner.app
+def _carry_out(runner: Runner, executor: TaskExecutor, claim: Claim, execution: Execution) -> Outcome:
+    """Have a claimed task run, in another process where the executor has one; return how that ended."""
     body = None
     try:
-        captured = snapshot.decode(claim.request)
         if claim.task.body_size:
             body = runner.store.body(claim.task.id)
-        elif captured.body is not None:
+        outcome = executor.hand_over(claim, body, execution)
+        return execute(runner, claim.task.endpoint, claim.request, body, execution) if outcome is None else outcome
+    except BaseException as error:
+        return failed(error, runner.config.expose_errors)
+    finally:
+        if body is not None:
+            body.close()
+
+
+def execute(runner: Runner, endpoint: str, request: bytes, body: snapshot.Body | None, execution: Execution) -> Outcome:
+    """Call a view in its rebuilt request; return how that ended. The same in a thread and in a child.
+
+    :param request: see :func:`snapshot.encode`.
+    :param body: a large one; small ones are in ``request``.
+    """
+    app = runner.app
+    try:
+        route = runner.routes[endpoint]
+        captured = snapshot.decode(request)
+        if captured.body is not None:
             body = snapshot.Body([captured.body])
         with context.running(execution), context.rebuilt(app, captured, body) as arguments:
             try:
@@ -131,14 +140,9 @@ def execute(runner: Runner, route: Route, claim: Claim, execution: Execution) ->
     except TaskAborted as error:
         if execution.is_time_up and not execution.stop.is_set():
             return Outcome(State.ABORTED, {"error": TIMED_OUT})
-        if execution.is_shutting_down:
-            return None
-        return _failed(error, runner.config.expose_errors)
+        return failed(error, runner.config.expose_errors)
     except BaseException as error:
-        return _failed(error, runner.config.expose_errors)
-    finally:
-        if body is not None:
-            body.close()
+        return failed(error, runner.config.expose_errors)
 
 
 def _call(route: Route, arguments: dict[str, Any], execution: Execution) -> Any:
@@ -157,42 +161,17 @@ def _await(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
-        execution.run_coroutine(lambda: loop.call_soon_threadsafe(task.cancel))
+        execution.cancel_with(lambda: loop.call_soon_threadsafe(task.cancel))
         try:
             return await view(**arguments)
         finally:
-            execution.run_coroutine(None)
+            execution.cancel_with(None)
 
     try:
         return asyncio.run(main())
     except asyncio.CancelledError:
         execution.check()
         raise
-
-
-def _failed(error: BaseException, expose: bool) -> Outcome:
-    name = type(error).__name__
-    if isinstance(error, HTTPException):
-        code = error.code
-        # What abort() makes of a response has no code and name of its own.
-        status = getattr(getattr(error, "response", None), "status_code", None) if code is None else None
-        phrase = HTTP_STATUS_CODES.get(status) if status is not None else None
-        text = _told(
-            lambda: f"{code or status or 500} {phrase or error.name}: {error.description or ''}".rstrip(": "), name
-        )
-        return Outcome(State.FAILED, {"error": clean_text(text, MAX_ERROR), "error_status": code or status})
-    if not expose:
-        return Outcome(State.FAILED, {"error": clean_text(name, MAX_ERROR)})
-    message = _told(lambda: str(error)[:MAX_ERROR], "(its message could not be read)")
-    return Outcome(State.FAILED, {"error": clean_text(f"{name}: {message}" if message else name, MAX_ERROR)})
-
-
-def _told(tell: Callable[[], str], otherwise: str) -> str:
-    """Return what an exception says of itself; it is the app's own code that says it, and may raise anything."""
-    try:
-        return tell()
-    except BaseException:
-        return otherwise
 
 
 def _make_known(runner: Runner, error: BaseException, task_id: str) -> None:

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from . import Broken, generated, hotpath, interruptions, lists, races, uploads, workers
+from . import Broken, exits, generated, hotpath, interruptions, lists, losses, races, soak, stops, uploads, workers
 
 PROOFS: dict[str, Callable[[float], str]] = {
     "workers": workers.prove,
@@ -18,6 +18,10 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "uploads": uploads.prove,
     "lists": lists.prove,
     "hotpath": hotpath.prove,
+    "losses": losses.prove,
+    "exits": exits.prove,
+    "soak": soak.prove,
+    "stops": stops.prove,
     "generated": generated.prove,
 }
 

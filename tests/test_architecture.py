@@ -25,8 +25,8 @@ ROOMS = """
     states permissions expressions encoding
     checks
     options
-    config task query snapshot registry store_url
-    execution
+    config task query snapshot registry store_url app_path
+    execution outcome
     current
     capture context identity
     stores
@@ -41,6 +41,7 @@ ROOMS = """
     runner
     runtime
     worker
+    child
     http
     openapi dashboard
     route

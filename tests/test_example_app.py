@@ -113,11 +113,10 @@ def test_primes_over_http(client: FlaskClient, finished: Callable[..., dict[str,
     assert finished(client.post("/primes/1000000001"))["Error"].startswith("400 Bad Request: The limit")
 
 
-def test_primes_can_be_stopped() -> None:
-    with testing.fake_task() as task:
-        task._execution.ask_to_stop()
-        with pytest.raises(TaskAborted):
-            inspect.unwrap(primes.count_primes)(10_000_000)
+def test_primes_can_be_stopped(app: Flask, client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+    start = client.post("/primes/1000000000")
+    assert json_of(client.delete(start.headers["Location"]))["State"] == "Aborted"
+    assert finished(start)["Error"] == "Aborted by the user"
 
 
 # CSV summary

@@ -9,6 +9,9 @@ from concurrent.futures import Future
 
 from ..errors import QueueFull
 from ..execution import Execution
+from ..outcome import Outcome
+from ..snapshot import Body
+from ..stores.base import Claim
 
 Run = Callable[["TaskExecutor", str], None]
 """Runs the task with this id for an executor, and returns when its code has ended; never raises an Exception."""
@@ -91,6 +94,14 @@ class TaskExecutor(ABC):
 
     def abandon(self, task_id: str) -> None:  # noqa: B027 - most executors have nothing to do
         """Stop counting a run whose task is over though its code is not: its place is free for another."""
+
+    def hand_over(self, claim: Claim, body: Body | None, execution: Execution) -> Outcome | None:
+        """Have a claimed task run in another process, and wait for its end; None: it is to be run here, on this thread.
+
+        :param body: of the request, where it is large; the caller closes it.
+        :return: how the run ended.
+        """
+        return None
 
     @abstractmethod
     def _start(self, task_id: str) -> Future[None]:

@@ -14,8 +14,10 @@ import pytest
 from flask_asyncroute.errors import ConfigurationError, QueueFull, TaskAborted
 from flask_asyncroute.executors import futures
 from flask_asyncroute.executors.base import TaskExecutor
+from flask_asyncroute.executors.children import ForkServer
 from flask_asyncroute.executors.futures import FutureTaskExecutor
 from flask_asyncroute.executors.immediate import ImmediateTaskExecutor
+from flask_asyncroute.executors.processes import ProcessTaskExecutor
 from flask_asyncroute.executors.threads import ThreadTaskExecutor
 from tests.conftest import eventually_true
 
@@ -76,6 +78,10 @@ def make_executor() -> Iterator[MakeExecutor]:
     def make(kind: str, run: Any, max_workers: int = MAX_WORKERS, queue_size: int = QUEUE_SIZE) -> TaskExecutor:
         if kind == "thread":
             executor: TaskExecutor = ThreadTaskExecutor("contract", run, 1, max_workers, queue_size, 1.0)
+        elif kind == "process":
+            # What hands a task over is `worker`, which is not here: these runs stay in their supervising threads.
+            server = ForkServer("tests.child_app", ({}, []), 1024)
+            executor = ProcessTaskExecutor("contract", run, server, 0, max_workers, queue_size)
         elif kind == "futures":
             pools.append(ThreadPoolExecutor(max_workers))
             executor = FutureTaskExecutor(pools[-1], run, max_workers, queue_size)
@@ -91,13 +97,13 @@ def make_executor() -> Iterator[MakeExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@pytest.fixture(params=["thread", "futures"])
+@pytest.fixture(params=["thread", "futures", "process"])
 def executor(request: pytest.FixtureRequest, make_executor: MakeExecutor, work: Work) -> TaskExecutor:
     """Give an executor of each kind that has places to count."""
     return make_executor(request.param, work)
 
 
-@pytest.fixture(params=["thread", "futures", "immediate"])
+@pytest.fixture(params=["thread", "futures", "process", "immediate"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -145,7 +145,7 @@ def started(printed: str) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.live
 def test_the_readme_commands(shell: Shell) -> None:
-    start, poll, stop, query, upload, permission = blocks_of(README, "sh")
+    start, poll, stop, query, upload, process, permission = blocks_of(README, "sh")
 
     statuses, printed = shell.run(*start)
     head, task = started(printed)
@@ -174,6 +174,11 @@ def test_the_readme_commands(shell: Shell) -> None:
     assert shell.run(keep)[0] == [202]
     shell.wait(wait)
     assert shell.task(result)["rows"] == 8
+
+    keep, get, delete = process
+    assert shell.run(keep)[0] == [202]
+    assert shell.task(get)["State"] == "Running"
+    assert shell.task(delete)["State"] == "Aborted"
 
     assert [shell.run(line)[0] for line in permission] == [[202], [200], [403], [404], [200]]
 

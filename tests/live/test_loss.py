@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prove.client import Connection, send
+from prove.client import send
 from prove.server import Server, gunicorn
 
 from .test_gunicorn import crowd, lines, state
@@ -169,15 +169,6 @@ def test_f04_a_worker_that_ends(tmp_path: Path, eventually: Eventually, how: str
     for log in ("log", "log2"):
         text = (tmp_path / log).read_text()
         assert "Traceback" not in text, text
-
-
-def test_a_start_while_the_process_ends_is_refused(tmp_path: Path, eventually: Eventually) -> None:
-    with gunicorn(tmp_path / "log", crowd(tmp_path, drain=1.5), "--workers", "1", "--threads", "4") as server:
-        begin(server.port, "/work/60000", tmp_path, eventually)
-        with Connection(server.port) as held:
-            held.send("GET", "/pid")
-            os.kill(server.pid, signal.SIGTERM)
-            eventually(lambda: gone(server.pid), 5)
 
 
 def test_f37_the_reloader(tmp_path: Path, eventually: Eventually) -> None:

@@ -38,7 +38,7 @@ NOT_PATHS: list[Any] = [
 NOT_LISTS: list[Any] = [None, "get", 5, {"get"}, {"get": 1}]
 NOT_SECONDS: list[Any] = ["5", "", True, [], math.nan, math.inf, -1, timedelta(seconds=-1), 101 * 365 * 86400]
 NOT_SERVED = (
-    "APP", "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "MAX_TASKS_PER_USER", "CALLBACK_ATTEMPTS",
+    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "MAX_TASKS_PER_USER", "CALLBACK_ATTEMPTS",
     "CALLBACK_SECRET", "CALLBACK_ALLOWED_HOSTS", "OPENAPI_PATH", "DOCS_PATH", "DASHBOARD_PATH",
 )  # fmt: skip
 
@@ -50,6 +50,10 @@ BAD: dict[str, list[Any]] = {
         "sqlite+aiosqlite:///x.db", "postgresql://localhost/x", "postgresql+psycopg://localhost",
         "postgresql://localhost:port/x", "mysql+pymysql://localhost/x", "redis://localhost", "http://localhost", object(),
         b"memory://", ["memory://"], "sqlite://server/x.db", "sqlite://user:secret@server/x.db", "sqlite:///a\0b",
+    ],
+    "APP": [
+        "", 5, True, ["x"], b"x", "a b", "x:", ":app", "x:app:y", "x.:app", "x/y", "x:app.y", "x:create(", "x:5", "5x",
+        "x:app\n",
     ],
     "NAMESPACE": ["", 5, [], True, "x" * 256, b"x"],
     "CREATE_TABLES": NOT_BOOLEANS,
@@ -95,6 +99,7 @@ GOOD: dict[str, list[Any]] = {
         "memory://", "sqlite:///asyncroute.db", "sqlite:////var/lib/asyncroute.db", "sqlite+pysqlite:///x.db",
         "sqlite:///x.db?synchronous=FULL", "sqlite:///x.db?synchronous=off", "sqlite:///a/b c/é.db",
     ],
+    "APP": [None, "x", "x.y", "x:app", "x.y:create_app()", "x:create_app('a', b=5)", "été:app"],
     "NAMESPACE": ["x", "x" * 255, None],
     "CREATE_TABLES": [True, False],
     "OPERATIONS": [["get"], ("query", "stop"), ["get", "stop", "query"]],

@@ -111,7 +111,7 @@ def test_interrupt_after_nothing_means_at_once(clock: Clock) -> None:
 
 def test_a_coroutine_is_cancelled_and_never_interrupted(execution: Execution) -> None:
     cancelled: list[str] = []
-    execution.run_coroutine(lambda: cancelled.append("now"))
+    execution.cancel_with(lambda: cancelled.append("now"))
     execution.ask_to_stop()
     assert cancelled == ["now"]
     assert execution.interrupt_at is None
@@ -123,15 +123,15 @@ def test_a_coroutine_that_comes_after_the_stop_is_cancelled(execution: Execution
     execution.ask_to_stop()
     assert execution.interrupt_at is not None
     cancelled: list[str] = []
-    execution.run_coroutine(lambda: cancelled.append("now"))
+    execution.cancel_with(lambda: cancelled.append("now"))
     assert cancelled == ["now"]
     assert execution.interrupt_at is None
 
 
 def test_a_coroutine_that_has_ended_is_not_cancelled(execution: Execution) -> None:
     cancelled: list[str] = []
-    execution.run_coroutine(lambda: cancelled.append("now"))
-    execution.run_coroutine(None)
+    execution.cancel_with(lambda: cancelled.append("now"))
+    execution.cancel_with(None)
     execution.ask_to_stop()
     assert cancelled == []
 

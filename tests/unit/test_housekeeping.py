@@ -227,7 +227,7 @@ def test_a_coroutine_is_not_interrupted(clock: Clock, make_keeper: MakeKeeper, d
     executor = FakeExecutor()
     execution = Execution("task", 1.0)
     dispatcher.begin(execution, executor)
-    execution.run_coroutine(lambda: None)
+    execution.cancel_with(lambda: None)
     execution.ask_to_stop()
     clock.now += 1000
     make_keeper()._step()
