@@ -261,7 +261,7 @@ def test_f44_a_start_in_doubt_starts_nothing(make_faulty: MakeFaulty) -> None:
         return 1
 
     flow.start(status=503)
-    eventually_true(lambda: flow.ids() == [] or flow.query()[0]["IsCompleted"])
+    eventually_true(lambda: all(task["IsCompleted"] for task in flow.query()))
 
 
 class Scenario:
@@ -357,3 +357,55 @@ def test_f44_the_nth_call_fails(make_faulty: MakeFaulty, how: str, hear: Any, ga
         if calls < number:
             break
     assert number > 12
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_f24_a_slow_store_slows_polls_alone(make_faulty: MakeFaulty, gate: threading.Event) -> None:
+    """Two seconds for each call: all that runs goes on meanwhile, is timed out and stopped, and nothing waits for ever."""
+    is_slow = threading.Event()
+
+    def fault(name: str) -> None:
+        if is_slow.is_set():
+            gate.wait(2.0)
+
+    flow = make_faulty(fault)
+    steps = [0]
+    stopped_at: list[float] = []
+
+    @flow.route("/counts", max_workers=2)
+    def counts() -> Any:
+        while not gate.is_set() and steps[0] < 100:
+            steps[0] += 1
+            current_task.progress = steps[0]
+            gate.wait(0.01)
+        return steps[0]
+
+    @flow.route("/late", timeout=0.5, interrupt_after=None)
+    def late() -> Any:
+        begun.set()
+        while not current_task.stop_requested and not gate.is_set():
+            gate.wait(0.01)
+        stopped_at.append(time.monotonic())
+
+    begun = threading.Event()
+    late_task = flow.start("/late")
+    assert begun.wait(5)
+    is_slow.set()
+    began = time.monotonic()
+    answers: list[int] = []
+    starts = [
+        threading.Thread(target=lambda: answers.append(flow.app.test_client().post("/counts").status_code))
+        for _ in range(2)
+    ]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join(10)
+    assert answers == [202, 202]
+    assert 2 <= time.monotonic() - began < 4, "the starts do not wait for each other"
+    eventually_true(lambda: steps[0] == 100, 10)
+    eventually_true(lambda: stopped_at, 10)
+    is_slow.clear()
+    assert flow.still(late_task, 15)["Error"] == "Timeout"
+    eventually_true(lambda: all(task["IsCompleted"] for task in flow.query()), 15)
+    assert {task["State"] for task in flow.query("AsyncRouteId=[Post]/counts")} == {"Completed"}

@@ -131,8 +131,13 @@ class EngineDatabase(Database):
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
 
     def has_table(self, cursor: Cursor, name: str) -> bool:
-        found = cursor.execute("SELECT to_regclass(%s)", (name,)).fetchone()
-        return found is not None and found[0] is not None
+        # Not to_regclass(): after waiting for the lock above it may still answer from what the server had remembered before.
+        found = cursor.execute(
+            "SELECT 1 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace "
+            "WHERE c.relname = %s AND n.nspname = ANY (current_schemas(false))",
+            (name,),
+        )
+        return found.fetchone() is not None
 
     def tend(self) -> None:
         """PostgreSQL sees to itself."""
