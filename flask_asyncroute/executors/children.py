@@ -148,7 +148,6 @@ class ForkServer:
         }
         self._lock = threading.Lock()
         self._process: _ServerProcess | None = None
-        self._is_closed = False
 
     def start(self) -> Child:
         """Ask for a child and return it at once; it loads the app and waits for a job.
@@ -171,17 +170,14 @@ class ForkServer:
             return Child(channel, leash, status_end, self._limits, ours.pop_all())
 
     def close(self) -> None:
-        """Start no more; children that run go on."""
+        """Have the fork server end; children that run go on, and one that is asked for after this has a new server."""
         with self._lock:
-            self._is_closed = True
             process, self._process = self._process, None
         if process is not None:
             process.close()
 
     def _ask(self, descriptors: list[int]) -> None:
         with self._lock:
-            if self._is_closed:
-                raise RuntimeError("No more children are started: the app was closed.")
             if self._process is not None:
                 try:
                     self._process.ask(descriptors)

@@ -7,6 +7,7 @@ forks carry over no locks, connections or signal handlers of a web server. It mu
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import gc
 import logging
@@ -20,6 +21,7 @@ import sys
 import threading
 from contextlib import suppress
 from importlib import import_module
+from typing import NoReturn
 
 from . import leash
 
@@ -136,6 +138,8 @@ class _Server:
 
     def _start(self, descriptors: list[int]) -> None:
         try:
+            if len(descriptors) < 3:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             pid = _fork()
         except OSError as error:
             logger.error("A child process could not be started: %s", error)
@@ -147,19 +151,20 @@ class _Server:
         os.close(descriptors[0])
         self._children[pid] = descriptors[1:]
 
-    def _become_child(self, task: int, leash_end: int, status: int) -> None:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.setsid()
-        leash.put_on(leash_end, -os.getpid())
-        os.close(status)
-        os.close(self._leash_end)
-        self._control.close()
-        for descriptors in self._children.values():
-            for descriptor in descriptors:
-                os.close(descriptor)
+    def _become_child(self, task: int, leash_end: int, status: int) -> NoReturn:
+        """Be a child from here on, to its end."""
         code = 1
         try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            leash.put_on(leash_end, -os.getpid())
+            os.close(status)
+            os.close(self._leash_end)
+            self._control.close()
+            for descriptors in self._children.values():
+                for descriptor in descriptors:
+                    os.close(descriptor)
             import_module(CHILD).main(socket.socket(fileno=task))
             # What the interpreter does at its end, but for taking everything apart, which costs more than many a task.
             threading._shutdown()  # type: ignore[attr-defined]

@@ -79,7 +79,8 @@ class ProcessTaskExecutor(TaskExecutor):
             child.kill()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False)
+        # What waits stays where it is stored, and is taken by another process.
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._spares.close()
 
     def _start(self, task_id: str) -> Future[None]:
