@@ -114,6 +114,7 @@ KEYS: dict[str, Key] = {
     "ADMINS": Key(checks.optional(_admins), None),
     "LIST_ANONYMOUS": Key(checks.optional(checks.boolean), None),
     "TRUSTED_ORIGINS": Key(_origins, ()),
+    "MAX_TASKS_PER_USER": Key(checks.optional(checks.whole(1)), None),
     "HOUSEKEEPING_INTERVAL": Key(_interval, 30.0),
     "TIMEOUT": Key(options.DEFAULTED["timeout"], 36_000_000_000),
     "CANCELLABLE": Key(options.DEFAULTED["cancellable"], True),
@@ -130,11 +131,10 @@ KEYS: dict[str, Key] = {
     "RETENTION": Key(options.DEFAULTED["retention"], 86_400_000_000),
     "ON_LOSS": Key(options.DEFAULTED["on_loss"], "abort"),
     "CELERY": Key(_not_served, None),
-    "DRAIN": Key(_not_served, None),
+    "DRAIN": Key(checks.optional(checks.seconds), None),
     "MAX_WAIT": Key(_not_served, None),
     "MAX_STREAMS": Key(_not_served, None),
     "STREAM_AGE": Key(_not_served, None),
-    "MAX_TASKS_PER_USER": Key(_not_served, None),
     "CALLBACK_ATTEMPTS": Key(_not_served, None),
     "CALLBACK_SECRET": Key(_not_served, None),
     "CALLBACK_ALLOWED_HOSTS": Key(_not_served, None),
@@ -168,7 +168,9 @@ class Config:
     admins: Access
     list_anonymous: bool
     trusted_origins: tuple[str, ...]
+    max_tasks_per_user: int | None
     housekeeping_interval: float
+    drain: float
     defaults: Mapping[str, Any]
 
     @property
@@ -225,6 +227,7 @@ def read(app: Flask) -> Config:
     if values["CALLBACK"] is not None:
         raise ConfigurationError("ASYNCROUTE_CALLBACK: callbacks are not served by this version; remove it.")
     listed = values["LIST_ANONYMOUS"]
+    drain = values["DRAIN"]
     return Config(
         store=values["STORE"],
         app=values["APP"],
@@ -245,6 +248,8 @@ def read(app: Flask) -> Config:
         admins=values["ADMINS"] or Access(),
         list_anonymous=listed if listed is not None else bool(app.debug or app.testing),
         trusted_origins=values["TRUSTED_ORIGINS"],
+        max_tasks_per_user=values["MAX_TASKS_PER_USER"],
         housekeeping_interval=values["HOUSEKEEPING_INTERVAL"],
+        drain=drain if drain is not None else 0.5 if app.debug else 5.0,
         defaults={name: values[name.upper()] for name in options.DEFAULTED},
     )

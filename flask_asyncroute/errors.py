@@ -33,6 +33,10 @@ class IdTaken(AsyncRouteError):
     """A store has a task with this id already."""
 
 
+class KeyTaken(AsyncRouteError):
+    """A task was started with this ``Idempotency-Key`` already."""
+
+
 class TaskAborted(BaseException):
     """Raised inside a view whose task was stopped or ran out of time.
 
@@ -146,12 +150,33 @@ class UnsupportedMediaType(RequestRefused):
     title = "Unsupported media type"
 
 
+class KeyReused(RequestRefused):
+    """The caller's ``Idempotency-Key`` stands for another request."""
+
+    status = 422
+    slug = "key-reused"
+    title = "Key reused"
+
+
 class NotCancellable(RequestRefused):
     """The task's route was declared with ``cancellable=False``."""
 
     status = 423
     slug = "not-cancellable"
     title = "Not cancellable"
+
+
+class TooManyTasks(RequestRefused):
+    """The user has as many unfinished tasks as ``ASYNCROUTE_MAX_TASKS_PER_USER`` allows."""
+
+    status = 429
+    slug = "too-many-tasks"
+    title = "Too many tasks"
+
+    @classmethod
+    def of(cls, quota: int) -> TooManyTasks:
+        """Return the error for a user with that many."""
+        return cls(f"You have {quota} unfinished tasks, which is as many as you may. Wait for one to end, or stop one.")
 
 
 class TaskFailed(RequestRefused):
@@ -170,14 +195,6 @@ class CannotStart(RequestRefused):
     title = "Cannot start"
 
 
-class NotServed(RequestRefused):
-    """The client asked for something that this version does not do."""
-
-    status = 501
-    slug = "not-served"
-    title = "Not served"
-
-
 class QueueFull(RequestRefused):
     """As many tasks wait as the route's pool allows."""
 
@@ -186,9 +203,21 @@ class QueueFull(RequestRefused):
     title = "Queue full"
 
 
+class ShuttingDown(RequestRefused):
+    """This server process is about to end and starts nothing more."""
+
+    status = 503
+    slug = "shutting-down"
+    title = "Shutting down"
+
+
 class StoreUnavailable(RequestRefused):
     """The store cannot be read or written now."""
 
     status = 503
     slug = "store-unavailable"
     title = "Store unavailable"
+
+
+class CommitUnknown(StoreUnavailable):
+    """The store failed in the middle of a write: it may have happened or not."""

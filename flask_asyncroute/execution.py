@@ -38,6 +38,9 @@ class Execution:
         self.thread_lock = threading.Lock()
         """Held while it is checked that this task runs on a thread and that thread is interrupted, and by it to leave."""
         self.thread_id: int | None = None
+        self.is_shutting_down = False
+        """Whether the process is about to exit: the outcome is then `Lifecycle.cut_short`'s."""
+        self.restarts_on_loss = False
         self.is_interrupted = False
         """Whether an exception was raised in that thread."""
         self.reported_at = -math.inf
@@ -50,29 +53,35 @@ class Execution:
         self._is_dirty = False
         self._climb: Climb | None = None
 
-    def begin(self, user: str | None, epoch: int, seconds: float | None) -> None:
+    def begin(self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False) -> None:
         """Take what the claim told.
 
         :param seconds: until the time is up; None for no limit.
+        :param restarts_on_loss: whether the task is to be run again where its process cannot finish it.
         """
+        self.restarts_on_loss = restarts_on_loss
         self.user = user
         self.epoch = epoch
         self.deadline = None if seconds is None else time.monotonic() + seconds
 
-    def ask_to_stop(self) -> bool:
-        """Ask the view to stop; return whether this was the first time. What can be cancelled is, at once."""
+    def ask_to_stop(self, within: float = math.inf) -> bool:
+        """Ask the view to stop; return whether this was the first time. What can be cancelled is, at once.
+
+        :param within: seconds after which to interrupt at the latest, where that is done at all.
+        """
         with self._lock:
-            if self.stop.is_set():
+            is_first = not self.stop.is_set()
+            if not is_first and within == math.inf:
                 return False
             self.stop.set()
             self._climb = None
             cancel = self._cancel
             if cancel is None and self._interrupt_after is not None:
-                self.interrupt_at = time.monotonic() + self._interrupt_after
+                self.interrupt_at = time.monotonic() + min(self._interrupt_after, within)
         if cancel is not None:
             cancel()
         self._wake()
-        return True
+        return is_first
 
     def cancel_with(self, cancel: Callable[[], object] | None) -> None:
         """Say how to cancel the coroutine or child that runs from now on; None: there is none any more."""
@@ -132,6 +141,16 @@ class Execution:
                 return None
             self._is_dirty = False
             return self._progress, self._message
+
+    def return_report(self) -> None:
+        """Take back what :meth:`take_report` gave, since it could not be written: the next report has it, or newer."""
+        self._is_dirty = True
+
+    def end(self) -> None:
+        """Take note that the code has ended: nothing is due for it any more."""
+        with self._lock:
+            self.deadline = self.interrupt_at = self._climb = None
+            self._is_dirty = False
 
     def final_report(self) -> tuple[float | None, str | None]:
         """Return progress and message as they are, and count them as reported."""

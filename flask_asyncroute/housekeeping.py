@@ -1,5 +1,5 @@
-"""One thread per process that finds what is due: time that is up, interruptions, progress to write, tasks to take over,
-tasks whose retention is over.
+"""One thread per process that finds what is due: time that is up, interruptions, progress to write, tasks whose retention
+is over, and what else `runner` has done from time to time.
 
 It calls the dispatcher, the lifecycle and the executors; it decides nothing itself.
 """
@@ -10,12 +10,12 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from . import signals
 from .dispatcher import Dispatcher
-from .errors import AsyncRouteError
+from .errors import AsyncRouteError, StoreUnavailable
 from .execution import Execution
 from .executors.base import TaskExecutor
 from .finalizers import when_gone
@@ -32,18 +32,16 @@ REPORT_SECONDS = 0.1
 """Progress of one task is written at most this often."""
 RETRY_SECONDS = 0.01
 """Between two looks whether a thread can be interrupted."""
-TAKEOVER_SECONDS = 0.5
-TEND_SECONDS = 1.0
 LONGEST_SLEEP = 30.0
-OVERDUE_US = 5_000_000
-"""A task this far over its time has no process that would see to it."""
+STORE_RETRY_SECONDS = 1.0
 PAGE = 500
 
 
 class Housekeeper:
     """Runs what is due, on one daemon thread that starts with the first :meth:`start`.
 
-    :param take_over: submits waiting tasks that nobody runs; called about twice a second.
+    :param interval: seconds between two sweeps.
+    :param jobs: what else is to be done, each with the seconds between two times.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class Housekeeper:
         lifecycle: Lifecycle,
         dispatcher: Dispatcher,
         interval: float,
-        take_over: Callable[[], None],
+        jobs: Sequence[Job] = (),
     ) -> None:
         self._app = app
         self._store = store
@@ -63,10 +61,9 @@ class Housekeeper:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_closed = False
-        jobs: list[tuple[float, Callable[[], None]]] = [(interval, self._sweep)]
-        if store.is_shared:
-            jobs += [(TAKEOVER_SECONDS, take_over), (TEND_SECONDS, store.tend)]
-        self._jobs = [_Job(seconds, work) for seconds, work in jobs]
+        self._report_after = 0.0
+        """When the store is to be tried again with progress; there is no hurry with it."""
+        self._jobs = [Job(interval, self._sweep), *jobs]
 
     def start(self) -> None:
         """Start the thread, if it does not run yet."""
@@ -106,6 +103,7 @@ class Housekeeper:
             except Exception:
                 logger.exception("Task %s could not be attended to; it is tried again.", execution.task_id)
                 due = min(due, now + 1.0)
+        due = min(due, self._lifecycle.unwritten.retry(now))
         for job in self._jobs:
             if job.due <= now:
                 try:
@@ -131,29 +129,31 @@ class Housekeeper:
         step = execution.climb(now)
         due = due if step is None else min(due, step)
         if execution.has_report:
-            if execution.reported_at + REPORT_SECONDS <= now:
+            report_at = max(execution.reported_at + REPORT_SECONDS, self._report_after)
+            if report_at <= now:
                 execution.reported_at = now
-                signals.progress_reported.send(self._app, execution=execution)
+                try:
+                    signals.progress_reported.send(self._app, execution=execution)
+                except StoreUnavailable:
+                    # Each try may take seconds, in which nothing else is attended to.
+                    self._report_after = time.monotonic() + STORE_RETRY_SECONDS
+                    raise
             else:
-                due = min(due, execution.reported_at + REPORT_SECONDS)
+                due = min(due, report_at)
         return due
 
     def _sweep(self) -> None:
-        """Remove tasks whose retention is over, and abort those that nobody has timed out."""
+        """Remove tasks whose retention is over."""
         while True:
             outlived = self._store.outlived(now_us(), PAGE)
             for task_id in outlived:
                 self._lifecycle.purge(task_id)
             if len(outlived) < PAGE:
-                break
-        for task_id in self._store.overdue(now_us() - OVERDUE_US, PAGE):
-            task = self._store.get(task_id)
-            if task is not None and task_id not in self._dispatcher.running and not task.is_completed:
-                self._dispatcher.expire_of_others(task)
+                return
 
 
-class _Job:
-    """Work that is done every so many seconds."""
+class Job:
+    """Work that is done every so many seconds; ``work`` may raise, and is then done again."""
 
     def __init__(self, seconds: float, work: Callable[[], None]) -> None:
         self.seconds = seconds

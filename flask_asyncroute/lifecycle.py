@@ -12,17 +12,27 @@ from typing import TYPE_CHECKING, Any
 from blinker import NamedSignal
 
 from . import context, signals
+from .errors import CommitUnknown, StoreUnavailable
 from .execution import Execution
 from .snapshot import Body
+from .start_key import StartKey
 from .states import TERMINAL, TRANSITIONS, State
 from .stores.base import Claim, Expect, TaskStore
 from .task import AsyncRouteTask, now_us
+from .unwritten import Unwritten
 
 if TYPE_CHECKING:
     from flask import Flask
 
 logger = logging.getLogger("flask_asyncroute")
 
+MAX_RESTARTS = 2
+"""How often a task that asks for it is restarted after its worker was lost."""
+LOST = "Worker lost"
+SHUT_DOWN = "Server shutdown"
+
+_OF_A_RUN = ("owner", "started_us", "expires_us", "progress", "progress_message")
+"""The record fields that a run sets and that are empty before it."""
 _FINISHED = {
     State.COMPLETED: signals.task_completed,
     State.FAILED: signals.task_failed,
@@ -43,19 +53,33 @@ class Lifecycle:
         self._app = app
         self._store = store
         self.owner = owner
+        self.unwritten = Unwritten()
+        """What could not be stored yet."""
         # Weak, unlike other receivers: the signal must not keep this object, and with it the app, alive.
         signals.progress_reported.connect(self.on_progress_reported, sender=app)
 
     def create(
-        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]
-    ) -> None:
-        """Store a new task; :exc:`IdTaken` where its id is not new."""
-        self._store.add(task, request, body, grants)
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
+        key: StartKey | None = None, quota: int | None = None,
+    ) -> None:  # fmt: skip
+        """Store a new task, or raise what :meth:`TaskStore.add` does where it may not be."""
+        try:
+            self._store.add(task, request, body, grants, key, quota)
+        except CommitUnknown:
+            # Its client is told that nothing was started, so nothing may.
+            self.unwritten.keep(task.id, lambda: self._uncreate(task))
+            raise
         self._tell(signals.task_created, task)
 
     def claim(self, task_id: str) -> Claim | None:
         """Take a waiting task for this process: NotStarted → Running. None where somebody else was first."""
-        claim = self._store.claim(task_id, self.owner, now_us())
+        now = now_us()
+        try:
+            claim = self._store.claim(task_id, self.owner, now)
+        except CommitUnknown:
+            # It would be Running with nobody to run it.
+            self.unwritten.keep(task_id, lambda: self._unclaim(task_id, now))
+            raise
         if claim is not None:
             self._tell(signals.task_started, claim.task)
         return claim
@@ -86,6 +110,33 @@ class Lifecycle:
         expect = Expect((task.state,), task.owner, task.epoch)
         return self._step(task.id, expect, State.ABORTED, {"error": error, "stopping": task.state is State.RUNNING})
 
+    def lose(self, task: AsyncRouteTask) -> AsyncRouteTask | None:
+        """Settle a task whose worker is gone: one that ran is aborted or, as its route wants it, restarted; one that was
+        Stopping has stopped.
+        """
+        if task.state is not State.RUNNING:
+            return self._change(
+                task.id, Expect((task.state,), task.owner, task.epoch, stopping=True), {"stopping": False}
+            )
+        expect = Expect((State.RUNNING,), task.owner, task.epoch)
+        if task.on_loss == "restart" and task.restarts < MAX_RESTARTS:
+            return self._put_back(task.id, expect, {"restarts": task.restarts + 1})
+        return self._step(task.id, expect, State.ABORTED, {"error": LOST})
+
+    def cut_short(self, execution: Execution, is_over: bool) -> None:
+        """Settle a task whose process shuts down: Aborted or, as its route wants it, waiting again, which is no loss.
+
+        :param is_over: whether its code has ended. A task is not put back before.
+        """
+        expect = Expect((State.RUNNING,), self.owner, execution.epoch)
+        task = None
+        if not execution.restarts_on_loss:
+            task = self._step(execution.task_id, expect, State.ABORTED, {"error": SHUT_DOWN, "stopping": not is_over})
+        elif is_over:
+            task = self._put_back(execution.task_id, expect, {})
+        if task is None and is_over:
+            self.release(execution)
+
     def expire(self, execution: Execution, error: str) -> AsyncRouteTask | None:
         """Move a task that runs in this process to Aborted, its code Stopping."""
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
@@ -94,9 +145,7 @@ class Lifecycle:
     def release(self, execution: Execution) -> None:
         """Write that the code of an aborted task has ended."""
         expect = Expect((State.ABORTED,), self.owner, execution.epoch, stopping=True)
-        task = self._store.update(execution.task_id, expect, {"stopping": False})
-        if task is not None:
-            self._tell(None, task)
+        self._change(execution.task_id, expect, {"stopping": False})
 
     def withdraw(self, task: AsyncRouteTask) -> bool:
         """Remove a task that could not be submitted; return whether it was still waiting."""
@@ -112,16 +161,44 @@ class Lifecycle:
         if report is None:
             return
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
-        task = self._store.update(execution.task_id, expect, {"progress": report[0], "progress_message": report[1]})
+        try:
+            task = self._store.update(execution.task_id, expect, {"progress": report[0], "progress_message": report[1]})
+        except StoreUnavailable:
+            execution.return_report()
+            raise
         if task is not None:
             self._tell(signals.task_progressed, task)
 
     def _step(self, task_id: str, expect: Expect, state: State, values: dict[str, Any]) -> AsyncRouteTask | None:
-        if any(state not in TRANSITIONS[before] for before in expect.states):
+        if state not in _FINISHED or any(state not in TRANSITIONS[before] for before in expect.states):
             raise ValueError(f"There is no step from {' or '.join(expect.states)} to {state}.")
         task = self._store.update(task_id, expect, {"state": state, "completed_us": now_us(), **values})
         if task is not None:
             self._tell(_FINISHED[state], task)
+        return task
+
+    def _uncreate(self, task: AsyncRouteTask) -> None:
+        """Remove a task that may have been stored, though its start was refused, where it has not begun."""
+        found = self._store.get(task.id)
+        if found is not None and found.created_us == task.created_us:
+            self.withdraw(task)
+
+    def _unclaim(self, task_id: str, claimed_us: int) -> None:
+        """Have a task wait again whose claim may have been stored, though this process was told that it could not."""
+        task = self._store.get(task_id)
+        if task is not None and task.started_us == max(claimed_us, task.created_us):
+            self._put_back(task_id, Expect((State.RUNNING,), self.owner, task.epoch), {})
+
+    def _put_back(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
+        """Have a task wait again, as if it had never run."""
+        values = {**dict.fromkeys(_OF_A_RUN), **values, "state": State.NOT_STARTED}
+        return self._change(task_id, expect, values)
+
+    def _change(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
+        """Write what is no fact for the app's receivers, but news for whoever waits."""
+        task = self._store.update(task_id, expect, values)
+        if task is not None:
+            self._tell(None, task)
         return task
 
     def _tell(self, fact: NamedSignal | None, task: AsyncRouteTask) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import uuid
@@ -13,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import import_string
 
-from . import app_path
+from . import app_path, drain
+from .census import Census
 from .config import Config, values_for_child
 from .dispatcher import Dispatcher
-from .errors import QueueFull
+from .errors import AsyncRouteError, QueueFull
 from .executors.base import RUN, Run, TaskExecutor
 from .finalizers import when_gone
-from .housekeeping import Housekeeper
+from .housekeeping import Housekeeper, Job
 from .lifecycle import Lifecycle
 from .notifier import Notifier
+from .presence import Presence
 from .query import NEWEST_FIRST
 from .registry import Route
 from .store_url import modules_of
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("flask_asyncroute")
 
+LOOK_SECONDS = 0.5
+TEND_SECONDS = 1.0
 TAKEOVER_AFTER_US = 1_000_000
 """A task that has waited this long may be taken by any process."""
 
@@ -60,15 +65,29 @@ class Runner:
         self.lifecycle = Lifecycle(app, self.store, f"{os.getpid()}-{uuid.uuid4()}")
         self.dispatcher = Dispatcher(app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes)
         self.notifier = Notifier(app, self.store, self.dispatcher.heard)
+        self.presence: Presence | None = None
+        jobs = []
+        if self.store.workers is not None:
+            self.presence = Presence(self.store.workers, self.lifecycle.owner, routes)
+            immediate = [endpoint for endpoint, route in routes.items() if route.options.executor == "immediate"]
+            census = Census(self.store, self.store.workers, self.lifecycle, self.presence, immediate)
+            jobs = [
+                Job(LOOK_SECONDS, census.look),
+                Job(LOOK_SECONDS, self._take_over),
+                Job(TEND_SECONDS, self.store.tend),
+                Job(config.housekeeping_interval, census.find_forsaken),
+            ]
         self.housekeeper = Housekeeper(
-            app, self.store, self.lifecycle, self.dispatcher, config.housekeeping_interval, self._take_over
+            app, self.store, self.lifecycle, self.dispatcher, config.housekeeping_interval, jobs
         )
+        self.lifecycle.unwritten.wake = self.housekeeper.wake
         self._lock = threading.Lock()
         self._has_told = False
         self._executors: dict[str, TaskExecutor] = {}
         self._run = _runs(weakref.ref(self))
         self._fork_server: ForkServer | None = None
         when_gone(self, self.store.close)
+        drain.at_exit(self)
 
     def executor_of(self, route: Route) -> TaskExecutor:
         """Return the executor of a route's pool, made when it is first asked for."""
@@ -80,15 +99,41 @@ class Runner:
                     executor = self._executors[route.pool] = self._make_executor(route)
         return executor
 
+    @property
+    def executors(self) -> list[TaskExecutor]:
+        """The executors that have been asked for so far."""
+        return list(self._executors.values())
+
+    def enter(self) -> None:
+        """Have this process count as a worker from now on, and its house kept.
+
+        :raises StoreUnavailable: where the store cannot be written.
+        """
+        if self.presence is not None:
+            self.presence.enter()
+        self.housekeeper.start()
+
     def close(self) -> None:
         """End the threads and close the store; tasks that run go on until they end."""
         self.housekeeper.close()
+        self.lifecycle.unwritten.retry(math.inf)
         self.notifier.close()
-        for executor in self._executors.values():
+        for executor in self.executors:
             executor.close()
+        if self.presence is not None:
+            self._close_presence(self.presence)
         if self._fork_server is not None:
             self._fork_server.close()
         self.store.close()
+
+    def _close_presence(self, presence: Presence) -> None:
+        if self.dispatcher.running:
+            presence.close()
+            return
+        try:
+            presence.leave()
+        except AsyncRouteError as error:
+            logger.warning("This worker could not say that it leaves; others will find it gone. (%s)", error)
 
     def tell_of_unlisted(self) -> None:
         """Log, once, that lists leave out tasks that nobody owns, and how to have them."""
@@ -131,9 +176,11 @@ class Runner:
 
     def _take_over(self) -> None:
         """Submit tasks that have waited for over a second to executors with a free place."""
+        if self.dispatcher.is_closing:
+            return
         free: dict[str, int] = {}
         for route in self.routes.values():
-            if route.options.executor in ("thread", "process"):
+            if route.options.executor != "immediate":
                 room = self.executor_of(route).free()
                 if room:
                     free[route.endpoint] = room

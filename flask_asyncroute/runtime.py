@@ -174,6 +174,7 @@ class Runtime:
         """Leave what belongs to the parent process alone; called in a child after a fork."""
         self._lock = threading.RLock()
         if self._runner is not None:
+            self._runner.store.forget()
             _left_behind.append(self._runner)
             self._runner = None
 

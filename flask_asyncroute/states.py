@@ -25,9 +25,9 @@ UNFINISHED = frozenset(State) - TERMINAL
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.NOT_STARTED: frozenset({State.RUNNING, State.ABORTED}),
-    State.RUNNING: TERMINAL,
+    State.RUNNING: TERMINAL | {State.NOT_STARTED},
     State.COMPLETED: frozenset(),
     State.FAILED: frozenset(),
     State.ABORTED: frozenset(),
 }
-"""Which states may follow which."""
+"""Which states may follow which. Back to NotStarted goes a task that is to be restarted, see `lifecycle`."""

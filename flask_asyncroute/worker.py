@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flask import got_request_exception
 from werkzeug.exceptions import HTTPException
 
 from . import context, snapshot
+from .dispatcher import TIMED_OUT
 from .encoding import encode_result
 from .errors import AsyncRouteError, ResultError, TaskAborted
 from .execution import Execution
@@ -25,6 +28,7 @@ from .runner import Runner
 from .runtime import json_default
 from .states import State
 from .stores.base import Claim
+from .task import now_us
 from .typing import View
 
 logger = logging.getLogger("flask_asyncroute")
@@ -46,25 +50,39 @@ def run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
 def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
     execution = Execution(task_id, executor.interrupt_after, runner.housekeeper.wake)
     runner.dispatcher.begin(execution, executor)
+    is_settled = False
     try:
         runner.notifier.watch()
         try:
+            runner.enter()
             claim = runner.lifecycle.claim(task_id)
             if claim is None:
                 return
             task = claim.task
-            execution.begin(task.user, task.epoch, None if task.timeout_us is None else task.timeout_us / 1_000_000)
-            runner.housekeeper.start()
+            seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000
+            execution.begin(task.user, task.epoch, seconds, task.on_loss == "restart")
             runner.housekeeper.wake()
             try:
                 outcome = _carry_out(runner, executor, claim, execution)
             finally:
                 interruption.leave(execution)
-            runner.lifecycle.finish(execution, outcome.state, outcome.values)
+                execution.end()
+            if execution.is_expired:
+                # That may not be stored yet, and then this is what is.
+                outcome = Outcome(State.ABORTED, {"error": TIMED_OUT})
+            values = {"completed_us": now_us(), **outcome.values}
+            write: Callable[[], object] = partial(runner.lifecycle.finish, execution, outcome.state, values)
+            if execution.is_shutting_down and outcome.state is State.FAILED:
+                # Whatever the view made of being stopped, it is the shutdown that ended it.
+                write = partial(runner.lifecycle.cut_short, execution, is_over=True)
+            # It counts as running here until its outcome is stored, whenever that is.
+            is_settled = True
+            runner.lifecycle.unwritten.write(task_id, write, partial(runner.dispatcher.end, execution))
         finally:
             runner.notifier.unwatch()
     finally:
-        runner.dispatcher.end(execution)
+        if not is_settled:
+            runner.dispatcher.end(execution)
 
 
 def _carry_out(runner: Runner, executor: TaskExecutor, claim: Claim, execution: Execution) -> Outcome:
@@ -121,7 +139,7 @@ def execute(runner: Runner, endpoint: str, request: bytes, body: snapshot.Body |
                 raise
     except TaskAborted as error:
         if execution.is_time_up and not execution.stop.is_set():
-            return Outcome(State.ABORTED, {"error": "Timeout"})
+            return Outcome(State.ABORTED, {"error": TIMED_OUT})
         return failed(error, runner.config.expose_errors)
     except BaseException as error:
         return failed(error, runner.config.expose_errors)

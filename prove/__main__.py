@@ -8,7 +8,23 @@ import time
 import traceback
 from collections.abc import Callable
 
-from . import Broken, crashes, generated, hotpath, interruptions, kills, lists, races, uploads, workers
+from . import (
+    Broken,
+    crashes,
+    exits,
+    generated,
+    hotpath,
+    interruptions,
+    kills,
+    lists,
+    losses,
+    overload,
+    races,
+    soak,
+    stops,
+    uploads,
+    workers,
+)
 
 PROOFS: dict[str, Callable[[float], str]] = {
     "workers": workers.prove,
@@ -19,7 +35,12 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "kills": kills.prove,
     "uploads": uploads.prove,
     "lists": lists.prove,
+    "overload": overload.prove,
     "hotpath": hotpath.prove,
+    "losses": losses.prove,
+    "exits": exits.prove,
+    "soak": soak.prove,
+    "stops": stops.prove,
     "generated": generated.prove,
 }
 

@@ -21,22 +21,24 @@ PACKAGE = "flask_asyncroute"
 MAX_LINES = 320
 
 ROOMS = """
-    errors finalizers names signals typing
+    errors finalizers locks names signals typing
     states permissions expressions encoding
     checks
     options
     config task query snapshot registry store_url app_path
-    execution outcome
+    execution outcome pace
     current
-    capture context identity
+    capture context identity start_key intake
     stores
-    presence
+    presence unwritten
     lifecycle state
     notifier scheduler
     executors
     callbacks
     dispatcher
-    housekeeping runner drain
+    census housekeeping
+    drain
+    runner
     runtime
     worker
     child

@@ -83,6 +83,11 @@ class TaskExecutor(ABC):
             if future is not None and future.cancel():
                 self._taken -= 1
 
+    def discard_waiting(self) -> None:
+        """Take all that has not begun out of the queue."""
+        for task_id in list(self._futures):
+            self.discard(task_id)
+
     def interrupt(self, execution: Execution) -> bool:
         """Interrupt a run that was asked to stop and did not; return whether there is nothing more to try."""
         return True

@@ -24,7 +24,7 @@ from ..finalizers import when_gone
 from ..snapshot import Body
 from . import forkserver, frames
 from .frames import FrameReader
-from .leash import Leash
+from .leash import Leash, put_on
 
 
 class Child:
@@ -218,6 +218,8 @@ class _ServerProcess:
                 setsigmask=(),
                 setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
             )
+            # Not left to the program: an interpreter takes its time to begin, and this process may be killed meanwhile.
+            put_on(self._leash.other_end, self._pid)
             self._held = ours.pop_all()
 
     def ask(self, descriptors: list[int]) -> None:

@@ -46,13 +46,12 @@ def main(modules: str, control: int, leash_end: int) -> None:
 
     :param modules: what to import beforehand, with commas between; the last one is the app's.
     :param control: the descriptor on which the parent asks for children.
-    :param leash_end: that of this process's own leash.
+    :param leash_end: that of this process's own leash, which the parent has put it on.
     """
     for descriptor in (control, leash_end):
         os.set_inheritable(descriptor, False)
     with suppress(PermissionError):
         os.setsid()
-    leash.put_on(leash_end, os.getpid())
     ours, _, app = modules.rpartition(",")
     for module in ours.split(","):
         import_module(module)

@@ -1,7 +1,8 @@
 """The port of all stores. Its docstrings are the contract; one test suite proves it on every adapter.
 
 Every method may be called from any thread. Each write of a task is one transaction and raises the store's change number,
-in the order of the commits; numbers may be left out. What the underlying storage cannot do now is raised as `StoreUnavailable`.
+in the order of the commits; numbers may be left out. What the underlying storage cannot do now is raised as `StoreUnavailable`;
+where it may have done it all the same, as `CommitUnknown`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..query import Condition, Position, Sort
 from ..snapshot import Body
+from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
 
@@ -66,11 +69,69 @@ class News:
     tasks: Sequence[AsyncRouteTask]
 
 
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A process that runs tasks, as other processes know it.
+
+    :param name: what the tasks that it runs have as ``owner``.
+    :param place: names the lock file that it uses (see `presence`); empty where it has none.
+    :param number: the byte of that file which it keeps locked while it lives.
+    :param endpoints: whose tasks it can run.
+    :param beat: how often it has said that it lives.
+    """
+
+    name: str
+    place: str
+    number: int
+    endpoints: frozenset[str]
+    beat: int = 0
+
+
+class Workers(ABC):
+    """Keeps which workers of one namespace there are, and tells what each holds. None of this is a change of a task."""
+
+    lock_path: Path
+    """The file in which those of this host keep their locks, see `locks`."""
+
+    @abstractmethod
+    def enter(self, worker: Worker) -> None:
+        """List a worker, in the place of one with its name."""
+
+    @abstractmethod
+    def beat(self, name: str) -> bool:
+        """Count one beat more, without waiting for any other use of the store; return whether the worker is listed."""
+
+    @abstractmethod
+    def listed(self) -> list[Worker]:
+        """Return all that have entered and not left."""
+
+    @abstractmethod
+    def leave(self, name: str) -> None:
+        """List a worker no longer."""
+
+    @abstractmethod
+    def owners(self) -> list[str]:
+        """Return the names under which tasks run, or are Stopping; whether they are listed or not."""
+
+    @abstractmethod
+    def held(self, name: str) -> list[str]:
+        """Return the ids of the tasks that run, or are Stopping, under this name."""
+
+    @abstractmethod
+    def wanted(self) -> list[str]:
+        """Return the endpoints whose tasks are waiting, each once."""
+
+
 class TaskStore(ABC):
     """Keeps the tasks, their requests and the shared values of one namespace."""
 
-    is_shared: bool
-    """Whether other processes read and write the same tasks."""
+    workers: Workers | None = None
+    """Who else reads and writes the same tasks; None where no other process does."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes read and write the same tasks."""
+        return self.workers is not None
 
     @abstractmethod
     def open(self) -> None:
@@ -83,15 +144,34 @@ class TaskStore(ABC):
     def close(self) -> None:
         """Let go of connections and files; the next call opens them again."""
 
+    def forget(self) -> None:  # noqa: B027 - most leave nothing behind that would be used again
+        """Leave what is open to the parent process; called in a child after a fork, which uses this store no more."""
+
     @abstractmethod
-    def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
+    def add(
+        self,
+        task: AsyncRouteTask,
+        request: bytes,
+        body: Body | None,
+        grants: Collection[tuple[str, str]],
+        key: StartKey | None = None,
+        quota: int | None = None,
+    ) -> None:
         """Store a new task with its request, all or nothing.
 
         The body belongs to the store from here on.
 
         :param grants: each (kind, name) that may list the task beside its owner.
+        :param key: kept until the task is removed; no two tasks are started with one.
+        :param quota: how many unfinished tasks the user of this one may have, this one included; None: any number.
+        :raises KeyTaken: where a task was started with a key of that name.
+        :raises TooManyTasks: where the user has as many.
         :raises IdTaken: where a task has that id.
         """
+
+    @abstractmethod
+    def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
+        """Return the task that was started with the key of this name, as it is now, and the key's fingerprint."""
 
     @abstractmethod
     def get(self, task_id: str) -> AsyncRouteTask | None:
@@ -139,10 +219,6 @@ class TaskStore(ABC):
     @abstractmethod
     def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
         """Return (id, endpoint) of the oldest tasks of these endpoints that are NotStarted since before ``before_us``."""
-
-    @abstractmethod
-    def overdue(self, now_us: int, limit: int) -> list[str]:
-        """Return ids of Running tasks whose ExpireTime is before ``now_us``."""
 
     @abstractmethod
     def outlived(self, now_us: int, limit: int) -> list[str]:

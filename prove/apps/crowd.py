@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -24,6 +25,7 @@ def create_app(folder: str, **config: Any) -> Flask:
     """
     app = Flask(__name__, instance_path=folder)
     app.config.update({f"ASYNCROUTE_{name.upper()}": value for name, value in config.items()})
+    app.config.setdefault("ASYNCROUTE_APP", f"{__name__}:create_app({folder!r})")
     async_routes = AsyncRoute(app)
     app.extensions["crowd"] = async_routes
     journal = Path(folder) / "journal"
@@ -67,11 +69,84 @@ def create_app(folder: str, **config: Any) -> Flask:
         note("end", current_task.id)
         return {"Pid": os.getpid()}
 
+    @app.put("/again/<int:milliseconds>")
+    @async_routes.task(max_workers=8, on_loss="restart")
+    def again(milliseconds: int) -> dict[str, int]:
+        note("begin", current_task.id)
+        current_task.sleep(milliseconds / 1000)
+        current_task.check()
+        note("end", current_task.id)
+        return {"Pid": os.getpid()}
+
+    @app.put("/child/<int:milliseconds>")
+    @async_routes.task(executor="process", max_workers=4)
+    def child(milliseconds: int) -> dict[str, int]:
+        """Sleep in a process of its own, whose fork server is the worker's child."""
+        note("begin", current_task.id, worker=parent_of(os.getppid()))
+        time.sleep(milliseconds / 1000)
+        note("end", current_task.id)
+        return {"Pid": os.getpid()}
+
+    @app.put("/deaf/<int:milliseconds>")
+    @async_routes.task(max_workers=8)
+    def deaf(milliseconds: int) -> None:
+        """Sleep in C, with the interpreter's lock let go."""
+        note("begin", current_task.id)
+        time.sleep(milliseconds / 1000)
+
+    @app.put("/lonely/<int:milliseconds>")
+    @async_routes.task(max_workers=1)
+    def lonely(milliseconds: int) -> None:
+        """As deaf, in a pool of one thread."""
+        note("begin", current_task.id)
+        time.sleep(milliseconds / 1000)
+
+    @app.put("/frozen/<int:milliseconds>")
+    @async_routes.task(max_workers=8)
+    def frozen(milliseconds: int) -> None:
+        """Sleep in C and hold the interpreter's lock: nothing else runs in this process meanwhile."""
+        note("begin", current_task.id)
+        ctypes.PyDLL(None).usleep(milliseconds * 1000)
+        note("end", current_task.id)
+
+    @app.put("/fail")
+    @async_routes.task(max_workers=8)
+    def fail() -> None:
+        raise ValueError("on purpose")
+
+    @app.put("/loop")
+    @async_routes.task(max_workers=8)
+    def loop() -> None:
+        note("begin", current_task.id)
+        try:
+            while True:
+                sum(range(100))
+        finally:
+            note("told", current_task.id)
+
+    @app.put("/short")
+    @async_routes.task(max_workers=8, timeout=0.5)
+    def short() -> None:
+        note("begin", current_task.id)
+        while True:
+            sum(range(100))
+
+    @app.put("/exit/<int:code>")
+    @async_routes.task(max_workers=8)
+    def leave(code: int) -> None:
+        note("begin", current_task.id)
+        os._exit(code)
+
     def on_finished(sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
         note("finished", task.id, state=task.state.value)
 
     task_finished.connect(on_finished, sender=app, weak=False)
     return app
+
+
+def parent_of(pid: int) -> int:
+    """Return the parent of a process (Linux)."""
+    return int(Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[1])
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:

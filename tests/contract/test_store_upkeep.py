@@ -1,4 +1,4 @@
-"""The port of stores, what watchers, housekeepers and runners ask for: waiting, overdue, outlived, news."""
+"""The port of stores, what watchers, housekeepers and runners ask for: waiting, outlived, news."""
 
 from __future__ import annotations
 
@@ -51,24 +51,6 @@ def test_waiting_leaves_out_what_was_claimed_or_has_ended(store: TaskStore, make
     store.claim("runs", "me", T0)
     finish(store, "aborted", State.ABORTED, T0)
     assert store.waiting(["work"], ALL * ALL, ALL) == [("waits", "work")]
-
-
-def test_overdue_gives_running_tasks_past_their_time(store: TaskStore, make_task: NewTask) -> None:
-    for name, timeout in (
-        ("short", SECOND),
-        ("long", 10 * SECOND),
-        ("none", None),
-        ("waits", SECOND),
-        ("ended", SECOND),
-    ):
-        store.add(make_task(name, timeout_us=timeout), b"", None, ())
-        if name != "waits":
-            store.claim(name, "me", T0)
-    finish(store, "ended", State.COMPLETED, T0)
-    assert store.overdue(T0 + SECOND, ALL) == []
-    assert store.overdue(T0 + SECOND + 1, ALL) == ["short"]
-    assert sorted(store.overdue(ALL * ALL, ALL)) == ["long", "short"]
-    assert len(store.overdue(ALL * ALL, 1)) == 1
 
 
 @pytest.mark.parametrize("state", sorted(TERMINAL))

@@ -122,7 +122,10 @@ def test_f02_waiting_tasks_of_a_killed_worker_run_elsewhere(tmp_path: Path, even
         begun = lines(tmp_path, "begin")
         assert [len(begun[task_id]) for task_id in waiting] == [1, 1, 1]
         assert {line["pid"] for task_id in waiting for line in begun[task_id]}.isdisjoint({victim})
-        assert [len(found) for found in lines(tmp_path, "finished").values()] == [1, 1, 1]
+        eventually(lambda: len(lines(tmp_path, "finished")) == 4)
+        assert {found[0]["state"] for found in lines(tmp_path, "finished").values()} == {"Completed", "Aborted"}
+        assert [len(found) for found in lines(tmp_path, "finished").values()] == [1, 1, 1, 1]
+        assert state(server.port, running) == "Aborted"
         urls = [send(server.port, "GET", f"/task/{task_id}").json()["Url"] for task_id in waiting]
         assert [url.rpartition("/")[2] for url in urls] == ["31", "32", "33"]
 

@@ -38,7 +38,7 @@ NOT_PATHS: list[Any] = [
 NOT_LISTS: list[Any] = [None, "get", 5, {"get"}, {"get": 1}]
 NOT_SECONDS: list[Any] = ["5", "", True, [], math.nan, math.inf, -1, timedelta(seconds=-1), 101 * 365 * 86400]
 NOT_SERVED = (
-    "CELERY", "DRAIN", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "MAX_TASKS_PER_USER", "CALLBACK_ATTEMPTS",
+    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "CALLBACK_ATTEMPTS",
     "CALLBACK_SECRET", "CALLBACK_ALLOWED_HOSTS", "OPENAPI_PATH", "DOCS_PATH", "DASHBOARD_PATH",
 )  # fmt: skip
 
@@ -75,12 +75,14 @@ BAD: dict[str, list[Any]] = {
         None, "https://a.example", 5, ["a.example"], ["https://a.example/"], ["https://a.example/x"], ["*"], ["null"],
         ["ftp://a.example"], ["https://"], ["https://a b"], [""], [5], ["https://a.example?x"], ["https://a.example\n"],
     ],
+    "DRAIN": NOT_SECONDS,
     "HOUSEKEEPING_INTERVAL": [*NOT_SECONDS, None, 0, 0.09],
     "TIMEOUT": [*NOT_SECONDS[:-3], -2, 0],
     "CANCELLABLE": NOT_BOOLEANS,
     "EXECUTOR": [None, "Thread", "", 5, True],
     "MIN_WORKERS": ["1", 1.5, True, -1],
     "MAX_WORKERS": NOT_WHOLE,
+    "MAX_TASKS_PER_USER": [value for value in NOT_WHOLE if value is not None],
     "QUEUE_SIZE": [value for value in NOT_WHOLE if value != 0 or isinstance(value, bool)],
     "INTERRUPT_AFTER": NOT_SECONDS,
     "ID_GENERATOR": [None, "uuid4", 5, str],
@@ -116,12 +118,14 @@ GOOD: dict[str, list[Any]] = {
     "ADMINS": [Access(roles=("admin",)), None],
     "LIST_ANONYMOUS": [True, False, None],
     "TRUSTED_ORIGINS": [[], ["https://a.example", "http://localhost:8000"]],
+    "DRAIN": [0, 2.5, timedelta(seconds=3)],
     "HOUSEKEEPING_INTERVAL": [0.1, 30, timedelta(minutes=1)],
     "TIMEOUT": [5, None, -1, timedelta(hours=1)],
     "CANCELLABLE": [True, False],
     "EXECUTOR": ["thread", "immediate", "process", "celery"],
     "MIN_WORKERS": [0, 2, None],
     "MAX_WORKERS": [1, 100],
+    "MAX_TASKS_PER_USER": [None, 1, 100],
     "QUEUE_SIZE": [0, 100],
     "INTERRUPT_AFTER": [None, 0, 2.5, timedelta(seconds=1)],
     "ID_GENERATOR": [lambda: "x"],

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from flask_asyncroute import signals
 from flask_asyncroute.errors import StoreUnavailable
 from flask_asyncroute.execution import Climb, Execution
 from flask_asyncroute.executors.base import TaskExecutor
-from flask_asyncroute.housekeeping import PAGE, Housekeeper
+from flask_asyncroute.housekeeping import PAGE, Housekeeper, Job
 from flask_asyncroute.lifecycle import Lifecycle
 from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import Expect, TaskStore
@@ -59,7 +59,6 @@ class FakeDispatcher:
     def __init__(self) -> None:
         self.running: dict[str, tuple[Execution, TaskExecutor]] = {}
         self.expired: list[str] = []
-        self.expired_of_others: list[str] = []
         self.error: Exception | None = None
 
     def begin(self, execution: Execution, executor: TaskExecutor | None = None) -> None:
@@ -71,9 +70,6 @@ class FakeDispatcher:
         if self.error is not None:
             raise self.error
         execution.ask_to_stop()
-
-    def expire_of_others(self, task: AsyncRouteTask) -> None:
-        self.expired_of_others.append(task.id)
 
 
 class Clock:
@@ -106,15 +102,13 @@ def dispatcher() -> FakeDispatcher:
 
 @pytest.fixture
 def make_keeper(app: Flask, dispatcher: FakeDispatcher) -> Iterator[MakeKeeper]:
-    """Give ``make_keeper(store=…, interval=30, take_over=…)``; closed at the end."""
+    """Give ``make_keeper(store=…, interval=30, jobs=…)``; closed at the end."""
     made: list[Housekeeper] = []
 
-    def make(
-        store: TaskStore | None = None, interval: float = 30.0, take_over: Callable[[], None] = lambda: None
-    ) -> Housekeeper:
+    def make(store: TaskStore | None = None, interval: float = 30.0, jobs: Sequence[Job] = ()) -> Housekeeper:
         store = store or MemoryTaskStore()
         lifecycle = Lifecycle(app, store, "owner")
-        made.append(Housekeeper(app, store, lifecycle, dispatcher, interval, take_over))  # type: ignore[arg-type]
+        made.append(Housekeeper(app, store, lifecycle, dispatcher, interval, jobs))  # type: ignore[arg-type]
         made[-1].lifecycle = lifecycle  # type: ignore[attr-defined]
         return made[-1]
 
@@ -337,19 +331,6 @@ def test_more_than_one_page_is_removed(make_keeper: MakeKeeper, make_task: NewTa
     assert store.outlived(now_us(), 10) == []
 
 
-def test_what_no_process_times_out_is_timed_out(
-    store: TaskStore, make_keeper: MakeKeeper, make_task: NewTask, dispatcher: FakeDispatcher
-) -> None:
-    """A task 5 s past its time has nobody who would see to it; one that runs here is seen to by its own clock."""
-    for name, over in (("long over", 6), ("just over", 4), ("here", 6)):
-        created = now_us() - over * 1_000_000 - 1_000_000
-        store.add(make_task(name, created_us=created, timeout_us=1_000_000), b"", None, ())
-        store.claim(name, "somebody", created)
-    dispatcher.begin(Execution("here"))
-    make_keeper(store)._sweep()
-    assert dispatcher.expired_of_others == ["long over"]
-
-
 def test_sweeps_come_at_their_interval(
     clock: Clock, make_keeper: MakeKeeper, make_task: NewTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,20 +342,17 @@ def test_sweeps_come_at_their_interval(
     assert swept == [5, 10, 15, 20]
 
 
-def test_only_a_shared_store_is_taken_over_from_and_tended(
-    clock: Clock, make_keeper: MakeKeeper, make_sqlite_store: Callable[..., TaskStore]
-) -> None:
-    calls: list[str] = []
-    alone = make_keeper(MemoryTaskStore(), 3600, lambda: calls.append("alone"))
-    shared_store = make_sqlite_store()
-    shared_store.open()
-    shared = make_keeper(shared_store, 3600, lambda: calls.append("shared"))
-    for _ in range(20):
-        alone._step()
-        assert shared._step() <= module.TAKEOVER_SECONDS
-        clock.now += 0.5
-    assert set(calls) == {"shared"}
-    assert 18 <= len(calls) <= 20
+def test_jobs_come_at_their_intervals(clock: Clock, make_keeper: MakeKeeper) -> None:
+    calls: list[tuple[str, float]] = []
+    jobs = [
+        Job(0.5, lambda: calls.append(("often", clock.now - 1000))),
+        Job(2.0, lambda: calls.append(("seldom", clock.now - 1000))),
+    ]
+    keeper = make_keeper(interval=3600, jobs=jobs)
+    while clock.now < 1004.1:
+        clock.now += keeper._step()
+    assert [at for name, at in calls if name == "often"] == [0.5 * number for number in range(1, 9)]
+    assert [at for name, at in calls if name == "seldom"] == [2, 4]
 
 
 # --- what fails -------------------------------------------------------------------------------------------------------
@@ -550,7 +528,7 @@ def test_a_housekeeper_that_is_dropped_ends_its_thread(
 ) -> None:
     monkeypatch.setattr(module, "LONGEST_SLEEP", 0.05)
     store = MemoryTaskStore()
-    keeper = Housekeeper(app, store, Lifecycle(app, store, "o"), dispatcher, 3600, lambda: None)  # type: ignore[arg-type]
+    keeper = Housekeeper(app, store, Lifecycle(app, store, "o"), dispatcher, 3600)  # type: ignore[arg-type]
     keeper.start()
     reference = weakref.ref(keeper)
     del keeper

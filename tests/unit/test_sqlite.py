@@ -18,9 +18,11 @@ from flask_asyncroute import metadata
 from flask_asyncroute.errors import ConfigurationError, StoreUnavailable
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.snapshot import Body
+from flask_asyncroute.start_key import StartKey
 from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import Expect, TaskStore
-from flask_asyncroute.stores.sql import sqlite
+from flask_asyncroute.stores.sql import file, sqlite
+from flask_asyncroute.stores.sql.database import Cursor
 from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
 from flask_asyncroute.stores.sql.store import SQLTaskStore
 from flask_asyncroute.stores.sql.upgrades import VERSION
@@ -55,6 +57,28 @@ for number in range(rounds):
     os.close(start_writer)
     for _ in range(count):
         os.wait()
+"""
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, ".")
+from flask_asyncroute.errors import StoreUnavailable
+from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
+from flask_asyncroute.stores.sql.store import SQLTaskStore
+from tests.conftest import new_task
+import os, logging
+logging.basicConfig()
+os.setuid(65534)
+
+store = SQLTaskStore(SQLiteDatabase(Path(sys.argv[1])), "test", True)
+store.open()
+print(store.get("before").state)
+try:
+    store.add(new_task("after"), b"", None, ())
+except StoreUnavailable as error:
+    print(error.status)
 """
 
 
@@ -195,13 +219,15 @@ def test_f43_tables_of_an_older_version_are_upgraded(
         "DROP INDEX asyncroute_task_stopping",
         "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
         "DROP TABLE asyncroute_workers",
+        "DROP TABLE asyncroute_keys",
     )
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_CREATE_TABLES"):
         make_sqlite_store(create_tables=False).open()
     upgraded = make_sqlite_store()
     upgraded.open()
     assert upgraded.get("task") == before
-    upgraded.add(make_task("another"), b"", None, ())
+    upgraded.add(make_task("another"), b"", None, (), StartKey("k", "f"))
+    assert upgraded.delete("another", Expect(tuple(State)))
     connection = sqlite3.connect(sqlite_path)
     assert connection.execute("SELECT version FROM asyncroute_schema").fetchall() == [(VERSION,)]
     connection.close()
@@ -382,19 +408,189 @@ def test_f21_trouble_with_the_watchers_connection_is_unavailable(
     """It asks on a connection of its own, which can fail as any other; the next look has one that works."""
 
     class Broken:
-        def execute(self, statement: str) -> None:
+        def execute(self, statement: str, values: object) -> None:
             raise sqlite3.OperationalError("disk I/O error")
 
         def close(self) -> None:
             pass
 
     assert isinstance(store, SQLTaskStore)
+    store.news(-1)
     store.close()
-    monkeypatch.setattr(store._database, "_observer", Broken())
+    monkeypatch.setattr(store._database._observer, "_connection", Broken())
     with pytest.raises(StoreUnavailable):
         store.news(0)
     assert "disk I/O error" in caplog.text and "ASYNCROUTE_STORE" in caplog.text
     assert store.news(-1).change == 0
+
+
+# --- another file in its place ----------------------------------------------------------------------------------------
+
+
+def remove_file(path: Path, beside: bool = True) -> None:
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm")[: 3 if beside else 1]:
+        path.with_name(name).unlink()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_f21_a_deleted_file_is_noticed_and_made_anew(
+    store: TaskStore,
+    make_task: NewTask,
+    sqlite_path: Path,
+    eventually: Callable[..., object],
+    caplog: pytest.LogCaptureFixture,
+    beside: bool,
+) -> None:
+    """Also where the files beside it were left, which belong to the one that is gone."""
+    caplog.set_level(logging.INFO)
+    secret = store.secret()
+    for number in range(20):
+        store.add(make_task(f"t{number}"), b"", None, [("groups", "g")])
+    store.news(0)
+    remove_file(sqlite_path, beside)
+
+    def is_noticed() -> bool:
+        store.open()
+        return store.get("t1") is None
+
+    eventually(is_noticed, 1.0)
+    assert sqlite_path.exists()
+    assert stat.S_IMODE(sqlite_path.stat().st_mode) == 0o600
+    assert f"{sqlite_path}, was deleted or replaced" in caplog.text
+    assert f"Made the tables of flask_asyncroute in {sqlite_path}" in caplog.text
+    assert store.secret() != secret
+    assert store.query((), NEWEST_FIRST, 9, None, None) == []
+    store.add(make_task("new"), b"", None, ())
+    assert store.claim("new", "me", T0) is not None
+    assert [task.id for task in store.news(20).tasks] == ["new"]
+    store.tend()
+    connection = sqlite3.connect(sqlite_path)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert connection.execute("SELECT id FROM asyncroute_tasks").fetchall() == [("new",)]
+    connection.close()
+
+
+def test_f21_a_replaced_file_is_noticed(
+    store: TaskStore,
+    make_task: NewTask,
+    sqlite_path: Path,
+    tmp_path: Path,
+    eventually: Callable[..., object],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As a backup that is restored, here one in which the namespace has another key."""
+    store.add(make_task("old"), b"", None, ())
+    backup = tmp_path / "backup.db"
+    for namespace in ("another", "test"):
+        other = SQLTaskStore(SQLiteDatabase(backup), namespace, True)
+        other.open()
+        other.add(make_task(f"of {namespace}"), b"", None, ())
+        other.close()
+    remove_file(sqlite_path)
+    backup.rename(sqlite_path)
+
+    def is_noticed() -> bool:
+        store.tend()
+        return store.get("old") is None
+
+    eventually(is_noticed, 1.0)
+    assert [task.id for task in store.query((), NEWEST_FIRST, 9, None, None)] == ["of test"]
+    assert store.claim("of test", "me", T0) is not None
+    assert "was deleted or replaced" in caplog.text
+
+
+def test_f21_only_one_look_in_half_a_second(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    monkeypatch.setattr(file.StoreFile, "identity", lambda self: looks.append(1) or self.opened)
+    for _ in range(1000):
+        store.open()
+    assert len(looks) <= 1
+
+
+def test_f21_threads_that_work_while_the_file_is_deleted(
+    store: TaskStore, make_task: NewTask, sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call is served by the old file or the new one, whole, or refused."""
+    monkeypatch.setattr(file, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(file.StoreFile, "_look_at", 0.0, raising=False)
+    failures: list[BaseException] = []
+    refusals: list[BaseException | None] = []
+    is_over = threading.Event()
+
+    def work(name: str) -> None:
+        number = 0
+        while not is_over.is_set():
+            number += 1
+            try:
+                store.open()
+                store.add(make_task(f"{name}-{number}"), b"", None, ())
+                store.claim(f"{name}-{number}", "me", T0)
+                store.query((), NEWEST_FIRST, 5, None, None)
+                store.get(f"{name}-{number}")
+            except StoreUnavailable as error:
+                refusals.append(error.__cause__)
+            except BaseException as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"t{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    seen = set()
+    for _ in range(10):
+        before = sqlite_path.stat().st_ino
+        seen.add(before)
+        remove_file(sqlite_path, beside=False)
+        pause = threading.Event()
+        while not (sqlite_path.exists() and sqlite_path.stat().st_size > 0):
+            pause.wait(0.005)
+        pause.wait(0.02)
+    is_over.set()
+    for thread in threads:
+        thread.join(20)
+    assert failures == []
+    assert {type(cause) for cause in refusals} <= {FileNotFoundError}, refusals
+    connection = sqlite3.connect(sqlite_path)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+
+
+def test_f21_a_file_that_may_not_be_made_anew_is_unavailable(
+    make_sqlite_store: NewStore, sqlite_path: Path, caplog: pytest.LogCaptureFixture, eventually: Callable[..., object]
+) -> None:
+    """Without ASYNCROUTE_CREATE_TABLES a start is an error of the app's setup; what has worked once is out of order."""
+    make_sqlite_store().open()
+    store = make_sqlite_store(create_tables=False)
+    store.open()
+    remove_file(sqlite_path)
+
+    def is_refused() -> bool:
+        try:
+            store.open()
+        except StoreUnavailable:
+            return True
+        return False
+
+    eventually(is_refused, 1.0)
+    assert "ASYNCROUTE_CREATE_TABLES" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.geteuid() != 0, reason="changes the user")
+def test_f21_a_file_that_may_only_be_read_is_read(
+    store: TaskStore, make_task: NewTask, sqlite_path: Path, tmp_path: Path
+) -> None:
+    """Gets are answered, starts are not: by a process that begins now too."""
+    store.add(make_task("before"), b"", None, ())
+    for folder in (sqlite_path.parent, *sqlite_path.parent.parents):
+        if folder.stat().st_mode & 0o055 != 0o055 and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    for found in sqlite_path.parent.iterdir():
+        found.chmod(0o644)
+    ended = subprocess.run(
+        [sys.executable, "-c", READ_ONLY, str(sqlite_path)],
+        capture_output=True, text=True, timeout=60, check=True, cwd=Path(__file__).parent.parent.parent,
+    )  # fmt: skip
+    assert ended.stdout.splitlines() == ["NotStarted", "503"]
+    assert "readable and writable" in ended.stderr
 
 
 @pytest.mark.usefixtures("impatient")
@@ -440,23 +636,42 @@ def test_f19_a_write_waits_for_another_process(
     thread.join(5)
 
 
-def test_a_full_disk_is_unavailable_and_harms_nothing_else(
-    store: TaskStore, make_task: NewTask, caplog: pytest.LogCaptureFixture
+def test_f21_a_full_disk_is_unavailable_and_harms_nothing_else(
+    store: TaskStore, make_task: NewTask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store.add(make_task("before"), b"", None, ())
-    assert isinstance(store, SQLTaskStore) and store._database._writer is not None
-    (pages,) = store._database._writer.execute("PRAGMA page_count").fetchone()
-    store._database._writer.execute(f"PRAGMA max_page_count={pages + 10}")
+    """It fails starts, ends and removals alike; reads go on, and with room again so does everything."""
+    store.add(make_task("before", created_us=T0), b"", None, ())
+    connect = SQLiteDatabase.connect
+    connection = sqlite3.connect(f"file:{store._database.path}?mode=ro", uri=True)  # type: ignore[attr-defined]
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.close()
+
+    def nearly_full(database: SQLiteDatabase) -> sqlite3.Connection:
+        connection = connect(database)
+        connection.execute(f"PRAGMA max_page_count={pages + 10}")
+        return connection
+
     change = store.news(-1).change
     big = Body([b"x" * 200_000])
-    with pytest.raises(StoreUnavailable):
-        store.add(make_task("big", body_size=200_000), b"", big, [("groups", "g")])
-    assert "full" in caplog.text and "ASYNCROUTE_STORE" in caplog.text
-    assert store.get("big") is None
-    assert store.news(-1).change == change, "all or nothing"
-    store.add(make_task("small"), b"", None, ())
-    assert store.claim("small", "me", T0) is not None
-    store._database._writer.execute("PRAGMA max_page_count=1000000")
+    with monkeypatch.context() as patched:
+        patched.setattr(SQLiteDatabase, "connect", nearly_full)
+        store.close()
+        with pytest.raises(StoreUnavailable):
+            store.add(make_task("big", body_size=200_000), b"", big, [("groups", "g")])
+        assert "full" in caplog.text and "ASYNCROUTE_STORE" in caplog.text
+        assert "Make room" in caplog.text
+        assert store.get("big") is None
+        assert store.news(-1).change == change, "all or nothing"
+        store.add(make_task("small"), b"", None, ())
+        assert store.claim("small", "me", T0) is not None
+        ended = {"state": State.COMPLETED, "completed_us": T0, "result_json": b"x" * 200_000}
+        with pytest.raises(StoreUnavailable):
+            store.update("small", Expect((State.RUNNING,), "me", 1), ended)
+        small = store.get("small")
+        assert small is not None and small.state is State.RUNNING
+        assert [task.id for task in store.query((), NEWEST_FIRST, 9, None, None)] == ["small", "before"]
+        store.close()
+    assert store.update("small", Expect((State.RUNNING,), "me", 1), ended) is not None
     store.add(make_task("big", body_size=200_000), b"", big, [("groups", "g")])
     body = store.body("big")
     assert body.size == 200_000
@@ -486,9 +701,12 @@ def test_connections_are_given_back(store: TaskStore, make_task: NewTask) -> Non
 
     def read() -> None:
         assert isinstance(store, SQLTaskStore)
-        with store._database.read() as connection:
-            connection.execute("SELECT 1").fetchone()
+
+        def wait(cursor: Cursor) -> None:
+            cursor.execute("SELECT 1").fetchone()
             inside.wait(10)
+
+        store._database.read(wait)
 
     threads = [threading.Thread(target=read) for _ in range(30)]
     for thread in threads:
@@ -515,22 +733,28 @@ def test_the_log_is_moved_into_the_file_off_the_way(
 def test_synchronous_is_as_asked_on_every_connection(sqlite_path: Path, setting: str) -> None:
     database = SQLiteDatabase(sqlite_path, setting)
     level = {"OFF": 0, "NORMAL": 1, "FULL": 2, "EXTRA": 3}[setting]
-    with database.write() as cursor:
-        assert cursor.execute("PRAGMA synchronous").fetchone() == (level,)
-    with database.read() as connection:
-        assert connection.execute("PRAGMA synchronous").fetchone() == (level,)
+
+    def asked(cursor: Cursor) -> object:
+        return cursor.execute("PRAGMA synchronous").fetchone()
+
+    assert database.write(asked) == (level,)
+    assert database.read(asked) == (level,)
     database.close()
 
 
 def test_a_connection_that_failed_in_a_read_is_not_lent_again(sqlite_path: Path) -> None:
     database = SQLiteDatabase(sqlite_path)
-    with database.read() as cursor:
-        assert cursor.execute("SELECT 1").fetchone() == (1,)
-    with pytest.raises(StoreUnavailable), database.read() as failing:
-        failing.execute("SELECT x FROM nothing")
-    with database.read() as cursor:
-        assert cursor is not failing
-        assert cursor.execute("SELECT 1").fetchone() == (1,)
+    used = []
+
+    def fail(cursor: Cursor) -> None:
+        used.append(cursor)
+        cursor.execute("SELECT x FROM nothing")
+
+    with pytest.raises(StoreUnavailable):
+        database.read(fail)
+    assert len(set(map(id, used))) == 2, "it was tried once more, on another"
+    assert database.read(lambda cursor: used.append(cursor) or cursor.execute("SELECT 1").fetchone()) == (1,)
+    assert used[2] is not used[1]
     database.close()
 
 
@@ -538,3 +762,13 @@ def test_an_old_sqlite_is_a_configuration_error(sqlite_path: Path, monkeypatch: 
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 7, 0))
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_STORE"):
         SQLiteDatabase(sqlite_path)
+
+
+def test_a70_a_quota_is_counted_in_the_index_of_the_user(store: TaskStore, sqlite_path: Path) -> None:
+    assert isinstance(store, SQLTaskStore)
+    statement = store._terms._unfinished
+    connection = sqlite3.connect(sqlite_path)
+    plan = connection.execute(f"EXPLAIN QUERY PLAN {statement.sql}", statement.values(ns=1, owner="anna", most=5))
+    steps = " ".join(row[3] for row in plan.fetchall())
+    connection.close()
+    assert "INDEX asyncroute_task_user (namespace=? AND user=? AND state=?)" in steps

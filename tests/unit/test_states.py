@@ -28,6 +28,7 @@ def test_the_steps() -> None:
         ("Running", "Completed"),
         ("Running", "Failed"),
         ("Running", "Aborted"),
+        ("Running", "NotStarted"),
     }
     assert set(TRANSITIONS) == set(State)
 

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.engine import Dialect
 
-from ...errors import StoreUnavailable
+from ...errors import CommitUnknown, StoreUnavailable
 
 logger = logging.getLogger("flask_asyncroute")
+
+T = TypeVar("T")
 
 
 class Duplicate(Exception):
     """A row with this key exists; the transaction was taken back."""
-
-
-class CommitUnknown(StoreUnavailable):
-    """The connection was lost while a commit was under way: it may have happened or not."""
 
 
 class Rows(Protocol):
@@ -62,6 +60,8 @@ class Database(ABC):
     """What statements are compiled for; its parameters are positional."""
     label: str
     """How messages name the database; without a password."""
+    lock_path: Path
+    """Where workers of this host that share the database keep their locks."""
 
     @abstractmethod
     def fetch_one(self, sql: str, values: Sequence[Any]) -> Any:
@@ -80,20 +80,41 @@ class Database(ABC):
         """
 
     @abstractmethod
-    def write(self) -> AbstractContextManager[Cursor]:
-        """Return a context manager for one transaction that writes; it is taken back where the block raises.
+    def write_apart(self, sql: str, values: Sequence[Any]) -> int:
+        """As :meth:`write_one`, on a connection kept for this alone; return how many rows it wrote.
 
+        Called by one thread only.
+        """
+
+    @abstractmethod
+    def open(self, look: Callable[[Cursor], T | None], make: Callable[[Cursor], T]) -> T:
+        """Begin with the database that is there now, and with no other from here on.
+
+        :param look: reads what there is to know of it; None where something is missing.
+        :param make: makes what is missing, in a transaction that writes.
+        :return: what one of them has.
+        """
+
+    @abstractmethod
+    def is_replaced(self) -> bool:
+        """Return whether there is another database than the one that was opened; quick enough for every request."""
+
+    @abstractmethod
+    def write(self, work: Callable[[Cursor], T]) -> T:
+        """Return what ``work`` does in one transaction that writes; it is taken back where ``work`` raises.
+
+        :param work: called again where a connection was lost before the commit: it does nothing but to use its cursor.
         :raises Duplicate: where a row with that key exists.
         :raises CommitUnknown: see there.
         """
 
     @abstractmethod
-    def read(self) -> AbstractContextManager[Cursor]:
-        """Return a context manager for reads that all see the database as it is at the first."""
+    def read(self, work: Callable[[Cursor], T]) -> T:
+        """Return what ``work`` reads; all of it sees the database as it is at the first. It may be called again."""
 
     @abstractmethod
-    def version(self) -> int | None:
-        """Return a number that differs from the last call's where somebody has committed in between; None: not known.
+    def version(self) -> Hashable:
+        """Return a value that differs from the last call's where somebody has committed in between; None: not known.
 
         Called by one thread only.
         """
@@ -114,6 +135,13 @@ class Database(ABC):
     def close(self) -> None:
         """Close what is not lent out; the next use opens it again."""
 
+    def forget(self) -> None:  # noqa: B027 - most have nothing that would be used again
+        """Leave what is open to the parent process; called in a child after a fork, which uses this object no more."""
+
+    @abstractmethod
+    def remedy(self, error: BaseException) -> str:
+        """Return what an operator can do about an error, as a sentence."""
+
     def unavailable(self, error: BaseException) -> StoreUnavailable:
         """Log what went wrong and return what the client hears of it."""
         self._log(error)
@@ -125,7 +153,10 @@ class Database(ABC):
         return CommitUnknown(UNAVAILABLE, retry_after=5)
 
     def _log(self, error: BaseException) -> None:
-        logger.error("The store cannot be used: %s: %s (ASYNCROUTE_STORE, %s)", type(error).__name__, error, self.label)
+        logger.error(
+            "The store cannot be used: %s: %s (ASYNCROUTE_STORE, %s). %s",
+            type(error).__name__, error, self.label, self.remedy(error),
+        )  # fmt: skip
 
 
 UNAVAILABLE = "The task store cannot be used at the moment. Try again."

@@ -1,21 +1,24 @@
 """A database behind an SQLAlchemy Engine: PostgreSQL through psycopg 3, the app's own Engine included.
 
-The engine's pool lends the connections, and notices lost ones; statements go to the driver as text. A single statement is
-a transaction by itself (AUTOCOMMIT); others are READ COMMITTED, so that a compare-and-set that had to wait looks again.
+The engine's pool lends the connections; statements go to the driver as text. A single statement is a transaction by itself
+(AUTOCOMMIT); others are READ COMMITTED, so that a compare-and-set that had to wait looks again. No connection is tried out
+before it is used: one that turns out to be lost takes all others of the pool along, and what it was wanted for is done again.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
-from .database import Cursor, Database, Duplicate, Rows
+from .database import Cursor, Database, Duplicate, Rows, logger
 
 T = TypeVar("T")
 
@@ -48,17 +51,20 @@ class EngineDatabase(Database):
         make_dialect: Any = type(engine.dialect)
         self.dialect = make_dialect(paramstyle="format")
         self.label = engine.url.render_as_string(hide_password=True)
+        user = os.geteuid() if hasattr(os, "geteuid") else "user"
+        self.lock_path = Path(tempfile.gettempdir()) / f"flask-asyncroute-{user}-workers"
         self._engine = engine
         self._is_owned = is_owned
+        self._apart: Connection | None = None
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._several = engine.execution_options(isolation_level="READ COMMITTED")
         self._snapshot = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
     def fetch_one(self, sql: str, values: Sequence[Any]) -> Any:
-        return self._read_again(lambda cursor: cursor.execute(sql, values).fetchone())
+        return self._read_again(self._single, lambda cursor: cursor.execute(sql, values).fetchone())
 
     def fetch_all(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
-        return self._read_again(lambda cursor: cursor.execute(sql, values).fetchall())
+        return self._read_again(self._single, lambda cursor: cursor.execute(sql, values).fetchall())
 
     def write_one(self, sql: str, values: Sequence[Any]) -> Any:
         for tries_left in reversed(range(TRIES)):
@@ -71,36 +77,52 @@ class EngineDatabase(Database):
             except IntegrityError as error:
                 raise Duplicate from error
             except SQLAlchemyError as error:
-                if tries_left and _has_not_happened(error, is_under_way):
+                if tries_left and (_may_be_tried_again(error) or (_is_lost(error) and not is_under_way)):
                     continue
                 raise (self.unknown(error) if is_under_way and _is_lost(error) else self.unavailable(error)) from error
         raise AssertionError("the last try returns or raises")
 
-    @contextmanager
-    def write(self) -> Iterator[Cursor]:
-        connection = self._connect(self._several)
-        is_committing = False
-        try:
-            with connection, connection.begin() as transaction:
-                yield _Cursor(connection)
-                is_committing = True
-                transaction.commit()
-        except IntegrityError as error:
-            raise Duplicate from error
-        except SQLAlchemyError as error:
-            raise (self.unknown(error) if is_committing and _is_lost(error) else self.unavailable(error)) from error
+    def write_apart(self, sql: str, values: Sequence[Any]) -> int:
+        for tries_left in reversed(range(TRIES)):
+            try:
+                if self._apart is None:
+                    self._apart = self._single.connect()
+                    # Out of the pool, so that it is there even when all others are lent out.
+                    self._apart.detach()
+                return self._apart.exec_driver_sql(sql, tuple(values)).rowcount
+            except SQLAlchemyError as error:
+                self._close_apart()
+                if not tries_left or not _is_lost(error):
+                    raise self.unavailable(error) from error
+        raise AssertionError("the last try returns or raises")
 
-    def read(self) -> AbstractContextManager[Cursor]:
-        return self._reading()
+    def open(self, look: Callable[[Cursor], T | None], make: Callable[[Cursor], T]) -> T:
+        found = self.read(look)
+        return self.write(make) if found is None else found
 
-    @contextmanager
-    def _reading(self) -> Iterator[Cursor]:
-        connection = self._connect(self._snapshot)
-        try:
-            with connection:
-                yield _Cursor(connection)
-        except SQLAlchemyError as error:
-            raise self.unavailable(error) from error
+    def is_replaced(self) -> bool:
+        """Where the server is, is its own affair."""
+        return False
+
+    def write(self, work: Callable[[Cursor], T]) -> T:
+        for tries_left in reversed(range(TRIES)):
+            is_committing = False
+            try:
+                with self._several.connect() as connection, connection.begin() as transaction:
+                    done = work(_Cursor(connection))
+                    is_committing = True
+                    transaction.commit()
+                    return done
+            except IntegrityError as error:
+                raise Duplicate from error
+            except SQLAlchemyError as error:
+                if tries_left and (_may_be_tried_again(error) or (_is_lost(error) and not is_committing)):
+                    continue
+                raise (self.unknown(error) if is_committing and _is_lost(error) else self.unavailable(error)) from error
+        raise AssertionError("the last try returns or raises")
+
+    def read(self, work: Callable[[Cursor], T]) -> T:
+        return self._read_again(self._snapshot, work)
 
     def version(self) -> None:
         return None
@@ -109,13 +131,19 @@ class EngineDatabase(Database):
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
 
     def has_table(self, cursor: Cursor, name: str) -> bool:
-        found = cursor.execute("SELECT to_regclass(%s)", (name,)).fetchone()
-        return found is not None and found[0] is not None
+        # Not to_regclass(): after waiting for the lock above it may still answer from what the server had remembered before.
+        found = cursor.execute(
+            "SELECT 1 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace "
+            "WHERE c.relname = %s AND n.nspname = ANY (current_schemas(false))",
+            (name,),
+        )
+        return found.fetchone() is not None
 
     def tend(self) -> None:
         """PostgreSQL sees to itself."""
 
     def close(self) -> None:
+        self._close_apart()
         if not self._is_owned:
             return
         # What is lent out when a pool is disposed of is left to the garbage collector; a statement takes no longer than this.
@@ -125,31 +153,31 @@ class EngineDatabase(Database):
             time.sleep(0.005)
         self._engine.dispose()
 
+    def _close_apart(self) -> None:
+        apart, self._apart = self._apart, None
+        if apart is not None:
+            try:
+                apart.close()
+            except SQLAlchemyError:
+                logger.debug("A connection that was lost could not be closed.", exc_info=True)
+
+    def forget(self) -> None:
+        # Two processes that speak on one socket break both. The app's engine is this process's too, so it gets a new pool;
+        # the connections of the old one are neither used nor closed.
+        if not self._is_owned:
+            self._engine.dispose(close=False)
+
+    def remedy(self, error: BaseException) -> str:
+        return "See whether the database server runs, and its log."
+
     def _log(self, error: BaseException) -> None:
         # What SQLAlchemy says of an error holds the statement's values, which are not the log's affair.
         super()._log(error.orig if isinstance(error, DBAPIError) and error.orig is not None else error)
 
-    def _connect(self, engine: Engine) -> Connection:
-        """Return a connection that works: one that was lost while it lay in the pool is replaced, with all others there."""
+    def _read_again(self, engine: Engine, read: Callable[[Cursor], T]) -> T:
         for tries_left in reversed(range(TRIES)):
             try:
-                connection = engine.connect()
-                try:
-                    connection.exec_driver_sql("SELECT 1")
-                    connection.rollback()
-                except BaseException:
-                    connection.close()
-                    raise
-                return connection
-            except SQLAlchemyError as error:
-                if not tries_left or not _is_lost(error):
-                    raise self.unavailable(error) from error
-        raise AssertionError("the last try returns or raises")
-
-    def _read_again(self, read: Callable[[Cursor], T]) -> T:
-        for tries_left in reversed(range(TRIES)):
-            try:
-                with self._single.connect() as connection:
+                with engine.connect() as connection:
                     return read(_Cursor(connection))
             except SQLAlchemyError as error:
                 if not tries_left or not _is_lost(error):
@@ -161,8 +189,6 @@ def _is_lost(error: SQLAlchemyError) -> bool:
     return isinstance(error, DBAPIError) and error.connection_invalidated
 
 
-def _has_not_happened(error: SQLAlchemyError, is_under_way: bool) -> bool:
-    """Return whether a statement that failed can be given once more without being executed twice."""
-    if _is_lost(error) and not is_under_way:
-        return True
+def _may_be_tried_again(error: SQLAlchemyError) -> bool:
+    """Return whether the server says that it has done nothing, and that another try may have more luck."""
     return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _AGAIN

@@ -13,6 +13,13 @@ from .tables import metadata, schema
 from .upgrades import VERSION, steps
 
 
+def is_current(database: Database, cursor: Cursor) -> bool:
+    """Return whether there are tables, of this release's version. Only reads."""
+    if not database.has_table(cursor, schema.name):
+        return False
+    return cursor.execute("SELECT max(version) FROM asyncroute_schema").fetchall()[0][0] == VERSION  # type: ignore[no-any-return]
+
+
 def prepare(database: Database, cursor: Cursor, may_create: bool) -> None:
     """Bring the tables to this release's version. Inside a transaction that writes.
 

@@ -194,18 +194,6 @@ class Statements:
         )
 
     @cached_property
-    def overdue(self) -> Statement:
-        return self.compiled(
-            select(tasks.c.id)
-            .where(
-                tasks.c.namespace == bindparam("ns"),
-                tasks.c.state == State.RUNNING.value,
-                tasks.c.expires_us < bindparam("now"),
-            )
-            .limit(bindparam("most"))
-        )
-
-    @cached_property
     def outlived(self) -> Statement:
         return self.compiled(
             select(tasks.c.id)

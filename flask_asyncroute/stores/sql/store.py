@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from msgspec.structs import astuple
-
-from ...errors import IdTaken
+from ...errors import CommitUnknown, IdTaken
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
-from ...states import State
+from ...start_key import StartKey
 from ...task import AsyncRouteTask
 from ..base import Claim, Expect, News, Readers, TaskStore
-from . import queries, schema
-from .database import CommitUnknown, Cursor, Database, Duplicate, Rows
+from . import queries
+from .database import Cursor, Database, Duplicate, Rows
+from .namespace import Namespace
 from .queries import Queries
+from .records import plain, record_of, row_of
 from .statements import Statement, Statements, expectation
+from .terms import Terms
+from .workers import SQLWorkers
 
 T = TypeVar("T")
 
 NEWS_PAGE = 1000
-_STATES = {state.value: state for state in State}
 
 
 class SQLTaskStore(TaskStore):
@@ -33,39 +33,34 @@ class SQLTaskStore(TaskStore):
     Where a connection is lost in the middle of a commit, the store looks whether it happened, and else writes again.
     """
 
-    is_shared = True
-
     def __init__(self, database: Database, namespace: str, create_tables: bool) -> None:
         self._database = database
-        self._namespace = namespace
-        self._create_tables = create_tables
         self._sql = Statements(database.dialect)
         self._queries = Queries(database.dialect)
-        self._ns = 0
-        self._secret = b""
-        self._seen: tuple[int, int] | None = None
+        self._namespace = Namespace(database, self._sql, namespace, create_tables)
+        self._terms = Terms(database.dialect, self._sql)
+        self.workers = SQLWorkers(database, lambda: self._ns)
+        self._seen: tuple[Hashable, int] | None = None
+
+    @property
+    def _ns(self) -> int:
+        return self._namespace.key
 
     def open(self) -> None:
-        if self._ns:
-            return
-        sql = self._sql
-        with self._database.write() as cursor:
-            schema.prepare(self._database, cursor, self._create_tables)
-            row = _one(cursor, sql.namespace, name=self._namespace)
-            if row is None:
-                _run(cursor, sql.add_namespace, name=self._namespace, secret=os.urandom(32))
-                row = _one(cursor, sql.namespace, name=self._namespace)
-        self._secret = row[1]
-        self._ns = row[0]
+        self._namespace.open()
 
     def close(self) -> None:
         self._database.close()
         self._seen = None
 
-    def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
+    def add(
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
+        key: StartKey | None = None, quota: int | None = None,
+    ) -> None:  # fmt: skip
         try:
             self._surely(
-                lambda: self._add(task, request, body, grants), lambda: _is_same_start(self.get(task.id), task) or None
+                lambda: self._add(task, request, body, grants, key, quota),
+                lambda: _is_same_start(self.get(task.id), task) or None,
             )
         except Duplicate:
             raise IdTaken(f"A task with the id {task.id!r} exists.") from None
@@ -73,14 +68,18 @@ class SQLTaskStore(TaskStore):
             body.close()
 
     def _add(
-        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]
-    ) -> bool:
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
+        key: StartKey | None, quota: int | None,
+    ) -> bool:  # fmt: skip
         sql = self._sql
-        values = sql.add.values(ns=self._ns, request=request, **_row(task))
-        if body is None and not grants:
+        values = sql.add.values(ns=self._ns, request=request, **row_of(task))
+        if body is None and not grants and key is None and quota is None:
             self._database.write_one(sql.add.sql, values)
             return True
-        with self._database.write() as cursor:
+
+        def add(cursor: Cursor) -> bool:
+            if key is not None or quota is not None:
+                self._terms.keep(cursor, self._ns, task, key, quota)
             cursor.execute(sql.add.sql, values)
             for kind, name in set(grants):
                 _run(
@@ -90,39 +89,51 @@ class SQLTaskStore(TaskStore):
             if body is not None:
                 for part, data in enumerate(body.pieces()):
                     _run(cursor, sql.add_part, namespace=self._ns, task_id=task.id, part=part, data=data)
-        return True
+            return True
+
+        return self._database.write(add)
 
     def get(self, task_id: str) -> AsyncRouteTask | None:
         row = self._database.fetch_one(self._sql.get.sql, (self._ns, task_id))
-        return None if row is None else _record(row)
+        return None if row is None else record_of(row)
+
+    def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
+        statement = self._terms.started_with
+        row = self._database.fetch_one(statement.sql, statement.values(ns=self._ns, key_name=key_name))
+        return None if row is None else (record_of(row[:-1]), row[-1])
 
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         def look() -> Claim | None:
             statement = self._sql.claimed
             row = self._database.fetch_one(statement.sql, statement.values(ns=self._ns, task_id=task_id))
-            task = None if row is None else _record(row[:-1])
+            task = None if row is None else record_of(row[:-1])
             is_ours = task is not None and task.owner == owner and task.started_us == max(now_us, task.created_us)
             return Claim(task, row[-1]) if task is not None and is_ours else None
 
-        return self._surely(lambda: self._claim(task_id, owner, now_us), look)
-
-    def _claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
-        with self._database.write() as cursor:
+        def claim(cursor: Cursor) -> Claim | None:
             row = _one(cursor, self._sql.claim, ns=self._ns, task_id=task_id, new_owner=owner, now=now_us)
             if row is None:
                 return None
-            task = _record(row[:-1])
+            task = record_of(row[:-1])
             self._move_grants(cursor, task)
-        return Claim(task, row[-1])
+            return Claim(task, row[-1])
+
+        return self._surely(lambda: self._database.write(claim), look)
 
     def body(self, task_id: str) -> Body:
-        body = Body()
-        number = 0
-        with self._database.read() as cursor:
-            while row := _one(cursor, self._sql.part, ns=self._ns, task_id=task_id, number=number):
-                body.write(row[0])
-                number += 1
-        return body
+        def read(cursor: Cursor) -> Body:
+            body = Body()
+            try:
+                number = 0
+                while row := _one(cursor, self._sql.part, ns=self._ns, task_id=task_id, number=number):
+                    body.write(row[0])
+                    number += 1
+            except BaseException:
+                body.close()
+                raise
+            return body
+
+        return self._database.read(read)
 
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         def look() -> AsyncRouteTask | None:
@@ -134,37 +145,44 @@ class SQLTaskStore(TaskStore):
 
     def _update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         statement = self._sql.update_of(tuple(values), expect)
-        given = {f"new_{name}": _plain(value) for name, value in values.items()}
+        given = {f"new_{name}": plain(value) for name, value in values.items()}
         parameters = statement.values(ns=self._ns, task_id=task_id, **given, **expectation(expect))
         if "state" not in values:
             row = self._database.write_one(statement.sql, parameters)
-            return None if row is None else _record(row)
-        with self._database.write() as cursor:
+            return None if row is None else record_of(row)
+
+        def step(cursor: Cursor) -> AsyncRouteTask | None:
             rows = cursor.execute(statement.sql, parameters).fetchall()
             if not rows:
                 return None
-            task = _record(rows[0])
+            task = record_of(rows[0])
             self._move_grants(cursor, task)
             if task.body_size and task.state.is_terminal:
                 _run(cursor, self._sql.drop_parts, ns=self._ns, task_id=task_id)
-        return task
+            return task
+
+        return self._database.write(step)
 
     def delete(self, task_id: str, expect: Expect) -> bool:
         return self._surely(lambda: self._delete(task_id, expect), lambda: True if self.get(task_id) is None else None)
 
     def _delete(self, task_id: str, expect: Expect) -> bool:
         sql = self._sql
+
+        def remove(cursor: Cursor) -> bool:
+            _run(cursor, sql.note_removed, ns=self._ns)
+            removed = _run(cursor, sql.delete_of(expect), ns=self._ns, task_id=task_id, **expectation(expect))
+            if removed.rowcount == 0:
+                raise _TakeBack
+            _run(cursor, sql.drop_grants, ns=self._ns, task_id=task_id)
+            _run(cursor, sql.drop_parts, ns=self._ns, task_id=task_id)
+            _run(cursor, self._terms.drop_key, ns=self._ns, task_id=task_id)
+            return True
+
         try:
-            with self._database.write() as cursor:
-                _run(cursor, sql.note_removed, ns=self._ns)
-                removed = _run(cursor, sql.delete_of(expect), ns=self._ns, task_id=task_id, **expectation(expect))
-                if removed.rowcount == 0:
-                    raise _TakeBack
-                _run(cursor, sql.drop_grants, ns=self._ns, task_id=task_id)
-                _run(cursor, sql.drop_parts, ns=self._ns, task_id=task_id)
+            return self._database.write(remove)
         except _TakeBack:
             return False
-        return True
 
     def query(
         self,
@@ -179,38 +197,42 @@ class SQLTaskStore(TaskStore):
         statement, ids_alone = self._queries.statement(conditions, sort, position, readers)
         values = statement.values(ns=self._ns, **queries.values(conditions, limit, position, readers))
         if not ids_alone:
-            return [_record(row) for row in self._database.fetch_all(statement.sql, values)]
-        with self._database.read() as cursor:
+            return [record_of(row) for row in self._database.fetch_all(statement.sql, values)]
+
+        def read(cursor: Cursor) -> list[AsyncRouteTask]:
             ids = [row[0] for row in cursor.execute(statement.sql, values).fetchall()]
             if not ids:
                 return []
             listed, given = self._queries.listed(ids)
             rows = cursor.execute(listed.sql, listed.values(ns=self._ns, **given)).fetchall()
-        by_id = {row[0]: row for row in rows}
-        return [_record(by_id[task_id]) for task_id in ids]
+            by_id = {row[0]: row for row in rows}
+            return [record_of(by_id[task_id]) for task_id in ids]
+
+        return self._database.read(read)
 
     def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
+        self.open()
         statement = self._sql.waiting
         rows = self._database.fetch_all(statement.sql, statement.values(ns=self._ns, before=before_us))
         return list(islice(((row[0], row[1]) for row in rows if row[1] in endpoints), limit))
-
-    def overdue(self, now_us: int, limit: int) -> list[str]:
-        return self._ids(self._sql.overdue, now=now_us, most=limit)
 
     def outlived(self, now_us: int, limit: int) -> list[str]:
         return self._ids(self._sql.outlived, now=now_us, most=limit)
 
     def news(self, since: int) -> News:
+        self.open()
         version = self._database.version()
         if version is not None and self._seen == (version, since):
             return News(since, ())
         # Read before the tasks: whatever has a number up to this one is committed, and among them.
         (change,) = self._database.fetch_one(self._sql.change.sql, self._sql.change.values(ns=self._ns))
         tasks: list[AsyncRouteTask] = []
+        if change < since:
+            since = 0  # Another database is in its place: all of it is new.
         if 0 <= since < change:
             statement = self._sql.news
             rows = self._database.fetch_all(statement.sql, statement.values(ns=self._ns, since=since, most=NEWS_PAGE))
-            tasks = [_record(row) for row in rows]
+            tasks = [record_of(row) for row in rows]
             if len(tasks) == NEWS_PAGE:
                 return News(tasks[-1].change, tasks)
             change = max(change, tasks[-1].change if tasks else 0)
@@ -219,7 +241,7 @@ class SQLTaskStore(TaskStore):
         return News(change, tasks)
 
     def secret(self) -> bytes:
-        return self._secret
+        return self._namespace.secret
 
     def read_value(self, key: str) -> tuple[bytes, int] | None:
         statement = self._sql.read_value
@@ -234,11 +256,8 @@ class SQLTaskStore(TaskStore):
             held = self.read_value(key)
             return True if (held is None if value is None else held is not None and held[1] == new_version) else None
 
-        return self._surely(lambda: self._write_value(key, value, version, new_version), look)
-
-    def _write_value(self, key: str, value: bytes | None, version: int | None, new_version: int) -> bool:
-        sql = self._sql
-        with self._database.write() as cursor:
+        def write(cursor: Cursor) -> bool:
+            sql = self._sql
             _run(cursor, sql.lock_namespace, ns=self._ns)
             present = _one(cursor, sql.read_value, ns=self._ns, value_key=key)
             if version is not None and version != (0 if present is None else present[1]):
@@ -249,13 +268,19 @@ class SQLTaskStore(TaskStore):
                 return present is not None
             statement = sql.add_value if present is None else sql.set_value
             _run(cursor, statement, ns=self._ns, value_key=key, new_value=value, new_version=new_version)
-        return True
+            return True
+
+        return self._surely(lambda: self._database.write(write), look)
 
     def value_keys(self) -> Iterable[str]:
         return self._ids(self._sql.value_keys)
 
     def tend(self) -> None:
+        self.open()
         self._database.tend()
+
+    def forget(self) -> None:
+        self._database.forget()
 
     def _surely(self, write: Callable[[], T], look: Callable[[], T | None]) -> T:
         """Write; where it cannot be known whether that happened, look, and write again if it did not.
@@ -292,30 +317,3 @@ def _one(cursor: Cursor, statement: Statement, **given: Any) -> Any:
 
 def _is_same_start(found: AsyncRouteTask | None, task: AsyncRouteTask) -> bool:
     return found is not None and (found.created_us, found.url, found.user) == (task.created_us, task.url, task.user)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, State):
-        return value.value
-    return int(value) if isinstance(value, bool) else value
-
-
-def _row(task: AsyncRouteTask) -> dict[str, Any]:
-    values = dict(zip(task.__struct_fields__, astuple(task), strict=True))
-    values.update(
-        state=task.state.value, user=task.user or "", cancellable=int(task.cancellable), stopping=int(task.stopping)
-    )
-    return values
-
-
-def _record(row: Any) -> AsyncRouteTask:
-    (
-        task_id, route, endpoint, state, cancellable, user, url, method, created, started, completed, expires, progress,
-        message, result, error, status, stopping, permission, timeout, retention, on_loss, body, owner, epoch, restarts, revision,
-        change,
-    ) = row  # fmt: skip
-    return AsyncRouteTask(
-        task_id, route, endpoint, _STATES[state], cancellable == 1, user or None, url, method, created, started, completed,
-        expires, progress, message, result, error, status, stopping == 1, permission, timeout, retention, on_loss, body,
-        owner, epoch, restarts, revision, change,
-    )  # fmt: skip

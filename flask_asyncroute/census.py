@@ -1,0 +1,108 @@
+"""Finds the workers that are gone, and settles what they left: tasks that ran there, routes that nobody has any more.
+
+`housekeeping` calls it in every runner. Each step is a compare-and-set, so it does no harm that several do the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+
+from .lifecycle import LOST, Lifecycle
+from .presence import LEASE_SECONDS, Presence
+from .states import State
+from .stores.base import TaskStore, Worker, Workers
+from .task import now_us
+
+logger = logging.getLogger("flask_asyncroute")
+
+GAP_SECONDS = 5.0
+"""Where nobody could look for so long, the store or this process stood still, and silence says nothing of others."""
+ROUTE_GONE_SECONDS = 3600.0
+ROUTE_GONE = "Route gone"
+LEFT_US = 30_000_000
+"""How long a task that runs inside its request may wait before it counts as left behind."""
+PAGE = 500
+
+
+class Census:
+    """Takes stock of the workers of one app. Its methods are called by one thread.
+
+    :param presence: this process among them.
+    :param immediate: the endpoints whose tasks run inside the request that starts them, and nowhere else.
+    """
+
+    def __init__(
+        self, store: TaskStore, workers: Workers, lifecycle: Lifecycle, presence: Presence, immediate: Collection[str]
+    ) -> None:
+        self._immediate = immediate
+        self._store = store
+        self._workers = workers
+        self._lifecycle = lifecycle
+        self._presence = presence
+        self._heard: dict[str, tuple[int, float]] = {}
+        """By worker, the last beat that was seen and when it was new (monotonic)."""
+        self._looked_at = time.monotonic()
+        self._unlisted: dict[str, float] = {}
+        """By endpoint, since when no worker has it (monotonic)."""
+
+    def look(self) -> None:
+        """Settle what workers that are gone have left."""
+        self._presence.enter()
+        self._presence.assert_lock()
+        listed = {worker.name: worker for worker in self._workers.listed()}
+        for name in self._workers.owners():
+            # One that was taken for dead, or whose row was lost, may live; it enters again with its next beat.
+            listed.setdefault(name, Worker(name, "", 0, frozenset(), beat=-1))
+        now = time.monotonic()
+        if now - self._looked_at > GAP_SECONDS:
+            self._heard.clear()
+        self._looked_at = now
+        for name in self._heard.keys() - listed.keys():
+            del self._heard[name]
+        for worker in listed.values():
+            if worker.name != self._presence.name and self._is_gone(worker, now):
+                self._bury(worker)
+
+    def find_forsaken(self) -> None:
+        """Abort the tasks that nobody will start: those of a route which no worker has had for an hour, and those whose
+        request died before it could run them.
+        """
+        self._abort_waiting(self._immediate, now_us() - LEFT_US, LOST)
+        listed = frozenset[str]().union(*(worker.endpoints for worker in self._workers.listed()))
+        unlisted = {endpoint for endpoint in self._workers.wanted() if endpoint not in listed}
+        now = time.monotonic()
+        self._unlisted = {endpoint: self._unlisted.get(endpoint, now) for endpoint in unlisted}
+        gone = [endpoint for endpoint, since in self._unlisted.items() if now - since >= ROUTE_GONE_SECONDS]
+        if gone:
+            logger.warning("No worker has had the endpoints %s for an hour; their tasks are aborted.", ", ".join(gone))
+            self._abort_waiting(gone, now_us(), ROUTE_GONE)
+
+    def _abort_waiting(self, endpoints: Collection[str], before_us: int, error: str) -> None:
+        while endpoints and (waiting := self._store.waiting(endpoints, before_us, PAGE)):
+            for task_id, _ in waiting:
+                task = self._store.get(task_id)
+                if task is not None and task.state is State.NOT_STARTED:
+                    self._lifecycle.abort(task, error)
+
+    def _is_gone(self, worker: Worker, now: float) -> bool:
+        lock_file = self._presence.lock_file
+        if lock_file is not None and worker.place == lock_file.name:
+            return not lock_file.is_held(worker.number)
+        beat, since = self._heard.get(worker.name, (None, now))
+        if beat != worker.beat:
+            self._heard[worker.name] = (worker.beat, now)
+            return False
+        return now - since >= LEASE_SECONDS
+
+    def _bury(self, worker: Worker) -> None:
+        held = self._workers.held(worker.name)
+        for task_id in held:
+            task = self._store.get(task_id)
+            if task is not None and task.owner == worker.name:
+                self._lifecycle.lose(task)
+        self._workers.leave(worker.name)
+        self._heard.pop(worker.name, None)
+        if held:
+            logger.warning("The worker %s is gone; it left %d tasks behind that had begun.", worker.name, len(held))

@@ -1,0 +1,113 @@
+"""Which processes of this host live, as the kernel knows it: each keeps one byte of a shared file locked.
+
+A record lock is gone the moment its process is, however that ended, and whatever the clock or the interpreter's lock do;
+children do not inherit it. `presence` holds one, `census` looks at those of others.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import sys
+import threading
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+TOKEN_BYTES = 32
+
+_files: dict[Path, LockFile] = {}
+_files_lock = threading.Lock()
+
+
+class LockFile:
+    """A file of which every worker of this host locks a byte. Thread-safe.
+
+    There is one for each path in a process, and it stays open: closing any descriptor of a file drops all locks that the
+    process has on it (POSIX ``fcntl``).
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.name = name
+        """Random, kept in the file: two hosts that have a file of this path each do not take them for one."""
+        self.descriptor = descriptor
+        self._lock = threading.Lock()
+        self._held: set[int] = set()
+
+    def hold(self, number: int) -> None:
+        """Lock a byte for as long as this process lives; again where that is so already does no harm."""
+        with self._lock:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            self._held.add(number)
+
+    def release(self, number: int) -> None:
+        """Unlock a byte."""
+        with self._lock:
+            self._held.discard(number)
+            fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, number)
+
+    def is_held(self, number: int) -> bool:
+        """Return whether any process of this host holds a byte."""
+        with self._lock:
+            if number in self._held:
+                return True
+            try:
+                fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            except OSError:
+                return True
+            fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, number)
+            return False
+
+
+def new_number() -> int:
+    """Return a byte's number that nobody else has."""
+    return secrets.randbits(61) + 1
+
+
+def lock_file(path: Path) -> LockFile | None:
+    """Return the lock file at ``path``, made where there is none; None on systems without such locks.
+
+    :raises OSError: where it cannot be made, or belongs to somebody else.
+    """
+    if sys.platform == "win32":
+        return None  # workers there know each other by their beats alone
+    with _files_lock:
+        found = _files.get(path)
+        if found is None:
+            found = _files[path] = _open(path)
+        return found
+
+
+def _open(path: Path) -> LockFile:
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        status = os.fstat(descriptor)
+        # In a folder that others may write to, what has the name need not be ours.
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise PermissionError(f"{path} is not a file of this user")
+        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, 0)
+        try:
+            token = os.pread(descriptor, TOKEN_BYTES, 0)
+            if len(token) < TOKEN_BYTES:
+                token = secrets.token_hex(TOKEN_BYTES // 2).encode()
+                os.pwrite(descriptor, token, 0)
+        finally:
+            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, 0)
+        return LockFile(descriptor, token.decode("ascii", "replace"))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _after_fork() -> None:
+    global _files_lock
+    _files_lock = threading.Lock()
+    for found in _files.values():
+        os.close(found.descriptor)
+    _files.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

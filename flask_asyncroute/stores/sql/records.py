@@ -1,0 +1,42 @@
+"""Rows as records and back: the columns of a task in the order of the record's fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import astuple
+
+from ...states import State
+from ...task import AsyncRouteTask
+
+_STATES = {state.value: state for state in State}
+
+
+def plain(value: Any) -> Any:
+    """Return a field's value as its column has it."""
+    if isinstance(value, State):
+        return value.value
+    return int(value) if isinstance(value, bool) else value
+
+
+def row_of(task: AsyncRouteTask) -> dict[str, Any]:
+    """Return a record's columns, by name."""
+    values = dict(zip(task.__struct_fields__, astuple(task), strict=True))
+    values.update(
+        state=task.state.value, user=task.user or "", cancellable=int(task.cancellable), stopping=int(task.stopping)
+    )
+    return values
+
+
+def record_of(row: Any) -> AsyncRouteTask:
+    """Return the record that a row of the columns in `tables.RECORD` makes."""
+    (
+        task_id, route, endpoint, state, cancellable, user, url, method, created, started, completed, expires, progress,
+        message, result, error, status, stopping, permission, timeout, retention, on_loss, body, owner, epoch, restarts, revision,
+        change,
+    ) = row  # fmt: skip
+    return AsyncRouteTask(
+        task_id, route, endpoint, _STATES[state], cancellable == 1, user or None, url, method, created, started, completed,
+        expires, progress, message, result, error, status, stopping == 1, permission, timeout, retention, on_loss, body,
+        owner, epoch, restarts, revision, change,
+    )  # fmt: skip

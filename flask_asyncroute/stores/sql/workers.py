@@ -1,0 +1,89 @@
+"""The workers of one namespace in SQL. Reads and writes are single statements; none raises a change number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import bindparam, delete, insert, literal_column, select, update
+from sqlalchemy.sql.elements import CompilerElement
+
+from ...states import State
+from ..base import Worker, Workers
+from .database import Cursor, Database
+from .statements import Statement
+from .tables import tasks, workers
+
+
+class SQLWorkers(Workers):
+    """Keeps a row for each worker.
+
+    :param key: gives the namespace's key, which is known once the store is open.
+    """
+
+    def __init__(self, database: Database, key: Callable[[], int]) -> None:
+        self._database = database
+        self._key = key
+        self.lock_path = database.lock_path
+        is_worker = (workers.c.namespace == bindparam("ns")) & (workers.c.name == bindparam("worker"))
+        runs = (tasks.c.namespace == bindparam("ns")) & (tasks.c.state == State.RUNNING.value)
+        # Written out, so that it is seen to be the condition of the index.
+        stops = (tasks.c.namespace == bindparam("ns")) & (tasks.c.stopping == literal_column("1"))
+        waits = (tasks.c.namespace == bindparam("ns")) & (tasks.c.state == State.NOT_STARTED.value)
+        is_held = tasks.c.owner == bindparam("worker")
+        self._drop = self._compiled(delete(workers).where(is_worker))
+        self._add = self._compiled(
+            insert(workers).values(
+                namespace=bindparam("ns"), name=bindparam("worker"), place=bindparam("place"),
+                number=bindparam("number"), beat=0, endpoints=bindparam("endpoints"),
+            )
+        )  # fmt: skip
+        self._beat = self._compiled(update(workers).where(is_worker).values(beat=workers.c.beat + 1))
+        listed = (workers.c.name, workers.c.place, workers.c.number, workers.c.endpoints, workers.c.beat)
+        self._listed = self._compiled(select(*listed).where(workers.c.namespace == bindparam("ns")))
+        self._owners = self._compiled(select(tasks.c.owner).where(runs).union(select(tasks.c.owner).where(stops)))
+        self._held = self._compiled(
+            select(tasks.c.id).where(runs, is_held).union(select(tasks.c.id).where(stops, is_held))
+        )
+        self._wanted = self._compiled(select(tasks.c.endpoint).where(waits).distinct())
+
+    def enter(self, worker: Worker) -> None:
+        ns = self._key()
+        endpoints = json.dumps(sorted(worker.endpoints))
+        values = self._add.values(
+            ns=ns, worker=worker.name, place=worker.place, number=worker.number, endpoints=endpoints
+        )
+
+        def enter(cursor: Cursor) -> None:
+            cursor.execute(self._drop.sql, self._drop.values(ns=ns, worker=worker.name))
+            cursor.execute(self._add.sql, values)
+
+        self._database.write(enter)
+
+    def beat(self, name: str) -> bool:
+        return self._database.write_apart(self._beat.sql, self._beat.values(ns=self._key(), worker=name)) > 0
+
+    def listed(self) -> list[Worker]:
+        return [
+            Worker(name, place, number, frozenset(json.loads(endpoints)), beat)
+            for name, place, number, endpoints, beat in self._rows(self._listed)
+        ]
+
+    def leave(self, name: str) -> None:
+        self._database.write_one(self._drop.sql, self._drop.values(ns=self._key(), worker=name))
+
+    def owners(self) -> list[str]:
+        return [row[0] for row in self._rows(self._owners) if row[0] is not None]
+
+    def held(self, name: str) -> list[str]:
+        return [row[0] for row in self._rows(self._held, worker=name)]
+
+    def wanted(self) -> list[str]:
+        return [row[0] for row in self._rows(self._wanted)]
+
+    def _compiled(self, clause: CompilerElement) -> Statement:
+        return Statement(clause, self._database.dialect)
+
+    def _rows(self, statement: Statement, **given: Any) -> Any:
+        return self._database.fetch_all(statement.sql, statement.values(ns=self._key(), **given))

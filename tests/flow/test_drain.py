@@ -1,0 +1,229 @@
+"""The way out of a process, step by step: what runs, what waits, what comes too late, and a store that is away."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_asyncroute import AsyncRoute, TaskAborted, current_task
+from flask_asyncroute.drain import drain
+from flask_asyncroute.errors import StoreUnavailable
+from flask_asyncroute.runner import Runner
+from flask_asyncroute.runtime import runtime_of
+
+Eventually = Callable[..., Any]
+
+
+class Place:
+    """An app with views that a test holds in its hand."""
+
+    def __init__(self, app: Flask) -> None:
+        self.app = app
+        self.client = app.test_client()
+        self.routes = AsyncRoute(app)
+        self.begun = threading.Event()
+        self.go = threading.Event()
+        self.told: list[str] = []
+
+        @app.put("/held")
+        @self.routes.task(interrupt_after=None)
+        def held() -> str:
+            self.begun.set()
+            self.go.wait(20)
+            return "done"
+
+        @app.put("/loop")
+        @self.routes.task()
+        def loop() -> None:
+            self.begun.set()
+            try:
+                while True:
+                    time.sleep(0.001)
+            except TaskAborted:
+                self.told.append(current_task.id)
+                raise
+
+        @app.put("/polite")
+        @self.routes.task(on_loss="restart")
+        def polite() -> None:
+            current_task.progress = 40
+            self.begun.set()
+            current_task.sleep(20)
+            current_task.check()
+
+        @app.put("/obstinate")
+        @self.routes.task(on_loss="restart", interrupt_after=None)
+        def obstinate() -> None:
+            self.begun.set()
+            self.go.wait(20)
+
+        @app.put("/coroutine")
+        @self.routes.task()
+        async def coroutine() -> None:
+            self.begun.set()
+            await asyncio.sleep(20)
+
+        @app.put("/single")
+        @self.routes.task(max_workers=1)
+        def single() -> None:
+            self.begun.set()
+            self.go.wait(20)
+
+    @property
+    def runner(self) -> Runner:
+        return runtime_of(self.app).runner
+
+    def start(self, path: str) -> str:
+        reply = self.client.put(path)
+        assert reply.status_code == 202, reply.text
+        return str(reply.json["Id"])
+
+    def begin(self, path: str) -> str:
+        """Start a task and wait until its view runs."""
+        self.begun.clear()
+        task_id = self.start(path)
+        assert self.begun.wait(5)
+        return task_id
+
+    def task(self, task_id: str) -> Any:
+        return self.client.get(f"/task/{task_id}").json
+
+    def listed(self) -> list[str]:
+        workers = self.runner.store.workers
+        assert workers is not None
+        return [worker.name for worker in workers.listed()]
+
+
+@pytest.fixture
+def place(make_app: Callable[..., Flask], gate: threading.Event) -> Any:
+    made = Place(make_app())
+    made.go = gate
+    return made
+
+
+def test_nothing_runs(place: Place) -> None:
+    place.begin("/held")
+    place.go.set()
+    assert place.runner.dispatcher.wait_idle(5)
+    assert place.listed() == [place.runner.lifecycle.owner]
+    began = time.monotonic()
+    drain(place.runner, 20)
+    assert time.monotonic() - began < 1
+    assert place.listed() == []
+
+
+def test_what_ends_in_its_time_is_left_alone(place: Place) -> None:
+    task_id = place.begin("/held")
+    leaving = threading.Thread(target=drain, args=(place.runner, 20))
+    leaving.start()
+    place.go.set()
+    leaving.join(5)
+    assert not leaving.is_alive()
+    assert (place.task(task_id)["State"], place.task(task_id)["Result"]) == ("Completed", "done")
+    assert place.listed() == []
+
+
+def test_what_does_not_end_is_aborted(place: Place) -> None:
+    """Its view is asked first, and interrupted soon, whatever the route's ``interrupt_after``."""
+    task_id = place.begin("/loop")
+    began = time.monotonic()
+    drain(place.runner, 0.1)
+    assert 0.1 <= time.monotonic() - began < 2
+    found = place.task(task_id)
+    assert (found["State"], found["Error"], found.get("Stopping")) == ("Aborted", "Server shutdown", None)
+    assert place.told == [task_id]
+
+
+def test_what_does_not_hear_is_left_to_the_exit(place: Place, eventually: Eventually) -> None:
+    """The code ends with the process, a moment after the drain: nothing is said to be stopping for ever."""
+    task_id = place.begin("/held")
+    drain(place.runner, 0)
+    found = place.task(task_id)
+    assert (found["State"], found["Error"], found.get("Stopping")) == ("Aborted", "Server shutdown", None)
+    place.go.set()
+    assert place.runner.dispatcher.wait_idle(5)
+    assert place.task(task_id)["Error"] == "Server shutdown", "a result that comes late is dropped"
+
+
+@pytest.mark.parametrize("path", ["/polite", "/obstinate"])
+def test_what_is_to_be_restarted_waits_again(place: Place, path: str) -> None:
+    task_id = place.begin(path)
+    drain(place.runner, 0)
+    found = place.task(task_id)
+    assert found["State"] == "NotStarted"
+    assert not {"StartingTime", "ExpireTime", "Progress", "Error"} & found.keys()
+    stored = place.runner.store.get(task_id)
+    assert stored is not None
+    assert (stored.owner, stored.restarts) == (None, 0), "a shutdown is no loss"
+    place.go.set()
+    assert place.runner.dispatcher.wait_idle(5)
+    assert place.task(task_id)["State"] == "NotStarted"
+
+
+def test_a_coroutine_is_cancelled(place: Place) -> None:
+    task_id = place.begin("/coroutine")
+    began = time.monotonic()
+    drain(place.runner, 0)
+    assert time.monotonic() - began < 0.9
+    assert place.task(task_id)["Error"] == "Server shutdown"
+
+
+def test_what_waits_stays_and_is_run_by_the_next(
+    place: Place, make_app: Callable[..., Flask], eventually: Eventually
+) -> None:
+    running = place.begin("/single")
+    waiting = [place.start("/single") for _ in range(3)]
+    drain(place.runner, 0)
+    place.go.set()
+    assert place.runner.dispatcher.wait_idle(5)
+    assert place.task(running)["Error"] == "Server shutdown"
+    assert [place.task(task_id)["State"] for task_id in waiting] == ["NotStarted"] * 3
+    runtime_of(place.app).close()
+    following = Place(make_app(instance_path=place.app.instance_path))
+    following.go = place.go
+    following.client.get("/task/none")
+    eventually(lambda: all(following.task(task_id)["State"] == "Completed" for task_id in waiting), 10)
+
+
+def test_a_start_that_comes_too_late_is_refused(place: Place) -> None:
+    place.begin("/held")
+    place.runner.dispatcher.is_closing = True
+    before = len(list(place.client.get("/tasks").json))
+    reply = place.client.put("/held")
+    assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
+    assert reply.json["type"] == "urn:flask-asyncroute:shutting-down"
+    assert len(place.client.get("/tasks").json) == before, "nothing was stored"
+
+
+def test_a_store_that_is_away(place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The process goes all the same; it stays listed, so that others find what it ran."""
+    task_id = place.begin("/held")
+
+    def fail(*given: Any) -> Any:
+        raise StoreUnavailable("not now")
+
+    with monkeypatch.context() as away:
+        away.setattr(place.runner.store, "update", fail)
+        began = time.monotonic()
+        drain(place.runner, 0)
+        assert time.monotonic() - began < 3
+        assert "could not be settled at the exit" in caplog.text
+        assert place.listed() == [place.runner.lifecycle.owner]
+    assert place.task(task_id)["State"] == "Running"
+
+
+def test_tasks_in_memory_have_their_time_too(make_app: Callable[..., Flask], gate: threading.Event) -> None:
+    place = Place(make_app(ASYNCROUTE_STORE="memory://"))
+    place.go = gate
+    task_id = place.begin("/held")
+    leaving = threading.Thread(target=drain, args=(place.runner, 20))
+    leaving.start()
+    gate.set()
+    leaving.join(5)
+    assert place.task(task_id)["State"] == "Completed"

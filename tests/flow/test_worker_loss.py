@@ -1,0 +1,127 @@
+"""Two runners of one app on one store, in this process: what one is taken for dead for, and what the other takes over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_asyncroute import AsyncRoute, TaskAborted, current_task
+from flask_asyncroute.runtime import runtime_of
+from tests.flow.driving import Flow
+
+Eventually = Callable[..., Any]
+
+
+@pytest.fixture
+def make_runner(make_app: Callable[..., Flask], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Flow]:
+    """Give ``make_runner(**config)``: an app on the store of this test."""
+    folder = tmp_path_factory.mktemp("shared")
+
+    def make(**config: Any) -> Flow:
+        app = make_app(instance_path=folder, **config)
+        return Flow(app, AsyncRoute(app))
+
+    return make
+
+
+@pytest.fixture
+def lone_thread() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def test_a_worker_that_was_taken_for_dead_stops_what_it_lost(
+    make_runner: Callable[..., Flow], eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    flow, other = make_runner(), make_runner()
+    begun, told = threading.Event(), threading.Event()
+
+    @flow.route()
+    def work() -> str:
+        begun.set()
+        try:
+            current_task.sleep(20)
+            current_task.check()
+        except TaskAborted:
+            told.set()
+            raise
+        return "too late"
+
+    task = flow.start()
+    assert begun.wait(5)
+    other.request("GET", "/task/none")
+    runner = runtime_of(other.app).runner
+    stored = runner.store.get(task["Id"])
+    assert stored is not None
+    assert runner.lifecycle.lose(stored) is not None
+    assert told.wait(5)
+    ended = flow.still(task)
+    assert (ended["State"], ended["Error"]) == ("Aborted", "Worker lost")
+
+
+def test_a_task_that_was_restarted_elsewhere_has_one_outcome(
+    make_runner: Callable[..., Flow], eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first run is stopped, its result dropped; the second is the task's."""
+    flow, other = make_runner(ASYNCROUTE_MAX_WORKERS=1), make_runner()
+    begun, told = threading.Event(), threading.Event()
+
+    @flow.route(on_loss="restart", interrupt_after=None)
+    def work() -> str:
+        begun.set()
+        while not current_task.stop_requested:
+            current_task.sleep(5)
+        told.set()
+        return "first"
+
+    @other.route(on_loss="restart", endpoint="work")
+    def again() -> str:
+        return "second"
+
+    task = flow.start()
+    assert begun.wait(5)
+    other.request("GET", "/task/none")
+    runner = runtime_of(other.app).runner
+    stored = runner.store.get(task["Id"])
+    assert stored is not None
+    assert runner.lifecycle.lose(stored) is not None
+    assert told.wait(5)
+    ended = eventually(lambda: (found := flow.get(task))["IsCompleted"] and found, 10)
+    assert ended["State"] == "Completed"
+    assert ended["Result"] in ("first", "second")
+    assert "is another worker's by now" in caplog.text
+    after = runner.store.get(task["Id"])
+    assert after is not None and (after.restarts, after.epoch) == (1, 2)
+
+
+def test_a_task_that_waits_for_an_executor_of_the_app_runs_elsewhere(
+    make_runner: Callable[..., Flow], eventually: Eventually, lone_thread: ThreadPoolExecutor, gate: threading.Event,
+    own_pool: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    """Each process has an Executor of its own under the route; whichever has room runs it, once."""
+    flow, other = make_runner(), make_runner()
+    ran: list[str] = []
+
+    def declare(to: Flow, executor: ThreadPoolExecutor, name: str) -> None:
+        @to.route("/work/<what>", executor=executor, endpoint="work")
+        def work(what: str) -> str:
+            if what == "long":
+                gate.wait(20)
+            ran.append(f"{name} {what}")
+            return name
+
+    declare(flow, lone_thread, "first")
+    declare(other, own_pool, "other")
+    long = flow.start("/work/long")
+    short = flow.start("/work/short")
+    other.request("GET", "/task/none")
+    eventually(lambda: flow.get(short)["State"] == "Completed", 10)
+    assert flow.get(short)["Result"] == "other"
+    gate.set()
+    assert flow.ended(long)["Result"] == "first"
+    assert sorted(ran) == ["first long", "other short"]

@@ -1,0 +1,140 @@
+"""Locks that live and die with their process, as this process and others see them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flask_asyncroute import locks
+from flask_asyncroute.locks import LockFile, lock_file, new_number
+
+Eventually = Callable[..., Any]
+HOLDER = """
+import sys, pathlib
+from flask_asyncroute.locks import lock_file
+lock_file(pathlib.Path(sys.argv[1])).hold(int(sys.argv[2]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "workers"
+    for found in (tmp_path / "workers", tmp_path / "link"):
+        known = locks._files.pop(found, None)
+        if known is not None:
+            os.close(known.descriptor)
+
+
+@pytest.fixture
+def other(path: Path) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
+    """Give ``other(number)``: another process that holds this byte."""
+    made: list[subprocess.Popen[str]] = []
+
+    def start(number: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLDER, str(path), str(number)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        made.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in made:
+        process.kill()
+        process.communicate()
+
+
+def opened(path: Path) -> LockFile:
+    found = lock_file(path)
+    assert found is not None
+    return found
+
+
+def test_one_file_for_a_path_in_a_process(path: Path) -> None:
+    assert opened(path) is opened(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(opened(path).name) == locks.TOKEN_BYTES
+
+
+def test_what_this_process_holds(path: Path) -> None:
+    file = opened(path)
+    number = new_number()
+    assert not file.is_held(number)
+    file.hold(number)
+    file.hold(number)
+    assert file.is_held(number)
+    assert file.is_held(number), "looking does not let go of it"
+    file.release(number)
+    assert not file.is_held(number)
+
+
+def test_a_killed_process_holds_nothing(path: Path, other: Any, eventually: Eventually) -> None:
+    number = new_number()
+    process = other(number)
+    file = opened(path)
+    assert file.is_held(number)
+    assert not file.is_held(number + 1)
+    process.send_signal(signal.SIGSTOP)
+    assert file.is_held(number), "it stands still, and lives"
+    process.kill()
+    eventually(lambda: not file.is_held(number), 1)
+
+
+def test_looking_at_others_lets_go_of_nothing(path: Path, other: Any) -> None:
+    """Closing any descriptor of the file would drop every lock of this process on it."""
+    mine = new_number()
+    opened(path).hold(mine)
+    theirs = new_number()
+    other(theirs)
+    for _ in range(3):
+        assert opened(path).is_held(theirs)
+    command = [sys.executable, "-c", HOLDER, str(path), str(mine)]
+    refused = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert "BlockingIOError" in refused.stderr
+
+
+def test_a_child_holds_nothing_of_its_parent(path: Path, eventually: Eventually) -> None:
+    file = opened(path)
+    number = new_number()
+    file.hold(number)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if not locks._files and opened(path).is_held(number) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert file.is_held(number)
+
+
+def test_processes_that_share_a_file_know_it_by_one_name(path: Path) -> None:
+    told = "import sys, pathlib; from flask_asyncroute.locks import lock_file; print(lock_file(pathlib.Path(sys.argv[1])).name)"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", told, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    names = {process.communicate()[0].strip() for process in processes}
+    assert names == {opened(path).name}
+
+
+def test_a_file_of_another_user_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="not a file of this user"):
+        lock_file(path)
+
+
+def test_a_link_or_folder_is_refused(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").touch()
+    path.symlink_to(tmp_path / "target")
+    with pytest.raises(OSError, match="symbolic link"):
+        lock_file(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=r"directory"):
+        lock_file(path)
+    path.rmdir()
