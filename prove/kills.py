@@ -48,8 +48,8 @@ def prove(share: float) -> str:
     check(max(own + others) <= ANY_STOP_SECONDS, f"stops took {_ms(own)} and {_ms(others)}")
     check(max(overshoots) <= OVERSHOOT_SECONDS, f"timeouts were overshot by {_ms(overshoots)}")
     return (
-        f"{count} each, quarter/median/slowest: start {_ms(starts)}, from a spare {_ms(spares)}, gone after a stop by the own worker "
-        f"{_ms(own)}, by another {_ms(others)} ({', '.join(KINDS)}), past the timeout {_ms(overshoots)}"
+        f"{count} each, quarter/median/slowest: start {_ms(starts)}, from a spare {_ms(spares)}, gone after a stop by the own "
+        f"worker {_ms(own)}, by another {_ms(others)} ({', '.join(KINDS)}), past the timeout {_ms(overshoots)}"
     )
 
 
