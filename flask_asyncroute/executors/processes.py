@@ -70,14 +70,6 @@ class ProcessTaskExecutor(TaskExecutor):
         finally:
             execution.cancel_with(None)
 
-    def kill_all(self) -> None:
-        """Kill all children that run tasks, and their process groups; returns at once. For the way out of the process.
-
-        The tasks are `Failed` unless they were moved to another State before.
-        """
-        for child in list(self._running.values()):
-            child.kill()
-
     def close(self) -> None:
         # What waits stays where it is stored, and is taken by another process.
         self._pool.shutdown(wait=False, cancel_futures=True)
