@@ -392,7 +392,7 @@ def test_pages_while_tasks_come_and_go(flow: Flow) -> None:
 
 
 def test_tasks_of_one_instant(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_asyncroute.dispatcher.now_us", lambda: 1_700_000_000_000_000)
+    monkeypatch.setattr("flask_asyncroute.intake.now_us", lambda: 1_700_000_000_000_000)
     ids = iter(["b", "a", "C", "~", "10", "9", "é".encode().hex()])
     flow.route(endpoint="work", id_generator=lambda: next(ids), executor="immediate")(lambda: 1)
     made = [flow.start()["Id"] for _ in range(7)]
