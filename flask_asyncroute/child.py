@@ -1,6 +1,6 @@
 """What a child process does: loads the app, runs one task, and tells its parent how that ended.
 
-The fork server calls :func:`main`, by import string. A child writes no State, keeps no house and takes no tasks.
+The fork server calls :func:`main`, by the name of this module. A child writes no State, keeps no house and takes no tasks.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -58,9 +57,6 @@ def main(channel: socket.socket) -> None:
     reporter.execution = execution
     body = snapshot.Body(_pieces(incoming, job.body_size)) if job.body_size else None
     outcome = execute(runner, job.endpoint, bytes(job.request), body, execution)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
     reporter.end(outcome)
 
 

@@ -114,6 +114,7 @@ KEYS: dict[str, Key] = {
     "ADMINS": Key(checks.optional(_admins), None),
     "LIST_ANONYMOUS": Key(checks.optional(checks.boolean), None),
     "TRUSTED_ORIGINS": Key(_origins, ()),
+    "MAX_TASKS_PER_USER": Key(checks.optional(checks.whole(1)), None),
     "HOUSEKEEPING_INTERVAL": Key(_interval, 30.0),
     "TIMEOUT": Key(options.DEFAULTED["timeout"], 36_000_000_000),
     "CANCELLABLE": Key(options.DEFAULTED["cancellable"], True),
@@ -134,7 +135,6 @@ KEYS: dict[str, Key] = {
     "MAX_WAIT": Key(_not_served, None),
     "MAX_STREAMS": Key(_not_served, None),
     "STREAM_AGE": Key(_not_served, None),
-    "MAX_TASKS_PER_USER": Key(_not_served, None),
     "CALLBACK_ATTEMPTS": Key(_not_served, None),
     "CALLBACK_SECRET": Key(_not_served, None),
     "CALLBACK_ALLOWED_HOSTS": Key(_not_served, None),
@@ -168,6 +168,7 @@ class Config:
     admins: Access
     list_anonymous: bool
     trusted_origins: tuple[str, ...]
+    max_tasks_per_user: int | None
     housekeeping_interval: float
     drain: float
     defaults: Mapping[str, Any]
@@ -247,6 +248,7 @@ def read(app: Flask) -> Config:
         admins=values["ADMINS"] or Access(),
         list_anonymous=listed if listed is not None else bool(app.debug or app.testing),
         trusted_origins=values["TRUSTED_ORIGINS"],
+        max_tasks_per_user=values["MAX_TASKS_PER_USER"],
         housekeeping_interval=values["HOUSEKEEPING_INTERVAL"],
         drain=drain if drain is not None else 0.5 if app.debug else 5.0,
         defaults={name: values[name.upper()] for name in options.DEFAULTED},

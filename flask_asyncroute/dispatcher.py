@@ -6,42 +6,40 @@ One per process and app. It knows which tasks run here; everything else it asks 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
-import msgspec
 from flask import Request
-from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
-from werkzeug.sansio.utils import get_host
+from werkzeug.exceptions import HTTPException
 
-from . import snapshot
-from .capture import body_refusal, capture, guard
+from . import snapshot, start_key
+from .capture import body_refusal, capture, give_back, guard
 from .config import Config
 from .errors import (
     CannotStart,
     IdTaken,
-    NotAuthenticated,
+    KeyReused,
+    KeyTaken,
     NotCancellable,
-    NotPermitted,
     QueueFull,
-    RequestRefused,
     ShuttingDown,
     TaskFinished,
     TaskNotFound,
+    TooManyTasks,
 )
 from .execution import Execution
 from .executors.base import TaskExecutor
 from .identity import identify
+from .intake import Intake, permission_of
 from .lifecycle import Lifecycle
-from .names import MAX_NAME, plain
-from .permissions import Caller, Permission
+from .pace import Pace
+from .permissions import Caller
 from .registry import Route
+from .start_key import StartKey
 from .states import State
 from .stores.base import TaskStore
-from .task import AsyncRouteTask, now_us
+from .task import AsyncRouteTask
 from .typing import IdentityLoader
 
 if TYPE_CHECKING:
@@ -49,7 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("flask_asyncroute")
 
-ID_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}\Z")
 ID_TRIES = 4
 """An id that is taken is generated anew three times."""
 STOPPED = "Aborted by the user"
@@ -79,6 +76,8 @@ class Dispatcher:
         self._identity_loader = identity_loader
         self._executor_of = executor_of
         self._routes = routes
+        self.pace = Pace()
+        """How long tasks take, as far as this process hears of them."""
         self._ended = threading.Condition(threading.Lock())
         self.is_closing = False
         """Whether this process is about to exit: it starts nothing more."""
@@ -92,7 +91,8 @@ class Dispatcher:
     def start(self, route: Route, current: Request, arguments: Mapping[str, Any]) -> AsyncRouteTask:
         """Make the present request, ``current``, a task of ``route`` and have it run; return it as it was stored.
 
-        Nothing is stored where this raises.
+        Nothing is stored where this raises, or where an earlier request of the caller with the same ``Idempotency-Key``
+        is answered again: with its task as it is now.
 
         :param arguments: what the view was called with, the route's own ``arguments`` not among them.
         :raises RequestRefused: with the status of the answer.
@@ -102,30 +102,24 @@ class Dispatcher:
         executor = self._executor_of(route)
         if self._asks_the_app(route):
             guard(current, self._config.max_body)
+        name = None
+        permission = None
         try:
             caller = self.caller()
-            permission = self._permission(route, caller)
+            if start_key.HEADER in current.environ:
+                name = start_key.key_name(current, caller, self._store.secret())
+            else:
+                permission = permission_of(route, caller)
         except HTTPException as error:
             raise body_refusal(current, error) from error
         captured, body = capture(current, arguments, self._config.max_body, self._config.snapshot_drop)
+        intake = Intake(route, current, caller, captured, body, permission)
         try:
-            executor.reserve()
-            try:
-                task = self._create(route, current, caller, permission, captured, body)
-            except BaseException:
-                executor.unreserve()
-                raise
+            return self._start(executor, intake) if name is None else self._start_once(executor, intake, name)
         except BaseException:
             if body is not None:
                 body.close()
             raise
-        try:
-            executor.submit(task.id)
-        except Exception as error:
-            logger.exception("The executor of endpoint %s did not take a task.", route.endpoint)
-            self._lifecycle.withdraw(task)
-            raise QueueFull("This server's executor does not take the task. Try again.", retry_after=5) from error
-        return task
 
     def stop(self, task: AsyncRouteTask) -> AsyncRouteTask:
         """Stop a task; return it as it is then. One that is Aborted already is returned as it is.
@@ -162,6 +156,7 @@ class Dispatcher:
         """Take note that a task has changed, here or elsewhere; one that runs or waits here is stopped where it was aborted,
         or where this process was taken for dead and lost it.
         """
+        self.pace.note(task)
         run = self.running.get(task.id)
         if task.state is not State.ABORTED:
             if run is not None and not run[0].is_shutting_down and self._is_lost(run[0], task):
@@ -209,94 +204,82 @@ class Dispatcher:
             or callable(route.options.permission)
         )
 
-    def _permission(self, route: Route, caller: Caller | None) -> Permission | None:
-        asked = route.options.permission
-        if asked is None:
-            return None
-        if caller is None:
-            raise NotAuthenticated("This route starts tasks for known callers only. Sign in and try again.")
-        if isinstance(asked, Permission):
-            return asked
-        try:
-            permission = asked()
-        except (RequestRefused, ClientDisconnected, RequestEntityTooLarge):
-            # It read the body, and what is wrong with that is the client's.
-            raise
-        except Exception as error:
-            logger.exception("The permission function of endpoint %s raised.", route.endpoint)
-            raise NotPermitted("The permission for this task could not be determined.") from error
-        if not isinstance(permission, Permission):
-            logger.error(
-                "The permission function of endpoint %s returned a %s; it must return a Permission.",
-                route.endpoint, type(permission).__name__,
-            )  # fmt: skip
-            raise NotPermitted("The permission for this task could not be determined.")
-        return permission
+    def _start_once(self, executor: TaskExecutor, intake: Intake, name: str) -> AsyncRouteTask:
+        """Start a task, unless its caller has started one with the same key: then return that.
 
-    def _create(
-        self,
-        route: Route,
-        current: Request,
-        caller: Caller | None,
-        permission: Permission | None,
-        captured: snapshot.Snapshot,
-        body: snapshot.Body | None,
-    ) -> AsyncRouteTask:
-        options = route.options
-        method = current.method
-        rule = current.url_rule
-        name = options.name or f"[{method.capitalize()}]{rule.rule if rule is not None else current.path}"
-        owner = None if caller is None else caller.id
-        granted = None
-        grants: set[tuple[str, str]] = set()
-        if owner is not None and permission is not None:
-            grants = {*permission.read, *permission.write} - {("users", owner)}
-            granted = msgspec.json.encode(permission)
-        data = snapshot.encode(captured)
-        for _ in range(ID_TRIES):
-            task = AsyncRouteTask(
-                id=self._new_id(route),
-                async_route_id=name[:MAX_NAME],
-                endpoint=route.endpoint,
-                state=State.NOT_STARTED,
-                cancellable=options.cancellable,
-                user=owner,
-                url=_url(current)[:2048],
-                method=method,
-                created_us=now_us(),
-                permission_json=granted,
-                timeout_us=options.timeout,
-                retention_us=options.retention,
-                on_loss=options.on_loss,
-                body_size=0 if body is None else body.size,
-            )
+        What it takes to start one, a permission, a place and the quota, is asked for only where there is none yet.
+        """
+        key = intake.take_key(name, self._store.secret())
+        task = self._started_with(key)
+        if task is None:
+            give_back(intake.current, intake.captured, intake.body)
             try:
-                self._lifecycle.create(task, data, body, grants)
+                intake.permission = permission_of(intake.route, intake.caller)
+            except HTTPException as error:
+                raise body_refusal(intake.current, error) from error
+            try:
+                return self._start(executor, intake)
+            except (KeyTaken, QueueFull) as error:
+                # Another request with the key was first, and may have taken the last place.
+                task = self._started_with(key)
+                if task is None and isinstance(error, QueueFull):
+                    raise
+                if task is None:
+                    raise QueueFull(
+                        "The task of this Idempotency-Key was withdrawn. Try again.", retry_after=1
+                    ) from error
+        if intake.body is not None:
+            intake.body.close()
+        return task
+
+    def _started_with(self, key: StartKey) -> AsyncRouteTask | None:
+        found = self._store.started_with(key.name)
+        if found is None:
+            return None
+        task, fingerprint = found
+        if fingerprint != key.fingerprint:
+            raise KeyReused(
+                "This Idempotency-Key came with another request before: the same key means the same method, URL and body. "
+                "Send another key."
+            )
+        return task
+
+    def _start(self, executor: TaskExecutor, intake: Intake) -> AsyncRouteTask:
+        """Store a task and hand it to the executor.
+
+        :raises KeyTaken: where another request with the same key was first.
+        """
+        route = intake.route
+        try:
+            executor.reserve()
+            try:
+                task = self._create(intake)
+            except BaseException:
+                executor.unreserve()
+                raise
+        except (QueueFull, TooManyTasks) as refusal:
+            refusal.retry_after = self.pace.place(route.endpoint, route.options.max_workers)
+            raise
+        try:
+            executor.submit(task.id)
+        except Exception as error:
+            logger.exception("The executor of endpoint %s did not take a task.", route.endpoint)
+            self._lifecycle.withdraw(task)
+            raise QueueFull("This server's executor does not take the task. Try again.", retry_after=5) from error
+        return task
+
+    def _create(self, intake: Intake) -> AsyncRouteTask:
+        data = snapshot.encode(intake.captured)
+        grants = intake.grants()
+        quota = None if intake.caller is None else self._config.max_tasks_per_user
+        for _ in range(ID_TRIES):
+            task = intake.record()
+            try:
+                self._lifecycle.create(task, data, intake.body, grants, intake.key, quota)
             except IdTaken:
                 continue
             return task
         raise CannotStart(f"The id generator of this route gave {ID_TRIES} ids in a row that exist already.")
-
-    def _new_id(self, route: Route) -> str:
-        try:
-            task_id = route.options.id_generator()
-        except Exception as error:
-            logger.exception("The id generator of endpoint %s raised.", route.endpoint)
-            raise CannotStart("The id generator of this route failed. Nothing was started.") from error
-        if not isinstance(task_id, str) or not ID_PATTERN.match(task_id):
-            logger.error("The id generator of endpoint %s returned %r.", route.endpoint, task_id)
-            raise CannotStart(
-                "The id generator of this route returned something else than 1 to 128 of A-Z a-z 0-9 . _ ~ -. Nothing was started."
-            )
-        return plain(task_id)
-
-
-def _url(current: Request) -> str:
-    """Return the absolute URL of a request without its query; as `Request.base_url`, percent-encoded, and faster."""
-    path = quote(current.root_path + current.path, safe="/:@!$&'()*+,;=~", errors="replace")
-    # Older Werkzeug lets userinfo through in the Host header, newer gives nothing for one that is none.
-    host = current.host.rpartition("@")[2] or get_host(current.scheme, None, current.server)
-    return f"{current.scheme}://{host}{path}"
 
 
 def unknown(task_id: str) -> TaskNotFound:

@@ -26,7 +26,7 @@ logger = logging.getLogger("flask_asyncroute")
 
 INTERRUPT_SECONDS = 0.2
 """After the drain: from asking what still runs to stop until it is interrupted."""
-GRACE_SECONDS = 1.0
+GRACE_SECONDS = 0.6
 """After the drain: how long what still runs has to end."""
 
 _runners: weakref.WeakSet[Runner] = weakref.WeakSet()

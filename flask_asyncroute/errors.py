@@ -33,6 +33,10 @@ class IdTaken(AsyncRouteError):
     """A store has a task with this id already."""
 
 
+class KeyTaken(AsyncRouteError):
+    """A task was started with this ``Idempotency-Key`` already."""
+
+
 class TaskAborted(BaseException):
     """Raised inside a view whose task was stopped or ran out of time.
 
@@ -146,12 +150,33 @@ class UnsupportedMediaType(RequestRefused):
     title = "Unsupported media type"
 
 
+class KeyReused(RequestRefused):
+    """The caller's ``Idempotency-Key`` stands for another request."""
+
+    status = 422
+    slug = "key-reused"
+    title = "Key reused"
+
+
 class NotCancellable(RequestRefused):
     """The task's route was declared with ``cancellable=False``."""
 
     status = 423
     slug = "not-cancellable"
     title = "Not cancellable"
+
+
+class TooManyTasks(RequestRefused):
+    """The user has as many unfinished tasks as ``ASYNCROUTE_MAX_TASKS_PER_USER`` allows."""
+
+    status = 429
+    slug = "too-many-tasks"
+    title = "Too many tasks"
+
+    @classmethod
+    def of(cls, quota: int) -> TooManyTasks:
+        """Return the error for a user with that many."""
+        return cls(f"You have {quota} unfinished tasks, which is as many as you may. Wait for one to end, or stop one.")
 
 
 class TaskFailed(RequestRefused):
@@ -168,14 +193,6 @@ class CannotStart(RequestRefused):
     status = 500
     slug = "cannot-start"
     title = "Cannot start"
-
-
-class NotServed(RequestRefused):
-    """The client asked for something that this version does not do."""
-
-    status = 501
-    slug = "not-served"
-    title = "Not served"
 
 
 class QueueFull(RequestRefused):

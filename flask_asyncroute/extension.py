@@ -16,9 +16,10 @@ from werkzeug.routing import Rule
 
 from . import checks, options
 from .capture import note_request
-from .dispatcher import ID_PATTERN, unknown
+from .dispatcher import unknown
 from .errors import ConfigurationError
 from .http.operations import make_blueprint
+from .intake import ID_PATTERN
 from .query import NEWEST_FIRST, parse_mapping, position_of
 from .registry import Declaration, check_variables
 from .route import declare, is_bare

@@ -15,6 +15,7 @@ from . import context, signals
 from .errors import CommitUnknown, StoreUnavailable
 from .execution import Execution
 from .snapshot import Body
+from .start_key import StartKey
 from .states import TERMINAL, TRANSITIONS, State
 from .stores.base import Claim, Expect, TaskStore
 from .task import AsyncRouteTask, now_us
@@ -58,11 +59,12 @@ class Lifecycle:
         signals.progress_reported.connect(self.on_progress_reported, sender=app)
 
     def create(
-        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]
-    ) -> None:
-        """Store a new task; :exc:`IdTaken` where its id is not new."""
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
+        key: StartKey | None = None, quota: int | None = None,
+    ) -> None:  # fmt: skip
+        """Store a new task, or raise what :meth:`TaskStore.add` does where it may not be."""
         try:
-            self._store.add(task, request, body, grants)
+            self._store.add(task, request, body, grants, key, quota)
         except CommitUnknown:
             # Its client is told that nothing was started, so nothing may.
             self.unwritten.keep(task.id, lambda: self._uncreate(task))

@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Request, Response, request
 
-from .errors import CannotStart, ConfigurationError, MethodNotAllowed, NotServed, RequestRefused
+from .errors import CannotStart, ConfigurationError, MethodNotAllowed, RequestRefused
 from .http.answers import location_of, task_answer
 from .http.negotiation import negotiate
 from .http.problems import problem_response
@@ -70,17 +70,21 @@ def _start(arguments: dict[str, Any]) -> Response:
             f"The endpoint {current.endpoint!r} became an async route after the app's first use (register it before), or "
             "a decorator above it hides it: decorators need functools.wraps, which sets __wrapped__."
         )
+    if runtime.is_child:
+        raise CannotStart(
+            "A child process starts no tasks: it ends with its own, and these with it. Send a request to the server."
+        )
     if current.method == "HEAD":
         raise MethodNotAllowed(f"HEAD never starts a task; use {_allowed()}.")
-    if "HTTP_IDEMPOTENCY_KEY" in current.environ:
-        raise NotServed("Idempotency-Key is not served by this version; send the request without it.")
     media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
     task = runner.dispatcher.start(route, current, arguments)
+    config = runner.config
+    # A new task is given as it was stored: one that has ended is that of an earlier request with the same key.
+    status = 200 if task.state.is_terminal else config.accepted_status
     if route.options.executor == "immediate":
         task = runner.store.get(task.id) or task
-    config = runner.config
     location = [("Location", location_of(task, config, current))] if "get" in config.operations else []
-    return task_answer(task, media_type, config.accepted_status, location)
+    return task_answer(task, runner.dispatcher.pace, media_type, status, location)
 
 
 def _allowed() -> str:

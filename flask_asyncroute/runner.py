@@ -27,6 +27,7 @@ from .notifier import Notifier
 from .presence import Presence
 from .query import NEWEST_FIRST
 from .registry import Route
+from .store_url import modules_of
 from .stores.base import Readers
 from .stores.opening import make_store
 from .task import now_us
@@ -162,6 +163,7 @@ class Runner:
                     app_path.found(self.app, self.config.app),
                     values_for_child(self.app, self.config),
                     self.config.max_result,
+                    modules_of(self.config.store),
                 )
             return ProcessTaskExecutor(
                 route.pool, self._run, self._fork_server, options.min_workers, options.max_workers, options.queue_size

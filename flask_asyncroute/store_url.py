@@ -66,6 +66,18 @@ def absolute(setting: str, folder: str) -> str:
     return url.render_as_string(hide_password=False)
 
 
+def modules_of(setting: StoreSetting) -> tuple[str, ...]:
+    """Return the modules that a process needs for such a store; importing them opens nothing."""
+    if setting == MEMORY:
+        return ("flask_asyncroute.stores.memory",)
+    if isinstance(setting, str) and setting.startswith("sqlite"):
+        return ("flask_asyncroute.stores.sql.store", "flask_asyncroute.stores.sql.sqlite")
+    return (
+        "flask_asyncroute.stores.sql.store", "flask_asyncroute.stores.sql.engine", "sqlalchemy.dialects.postgresql.psycopg",
+        "psycopg",
+    )  # fmt: skip
+
+
 def _engine_setting(label: str, value: Any) -> StoreSetting:
     from sqlalchemy.engine import Engine
 

@@ -8,15 +8,34 @@ import time
 import traceback
 from collections.abc import Callable
 
-from . import Broken, exits, generated, hotpath, interruptions, lists, losses, races, soak, stops, uploads, workers
+from . import (
+    Broken,
+    crashes,
+    exits,
+    generated,
+    hotpath,
+    interruptions,
+    kills,
+    lists,
+    losses,
+    overload,
+    races,
+    soak,
+    stops,
+    uploads,
+    workers,
+)
 
 PROOFS: dict[str, Callable[[float], str]] = {
     "workers": workers.prove,
     "races-at-store": races.prove_at_store,
     "races-over-http": races.prove_over_http,
     "interruptions": interruptions.prove,
+    "crashes": crashes.prove,
+    "kills": kills.prove,
     "uploads": uploads.prove,
     "lists": lists.prove,
+    "overload": overload.prove,
     "hotpath": hotpath.prove,
     "losses": losses.prove,
     "exits": exits.prove,

@@ -126,7 +126,9 @@ def create_app(**config: Any) -> Flask:
         if how == "segfault":
             ctypes.string_at(0)
         if how == "memory":
-            resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+            with open("/proc/self/statm") as file:
+                most = int(file.read().split()[0]) * resource.getpagesize() + (1 << 26)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
             return len([bytearray(1 << 24) for _ in range(100)])
         if how == "processor":
             resource.setrlimit(resource.RLIMIT_CPU, (1, 5))
@@ -232,6 +234,8 @@ def create_app(**config: Any) -> Flask:
         if what == "stop":
             async_routes.stop(current_task.id)
             time.sleep(30)
+        if what == "start":
+            return current_app.test_client().post("/thread").json
         if what == "client":
             return current_app.test_client().get(f"/task/{current_task.id}").json
         return None

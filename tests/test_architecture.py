@@ -26,9 +26,9 @@ ROOMS = """
     checks
     options
     config task query snapshot registry store_url app_path
-    execution outcome
+    execution outcome pace
     current
-    capture context identity
+    capture context identity start_key intake
     stores
     presence unwritten
     lifecycle state

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.spawn import get_executable
 from typing import Any
@@ -133,10 +133,13 @@ class ForkServer:
     :param app: from where a child loads the app, see `app_path`.
     :param values: those of the configuration that a child takes over, and the keys that it keeps.
     :param max_result: bytes of a result that a child may send.
+    :param modules: what children need beside the app.
     """
 
-    def __init__(self, app: str, values: tuple[dict[str, Any], list[str]], max_result: int) -> None:
-        self._app = app
+    def __init__(
+        self, app: str, values: tuple[dict[str, Any], list[str]], max_result: int, modules: Sequence[str] = ()
+    ) -> None:
+        self._modules = (forkserver.CHILD, *modules, app.partition(":")[0])
         self._settings = msgspec.json.encode(frames.Settings(app, *values))
         self._limits = {
             frames.READY: frames.SMALL_FRAME,
@@ -145,7 +148,6 @@ class ForkServer:
         }
         self._lock = threading.Lock()
         self._process: _ServerProcess | None = None
-        self._is_closed = False
 
     def start(self) -> Child:
         """Ask for a child and return it at once; it loads the app and waits for a job.
@@ -168,17 +170,14 @@ class ForkServer:
             return Child(channel, leash, status_end, self._limits, ours.pop_all())
 
     def close(self) -> None:
-        """Start no more; children that run go on."""
+        """Have the fork server end; children that run go on, and one that is asked for after this has a new server."""
         with self._lock:
-            self._is_closed = True
             process, self._process = self._process, None
         if process is not None:
             process.close()
 
     def _ask(self, descriptors: list[int]) -> None:
         with self._lock:
-            if self._is_closed:
-                raise RuntimeError("No more children are started: the app was closed.")
             if self._process is not None:
                 try:
                     self._process.ask(descriptors)
@@ -186,7 +185,7 @@ class ForkServer:
                 except OSError:
                     # It was killed. Its children end by themselves; there is a new one for what comes now.
                     self._process.close()
-            self._process = _ServerProcess(self._app)
+            self._process = _ServerProcess(self._modules)
             when_gone(self, self._process.close)
             self._process.ask(descriptors)
 
@@ -194,7 +193,7 @@ class ForkServer:
 class _ServerProcess:
     """One run of the program `forkserver`."""
 
-    def __init__(self, app: str) -> None:
+    def __init__(self, modules: Sequence[str]) -> None:
         self._lock = threading.Lock()
         self._is_closed = False
         executable = os.fsdecode(get_executable())
@@ -210,7 +209,7 @@ class _ServerProcess:
             numbers = (max(ends) + 1, max(ends) + 2)
             self._pid = os.posix_spawn(
                 executable,
-                [executable, "-c", forkserver.PROGRAM, app, *map(str, numbers), *sys.path],
+                [executable, "-c", forkserver.PROGRAM, ",".join(modules), *map(str, numbers), *sys.path],
                 os.environ,
                 file_actions=[
                     *((os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(ends, numbers, strict=True)),

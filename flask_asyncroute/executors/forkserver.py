@@ -6,6 +6,8 @@ forks carry over no locks, connections or signal handlers of a web server. It mu
 
 from __future__ import annotations
 
+import atexit
+import errno
 import fcntl
 import gc
 import logging
@@ -19,8 +21,7 @@ import sys
 import threading
 from contextlib import suppress
 from importlib import import_module
-
-from werkzeug.utils import import_string
+from typing import NoReturn
 
 from . import leash
 
@@ -33,16 +34,17 @@ PROGRAM = (
 """Run by ``python -c``, so that there is no ``__main__`` module that anybody could import again."""
 
 STATUS = struct.Struct("!i")
-CHILD = "flask_asyncroute.child:main"
+CHILD = "flask_asyncroute.child"
+NO_APP = "-"
 
 # As they are before the app is imported, which may patch them.
 _poll, _fork, _recv_fds = select.poll, os.fork, socket.recv_fds
 
 
-def main(app: str, control: int, leash_end: int) -> None:
+def main(modules: str, control: int, leash_end: int) -> None:
     """Serve the parent.
 
-    :param app: what ``ASYNCROUTE_APP`` says, or empty: nothing is imported beforehand.
+    :param modules: what to import beforehand, with commas between; the last one is the app's.
     :param control: the descriptor on which the parent asks for children.
     :param leash_end: that of this process's own leash, which the parent has put it on.
     """
@@ -50,21 +52,23 @@ def main(app: str, control: int, leash_end: int) -> None:
         os.set_inheritable(descriptor, False)
     with suppress(PermissionError):
         os.setsid()
-    if app:
-        import_string(CHILD)
+    ours, _, app = modules.rpartition(",")
+    for module in ours.split(","):
+        import_module(module)
+    if app != NO_APP:
         before = _descriptors()
         _preload(app)
         if threading.active_count() > 1 or any(map(_is_shared_badly, _descriptors() - before)):
-            _begin_anew(control, leash_end)
+            _begin_anew(ours, control, leash_end)
     gc.collect()
     gc.freeze()
     _Server(socket.socket(fileno=control), leash_end).serve()
 
 
-def _preload(app: str) -> None:
+def _preload(module: str) -> None:
     """Import the app's module. What fails here fails in the child too, where somebody hears of it."""
     try:
-        import_module(app.partition(":")[0])
+        import_module(module)
     except BaseException as error:
         logger.warning("The app could not be imported beforehand, each child does it for itself: %r", error)
 
@@ -81,7 +85,7 @@ def _is_shared_badly(descriptor: int) -> bool:
     return not stat.S_ISCHR(kind) and not (stat.S_ISREG(kind) and access != os.O_RDWR)
 
 
-def _begin_anew(control: int, leash_end: int) -> None:
+def _begin_anew(ours: str, control: int, leash_end: int) -> None:
     """Start again without the app: a fork beside threads can copy a lock that nobody releases, and children that share a
     connection take each other's answers.
     """
@@ -91,7 +95,9 @@ def _begin_anew(control: int, leash_end: int) -> None:
     )
     for descriptor in (control, leash_end):
         os.set_inheritable(descriptor, True)
-    os.execv(sys.executable, [sys.executable, "-c", PROGRAM, "", str(control), str(leash_end), *sys.path])
+    os.execv(
+        sys.executable, [sys.executable, "-c", PROGRAM, f"{ours},{NO_APP}", str(control), str(leash_end), *sys.path]
+    )
 
 
 class _Server:
@@ -132,6 +138,8 @@ class _Server:
 
     def _start(self, descriptors: list[int]) -> None:
         try:
+            if len(descriptors) < 3:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             pid = _fork()
         except OSError as error:
             logger.error("A child process could not be started: %s", error)
@@ -143,19 +151,32 @@ class _Server:
         os.close(descriptors[0])
         self._children[pid] = descriptors[1:]
 
-    def _become_child(self, task: int, leash_end: int, status: int) -> None:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.setsid()
-        leash.put_on(leash_end, -os.getpid())
-        os.close(status)
-        os.close(self._leash_end)
-        self._control.close()
-        for descriptors in self._children.values():
-            for descriptor in descriptors:
-                os.close(descriptor)
-        import_string(CHILD)(socket.socket(fileno=task))
-        sys.exit()
+    def _become_child(self, task: int, leash_end: int, status: int) -> NoReturn:
+        """Be a child from here on, to its end."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            leash.put_on(leash_end, -os.getpid())
+            os.close(status)
+            os.close(self._leash_end)
+            self._control.close()
+            for descriptors in self._children.values():
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            import_module(CHILD).main(socket.socket(fileno=task))
+            # What the interpreter does at its end, but for taking everything apart, which costs more than many a task.
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            code = 0
+        except BaseException:
+            logger.exception("A child could not end as it should.")
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):
+                    stream.flush()
+            os._exit(code)
 
     def _reap(self) -> None:
         """Take note of the children that have ended, and kill what they leave behind in their groups."""

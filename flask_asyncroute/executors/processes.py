@@ -70,16 +70,9 @@ class ProcessTaskExecutor(TaskExecutor):
         finally:
             execution.cancel_with(None)
 
-    def kill_all(self) -> None:
-        """Kill all children that run tasks, and their process groups; returns at once. For the way out of the process.
-
-        The tasks are `Failed` unless they were moved to another State before.
-        """
-        for child in list(self._running.values()):
-            child.kill()
-
     def close(self) -> None:
-        self._pool.shutdown(wait=False)
+        # What waits stays where it is stored, and is taken by another process.
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._spares.close()
 
     def _start(self, task_id: str) -> Future[None]:

@@ -7,20 +7,18 @@ from typing import Any
 from flask import Request, Response
 
 from ..config import Config
-from ..task import AsyncRouteTask
+from ..pace import Pace
+from ..task import AsyncRouteTask, now_us
 from .negotiation import etag_suffix, render
-
-RETRY_SECONDS = "1"
-"""After which a client may look again at a task that has not ended."""
 
 
 def task_answer(
-    task: AsyncRouteTask, media_type: str, status: int = 200, headers: list[tuple[str, str]] | None = None
+    task: AsyncRouteTask, pace: Pace, media_type: str, status: int = 200, headers: list[tuple[str, str]] | None = None
 ) -> Response:
     """Return the task object; with Retry-After while it has not ended."""
     fields = [] if headers is None else headers
     if not task.state.is_terminal:
-        fields.append(("Retry-After", RETRY_SECONDS))
+        fields.append(("Retry-After", str(pace.rest(task, now_us()))))
     return render(document_of(task, media_type), media_type, "AsyncRouteTask", status, fields)
 
 

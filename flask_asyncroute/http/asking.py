@@ -9,9 +9,10 @@ from flask import Request
 from werkzeug.datastructures import MultiDict
 
 from ..config import Config
-from ..dispatcher import ID_PATTERN, unknown
+from ..dispatcher import unknown
 from ..encoding import decode_json
 from ..errors import BodyTooLarge, InvalidRequest, NotPermitted, UnsupportedMediaType
+from ..intake import ID_PATTERN
 from ..query import Query, parse_get, parse_post
 
 MAX_BODY = 1024 * 1024

@@ -18,7 +18,7 @@ from ..runner import Runner
 from ..runtime import EXTENSION, current_runtime, runtime_of
 from ..states import State
 from ..stores.base import Readers
-from ..task import AsyncRouteTask
+from ..task import AsyncRouteTask, now_us
 from . import asking
 from .answers import document_of, etag_of, task_answer
 from .negotiation import MEDIA_TYPES, negotiate, render
@@ -107,7 +107,7 @@ def get(runner: Runner, task_id: str | None) -> Response:
     etag = etag_of(task, media_type)
     if "HTTP_IF_NONE_MATCH" in current.environ and current.if_none_match.contains_weak(etag):
         return render(b"", media_type, "", 304, [("ETag", f'"{etag}"')])
-    return task_answer(task, media_type, 200, [("ETag", f'"{etag}"')])
+    return task_answer(task, runner.dispatcher.pace, media_type, 200, [("ETag", f'"{etag}"')])
 
 
 def result(runner: Runner, task_id: str | None) -> Response:
@@ -115,7 +115,11 @@ def result(runner: Runner, task_id: str | None) -> Response:
     media_type = negotiate(request.headers.get("Accept"), MEDIA_TYPES)
     task, _ = _readable(runner, task_id)
     if not task.is_completed:
-        raise TaskUnfinished(f"The task has no result yet: its State is {task.state}.", task_id=task.id, retry_after=1)
+        raise TaskUnfinished(
+            f"The task has no result yet: its State is {task.state}.",
+            task_id=task.id,
+            retry_after=runner.dispatcher.pace.rest(task, now_us()),
+        )
     if task.state is State.ABORTED:
         raise TaskFinished(f"The task was aborted and has no result: {task.error}.", task_id=task.id)
     if task.state is State.FAILED:
@@ -139,7 +143,7 @@ def stop(runner: Runner, task_id: str | None) -> Response:
     if not may_write(caller, task.user, task.granted, runner.config.admins):
         raise NotPermitted("You may read this task and not stop it.", task_id=task.id)
     if not is_purge:
-        return task_answer(runner.dispatcher.stop(task), media_type)
+        return task_answer(runner.dispatcher.stop(task), runner.dispatcher.pace, media_type)
     if not runner.lifecycle.purge(task.id):
         current = runner.store.get(task.id)
         if current is None:

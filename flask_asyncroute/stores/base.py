@@ -15,6 +15,7 @@ from typing import Any
 
 from ..query import Condition, Position, Sort
 from ..snapshot import Body
+from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
 
@@ -147,14 +148,30 @@ class TaskStore(ABC):
         """Leave what is open to the parent process; called in a child after a fork, which uses this store no more."""
 
     @abstractmethod
-    def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
+    def add(
+        self,
+        task: AsyncRouteTask,
+        request: bytes,
+        body: Body | None,
+        grants: Collection[tuple[str, str]],
+        key: StartKey | None = None,
+        quota: int | None = None,
+    ) -> None:
         """Store a new task with its request, all or nothing.
 
         The body belongs to the store from here on.
 
         :param grants: each (kind, name) that may list the task beside its owner.
+        :param key: kept until the task is removed; no two tasks are started with one.
+        :param quota: how many unfinished tasks the user of this one may have, this one included; None: any number.
+        :raises KeyTaken: where a task was started with a key of that name.
+        :raises TooManyTasks: where the user has as many.
         :raises IdTaken: where a task has that id.
         """
+
+    @abstractmethod
+    def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
+        """Return the task that was started with the key of this name, as it is now, and the key's fingerprint."""
 
     @abstractmethod
     def get(self, task_id: str) -> AsyncRouteTask | None:

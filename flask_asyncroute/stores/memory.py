@@ -10,9 +10,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from ..errors import IdTaken
+from ..errors import IdTaken, KeyTaken, TooManyTasks
 from ..query import Condition, Position, Sort, is_after, matches, ordered
 from ..snapshot import Body
+from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
 from .base import LARGE_RESULT, Claim, Expect, News, Readers, TaskStore
@@ -28,6 +29,9 @@ class MemoryTaskStore(TaskStore):
         self._grants: dict[str, frozenset[tuple[str, str]]] = {}
         self._waiting: dict[str, None] = {}
         self._finished: dict[str, None] = {}
+        self._unfinished: dict[str, set[str]] = {}
+        self._keys: dict[str, tuple[str, str]] = {}
+        self._key_names: dict[str, str] = {}
         self._values: dict[str, tuple[bytes, int]] = {}
         self._versions = 0
         self._change = 0
@@ -39,19 +43,40 @@ class MemoryTaskStore(TaskStore):
     def close(self) -> None:
         """There is nothing to close: tasks stay as long as the store does."""
 
-    def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
+    def add(
+        self,
+        task: AsyncRouteTask,
+        request: bytes,
+        body: Body | None,
+        grants: Collection[tuple[str, str]],
+        key: StartKey | None = None,
+        quota: int | None = None,
+    ) -> None:
         with self._lock:
+            if key is not None and key.name in self._keys:
+                raise KeyTaken("A task was started with this key.")
+            if quota is not None and len(self._unfinished.get(task.user or "", ())) >= quota:
+                raise TooManyTasks.of(quota)
             if task.id in self._tasks:
                 raise IdTaken(f"A task with the id {task.id!r} exists.")
             self._change += 1
             self._tasks[task.id] = replace(task, change=self._change)
             self._requests[task.id] = (request, body)
             self._waiting[task.id] = None
+            self._unfinished.setdefault(task.user or "", set()).add(task.id)
             if grants:
                 self._grants[task.id] = frozenset(grants)
+            if key is not None:
+                self._keys[key.name] = (task.id, key.fingerprint)
+                self._key_names[task.id] = key.name
 
     def get(self, task_id: str) -> AsyncRouteTask | None:
         return self._tasks.get(task_id)
+
+    def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
+        with self._lock:
+            found = self._keys.get(key_name)
+            return None if found is None else (self._tasks[found[0]], found[1])
 
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         with self._lock:
@@ -91,6 +116,8 @@ class MemoryTaskStore(TaskStore):
             self._grants.pop(task_id, None)
             self._waiting.pop(task_id, None)
             self._finished.pop(task_id, None)
+            self._settle(task)
+            self._keys.pop(self._key_names.pop(task_id, ""), None)
             self._drop_request(task_id)
             return True
 
@@ -164,8 +191,16 @@ class MemoryTaskStore(TaskStore):
             elif changed.state.is_terminal:
                 self._finished[task.id] = None
             if changed.state.is_terminal:
+                self._settle(task)
                 self._drop_request(task.id)
         return changed
+
+    def _settle(self, task: AsyncRouteTask) -> None:
+        """Count a task no longer as one that its user has yet to see finished."""
+        held = self._unfinished.get(task.user or "", set())
+        held.discard(task.id)
+        if not held:
+            self._unfinished.pop(task.user or "", None)
 
     def _drop_request(self, task_id: str) -> None:
         _, body = self._requests.pop(task_id, (b"", None))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from flask_asyncroute.executors.processes import ProcessTaskExecutor
 from flask_asyncroute.runtime import runtime_of
 from tests import child_app
 from tests.conftest import close_app, eventually_true
@@ -124,16 +123,6 @@ def test_a_spare_that_died_is_replaced_silently(flow: Flow, caplog: pytest.LogCa
     eventually_true(lambda: not any(map(is_alive, pids)))
     assert flow.result("/spare")["pid"] not in pids
     assert caplog.records == []
-
-
-def test_kill_all_ends_what_runs(flow: Flow) -> None:
-    task = flow.start("/sleep/30.0")
-    eventually_true(lambda: flow.get(task).get("Progress"))
-    runner = runtime_of(flow.app).runner
-    for executor in runner._executors.values():
-        if isinstance(executor, ProcessTaskExecutor):
-            executor.kill_all()
-    assert flow.ended(task, 1)["Error"] == "Process died: SIGKILL"
 
 
 def test_a_child_cannot_be_started(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -573,7 +573,7 @@ def test_routes_of_one_pool_may_differ_in_other_things(make_flow: MakeFlow) -> N
     assert [flow.result("/a"), flow.result("/b")] == [1, 2]
 
 
-@pytest.mark.parametrize("executor_name", ["process", "celery"])
+@pytest.mark.parametrize("executor_name", ["celery"])
 def test_executors_that_are_not_served_yet(make_flow: MakeFlow, executor_name: str) -> None:
     """Accepted and checked at decoration, a configuration error at first use and at each use after it."""
     flow = make_flow()
@@ -606,12 +606,12 @@ def test_a_callback_is_not_served_yet(make_flow: MakeFlow) -> None:
 
 
 def test_an_app_wide_executor_that_is_not_served_yet(make_flow: MakeFlow) -> None:
-    flow = make_flow(ASYNCROUTE_EXECUTOR="process")
+    flow = make_flow(ASYNCROUTE_EXECUTOR="celery")
     flow.route("/fine", executor="thread", endpoint="fine")(lambda: None)
     flow.async_routes.start(flow.app)
-    flow = make_flow(ASYNCROUTE_EXECUTOR="process")
+    flow = make_flow(ASYNCROUTE_EXECUTOR="celery")
     flow.route()(lambda: None)
-    with pytest.raises(ConfigurationError, match="process"):
+    with pytest.raises(ConfigurationError, match="celery"):
         flow.async_routes.start(flow.app)
 
 

@@ -264,6 +264,7 @@ def test_with_a_store_a_child_may_use_it(make_children: Callable[[str], Flow]) -
     assert flow.result("/store/get") == "Running"
     assert flow.result("/store/query") >= 2
     assert flow.result("/store/client")["State"] == "Running"
+    assert "A child process starts no tasks" in flow.result("/store/start")["detail"]
     task = flow.still(flow.start("/store/stop"))
     assert (task["State"], task["Error"]) == ("Aborted", "Aborted by the user")
 

@@ -252,19 +252,6 @@ def test_a58_a_method_cannot_be_overridden(flow: Flow, header: str) -> None:
 
 
 @IN_MEMORY
-@pytest.mark.parametrize("key", ["abc", "", '"quoted"'])
-def test_an_idempotency_key_is_not_served_yet(flow: Flow, key: str) -> None:
-    """Silently starting it anew would be what the key is there to prevent."""
-
-    @flow.route()
-    def work() -> None: ...
-
-    found = problem(flow.request("POST", "/work", headers={"Idempotency-Key": key}), 501, "not-served")
-    assert "Idempotency-Key" in found["detail"]
-    assert flow.query() == []
-
-
-@IN_MEMORY
 @pytest.mark.parametrize("prefer", ["wait=1", "respond-async, wait=10", "nonsense;;", ""])
 def test_prefer_is_ignored(flow: Flow, prefer: str) -> None:
     @flow.route()

@@ -144,6 +144,7 @@ def test_f04_a_worker_that_ends(tmp_path: Path, eventually: Eventually, how: str
         slow = begin(server.port, "/work/60000", tmp_path, eventually)[0]
         deaf = begin(server.port, "/deaf/60000", tmp_path, eventually)[0]
         again = begin(server.port, "/again/3000", tmp_path, eventually)[0]
+        child, child_pid = begin(server.port, "/child/60000", tmp_path, eventually)
         begin(server.port, "/slow/60000", tmp_path, eventually)
         waiting = send(server.port, "PUT", "/slow/10").json()["Id"]
         began = time.monotonic()
@@ -153,13 +154,14 @@ def test_f04_a_worker_that_ends(tmp_path: Path, eventually: Eventually, how: str
             os.kill(server.pid, getattr(signal, f"SIG{how}"))
         eventually(lambda: gone(pid), 1 + 2 + (time.monotonic() - began))
         assert time.monotonic() - began <= 3.0
+        eventually(lambda: gone(child_pid), 1)
         if how == "TERM":
             eventually(lambda: gone(server.pid), 2)
 
     with gunicorn(tmp_path / "log2", app, "--workers", "1", "--threads", "4") as server:
         port = server.port
-        assert [state(port, task_id) for task_id in (quick, slow, deaf)] == ["Completed", "Aborted", "Aborted"]
-        assert {task(port, task_id)["Error"] for task_id in (slow, deaf)} == {"Server shutdown"}
+        assert [state(port, task_id) for task_id in (quick, slow, deaf, child)] == ["Completed", *["Aborted"] * 3]
+        assert {task(port, task_id)["Error"] for task_id in (slow, deaf, child)} == {"Server shutdown"}
         eventually(lambda: not any("Stopping" in task(port, task_id) for task_id in (slow, deaf)), FOUND_SECONDS)
         eventually(lambda: state(port, waiting) == "Completed", 10)
         eventually(lambda: state(port, again) == "Completed", 10)

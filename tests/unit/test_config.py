@@ -38,7 +38,7 @@ NOT_PATHS: list[Any] = [
 NOT_LISTS: list[Any] = [None, "get", 5, {"get"}, {"get": 1}]
 NOT_SECONDS: list[Any] = ["5", "", True, [], math.nan, math.inf, -1, timedelta(seconds=-1), 101 * 365 * 86400]
 NOT_SERVED = (
-    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "MAX_TASKS_PER_USER", "CALLBACK_ATTEMPTS",
+    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "CALLBACK_ATTEMPTS",
     "CALLBACK_SECRET", "CALLBACK_ALLOWED_HOSTS", "OPENAPI_PATH", "DOCS_PATH", "DASHBOARD_PATH",
 )  # fmt: skip
 
@@ -82,6 +82,7 @@ BAD: dict[str, list[Any]] = {
     "EXECUTOR": [None, "Thread", "", 5, True],
     "MIN_WORKERS": ["1", 1.5, True, -1],
     "MAX_WORKERS": NOT_WHOLE,
+    "MAX_TASKS_PER_USER": [value for value in NOT_WHOLE if value is not None],
     "QUEUE_SIZE": [value for value in NOT_WHOLE if value != 0 or isinstance(value, bool)],
     "INTERRUPT_AFTER": NOT_SECONDS,
     "ID_GENERATOR": [None, "uuid4", 5, str],
@@ -124,6 +125,7 @@ GOOD: dict[str, list[Any]] = {
     "EXECUTOR": ["thread", "immediate", "process", "celery"],
     "MIN_WORKERS": [0, 2, None],
     "MAX_WORKERS": [1, 100],
+    "MAX_TASKS_PER_USER": [None, 1, 100],
     "QUEUE_SIZE": [0, 100],
     "INTERRUPT_AFTER": [None, 0, 2.5, timedelta(seconds=1)],
     "ID_GENERATOR": [lambda: "x"],

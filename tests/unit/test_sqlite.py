@@ -18,6 +18,7 @@ from flask_asyncroute import metadata
 from flask_asyncroute.errors import ConfigurationError, StoreUnavailable
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.snapshot import Body
+from flask_asyncroute.start_key import StartKey
 from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import Expect, TaskStore
 from flask_asyncroute.stores.sql import file, sqlite
@@ -218,13 +219,15 @@ def test_f43_tables_of_an_older_version_are_upgraded(
         "DROP INDEX asyncroute_task_stopping",
         "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
         "DROP TABLE asyncroute_workers",
+        "DROP TABLE asyncroute_keys",
     )
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_CREATE_TABLES"):
         make_sqlite_store(create_tables=False).open()
     upgraded = make_sqlite_store()
     upgraded.open()
     assert upgraded.get("task") == before
-    upgraded.add(make_task("another"), b"", None, ())
+    upgraded.add(make_task("another"), b"", None, (), StartKey("k", "f"))
+    assert upgraded.delete("another", Expect(tuple(State)))
     connection = sqlite3.connect(sqlite_path)
     assert connection.execute("SELECT version FROM asyncroute_schema").fetchall() == [(VERSION,)]
     connection.close()
@@ -759,3 +762,13 @@ def test_an_old_sqlite_is_a_configuration_error(sqlite_path: Path, monkeypatch: 
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 7, 0))
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_STORE"):
         SQLiteDatabase(sqlite_path)
+
+
+def test_a70_a_quota_is_counted_in_the_index_of_the_user(store: TaskStore, sqlite_path: Path) -> None:
+    assert isinstance(store, SQLTaskStore)
+    statement = store._terms._unfinished
+    connection = sqlite3.connect(sqlite_path)
+    plan = connection.execute(f"EXPLAIN QUERY PLAN {statement.sql}", statement.values(ns=1, owner="anna", most=5))
+    steps = " ".join(row[3] for row in plan.fetchall())
+    connection.close()
+    assert "INDEX asyncroute_task_user (namespace=? AND user=? AND state=?)" in steps

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ...errors import CommitUnknown, IdTaken
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
+from ...start_key import StartKey
 from ...task import AsyncRouteTask
 from ..base import Claim, Expect, News, Readers, TaskStore
 from . import queries
@@ -18,6 +19,7 @@ from .namespace import Namespace
 from .queries import Queries
 from .records import plain, record_of, row_of
 from .statements import Statement, Statements, expectation
+from .terms import Terms
 from .workers import SQLWorkers
 
 T = TypeVar("T")
@@ -36,6 +38,7 @@ class SQLTaskStore(TaskStore):
         self._sql = Statements(database.dialect)
         self._queries = Queries(database.dialect)
         self._namespace = Namespace(database, self._sql, namespace, create_tables)
+        self._terms = Terms(database.dialect, self._sql)
         self.workers = SQLWorkers(database, lambda: self._ns)
         self._seen: tuple[Hashable, int] | None = None
 
@@ -50,10 +53,14 @@ class SQLTaskStore(TaskStore):
         self._database.close()
         self._seen = None
 
-    def add(self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]) -> None:
+    def add(
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
+        key: StartKey | None = None, quota: int | None = None,
+    ) -> None:  # fmt: skip
         try:
             self._surely(
-                lambda: self._add(task, request, body, grants), lambda: _is_same_start(self.get(task.id), task) or None
+                lambda: self._add(task, request, body, grants, key, quota),
+                lambda: _is_same_start(self.get(task.id), task) or None,
             )
         except Duplicate:
             raise IdTaken(f"A task with the id {task.id!r} exists.") from None
@@ -61,15 +68,18 @@ class SQLTaskStore(TaskStore):
             body.close()
 
     def _add(
-        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]]
-    ) -> bool:
+        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
+        key: StartKey | None, quota: int | None,
+    ) -> bool:  # fmt: skip
         sql = self._sql
         values = sql.add.values(ns=self._ns, request=request, **row_of(task))
-        if body is None and not grants:
+        if body is None and not grants and key is None and quota is None:
             self._database.write_one(sql.add.sql, values)
             return True
 
         def add(cursor: Cursor) -> bool:
+            if key is not None or quota is not None:
+                self._terms.keep(cursor, self._ns, task, key, quota)
             cursor.execute(sql.add.sql, values)
             for kind, name in set(grants):
                 _run(
@@ -86,6 +96,11 @@ class SQLTaskStore(TaskStore):
     def get(self, task_id: str) -> AsyncRouteTask | None:
         row = self._database.fetch_one(self._sql.get.sql, (self._ns, task_id))
         return None if row is None else record_of(row)
+
+    def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
+        statement = self._terms.started_with
+        row = self._database.fetch_one(statement.sql, statement.values(ns=self._ns, key_name=key_name))
+        return None if row is None else (record_of(row[:-1]), row[-1])
 
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         def look() -> Claim | None:
@@ -161,6 +176,7 @@ class SQLTaskStore(TaskStore):
                 raise _TakeBack
             _run(cursor, sql.drop_grants, ns=self._ns, task_id=task_id)
             _run(cursor, sql.drop_parts, ns=self._ns, task_id=task_id)
+            _run(cursor, self._terms.drop_key, ns=self._ns, task_id=task_id)
             return True
 
         try:

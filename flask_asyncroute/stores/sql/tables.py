@@ -126,6 +126,17 @@ bodies = Table(
     Column("data", LargeBinary, nullable=False),
 )
 
+keys = Table(
+    "asyncroute_keys",
+    metadata,
+    Column("namespace", Integer, primary_key=True, autoincrement=False),
+    Column("name", _text(64), primary_key=True),
+    Column("fingerprint", _text(64), nullable=False),
+    Column("task_id", _text(128), nullable=False),
+)
+"""One row for each task that was started with an ``Idempotency-Key``."""
+Index("asyncroute_key_task", keys.c.namespace, keys.c.task_id)
+
 shared_values = Table(
     "asyncroute_values",
     metadata,

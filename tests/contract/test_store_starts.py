@@ -1,0 +1,206 @@
+"""The port of stores: what a start depends on beside its id. Keys and quotas, checked in the transaction that adds the task."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flask_asyncroute.errors import IdTaken, KeyTaken, TooManyTasks
+from flask_asyncroute.query import NEWEST_FIRST
+from flask_asyncroute.snapshot import Body
+from flask_asyncroute.start_key import StartKey
+from flask_asyncroute.states import TERMINAL, State
+from flask_asyncroute.stores.base import Expect, TaskStore
+from flask_asyncroute.task import AsyncRouteTask
+
+NewTask = Callable[..., AsyncRouteTask]
+CREATED = 1_700_000_000_000_000
+KEY = StartKey("k" * 64, "f" * 64)
+ENDS = [
+    {"state": State.COMPLETED, "completed_us": CREATED + 2},
+    {"state": State.FAILED, "completed_us": CREATED + 2, "error": "ValueError"},
+    {"state": State.ABORTED, "completed_us": CREATED + 2, "error": "Timeout", "stopping": True},
+]
+ANY_STATE = Expect(tuple(State))
+
+
+def all_ids(store: TaskStore) -> list[str]:
+    return sorted(task.id for task in store.query((), NEWEST_FIRST, 500, None, None))
+
+
+def found_with(store: TaskStore, key: StartKey) -> tuple[str, str] | None:
+    found = store.started_with(key.name)
+    return None if found is None else (found[0].id, found[1])
+
+
+@pytest.fixture
+def other_store(store: TaskStore, request: pytest.FixtureRequest) -> TaskStore:
+    """Give a second store of another namespace in the same place; of memory there is only one."""
+    kind = request.node.callspec.params["store"]
+    if kind == "memory":
+        pytest.skip("a memory store has one namespace")
+    other: TaskStore = request.getfixturevalue(f"make_{kind}_store")("other")
+    other.open()
+    return other
+
+
+# -- keys ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_leads_to_its_task_as_it_is_now(store: TaskStore, make_task: NewTask) -> None:
+    assert store.started_with(KEY.name) is None
+    store.add(make_task("a", user="anna"), b"{}", None, [("groups", "g")], KEY)
+    assert store.started_with(KEY.name) == (store.get("a"), KEY.fingerprint)
+    store.claim("a", "me", CREATED)
+    found = store.started_with(KEY.name)
+    assert found is not None and found[0].state is State.RUNNING
+    assert store.started_with("x" * 64) is None
+
+
+@pytest.mark.parametrize("fingerprint", [KEY.fingerprint, "other"])
+def test_no_second_task_is_started_with_a_key(store: TaskStore, make_task: NewTask, fingerprint: str) -> None:
+    store.add(make_task("a"), b"{}", None, (), KEY)
+    body = Body([b"data"])
+    with pytest.raises(KeyTaken):
+        store.add(make_task("b", body_size=4), b"{}", body, [("groups", "g")], StartKey(KEY.name, fingerprint))
+    assert body.open().read() == b"data"
+    body.close()
+    assert all_ids(store) == ["a"]
+    assert found_with(store, KEY) == ("a", KEY.fingerprint)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_key_is_kept_as_long_as_its_task(store: TaskStore, make_task: NewTask, end: dict[str, Any]) -> None:
+    store.add(make_task("a"), b"{}", None, (), KEY)
+    store.claim("a", "me", CREATED)
+    store.update("a", ANY_STATE, end)
+    assert found_with(store, KEY) == ("a", KEY.fingerprint)
+    assert store.delete("a", Expect((State.NOT_STARTED,))) is False
+    assert found_with(store, KEY) == ("a", KEY.fingerprint)
+    assert store.delete("a", Expect(tuple(TERMINAL))) is True
+    assert store.started_with(KEY.name) is None
+    store.add(make_task("b"), b"{}", None, (), KEY)
+    assert found_with(store, KEY) == ("b", KEY.fingerprint)
+
+
+def test_the_removal_of_a_task_takes_no_other_key(store: TaskStore, make_task: NewTask) -> None:
+    store.add(make_task("a"), b"{}", None, (), KEY)
+    store.add(make_task("b"), b"{}", None, ())
+    store.add(make_task("c"), b"{}", None, (), StartKey("c" * 64, "f"))
+    store.delete("b", ANY_STATE)
+    store.delete("c", ANY_STATE)
+    assert found_with(store, KEY) == ("a", KEY.fingerprint)
+
+
+def test_a_start_that_is_refused_leaves_no_key(store: TaskStore, make_task: NewTask) -> None:
+    store.add(make_task("a", user="anna"), b"{}", None, ())
+    with pytest.raises(IdTaken):
+        store.add(make_task("a", user="anna"), b"{}", None, (), KEY)
+    with pytest.raises(TooManyTasks):
+        store.add(make_task("b", user="anna"), b"{}", None, (), KEY, quota=1)
+    assert store.started_with(KEY.name) is None
+
+
+def test_a_key_goes_before_the_quota(store: TaskStore, make_task: NewTask) -> None:
+    store.add(make_task("a", user="anna"), b"{}", None, (), KEY, 1)
+    with pytest.raises(KeyTaken):
+        store.add(make_task("b", user="anna"), b"{}", None, (), KEY, 1)
+
+
+def test_a_key_is_of_one_namespace(store: TaskStore, other_store: TaskStore, make_task: NewTask) -> None:
+    store.add(make_task("a"), b"{}", None, (), KEY)
+    assert other_store.started_with(KEY.name) is None
+    other_store.add(make_task("a"), b"{}", None, (), KEY)
+    other_store.delete("a", ANY_STATE)
+    assert found_with(store, KEY) == ("a", KEY.fingerprint)
+
+
+# -- quotas --------------------------------------------------------------------------------------------------------------
+
+
+def test_a70_a_quota_counts_what_its_user_has_unfinished(store: TaskStore, make_task: NewTask) -> None:
+    store.add(make_task("other", user="ben"), b"{}", None, ())
+    store.add(make_task("nobody"), b"{}", None, ())
+    store.add(make_task("a", user="anna"), b"{}", None, (), quota=2)
+    store.add(make_task("b", user="anna"), b"{}", None, (), quota=2)
+    store.claim("b", "me", CREATED)
+    body = Body([b"data"])
+    with pytest.raises(TooManyTasks, match="You have 2 unfinished tasks"):
+        store.add(make_task("c", user="anna", body_size=4), b"{}", body, [("groups", "g")], quota=2)
+    assert body.open().read() == b"data"
+    body.close()
+    assert all_ids(store) == ["a", "b", "nobody", "other"]
+    store.add(make_task("d", user="anna"), b"{}", None, (), quota=3)
+    store.add(make_task("e", user="anna"), b"{}", None, ())
+    store.add(make_task("f", user="ben"), b"{}", None, (), quota=2)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a70_what_has_ended_or_is_gone_does_not_count(
+    store: TaskStore, make_task: NewTask, end: dict[str, Any]
+) -> None:
+    store.add(make_task("a", user="anna"), b"{}", None, (), quota=1)
+    store.claim("a", "me", CREATED)
+    store.update("a", ANY_STATE, end)
+    store.add(make_task("b", user="anna"), b"{}", None, (), quota=1)
+    store.delete("b", ANY_STATE)
+    store.add(make_task("c", user="anna"), b"{}", None, (), quota=1)
+    store.claim("c", "me", CREATED)
+    store.update("c", ANY_STATE, {"state": State.NOT_STARTED, "owner": None})
+    with pytest.raises(TooManyTasks):
+        store.add(make_task("d", user="anna"), b"{}", None, (), quota=1)
+
+
+def test_a70_a_quota_is_of_one_namespace(store: TaskStore, other_store: TaskStore, make_task: NewTask) -> None:
+    store.add(make_task("a", user="anna"), b"{}", None, (), quota=1)
+    other_store.add(make_task("a", user="anna"), b"{}", None, (), quota=1)
+
+
+# -- at once -------------------------------------------------------------------------------------------------------------
+
+
+def at_once(count: int, act: Callable[[int], str]) -> list[str]:
+    """Call ``act`` on as many threads at once; return what each said."""
+    barrier = threading.Barrier(count)
+    said: list[str] = []
+
+    def call(number: int) -> None:
+        barrier.wait(10)
+        said.append(act(number))
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return sorted(said)
+
+
+def test_a75_of_many_at_once_with_one_key_one_is_stored(store: TaskStore, make_task: NewTask) -> None:
+    def add(number: int) -> str:
+        try:
+            store.add(make_task(f"t{number}"), b"{}", None, (), KEY)
+        except KeyTaken:
+            return "taken"
+        return "stored"
+
+    for _ in range(5):
+        assert at_once(16, add) == ["stored"] + ["taken"] * 15
+        (only,) = all_ids(store)
+        assert found_with(store, KEY) == (only, KEY.fingerprint)
+        store.delete(only, ANY_STATE)
+
+
+def test_a70_of_many_at_once_no_more_than_the_quota_are_stored(store: TaskStore, make_task: NewTask) -> None:
+    def add(number: int) -> str:
+        try:
+            store.add(make_task(f"t{number}", user="anna"), b"{}", None, (), quota=3)
+        except TooManyTasks:
+            return "too many"
+        return "stored"
+
+    assert at_once(16, add) == ["stored"] * 3 + ["too many"] * 13
+    assert len(all_ids(store)) == 3

@@ -1,0 +1,123 @@
+"""How many unfinished tasks one user may have, over all processes: ``ASYNCROUTE_MAX_TASKS_PER_USER`` (A70)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flask_asyncroute import AsyncRoute
+from flask_asyncroute.runtime import runtime_of
+from tests.conftest import close_app, eventually_true, new_app
+from tests.flow.conftest import identity_of_header
+from tests.flow.driving import Flow, problem
+
+MakeFlow = Callable[..., Flow]
+ANNA, BEN = {"X-User": "anna"}, {"X-User": "ben"}
+
+
+@pytest.fixture
+def flow(make_flow: MakeFlow, store_url: str, gate: threading.Event) -> Flow:
+    """Give an app whose users may have two unfinished tasks, with a view that waits."""
+    flow = make_flow(ASYNCROUTE_STORE=store_url, ASYNCROUTE_MAX_TASKS_PER_USER=2)
+
+    @flow.route(max_workers=1, queue_size=5)
+    def work() -> None:
+        gate.wait(10)
+
+    return flow
+
+
+def refused(flow: Flow, **given: Any) -> dict[str, Any]:
+    response = flow.request("POST", "/work", **given)
+    assert 1 <= int(response.headers["Retry-After"]) <= 60
+    return problem(response, 429, "too-many-tasks")
+
+
+def test_a70_one_user_is_refused_and_others_are_served(flow: Flow) -> None:
+    flow.app.config["ASYNCROUTE_LIST_ANONYMOUS"] = True
+    for _ in range(2):
+        flow.start(headers=ANNA)
+    assert "2 unfinished tasks" in refused(flow, headers=ANNA)["detail"]
+    assert len(flow.ids(headers=ANNA)) == 2
+    flow.start(headers=BEN)
+    for _ in range(3):
+        flow.start()
+
+
+def test_a70_a_refusal_takes_no_place(flow: Flow) -> None:
+    for _ in range(2):
+        flow.start(headers=ANNA)
+    for _ in range(10):
+        refused(flow, headers=ANNA)
+    for _ in range(4):
+        flow.start()
+    problem(flow.request("POST", "/work"), 503, "queue-full")
+
+
+def test_a70_a_task_that_ends_makes_room(flow: Flow, gate: threading.Event) -> None:
+    ids = [flow.start(headers=ANNA)["Id"] for _ in range(2)]
+    flow.headers = ANNA
+    flow.stop(ids[1])
+    ids[1] = flow.start()["Id"]
+    refused(flow)
+    gate.set()
+    for task_id in ids:
+        flow.ended(task_id)
+    flow.ended(flow.start())
+
+
+def test_a70_a_large_body_is_refused_too(flow: Flow) -> None:
+    for _ in range(2):
+        flow.start(headers=ANNA, data=b"x" * 600_000)
+    refused(flow, headers=ANNA, data=b"x" * 600_000)
+    refused(flow, headers={**ANNA, "Idempotency-Key": "k"}, data=b"x" * 600_000)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a70_over_all_processes(
+    request: pytest.FixtureRequest, tmp_path: Any, gate: threading.Event, kind: str
+) -> None:
+    """Two runners on one store, as two processes have them: at once they start no more than the user may have."""
+    url = "sqlite:///quota.db" if kind == "sqlite" else request.getfixturevalue("postgresql_url")
+    config = {"ASYNCROUTE_STORE": url, "ASYNCROUTE_MAX_TASKS_PER_USER": 3}
+    flows = []
+    try:
+        for _ in range(2):
+            app = new_app("app", tmp_path, config)
+            async_routes = AsyncRoute(app)
+            async_routes.identity_loader(identity_of_header)
+            flows.append(Flow(app, async_routes))
+            flows[-1].route(max_workers=1)(waiting_for(gate))
+        barrier = threading.Barrier(12)
+        answers: list[int] = []
+
+        def start(flow: Flow) -> None:
+            barrier.wait(10)
+            answers.append(flow.app.test_client().post("/work", headers=ANNA).status_code)
+
+        threads = [threading.Thread(target=start, args=(flows[number % 2],)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert sorted(answers) == [202] * 3 + [429] * 9
+        flows[0].headers = ANNA
+        gate.set()
+        for task_id in flows[0].ids():
+            flows[0].ended(task_id)
+        for flow in flows:
+            executors = runtime_of(flow.app).runner.executors
+            eventually_true(lambda executors=executors: all(executor.free() == 1 for executor in executors))
+    finally:
+        for flow in flows:
+            close_app(flow.app)
+
+
+def waiting_for(gate: threading.Event) -> Callable[[], None]:
+    def work() -> None:
+        gate.wait(10)
+
+    return work
