@@ -17,10 +17,10 @@ from tests.flow.driving import Flow
 STORES = {"memory": "memory://", "sqlite": "sqlite:///asyncroute.db"}
 
 
-@pytest.fixture(params=list(STORES))
+@pytest.fixture(params=[*STORES, "postgresql"])
 def store_url(request: pytest.FixtureRequest) -> str:
     """Give the URL of each kind of store."""
-    return STORES[request.param]
+    return STORES.get(request.param) or str(request.getfixturevalue("postgresql_url"))
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""A wall clock that is set while tasks run: what counts time here is the monotonic clock (F32)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_asyncroute import AsyncRoute, current_task
+from tests.flow.driving import Flow
+
+HOUR_NS = 3_600_000_000_000
+
+
+@pytest.mark.parametrize("store_url", ["memory://", "sqlite:///asyncroute.db"])
+@pytest.mark.parametrize("hours", [1, -1])
+def test_f32_a_clock_that_is_set_times_nothing_out(
+    make_app: Callable[..., Flask],
+    gate: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    store_url: str,
+    hours: int,
+) -> None:
+    app = make_app(ASYNCROUTE_STORE=store_url, ASYNCROUTE_HOUSEKEEPING_INTERVAL=0.1)
+    flow = Flow(app, AsyncRoute(app))
+    begun = threading.Semaphore(0)
+
+    @flow.route(timeout=600)
+    def long() -> Any:
+        begun.release()
+        gate.wait(10)
+        return current_task.remaining()
+
+    @flow.route("/short", timeout=0.6, interrupt_after=None)
+    def short() -> None:
+        begun.release()
+        while not current_task.stop_requested:
+            gate.wait(0.01)
+
+    @flow.route("/next")
+    def then() -> int:
+        return 1
+
+    long_task, short_task = flow.start(), flow.start("/short")
+    for _ in range(2):
+        assert begun.acquire(timeout=5)
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() + hours * HOUR_NS)
+    began = time.monotonic()
+    assert flow.ended(short_task)["Error"] == "Timeout"
+    assert time.monotonic() - began < 3
+    assert flow.get(long_task)["State"] == "Running"
+    assert flow.run("/next")["State"] == "Completed"
+    gate.set()
+    ended = flow.ended(long_task)
+    assert ended["State"] == "Completed"
+    assert 500 < ended["Result"] <= 600
+    for task in flow.query():
+        times = [datetime.fromisoformat(task[name]) for name in ("CreationTime", "StartingTime", "CompletedTime")]
+        assert times == sorted(times)
