@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Collection
 
+from . import locks
 from .lifecycle import LOST, Lifecycle
 from .presence import LEASE_SECONDS, Presence
 from .states import State
@@ -19,6 +20,8 @@ logger = logging.getLogger("flask_asyncroute")
 
 GAP_SECONDS = 5.0
 """Where nobody could look for so long, the store or this process stood still, and silence says nothing of others."""
+CONFIRM_SECONDS = 0.4
+"""A lock that is free for so long is not one that was dropped by mistake: its owner would have it again, see `presence`."""
 ROUTE_GONE_SECONDS = 3600.0
 ROUTE_GONE = "Route gone"
 LEFT_US = 30_000_000
@@ -43,6 +46,8 @@ class Census:
         self._presence = presence
         self._heard: dict[str, tuple[int, float]] = {}
         """By worker, the last beat that was seen and when it was new (monotonic)."""
+        self._free: dict[str, float] = {}
+        """By worker, since when its lock was free at every look (monotonic)."""
         self._looked_at = time.monotonic()
         self._unlisted: dict[str, float] = {}
         """By endpoint, since when no worker has it (monotonic)."""
@@ -50,17 +55,18 @@ class Census:
     def look(self) -> None:
         """Settle what workers that are gone have left."""
         self._presence.enter()
-        self._presence.assert_lock()
         listed = {worker.name: worker for worker in self._workers.listed()}
         for name in self._workers.owners():
             # One that was taken for dead, or whose row was lost, may live; it enters again with its next beat.
-            listed.setdefault(name, Worker(name, "", 0, frozenset(), beat=-1))
+            listed.setdefault(name, Worker(name, "", 0, "", frozenset(), beat=-1))
         now = time.monotonic()
         if now - self._looked_at > GAP_SECONDS:
             self._heard.clear()
+            self._free.clear()
         self._looked_at = now
-        for name in self._heard.keys() - listed.keys():
-            del self._heard[name]
+        for seen in (self._heard, self._free):
+            for name in seen.keys() - listed.keys():
+                del seen[name]
         for worker in listed.values():
             if worker.name != self._presence.name and self._is_gone(worker, now):
                 self._bury(worker)
@@ -87,9 +93,17 @@ class Census:
                     self._lifecycle.abort(task, error)
 
     def _is_gone(self, worker: Worker, now: float) -> bool:
+        """Return whether a worker is. A lock that is free may have been dropped by mistake, see `locks`."""
         lock_file = self._presence.lock_file
         if lock_file is not None and worker.place == lock_file.name:
-            return not lock_file.is_held(worker.number)
+            if lock_file.is_held(worker.number):
+                self._free.pop(worker.name, None)
+                return False
+            is_running = locks.is_running(worker.process)
+            if not is_running:
+                free_for = now - self._free.setdefault(worker.name, now)
+                return is_running is False or free_for >= CONFIRM_SECONDS
+            # Something in that process closes the file again and again. Its beats tell whether it lives.
         beat, since = self._heard.get(worker.name, (None, now))
         if beat != worker.beat:
             self._heard[worker.name] = (worker.beat, now)
@@ -103,6 +117,5 @@ class Census:
             if task is not None and task.owner == worker.name:
                 self._lifecycle.lose(task)
         self._workers.leave(worker.name)
-        self._heard.pop(worker.name, None)
         if held:
             logger.warning("The worker %s is gone; it left %d tasks behind that had begun.", worker.name, len(held))

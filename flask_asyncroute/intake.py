@@ -55,7 +55,7 @@ class Intake:
         was, is_now = self.current.environ.get("CONTENT_TYPE"), self.captured.environ.get("CONTENT_TYPE", "")
         boundary = is_now.partition("boundary=")[2].encode("ascii") if is_now != was else None
         fingerprint = start_key.fingerprint(self.current, _url(self.current), pieces, boundary or None, secret)
-        del self.captured.environ[start_key.HEADER]
+        self.captured.environ.pop(start_key.HEADER, None)
         self.key = StartKey(name, fingerprint)
         return self.key
 

@@ -17,6 +17,7 @@ if sys.platform != "win32":
     import fcntl
 
 TOKEN_BYTES = 32
+_NAMESPACE = "/proc/self/ns/pid"
 
 _files: dict[Path, LockFile] = {}
 _files_lock = threading.Lock()
@@ -78,6 +79,39 @@ def lock_file(path: Path) -> LockFile | None:
         if found is None:
             found = _files[path] = _open(path)
         return found
+
+
+def this_process() -> str:
+    """Return what tells this process from all others of this host, before and after it; empty where that is not known.
+
+    That is its PID namespace, its number there, and when it began, as ``/proc`` of Linux has it.
+    """
+    try:
+        return f"{os.readlink(_NAMESPACE)}/{os.getpid()}/{_state_of(os.getpid())[1]}"
+    except OSError:
+        return ""
+
+
+def is_running(process: str) -> bool | None:
+    """Return whether a process lives, by what :func:`this_process` told there; None: it cannot be seen from here."""
+    namespace, _, rest = process.partition("/")
+    pid, _, began = rest.partition("/")
+    try:
+        if namespace != os.readlink(_NAMESPACE):
+            return None
+    except OSError:
+        return None
+    try:
+        state, found = _state_of(int(pid))
+    except OSError:
+        return False
+    return found == began and state not in "ZX"
+
+
+def _state_of(pid: int) -> tuple[str, str]:
+    """Return the state of a process, a letter, and when it began, as proc(5) has them."""
+    fields = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+    return fields[0], fields[19]
 
 
 def _open(path: Path) -> LockFile:

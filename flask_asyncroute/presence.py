@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Collection
+from contextlib import suppress
 
 from . import locks
 from .errors import AsyncRouteError
@@ -18,6 +20,8 @@ from .stores.base import Worker, Workers
 
 logger = logging.getLogger("flask_asyncroute")
 
+ASSERT_SECONDS = 0.2
+"""How often a worker makes sure of its lock. Who finds it free and cannot see the process looks again later than this."""
 BEAT_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 LEASE_SECONDS = 30.0
@@ -39,6 +43,7 @@ class Presence:
         """Where this host's workers keep their locks; None before entering, and where that cannot be."""
         self._number = locks.new_number()
         self._lock = threading.Lock()
+        self._beat_at = time.monotonic() + BEAT_SECONDS
         self._is_listed = False
         self._is_closed = False
         self._wake = threading.Event()
@@ -56,7 +61,6 @@ class Presence:
                 return
             if self.lock_file is None:
                 self.lock_file = self._open_lock_file()
-            self.assert_lock()
             self._list()
             self._is_listed = True
             when_gone(self, self._wake.set)
@@ -88,18 +92,19 @@ class Presence:
                 self.lock_file.release(self._number)
 
     def assert_lock(self) -> None:
-        """Hold the lock, also where something in this process has closed the file and so dropped it."""
+        """Hold the lock, also where something in this process has read the file, and dropped the lock as it closed it."""
         if self.lock_file is not None:
-            try:
+            # It fails where somebody looks at this very byte, which is dropped then; the next time is soon.
+            with suppress(OSError):
                 self.lock_file.hold(self._number)
-            except OSError as error:
-                logger.warning("The lock of this worker could not be taken (%s); others rely on its beats.", error)
-                self.lock_file = None
 
     def _open_lock_file(self) -> LockFile | None:
         path = self._workers.lock_path
         try:
-            return locks.lock_file(path)
+            found = locks.lock_file(path)
+            if found is not None:
+                found.hold(self._number)
+            return found
         except OSError as error:
             logger.warning(
                 "Workers cannot keep their locks in %s (%s), so a worker that was killed is found after %.0f s instead of 2. "
@@ -109,7 +114,13 @@ class Presence:
 
     def _list(self) -> None:
         place = "" if self.lock_file is None else self.lock_file.name
-        self._workers.enter(Worker(self.name, place, self._number, self._endpoints))
+        self._workers.enter(Worker(self.name, place, self._number, locks.this_process(), self._endpoints))
+
+    def _step(self) -> None:
+        """Do what is due."""
+        self.assert_lock()
+        if time.monotonic() >= self._beat_at:
+            self._beat_at = time.monotonic() + self._beat()
 
     def _beat(self) -> float:
         """Say that this process lives; return in how many seconds to say so again."""
@@ -128,10 +139,9 @@ class Presence:
 
 def _beat(reference: weakref.ref[Presence], wake: threading.Event) -> None:
     """Run the thread. It holds its presence weakly, so that an app that is dropped ends it."""
-    seconds = BEAT_SECONDS
-    while not wake.wait(seconds):
+    while not wake.wait(ASSERT_SECONDS):
         presence = reference()
         if presence is None or presence._is_closed:
             return
-        seconds = presence._beat()
+        presence._step()
         del presence

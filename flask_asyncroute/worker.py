@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -62,9 +63,12 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
             seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000
             execution.begin(task.user, task.epoch, seconds, task.on_loss == "restart")
             runner.housekeeper.wake()
+            pid = os.getpid()
             try:
                 outcome = _carry_out(runner, executor, claim, execution)
             finally:
+                if os.getpid() != pid:
+                    _end_copy(task_id)
                 interruption.leave(execution)
                 execution.end()
             if execution.is_expired:
@@ -83,6 +87,16 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
     finally:
         if not is_settled:
             runner.dispatcher.end(execution)
+
+
+def _end_copy(task_id: str) -> None:
+    """End a copy of this process that the view has forked and let return: the task, the connections and the server's
+    sockets are the other's.
+    """
+    logger.error(
+        "The view of task %s forked, and the copy returned from it. The copy ends here; use os._exit() there.", task_id
+    )
+    os._exit(1)
 
 
 def _carry_out(runner: Runner, executor: TaskExecutor, claim: Claim, execution: Execution) -> Outcome:

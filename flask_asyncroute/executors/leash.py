@@ -62,7 +62,8 @@ def put_on(other_end: int, owner: int) -> None:
 def _let_go() -> None:
     """A forked copy of the process holds no leashes: the children are the parent's, and go with it."""
     for leash in list(_held):
-        os.close(leash._end)
+        if leash._is_open:
+            os.close(leash._end)
         leash._is_open = False
         leash._lock = threading.Lock()
 

@@ -76,6 +76,7 @@ class Worker:
     :param name: what the tasks that it runs have as ``owner``.
     :param place: names the lock file that it uses (see `presence`); empty where it has none.
     :param number: the byte of that file which it keeps locked while it lives.
+    :param process: what `locks.this_process` told there.
     :param endpoints: whose tasks it can run.
     :param beat: how often it has said that it lives.
     """
@@ -83,6 +84,7 @@ class Worker:
     name: str
     place: str
     number: int
+    process: str
     endpoints: frozenset[str]
     beat: int = 0
 

@@ -131,6 +131,25 @@ def create_app(folder: str, **config: Any) -> Flask:
         while True:
             sum(range(100))
 
+    @app.put("/fork")
+    @async_routes.task()
+    def fork() -> dict[str, bool]:
+        """Fork, and let the copy return as if it were the process."""
+        copy = os.fork()
+        if copy == 0:
+            return {"Copy": True}
+        os.waitpid(copy, 0)
+        return {"Copy": False}
+
+    @app.put("/copy")
+    @async_routes.task()
+    def copy() -> None:
+        """Read all files of the app's folder again and again, as a backup does, and so drop the locks on them."""
+        note("begin", current_task.id)
+        while not current_task.stop_requested:
+            for path in Path(folder).iterdir():
+                path.read_bytes()
+
     @app.put("/exit/<int:code>")
     @async_routes.task(max_workers=8)
     def leave(code: int) -> None:

@@ -13,7 +13,7 @@ from flask_asyncroute.task import AsyncRouteTask
 
 NewTask = Callable[..., AsyncRouteTask]
 T0 = 1_700_000_000_000_000
-ONE = Worker("1-one", "place", 2**61, frozenset({"work", "é"}))
+ONE = Worker("1-one", "place", 2**61, "pid:[1]/1/2", frozenset({"work", "é"}))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -41,8 +41,8 @@ def test_a_worker_enters_beats_and_leaves(store: TaskStore, workers: Workers) ->
     assert workers.listed() == [ONE]
     assert [workers.beat("1-one") for _ in range(3)] == [True] * 3
     assert [worker.beat for worker in workers.listed()] == [3]
-    workers.enter(Worker("1-one", "", 7, frozenset()))
-    assert workers.listed() == [Worker("1-one", "", 7, frozenset())], "it is listed once, as it is now"
+    workers.enter(Worker("1-one", "", 7, "", frozenset()))
+    assert workers.listed() == [Worker("1-one", "", 7, "", frozenset())], "it is listed once, as it is now"
     workers.leave("1-one")
     workers.leave("1-one")
     assert workers.listed() == []

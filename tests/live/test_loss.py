@@ -113,6 +113,25 @@ def test_f06_a_view_that_ends_the_process(tmp_path: Path, eventually: Eventually
         assert len(lines(tmp_path, "begin")[task_id]) == 1
 
 
+def test_a_view_that_forks_and_lets_the_copy_return(tmp_path: Path, eventually: Eventually) -> None:
+    """The copy writes nothing and serves nobody."""
+    with gunicorn(tmp_path / "log", crowd(tmp_path), "--workers", "1", "--threads", "4") as server:
+        task_id = send(server.port, "PUT", "/fork").json()["Id"]
+        eventually(lambda: state(server.port, task_id) == "Completed")
+        assert task(server.port, task_id)["Result"] == {"Copy": False}
+        assert "and the copy returned from it" in server.output()
+
+
+def test_a_backup_of_the_folder_makes_nobody_look_dead(tmp_path: Path, eventually: Eventually) -> None:
+    with gunicorn(tmp_path / "log", crowd(tmp_path), *WORKERS) as server:
+        both_run(server, eventually)
+        backups = [begin(server.port, "/copy", tmp_path, eventually)[0] for _ in range(2)]
+        task_id, _ = begin(server.port, "/work/4000", tmp_path, eventually)
+        eventually(lambda: state(server.port, task_id) != "Running", 15)
+        assert state(server.port, task_id) == "Completed"
+        assert [state(server.port, backup) for backup in backups] == ["Running", "Running"]
+
+
 def test_f38_a_task_that_holds_the_interpreter(tmp_path: Path, eventually: Eventually) -> None:
     """Its process answers nobody meanwhile, and is taken for dead by nobody."""
     with gunicorn(tmp_path / "log", crowd(tmp_path), *WORKERS, "--timeout", "60") as server:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +14,8 @@ import pytest
 from flask import Flask
 
 from flask_asyncroute import census as module
+from flask_asyncroute import locks, signals
 from flask_asyncroute import presence as presence_module
-from flask_asyncroute import signals
 from flask_asyncroute.census import Census
 from flask_asyncroute.errors import StoreUnavailable
 from flask_asyncroute.execution import Execution
@@ -25,7 +27,7 @@ from flask_asyncroute.task import AsyncRouteTask, now_us
 
 NewTask = Callable[..., AsyncRouteTask]
 Eventually = Callable[..., Any]
-ELSEWHERE = Worker("2-elsewhere", "another host's", 7, frozenset({"work"}))
+ELSEWHERE = Worker("2-elsewhere", "another host's", 7, "", frozenset({"work"}))
 
 
 class Clock:
@@ -54,6 +56,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(module, "time", made)
     return made
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Give what is said of whether the processes that locks were free of are running; as from another container at first."""
+    answer: dict[str, Any] = {"is": None}
+    monkeypatch.setattr(locks, "is_running", lambda process: answer["is"])
+    return answer
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -117,6 +127,8 @@ def test_f01_a_worker_whose_lock_is_free_is_gone_at_once(
     assert state(store, "theirs") == ("Running", None)
     die(other)
     mine.census.look()
+    assert state(store, "theirs") == ("Running", None), "one look is none: the lock may have been dropped by mistake"
+    look(mine, clock, 0.5)
     assert state(store, "theirs") == ("Aborted", "Worker lost")
     assert state(store, "mine") == ("Running", None)
     assert state(store, "waits") == ("NotStarted", None)
@@ -124,6 +136,34 @@ def test_f01_a_worker_whose_lock_is_free_is_gone_at_once(
     assert task is not None and not task.stopping
     assert store.workers is not None
     assert [worker.name for worker in store.workers.listed()] == ["1-mine"]
+
+
+def test_a_process_that_is_not_there_is_gone_at_once(
+    make_office: Callable[[str], Office], store: TaskStore, make_task: NewTask, clock: Clock, told: dict[str, Any]
+) -> None:
+    mine, other = make_office("1-mine"), make_office("2-other")
+    begin(other, make_task())
+    told["is"] = False
+    look(mine, clock, 5)
+    assert state(store, "task") == ("Running", None), "its lock is held: somebody else has the number"
+    die(other)
+    mine.census.look()
+    assert state(store, "task") == ("Aborted", "Worker lost")
+
+
+def test_a_process_that_is_there_lives_without_its_lock_while_it_beats(
+    make_office: Callable[[str], Office], store: TaskStore, make_task: NewTask, clock: Clock, told: dict[str, Any]
+) -> None:
+    mine, other = make_office("1-mine"), make_office("2-other")
+    begin(other, make_task())
+    die(other)
+    told["is"] = True
+    for _ in range(5):
+        look(mine, clock, 20)
+        assert other.presence._workers.beat("2-other")
+    assert state(store, "task") == ("Running", None)
+    look(mine, clock, LEASE_SECONDS + 1)
+    assert state(store, "task") == ("Aborted", "Worker lost")
 
 
 def test_f38_a_worker_that_holds_its_lock_lives_however_silent(
@@ -212,7 +252,7 @@ def test_a_task_that_is_to_be_restarted_is_so_twice(
     signals.progress_reported.send(first.lifecycle._app, execution=execution)
     assert store.get("task").progress == 50
     die(first)
-    mine.census.look()
+    look(mine, clock, 1)
     task = store.get("task")
     assert task is not None
     assert (task.state, task.started_us, task.expires_us, task.progress, task.progress_message, task.owner) == (
@@ -223,7 +263,7 @@ def test_a_task_that_is_to_be_restarted_is_so_twice(
         again.presence.enter()
         assert again.lifecycle.claim("task") is not None
         die(again)
-        mine.census.look()
+        look(mine, clock, 1)
     assert state(store, "task") == ("Aborted", "Worker lost")
     assert first.lifecycle.finish(execution, State.COMPLETED, {}) is None, "a run that comes back has lost its task"
 
@@ -238,7 +278,7 @@ def test_a_stopping_task_of_a_lost_worker_has_stopped(
     assert store.get("task").stopping
     before = store.get("task").revision
     die(other)
-    mine.census.look()
+    look(mine, clock, 1)
     after = store.get("task")
     assert after is not None
     assert (after.stopping, after.error, after.revision) == (False, "Aborted by the user", before + 1)
@@ -287,16 +327,51 @@ def test_without_a_lock_file_a_worker_has_its_beat(
     assert state(store, "task") == ("Aborted", "Worker lost")
 
 
-def test_a_lock_that_was_dropped_is_taken_again(make_office: Callable[[str], Office], store: TaskStore) -> None:
+PROBE = """
+import sys, pathlib
+from flask_asyncroute.locks import lock_file
+file = lock_file(pathlib.Path(sys.argv[1]))
+for line in sys.stdin:
+    print(file.is_held(int(sys.argv[2])), flush=True)
+"""
+
+
+def test_a_lock_that_was_dropped_is_taken_again(
+    make_office: Callable[[str], Office], store: TaskStore, eventually: Eventually
+) -> None:
+    """Whatever in a process opens the file and closes it drops its locks; a copy of the folder does."""
     mine = make_office("1-mine")
     mine.presence.enter()
     assert store.workers is not None
-    store.workers.lock_path.open("rb").close()
-    mine.presence.assert_lock()
-    file = mine.presence.lock_file
-    assert file is not None
-    file._held.clear()
-    assert not file.is_held(mine.presence._number + 1)
+    path = store.workers.lock_path
+    command = [sys.executable, "-c", PROBE, str(path), str(mine.presence._number)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as probe:
+        assert probe.stdin is not None and probe.stdout is not None
+
+        def is_held() -> bool:
+            print(file=probe.stdin, flush=True)
+            return probe.stdout.readline() == "True\n"
+
+        assert is_held()
+        mine.presence.close()
+        path.read_bytes()
+        assert not is_held(), "this is what POSIX says, and the reason for all this"
+        mine.presence.assert_lock()
+        assert is_held()
+        probe.stdin.close()
+
+
+def test_a_worker_makes_sure_of_its_lock(
+    make_office: Callable[[str], Office], store: TaskStore, make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More often than anybody needs to believe that it is gone."""
+    assert 2 * presence_module.ASSERT_SECONDS <= module.CONFIRM_SECONDS
+    mine = make_office("1-mine")
+    asserted = threading.Event()
+    mine.presence.enter()
+    assert mine.presence.lock_file is not None
+    monkeypatch.setattr(mine.presence.lock_file, "hold", lambda number: asserted.set())
+    assert asserted.wait(2)
 
 
 def test_route_gone_after_an_hour_that_no_worker_has_it(
@@ -312,7 +387,7 @@ def test_route_gone_after_an_hour_that_no_worker_has_it(
     mine.census.find_forsaken()
     assert state(store, "gone") == ("NotStarted", None)
     assert store.workers is not None
-    store.workers.enter(Worker("2-old", "", 1, frozenset({"removed"})))
+    store.workers.enter(Worker("2-old", "", 1, "", frozenset({"removed"})))
     mine.census.find_forsaken()
     store.workers.leave("2-old")
     clock.now += 2

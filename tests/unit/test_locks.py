@@ -138,3 +138,20 @@ def test_a_link_or_folder_is_refused(path: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"directory"):
         lock_file(path)
     path.rmdir()
+
+
+def test_a_process_is_known_by_more_than_its_number(path: Path, other: Any, eventually: Eventually) -> None:
+    mine = locks.this_process()
+    assert len(mine) <= 64
+    assert locks.is_running(mine) is True
+    namespace, pid, began = mine.split("/")
+    assert locks.is_running(f"{namespace}/{pid}/{int(began) - 1}") is False, "the number was another process's before"
+    assert locks.is_running(f"pid:[1]/{pid}/{began}") is None
+    assert locks.is_running("") is None
+    process = other(1)
+    told = f"{namespace}/{process.pid}/{locks._state_of(process.pid)[1]}"
+    assert locks.is_running(told) is True
+    process.kill()
+    eventually(lambda: locks.is_running(told) is False, 2)
+    process.wait()
+    assert locks.is_running(told) is False

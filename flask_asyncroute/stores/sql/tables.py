@@ -153,6 +153,7 @@ workers = Table(
     Column("name", _text(64), primary_key=True),
     Column("place", _text(64), nullable=False),
     Column("number", BigInteger, nullable=False),
+    Column("process", _text(64), nullable=False),
     Column("beat", BigInteger, nullable=False),
     Column("endpoints", _text(), nullable=False),
 )

@@ -17,7 +17,8 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE asyncroute_tasks ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0",
         "CREATE INDEX asyncroute_task_stopping ON asyncroute_tasks (namespace, owner) WHERE stopping = 1",
         "CREATE TABLE asyncroute_workers (namespace INTEGER NOT NULL, name {text} NOT NULL, place {text} NOT NULL, "
-        "number BIGINT NOT NULL, beat BIGINT NOT NULL, endpoints {text} NOT NULL, PRIMARY KEY (namespace, name))",
+        "number BIGINT NOT NULL, process {text} NOT NULL, beat BIGINT NOT NULL, endpoints {text} NOT NULL, "
+        "PRIMARY KEY (namespace, name))",
         "CREATE TABLE asyncroute_keys (namespace INTEGER NOT NULL, name {text} NOT NULL, fingerprint {text} NOT NULL, "
         "task_id {text} NOT NULL, PRIMARY KEY (namespace, name))",
         "CREATE INDEX asyncroute_key_task ON asyncroute_keys (namespace, task_id)",

@@ -36,11 +36,11 @@ class SQLWorkers(Workers):
         self._add = self._compiled(
             insert(workers).values(
                 namespace=bindparam("ns"), name=bindparam("worker"), place=bindparam("place"),
-                number=bindparam("number"), beat=0, endpoints=bindparam("endpoints"),
+                number=bindparam("number"), process=bindparam("process"), beat=0, endpoints=bindparam("endpoints"),
             )
         )  # fmt: skip
         self._beat = self._compiled(update(workers).where(is_worker).values(beat=workers.c.beat + 1))
-        listed = (workers.c.name, workers.c.place, workers.c.number, workers.c.endpoints, workers.c.beat)
+        listed = [workers.c[name] for name in ("name", "place", "number", "process", "endpoints", "beat")]
         self._listed = self._compiled(select(*listed).where(workers.c.namespace == bindparam("ns")))
         self._owners = self._compiled(select(tasks.c.owner).where(runs).union(select(tasks.c.owner).where(stops)))
         self._held = self._compiled(
@@ -52,7 +52,12 @@ class SQLWorkers(Workers):
         ns = self._key()
         endpoints = json.dumps(sorted(worker.endpoints))
         values = self._add.values(
-            ns=ns, worker=worker.name, place=worker.place, number=worker.number, endpoints=endpoints
+            ns=ns,
+            worker=worker.name,
+            place=worker.place,
+            number=worker.number,
+            process=worker.process,
+            endpoints=endpoints,
         )
 
         def enter(cursor: Cursor) -> None:
@@ -66,8 +71,8 @@ class SQLWorkers(Workers):
 
     def listed(self) -> list[Worker]:
         return [
-            Worker(name, place, number, frozenset(json.loads(endpoints)), beat)
-            for name, place, number, endpoints, beat in self._rows(self._listed)
+            Worker(name, place, number, process, frozenset(json.loads(endpoints)), beat)
+            for name, place, number, process, endpoints, beat in self._rows(self._listed)
         ]
 
     def leave(self, name: str) -> None:
