@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
 
 from . import locks
-from .lifecycle import LOST, Lifecycle
+from .lifecycle import Lifecycle
 from .presence import LEASE_SECONDS, Presence
 from .states import State
 from .stores.base import TaskStore, Worker, Workers
@@ -24,8 +23,6 @@ CONFIRM_SECONDS = 0.4
 """A lock that is free for so long is not one that was dropped by mistake: its owner would have it again, see `presence`."""
 ROUTE_GONE_SECONDS = 3600.0
 ROUTE_GONE = "Route gone"
-LEFT_US = 30_000_000
-"""How long a task that runs inside its request may wait before it counts as left behind."""
 PAGE = 500
 
 
@@ -33,13 +30,9 @@ class Census:
     """Takes stock of the workers of one app. Its methods are called by one thread.
 
     :param presence: this process among them.
-    :param immediate: the endpoints whose tasks run inside the request that starts them, and nowhere else.
     """
 
-    def __init__(
-        self, store: TaskStore, workers: Workers, lifecycle: Lifecycle, presence: Presence, immediate: Collection[str]
-    ) -> None:
-        self._immediate = immediate
+    def __init__(self, store: TaskStore, workers: Workers, lifecycle: Lifecycle, presence: Presence) -> None:
         self._store = store
         self._workers = workers
         self._lifecycle = lifecycle
@@ -72,10 +65,7 @@ class Census:
                 self._bury(worker)
 
     def find_forsaken(self) -> None:
-        """Abort the tasks that nobody will start: those of a route which no worker has had for an hour, and those whose
-        request died before it could run them.
-        """
-        self._abort_waiting(self._immediate, now_us() - LEFT_US, LOST)
+        """Abort the tasks that wait for a route which no worker has had for an hour."""
         listed = frozenset[str]().union(*(worker.endpoints for worker in self._workers.listed()))
         unlisted = {endpoint for endpoint in self._workers.wanted() if endpoint not in listed}
         now = time.monotonic()
@@ -83,14 +73,11 @@ class Census:
         gone = [endpoint for endpoint, since in self._unlisted.items() if now - since >= ROUTE_GONE_SECONDS]
         if gone:
             logger.warning("No worker has had the endpoints %s for an hour; their tasks are aborted.", ", ".join(gone))
-            self._abort_waiting(gone, now_us(), ROUTE_GONE)
-
-    def _abort_waiting(self, endpoints: Collection[str], before_us: int, error: str) -> None:
-        while endpoints and (waiting := self._store.waiting(endpoints, before_us, PAGE)):
+        while gone and (waiting := self._store.waiting(gone, now_us(), PAGE)):
             for task_id, _ in waiting:
                 task = self._store.get(task_id)
                 if task is not None and task.state is State.NOT_STARTED:
-                    self._lifecycle.abort(task, error)
+                    self._lifecycle.abort(task, ROUTE_GONE)
 
     def _is_gone(self, worker: Worker, now: float) -> bool:
         """Return whether a worker is. A lock that is free may have been dropped by mistake, see `locks`."""

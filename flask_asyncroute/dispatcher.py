@@ -148,9 +148,9 @@ class Dispatcher:
     def expire(self, execution: Execution) -> None:
         """Abort a task of this process whose time is up; its view is asked to stop whether or not the store can be told."""
         execution.is_expired = True
-        # Before the store is told, which may take it a while.
         execution.ask_to_stop()
-        self._lifecycle.unwritten.write(execution.task_id, lambda: self._lifecycle.expire(execution, TIMED_OUT))
+        # Whoever looks at the clock must not wait for the store.
+        self._lifecycle.unwritten.keep(execution.task_id, lambda: self._lifecycle.expire(execution, TIMED_OUT))
 
     def heard(self, task: AsyncRouteTask) -> None:
         """Take note that a task has changed, here or elsewhere; one that runs or waits here is stopped where it was aborted,
@@ -273,7 +273,7 @@ class Dispatcher:
         grants = intake.grants()
         quota = None if intake.caller is None else self._config.max_tasks_per_user
         for _ in range(ID_TRIES):
-            task = intake.record()
+            task = intake.record(self._lifecycle.owner)
             try:
                 self._lifecycle.create(task, data, intake.body, grants, intake.key, quota)
             except IdTaken:

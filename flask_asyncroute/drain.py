@@ -15,11 +15,16 @@ import multiprocessing.util  # noqa: F401
 import os
 import time
 import weakref
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .errors import AsyncRouteError
+from .lifecycle import SHUT_DOWN
+from .states import State
 
 if TYPE_CHECKING:
+    from .execution import Execution
     from .runner import Runner
 
 logger = logging.getLogger("flask_asyncroute")
@@ -28,6 +33,8 @@ INTERRUPT_SECONDS = 0.2
 """After the drain: from asking what still runs to stop until it is interrupted."""
 GRACE_SECONDS = 0.6
 """After the drain: how long what still runs has to end."""
+SETTLE_SECONDS = 0.8
+"""After that: how long the store has to take what is left."""
 
 _runners: weakref.WeakSet[Runner] = weakref.WeakSet()
 
@@ -41,40 +48,48 @@ def drain(runner: Runner, seconds: float) -> None:
     """Start nothing more, let what runs go on for ``seconds``, then settle the rest: Aborted or, as its route wants it,
     waiting again. Tasks that wait stay as they are, for other processes.
 
-    Returns within ``seconds`` and a little over a second more, unless the store makes it wait.
+    Returns within ``seconds`` and 1.5 more, whatever the store does: it is the housekeeper that waits for that.
     """
     runner.dispatcher.is_closing = True
-    for executor in runner.executors:
-        executor.discard_waiting()
+    waiting = [task_id for executor in runner.executors for task_id in executor.discard_waiting()]
     if not runner.dispatcher.wait_idle(seconds):
-        runner.lifecycle.unwritten.retry(math.inf)
-        _cut_short(runner)
-    is_settled = True
-    for execution, _ in list(runner.dispatcher.running.values()):
-        try:
-            runner.lifecycle.cut_short(execution, is_over=True)
-        except AsyncRouteError as error:
-            is_settled = False
-            logger.error(
-                "Task %s could not be settled at the exit; others will find it lost. (%s)", execution.task_id, error
-            )
-    if is_settled and runner.presence is not None:
-        try:
-            runner.presence.leave()
-        except AsyncRouteError as error:
-            logger.warning("This worker could not say that it leaves; others will find it gone. (%s)", error)
+        for execution in _unended(runner):
+            execution.is_shutting_down = True
+            execution.ask_to_stop(INTERRUPT_SECONDS)
+        runner.housekeeper.call(partial(_abort, runner))
+        runner.dispatcher.wait_idle(GRACE_SECONDS)
+    if not runner.housekeeper.call(partial(_settle, runner, waiting)).wait(SETTLE_SECONDS):
+        logger.error("The store did not answer in time at the exit; what is not settled others will find lost.")
 
 
-def _cut_short(runner: Runner) -> None:
-    """Have what still runs end, and wait a moment for it."""
-    for execution, _ in list(runner.dispatcher.running.values()):
-        execution.is_shutting_down = True
-        try:
+def _unended(runner: Runner) -> list[Execution]:
+    """Return the runs whose code has not ended. What the others' outcome is, is known, and waits for the store at most."""
+    return [execution for execution, _ in list(runner.dispatcher.running.values()) if not execution.is_over]
+
+
+def _abort(runner: Runner) -> None:
+    """Abort what is not to be run again; where the store is away, it is tried again at the end."""
+    with suppress(AsyncRouteError):
+        for execution in _unended(runner):
             runner.lifecycle.cut_short(execution, is_over=False)
-        except AsyncRouteError as error:
-            logger.error("Task %s could not be aborted at the exit. (%s)", execution.task_id, error)
-        execution.ask_to_stop(INTERRUPT_SECONDS)
-    runner.dispatcher.wait_idle(GRACE_SECONDS)
+
+
+def _settle(runner: Runner, waiting: list[str]) -> None:
+    """Write what is left to be written, the last of it that nothing runs here any more.
+
+    :param waiting: what this process would have run next. Other processes do, but for what only this one can.
+    """
+    try:
+        runner.lifecycle.unwritten.retry(math.inf)
+        for execution in _unended(runner):
+            runner.lifecycle.cut_short(execution, is_over=True)
+        for task in map(runner.store.get, waiting):
+            if task is not None and task.state is State.NOT_STARTED and task.owner == runner.lifecycle.owner:
+                runner.lifecycle.abort(task, SHUT_DOWN)
+        if runner.presence is not None and runner.lifecycle.unwritten.is_empty:
+            runner.presence.leave()
+    except AsyncRouteError as error:
+        logger.error("Not all tasks could be settled at the exit; others will find them lost. (%s)", error)
 
 
 def _at_exit() -> None:

@@ -38,6 +38,8 @@ class Execution:
         self.thread_lock = threading.Lock()
         """Held while it is checked that this task runs on a thread and that thread is interrupted, and by it to leave."""
         self.thread_id: int | None = None
+        self.is_over = False
+        """Whether its code has ended, and only its outcome is still to be stored."""
         self.is_shutting_down = False
         """Whether the process is about to exit: the outcome is then `Lifecycle.cut_short`'s."""
         self.restarts_on_loss = False
@@ -149,6 +151,7 @@ class Execution:
     def end(self) -> None:
         """Take note that the code has ended: nothing is due for it any more."""
         with self._lock:
+            self.is_over = True
             self.deadline = self.interrupt_at = self._climb = None
             self._is_dirty = False
 

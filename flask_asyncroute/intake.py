@@ -59,9 +59,10 @@ class Intake:
         self.key = StartKey(name, fingerprint)
         return self.key
 
-    def record(self) -> AsyncRouteTask:
+    def record(self, worker: str) -> AsyncRouteTask:
         """Return a new task with a new id.
 
+        :param worker: this process, whose own a task is that no other can run.
         :raises CannotStart: where the route's id generator fails.
         """
         route, current = self.route, self.current
@@ -85,6 +86,7 @@ class Intake:
             retention_us=options.retention,
             on_loss=options.on_loss,
             body_size=0 if self.body is None else self.body.size,
+            owner=worker if options.is_bound else None,
         )
 
     def grants(self) -> set[tuple[str, str]]:

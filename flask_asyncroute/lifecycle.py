@@ -111,9 +111,11 @@ class Lifecycle:
         return self._step(task.id, expect, State.ABORTED, {"error": error, "stopping": task.state is State.RUNNING})
 
     def lose(self, task: AsyncRouteTask) -> AsyncRouteTask | None:
-        """Settle a task whose worker is gone: one that ran is aborted or, as its route wants it, restarted; one that was
-        Stopping has stopped.
+        """Settle a task whose worker is gone: one that ran is aborted or, as its route wants it, restarted; one that nobody
+        else can run is aborted; one that was Stopping has stopped.
         """
+        if task.state is State.NOT_STARTED:
+            return self.abort(task, LOST)
         if task.state is not State.RUNNING:
             return self._change(
                 task.id, Expect((task.state,), task.owner, task.epoch, stopping=True), {"stopping": False}

@@ -6,6 +6,7 @@ children do not inherit it. `presence` holds one, `census` looks at those of oth
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import stat
@@ -32,7 +33,7 @@ class LockFile:
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.name = name
-        """Random, kept in the file: two hosts that have a file of this path each do not take them for one."""
+        """Random, for this file on this host: two hosts that have a file of this path each do not take them for one."""
         self.descriptor = descriptor
         self._lock = threading.Lock()
         self._held: set[int] = set()
@@ -108,6 +109,14 @@ def is_running(process: str) -> bool | None:
     return found == began and state not in "ZX"
 
 
+def _boot() -> str:
+    """Return what tells this run of the kernel from all others (Linux), else nothing."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
+
+
 def _state_of(pid: int) -> tuple[str, str]:
     """Return the state of a process, a letter, and when it began, as proc(5) has them."""
     fields = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
@@ -129,7 +138,9 @@ def _open(path: Path) -> LockFile:
                 os.pwrite(descriptor, token, 0)
         finally:
             fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, 0)
-        return LockFile(descriptor, token.decode("ascii", "replace"))
+        # A copy of the file, in the image of a container or of a machine, has the same token and is another file.
+        told = f"{token!r} {_boot()} {status.st_dev} {status.st_ino}"
+        return LockFile(descriptor, hashlib.sha256(told.encode()).hexdigest())
     except BaseException:
         os.close(descriptor)
         raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import checks
@@ -94,6 +94,11 @@ class RouteOptions:
     tags: tuple[str, ...] = ()
     request_schema: Any = None
     result_schema: Any = None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether a task belongs to the process that started it, and ends with it: nobody else can run it."""
+        return self.executor == "immediate" or isinstance(self.executor, Executor)
 
 
 def permission(label: str, value: Any) -> Permission | Callable[[], Any]:
@@ -184,4 +189,6 @@ def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -
         raise ConfigurationError(
             f"{where}: min_workers={values['min_workers']} is more than max_workers={values['max_workers']}; raise the latter."
         )
-    return RouteOptions(**values)
+    found = RouteOptions(**values)
+    # Nobody else could restart it.
+    return replace(found, on_loss="abort") if found.is_bound else found

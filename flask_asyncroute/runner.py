@@ -69,8 +69,7 @@ class Runner:
         jobs = []
         if self.store.workers is not None:
             self.presence = Presence(self.store.workers, self.lifecycle.owner, routes)
-            immediate = [endpoint for endpoint, route in routes.items() if route.options.executor == "immediate"]
-            census = Census(self.store, self.store.workers, self.lifecycle, self.presence, immediate)
+            census = Census(self.store, self.store.workers, self.lifecycle, self.presence)
             jobs = [
                 Job(LOOK_SECONDS, census.look),
                 Job(LOOK_SECONDS, self._take_over),
@@ -180,7 +179,7 @@ class Runner:
             return
         free: dict[str, int] = {}
         for route in self.routes.values():
-            if route.options.executor != "immediate":
+            if not route.options.is_bound:
                 room = self.executor_of(route).free()
                 if room:
                     free[route.endpoint] = room

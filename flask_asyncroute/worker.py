@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException
 from . import context, snapshot
 from .dispatcher import TIMED_OUT
 from .encoding import encode_result
-from .errors import AsyncRouteError, ResultError, TaskAborted
+from .errors import AsyncRouteError, ConfigurationError, ResultError, TaskAborted
 from .execution import Execution
 from .executors import interruption
 from .executors.base import TaskExecutor
@@ -55,6 +55,8 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
     try:
         runner.notifier.watch()
         try:
+            if runner.dispatcher.is_closing:
+                return  # it goes on waiting, for another process
             runner.enter()
             claim = runner.lifecycle.claim(task_id)
             if claim is None:
@@ -122,7 +124,11 @@ def execute(runner: Runner, endpoint: str, request: bytes, body: snapshot.Body |
     """
     app = runner.app
     try:
-        route = runner.routes[endpoint]
+        route = runner.routes.get(endpoint)
+        if route is None:
+            raise ConfigurationError(
+                f"The app that ASYNCROUTE_APP names ({runner.config.app}) has no async route with the endpoint {endpoint!r}."
+            )
         captured = snapshot.decode(request)
         if captured.body is not None:
             body = snapshot.Body([captured.body])

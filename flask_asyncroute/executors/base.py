@@ -76,17 +76,18 @@ class TaskExecutor(ABC):
         """Return whether a task waits or runs here."""
         return task_id in self._futures
 
-    def discard(self, task_id: str) -> None:
-        """Take a task that need not run any more out of the queue, if it has not begun."""
+    def discard(self, task_id: str) -> bool:
+        """Take a task that need not run any more out of the queue, if it has not begun; return whether it did."""
         with self._lock:
             future = self._futures.get(task_id)
-            if future is not None and future.cancel():
-                self._taken -= 1
+            if future is None or not future.cancel():
+                return False
+            self._taken -= 1
+            return True
 
-    def discard_waiting(self) -> None:
-        """Take all that has not begun out of the queue."""
-        for task_id in list(self._futures):
-            self.discard(task_id)
+    def discard_waiting(self) -> list[str]:
+        """Take all that has not begun out of the queue; return the ids."""
+        return [task_id for task_id in list(self._futures) if self.discard(task_id)]
 
     def interrupt(self, execution: Execution) -> bool:
         """Interrupt a run that was asked to stop and did not; return whether there is nothing more to try."""

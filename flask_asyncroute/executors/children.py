@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.spawn import get_executable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +26,9 @@ from ..snapshot import Body
 from . import forkserver, frames
 from .frames import FrameReader
 from .leash import Leash, put_on
+
+LOST_SECONDS = 2.0
+"""How long after its kill a child is waited for that has never said anything."""
 
 
 class Child:
@@ -50,6 +54,7 @@ class Child:
         self._limits = limits
         self._held = held
         self._is_gone = False
+        self._has_begun = False
         self.status: int | None = None
         """How it ended, as :func:`os.waitstatus_to_exitcode` gives it; None before, and where nobody learned of it."""
 
@@ -71,10 +76,15 @@ class Child:
         poll.register(self._status_end, select.POLLIN)
         is_open = has_status = True
         while is_open or has_status:
-            ready = {descriptor for descriptor, _ in poll.poll()}
+            # A fork server that hangs, since importing the app does, has not forked yet what was to be killed.
+            is_waited_for = is_open or self._has_begun
+            ready = {descriptor for descriptor, _ in poll.poll(None if is_waited_for else LOST_SECONDS * 1000)}
+            if not ready:
+                break
             if self._channel.fileno() in ready:
                 data = self._receive()
                 if data:
+                    self._has_begun = True
                     yield from reader.feed(data)
                     continue
                 is_open = False
@@ -89,8 +99,10 @@ class Child:
         self._is_gone = True
 
     def kill(self) -> None:
-        """Kill it and its process group, if it is there."""
+        """Kill it and its process group, if it is there, and hear no more of it."""
         self._leash.pull()
+        with suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
 
     def is_gone(self, seconds: float | None = 0) -> bool:
         """Wait until it is gone, at most so long (None: as long as it takes); return whether it is."""
@@ -190,13 +202,24 @@ class ForkServer:
             self._process.ask(descriptors)
 
 
+def _python() -> str:
+    """Return the interpreter; a server that embeds one, as uWSGI does, gives its own name for it."""
+    named = os.fsdecode(get_executable())
+    if not Path(named).name.startswith("python"):
+        for name in (f"python{sys.version_info.major}.{sys.version_info.minor}", "python3"):
+            found = Path(sys.prefix) / "bin" / name
+            if found.exists():
+                return str(found)
+    return named
+
+
 class _ServerProcess:
     """One run of the program `forkserver`."""
 
     def __init__(self, modules: Sequence[str]) -> None:
         self._lock = threading.Lock()
         self._is_closed = False
-        executable = os.fsdecode(get_executable())
+        executable = _python()
         with ExitStack() as theirs, ExitStack() as ours:
             self._control, control_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             theirs.callback(control_end.close)

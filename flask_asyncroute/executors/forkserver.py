@@ -79,10 +79,13 @@ def _descriptors() -> set[int]:
 
 
 def _is_shared_badly(descriptor: int) -> bool:
-    """Return whether children must not share an open file: a connection, a database; unlike a log."""
+    """Return whether children must not share an open file: a connection, a database, or whatever has a place in it where
+    one reads; unlike a log that is only appended to.
+    """
     kind = os.fstat(descriptor).st_mode
-    access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
-    return not stat.S_ISCHR(kind) and not (stat.S_ISREG(kind) and access != os.O_RDWR)
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    is_log = stat.S_ISREG(kind) and flags & os.O_ACCMODE == os.O_WRONLY and bool(flags & os.O_APPEND)
+    return not stat.S_ISCHR(kind) and not is_log
 
 
 def _begin_anew(ours: str, control: int, leash_end: int) -> None:
@@ -90,8 +93,8 @@ def _begin_anew(ours: str, control: int, leash_end: int) -> None:
     connection take each other's answers.
     """
     logger.warning(
-        "The app starts threads or opens connections when it is imported, so each child imports it for itself, which takes "
-        "longer."
+        "The app starts threads, or opens files or connections, when it is imported, so each child imports it for itself, "
+        "which takes longer."
     )
     for descriptor in (control, leash_end):
         os.set_inheritable(descriptor, True)

@@ -19,6 +19,7 @@ from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
 
+AHEAD_US = 2_000_000
 LARGE_RESULT = 64 * 1024
 """Lists leave out results over this many bytes."""
 
@@ -113,11 +114,11 @@ class Workers(ABC):
 
     @abstractmethod
     def owners(self) -> list[str]:
-        """Return the names under which tasks run, or are Stopping; whether they are listed or not."""
+        """Return the names under which tasks run, are Stopping, or wait for nobody else; whether they are listed or not."""
 
     @abstractmethod
     def held(self, name: str) -> list[str]:
-        """Return the ids of the tasks that run, or are Stopping, under this name."""
+        """Return the ids of the tasks that run, are Stopping, or wait for nobody else, under this name."""
 
     @abstractmethod
     def wanted(self) -> list[str]:
@@ -220,7 +221,9 @@ class TaskStore(ABC):
 
     @abstractmethod
     def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
-        """Return (id, endpoint) of the oldest tasks of these endpoints that are NotStarted since before ``before_us``."""
+        """Return (id, endpoint) of the oldest tasks of these endpoints that are NotStarted since before ``before_us``; also of
+        those from after :data:`AHEAD_US` later, when a clock was ahead that has been set back.
+        """
 
     @abstractmethod
     def outlived(self, now_us: int, limit: int) -> list[str]:

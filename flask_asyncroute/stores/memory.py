@@ -16,7 +16,7 @@ from ..snapshot import Body
 from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
-from .base import LARGE_RESULT, Claim, Expect, News, Readers, TaskStore
+from .base import AHEAD_US, LARGE_RESULT, Claim, Expect, News, Readers, TaskStore
 
 
 class MemoryTaskStore(TaskStore):
@@ -143,7 +143,11 @@ class MemoryTaskStore(TaskStore):
     def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
         with self._lock:
             tasks = [self._tasks[task_id] for task_id in self._waiting]
-        fit = [task for task in tasks if task.endpoint in endpoints and task.created_us < before_us]
+        fit = [
+            task
+            for task in tasks
+            if task.endpoint in endpoints and not before_us <= task.created_us <= before_us + AHEAD_US
+        ]
         fit.sort(key=lambda task: task.created_us)
         return [(task.id, task.endpoint) for task in islice(fit, limit)]
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -191,6 +192,41 @@ def test_what_waits_stays_and_is_run_by_the_next(
     eventually(lambda: all(following.task(task_id)["State"] == "Completed" for task_id in waiting), 10)
 
 
+def test_what_waits_for_an_executor_of_the_app_is_aborted(place: Place) -> None:
+    """No other process can run it."""
+    with ThreadPoolExecutor(1) as pool:
+
+        @place.app.put("/own")
+        @place.routes.task(executor=pool)
+        def own() -> None:
+            place.begun.set()
+            place.go.wait(20)
+
+        running = place.begin("/own")
+        waiting = place.start("/own")
+        drain(place.runner, 0)
+        assert {place.task(task_id)["Error"] for task_id in (running, waiting)} == {"Server shutdown"}
+        place.go.set()
+
+
+def test_a_start_that_slips_in_is_left_to_others(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was let in before the exit began, and stored after it: 202, and not begun here."""
+    place.begin("/held")
+    create = place.runner.lifecycle.create
+
+    def create_late(*given: Any) -> None:
+        drain(place.runner, 0)
+        create(*given)
+
+    monkeypatch.setattr(place.runner.lifecycle, "create", create_late)
+    task_id = place.start("/polite")
+    place.begun.clear()
+    place.go.set()
+    assert place.runner.dispatcher.wait_idle(5)
+    assert not place.begun.is_set()
+    assert place.task(task_id)["State"] == "NotStarted"
+
+
 def test_a_start_that_comes_too_late_is_refused(place: Place) -> None:
     place.begin("/held")
     place.runner.dispatcher.is_closing = True
@@ -213,7 +249,7 @@ def test_a_store_that_is_away(place: Place, monkeypatch: pytest.MonkeyPatch, cap
         began = time.monotonic()
         drain(place.runner, 0)
         assert time.monotonic() - began < 3
-        assert "could not be settled at the exit" in caplog.text
+        assert "Not all tasks could be settled at the exit" in caplog.text
         assert place.listed() == [place.runner.lifecycle.owner]
     assert place.task(task_id)["State"] == "Running"
 

@@ -99,29 +99,42 @@ def test_a_task_that_was_restarted_elsewhere_has_one_outcome(
     assert after is not None and (after.restarts, after.epoch) == (1, 2)
 
 
-def test_a_task_that_waits_for_an_executor_of_the_app_runs_elsewhere(
+def test_a_task_that_waits_for_an_executor_of_the_app_belongs_to_its_process(
     make_runner: Callable[..., Flow], eventually: Eventually, lone_thread: ThreadPoolExecutor, gate: threading.Event,
     own_pool: ThreadPoolExecutor,
 ) -> None:  # fmt: skip
-    """Each process has an Executor of its own under the route; whichever has room runs it, once."""
+    """Another process that has the route leaves it alone, takes what anybody may run, and settles it when that one is gone."""
     flow, other = make_runner(), make_runner()
     ran: list[str] = []
 
     def declare(to: Flow, executor: ThreadPoolExecutor, name: str) -> None:
-        @to.route("/work/<what>", executor=executor, endpoint="work")
-        def work(what: str) -> str:
+        @to.route("/bound/<what>", executor=executor, endpoint="bound")
+        def bound(what: str) -> None:
             if what == "long":
                 gate.wait(20)
             ran.append(f"{name} {what}")
-            return name
+
+        @to.route("/free/<what>", max_workers=1, endpoint="free")
+        def free(what: str) -> None:
+            if what == "long":
+                gate.wait(20)
+            ran.append(f"{name} {what}")
 
     declare(flow, lone_thread, "first")
     declare(other, own_pool, "other")
-    long = flow.start("/work/long")
-    short = flow.start("/work/short")
+    flow.start("/bound/long")
+    waiting = flow.start("/bound/short")
+    flow.start("/free/long")
+    free = flow.start("/free/quick")
     other.request("GET", "/task/none")
-    eventually(lambda: flow.get(short)["State"] == "Completed", 10)
-    assert flow.get(short)["Result"] == "other"
+    eventually(lambda: other.get(free)["State"] == "Completed", 10)
+    assert ran == ["other quick"]
+    assert other.get(waiting)["State"] == "NotStarted"
+    runner = runtime_of(other.app).runner
+    stored = runner.store.get(waiting["Id"])
+    assert stored is not None
+    assert runner.lifecycle.lose(stored) is not None
     gate.set()
-    assert flow.ended(long)["Result"] == "first"
-    assert sorted(ran) == ["first long", "other short"]
+    flow.still(waiting)
+    assert flow.get(waiting)["Error"] == "Worker lost"
+    assert "first short" not in ran

@@ -48,7 +48,7 @@ class Office:
         self.store = store
         self.lifecycle = Lifecycle(app, store, name)
         self.presence = Presence(store.workers, name, ["work", "slow"])
-        self.census = Census(store, store.workers, self.lifecycle, self.presence, ["quick"])
+        self.census = Census(store, store.workers, self.lifecycle, self.presence)
 
 
 @pytest.fixture
@@ -402,16 +402,20 @@ def test_route_gone_after_an_hour_that_no_worker_has_it(
     assert "removed" in caplog.text
 
 
-def test_a_task_whose_request_died_before_it_ran_is_aborted(
+def test_a_waiting_task_that_nobody_else_can_run_goes_with_its_process(
     make_office: Callable[[str], Office], store: TaskStore, make_task: NewTask, clock: Clock
 ) -> None:
-    mine = make_office("1-mine")
-    store.add(make_task("young", endpoint="quick", created_us=now_us() - 20_000_000), b"", None, ())
-    store.add(make_task("old", endpoint="quick", created_us=now_us() - 40_000_000), b"", None, ())
-    store.add(make_task("other", endpoint="work", created_us=now_us() - 40_000_000), b"", None, ())
-    mine.census.find_forsaken()
-    assert state(store, "old") == ("Aborted", "Worker lost")
-    assert state(store, "young") == state(store, "other") == ("NotStarted", None)
+    """That of an Executor of the app's own, or of a request; whatever its route says of a loss."""
+    mine, other = make_office("1-mine"), make_office("2-other")
+    other.presence.enter()
+    store.add(make_task("bound", owner="2-other", on_loss="restart"), b"", None, ())
+    store.add(make_task("free"), b"", None, ())
+    look(mine, clock, 5)
+    assert state(store, "bound") == ("NotStarted", None)
+    die(other)
+    look(mine, clock, 1)
+    assert state(store, "bound") == ("Aborted", "Worker lost")
+    assert state(store, "free") == ("NotStarted", None)
 
 
 def test_a_presence_that_is_dropped_ends_its_thread(store: TaskStore, eventually: Eventually) -> None:

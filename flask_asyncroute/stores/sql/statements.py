@@ -188,7 +188,7 @@ class Statements:
             .where(
                 tasks.c.namespace == bindparam("ns"),
                 tasks.c.state == State.NOT_STARTED.value,
-                tasks.c.created_us < bindparam("before"),
+                (tasks.c.created_us < bindparam("before")) | (tasks.c.created_us > bindparam("ahead")),
             )
             .order_by(tasks.c.created_us)
         )

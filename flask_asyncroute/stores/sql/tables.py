@@ -95,6 +95,13 @@ Index(
     sqlite_where=tasks.c.stopping == 1,
     postgresql_where=tasks.c.stopping == 1,
 )
+Index(
+    "asyncroute_task_bound",
+    tasks.c.namespace,
+    tasks.c.owner,
+    sqlite_where=(tasks.c.state == "NotStarted") & tasks.c.owner.is_not(None),
+    postgresql_where=(tasks.c.state == "NotStarted") & tasks.c.owner.is_not(None),
+)
 
 grants = Table(
     "asyncroute_grants",

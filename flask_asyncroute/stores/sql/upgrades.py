@@ -16,6 +16,8 @@ UPGRADES: dict[int, tuple[str, ...]] = {
     3: (
         "ALTER TABLE asyncroute_tasks ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0",
         "CREATE INDEX asyncroute_task_stopping ON asyncroute_tasks (namespace, owner) WHERE stopping = 1",
+        "CREATE INDEX asyncroute_task_bound ON asyncroute_tasks (namespace, owner) "
+        "WHERE state = 'NotStarted' AND owner IS NOT NULL",
         "CREATE TABLE asyncroute_workers (namespace INTEGER NOT NULL, name {text} NOT NULL, place {text} NOT NULL, "
         "number BIGINT NOT NULL, process {text} NOT NULL, beat BIGINT NOT NULL, endpoints {text} NOT NULL, "
         "PRIMARY KEY (namespace, name))",

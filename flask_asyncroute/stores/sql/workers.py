@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, literal_column, select, update
+from sqlalchemy import bindparam, delete, insert, literal_column, select, union, update
 from sqlalchemy.sql.elements import CompilerElement
 
 from ...states import State
@@ -28,8 +28,13 @@ class SQLWorkers(Workers):
         self.lock_path = database.lock_path
         is_worker = (workers.c.namespace == bindparam("ns")) & (workers.c.name == bindparam("worker"))
         runs = (tasks.c.namespace == bindparam("ns")) & (tasks.c.state == State.RUNNING.value)
-        # Written out, so that it is seen to be the condition of the index.
+        # Written out, so that these are seen to be the conditions of the indexes.
         stops = (tasks.c.namespace == bindparam("ns")) & (tasks.c.stopping == literal_column("1"))
+        bound = (
+            (tasks.c.namespace == bindparam("ns"))
+            & (tasks.c.state == literal_column("'NotStarted'"))
+            & tasks.c.owner.is_not(None)
+        )
         waits = (tasks.c.namespace == bindparam("ns")) & (tasks.c.state == State.NOT_STARTED.value)
         is_held = tasks.c.owner == bindparam("worker")
         self._drop = self._compiled(delete(workers).where(is_worker))
@@ -42,10 +47,8 @@ class SQLWorkers(Workers):
         self._beat = self._compiled(update(workers).where(is_worker).values(beat=workers.c.beat + 1))
         listed = [workers.c[name] for name in ("name", "place", "number", "process", "endpoints", "beat")]
         self._listed = self._compiled(select(*listed).where(workers.c.namespace == bindparam("ns")))
-        self._owners = self._compiled(select(tasks.c.owner).where(runs).union(select(tasks.c.owner).where(stops)))
-        self._held = self._compiled(
-            select(tasks.c.id).where(runs, is_held).union(select(tasks.c.id).where(stops, is_held))
-        )
+        self._owners = self._compiled(union(*(select(tasks.c.owner).where(part) for part in (runs, stops, bound))))
+        self._held = self._compiled(union(*(select(tasks.c.id).where(part, is_held) for part in (runs, stops, bound))))
         self._wanted = self._compiled(select(tasks.c.endpoint).where(waits).distinct())
 
     def enter(self, worker: Worker) -> None:
