@@ -80,11 +80,11 @@ def _descriptors() -> set[int]:
 
 def _is_shared_badly(descriptor: int) -> bool:
     """Return whether children must not share an open file: a connection, a database, or whatever has a place in it where
-    one reads; unlike a log that is only appended to.
+    one reads; unlike a log that is only written.
     """
     kind = os.fstat(descriptor).st_mode
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    is_log = stat.S_ISREG(kind) and flags & os.O_ACCMODE == os.O_WRONLY and bool(flags & os.O_APPEND)
+    access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    is_log = stat.S_ISREG(kind) and access == os.O_WRONLY
     return not stat.S_ISCHR(kind) and not is_log
 
 

@@ -17,6 +17,7 @@ from tests.conftest import engine_of, new_postgresql_database
 OLDER = (
     "ALTER TABLE asyncroute_namespaces RENAME COLUMN change TO removed_change",
     "DROP INDEX asyncroute_task_stopping",
+    "DROP INDEX asyncroute_task_bound",
     "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
     "DROP TABLE asyncroute_workers",
 )

@@ -28,7 +28,7 @@ AsyncRoute(app)
 app.config["ASYNCROUTE_STORE"] = "memory://"
 """
 VALUES: tuple[dict[str, Any], list[str]] = ({"ASYNCROUTE_STORE": "memory://"}, [])
-ANEW = "threads or opens connections when it is imported"
+ANEW = "or opens files or connections, when it is imported"
 
 
 @pytest.fixture
@@ -123,6 +123,7 @@ def test_a_child_is_killed_before_it_is_there(serve: Callable[..., ForkServer]) 
         ("held = socket.socket()", True),
         ("held = sqlite3.connect('x.db'); held.execute('CREATE TABLE IF NOT EXISTS t (a)'); held.commit()", True),
         ("held = os.pipe()", True),
+        ("open('data', 'w').close(); held = open('data', 'rb')", True),
     ],
 )
 def test_what_children_cannot_share_is_not_handed_on(

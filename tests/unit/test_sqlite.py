@@ -217,6 +217,7 @@ def test_f43_tables_of_an_older_version_are_upgraded(
         1,
         "ALTER TABLE asyncroute_namespaces RENAME COLUMN change TO removed_change",
         "DROP INDEX asyncroute_task_stopping",
+        "DROP INDEX asyncroute_task_bound",
         "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
         "DROP TABLE asyncroute_workers",
         "DROP TABLE asyncroute_keys",
