@@ -215,7 +215,7 @@ def create_app(**config: Any) -> Flask:
     @route("/stays", max_workers=1)
     def stays() -> Any:
         threading.Thread(target=time.sleep, args=(60,)).start()
-        return "returned"
+        return os.getpid()
 
     @route("/async")
     async def coroutine() -> Any:

@@ -83,10 +83,12 @@ def test_tasks_in_children_under_each_server(server: Server, tmp_path: Path, eve
     assert task["Result"]["main"] is None
 
     # While children run the worker answers, and several run at once.
-    both = [start(port, "/sleep/2.0") for _ in range(2)]
+    both = [start(port, "/sleep/60.0") for _ in range(2)]
     eventually(lambda: all(get(port, task).get("Progress") for task in both))
     assert [get(port, task)["State"] for task in both] == ["Running", "Running"]
-    assert [ended(port, task, eventually)["State"] for task in both] == ["Completed", "Completed"]
+    for task in both:
+        send(port, "DELETE", f"/task/{task['Id']}")
+    assert [ended(port, task, eventually)["State"] for task in both] == ["Aborted", "Aborted"]
 
     task = start(port, "/spin")
     eventually(lambda: get(port, task).get("Progress"))
