@@ -97,8 +97,7 @@ class Dispatcher:
         :param arguments: what the view was called with, the route's own ``arguments`` not among them.
         :raises RequestRefused: with the status of the answer.
         """
-        if self.is_closing:
-            raise ShuttingDown("This server process is shutting down; nothing was started. Try again.", retry_after=1)
+        self._refuse_late()
         executor = self._executor_of(route)
         if self._asks_the_app(route):
             guard(current, self._config.max_body)
@@ -196,6 +195,10 @@ class Dispatcher:
             return 0 < execution.epoch <= task.epoch
         return task.owner != self._lifecycle.owner and task.epoch > execution.epoch
 
+    def _refuse_late(self) -> None:
+        if self.is_closing:
+            raise ShuttingDown("This server process is shutting down; nothing was started. Try again.", retry_after=1)
+
     def _asks_the_app(self, route: Route) -> bool:
         """Return whether functions of the app are asked before the body is kept. They may read it."""
         return (
@@ -250,6 +253,7 @@ class Dispatcher:
         :raises KeyTaken: where another request with the same key was first.
         """
         route = intake.route
+        self._refuse_late()  # taking in the request may have lasted
         try:
             executor.reserve()
             try:

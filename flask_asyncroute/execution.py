@@ -131,10 +131,14 @@ class Execution:
             if climb is None or self.stop.is_set():
                 return None
             due = climb.due_after(now)
+            was_dirty = self._is_dirty
             self._take(climb.value_at(now), None)
             if due is None:
                 self._climb = None
-            return due
+            has_news = self._is_dirty and not was_dirty
+        if has_news:
+            self._wake()
+        return due
 
     def take_report(self) -> tuple[float | None, str | None] | None:
         """Return progress and message if they changed since the last call, else None."""

@@ -1,7 +1,7 @@
-"""One thread per process that finds what is due: time that is up, interruptions, progress to write, tasks whose retention
-is over, and what else `runner` has done from time to time.
+"""One thread per process for all that is to be done in the store: progress to write, outcomes that it could not take yet,
+tasks whose retention is over, and what else `runner` has done from time to time.
 
-It calls the dispatcher, the lifecycle and the executors; it decides nothing itself.
+It may have to wait for the store; what is due by the clock is `timekeeping`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import logging
 import math
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,9 +19,8 @@ from . import signals
 from .dispatcher import Dispatcher
 from .errors import StoreUnavailable
 from .execution import Execution
-from .executors.base import TaskExecutor
-from .finalizers import when_gone
 from .lifecycle import Lifecycle
+from .loop import Loop
 from .stores.base import TaskStore
 from .task import now_us
 
@@ -33,16 +31,12 @@ logger = logging.getLogger("flask_asyncroute")
 
 REPORT_SECONDS = 0.1
 """Progress of one task is written at most this often."""
-RETRY_SECONDS = 0.01
-"""Between two looks whether a thread can be interrupted."""
 LONGEST_SLEEP = 30.0
 STORE_RETRY_SECONDS = 1.0
-LONG_SECONDS = 0.05
-"""What takes longer than this may have had others wait."""
 PAGE = 500
 
 
-class Housekeeper:
+class Housekeeper(Loop):
     """Runs what is due, on one daemon thread that starts with the first :meth:`start`.
 
     :param interval: seconds between two sweeps.
@@ -58,43 +52,15 @@ class Housekeeper:
         interval: float,
         jobs: Sequence[Job] = (),
     ) -> None:
+        super().__init__("asyncroute-housekeeper")
         self._app = app
         self._store = store
         self._lifecycle = lifecycle
         self._dispatcher = dispatcher
-        self._wake = threading.Event()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._is_closed = False
         self._report_after = 0.0
         """When the store is to be tried again with progress; there is no hurry with it."""
         self._calls: deque[Callable[[], None]] = deque()
         self._jobs = [Job(interval, self._sweep), *jobs]
-
-    def start(self) -> None:
-        """Start the thread, if it does not run yet."""
-        if self._thread is None:
-            with self._lock:
-                if self._thread is None and not self._is_closed:
-                    when_gone(self, self._wake.set)
-                    arguments = (weakref.ref(self), self._wake)
-                    self._thread = threading.Thread(
-                        target=_keep, args=arguments, name="asyncroute-housekeeper", daemon=True
-                    )
-                    self._thread.start()
-
-    def wake(self) -> None:
-        """Look at once for what is due: something has changed."""
-        self._wake.set()
-
-    def close(self) -> None:
-        """End the thread and wait for it."""
-        with self._lock:
-            self._is_closed = True
-            thread = self._thread
-        self._wake.set()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(5)
 
     def call(self, work: Callable[[], None]) -> threading.Event:
         """Have the thread do this once, as soon as it can; return what is set when it has.
@@ -109,56 +75,22 @@ class Housekeeper:
             finally:
                 done.set()
 
-        if self._thread is None:
-            do()
-        else:
+        if self.is_running:
             self._calls.append(do)
-            self._wake.set()
+            self.wake()
+        else:
+            do()
         return done
 
     def _step(self) -> float:
-        """Do what is due; return in how many seconds to look again.
-
-        What is due by the clock comes first, and again after everything that may wait for the store.
-        """
-        due = self._attend_all()
+        """Do what is due; return in how many seconds to look again."""
         works: list[Callable[[], float]] = []
         works += [partial(self._report, execution) for execution, _ in list(self._dispatcher.running.values())]
         works += [partial(self._do, self._calls.popleft()) for _ in range(len(self._calls))]
         works.append(lambda: self._lifecycle.unwritten.retry(time.monotonic()))
         works += [job.do for job in self._jobs]
-        for work in works:
-            began = time.monotonic()
-            due = min(due, work())
-            if time.monotonic() - began > LONG_SECONDS:
-                due = min(due, self._attend_all())
+        due = min([time.monotonic() + LONGEST_SLEEP, *(work() for work in works)])
         return max(due - time.monotonic(), 0.0)
-
-    def _attend_all(self) -> float:
-        """Do what is due by the clock for all that runs here; return when to look again. Never waits for the store."""
-        due = time.monotonic() + LONGEST_SLEEP
-        for execution, executor in list(self._dispatcher.running.values()):
-            try:
-                due = min(due, self._attend(execution, executor, time.monotonic()))
-            except Exception:
-                logger.exception("Task %s could not be attended to; it is tried again.", execution.task_id)
-                due = min(due, time.monotonic() + 1.0)
-        return due
-
-    def _attend(self, execution: Execution, executor: TaskExecutor, now: float) -> float:
-        """Do what is due for one run; return when to look at it again."""
-        due = now + LONGEST_SLEEP
-        if execution.interrupt_at is not None:
-            if execution.interrupt_at <= now:
-                execution.interrupt_at = None if executor.interrupt(execution) else now + RETRY_SECONDS
-            due = min(due, execution.interrupt_at or due)
-        if execution.deadline is not None and not execution.is_expired and not execution.stop.is_set():
-            if execution.deadline <= now:
-                self._dispatcher.expire(execution)
-                return now
-            due = min(due, execution.deadline)
-        step = execution.climb(now)
-        return due if step is None else min(due, step)
 
     def _report(self, execution: Execution) -> float:
         """Write the progress of one run, if there is any and it is time to; return when to look again."""
@@ -216,16 +148,3 @@ class Job:
                 logger.exception("Housekeeping (%s) failed; it is tried again.", self.work.__name__)
             self.due = time.monotonic() + self.seconds
         return self.due
-
-
-def _keep(reference: weakref.ref[Housekeeper], wake: threading.Event) -> None:
-    """Run the thread. It holds its housekeeper weakly, so that an app that is dropped ends it."""
-    while True:
-        # Before the look whether it is closed: what is set from here on is not taken back.
-        wake.clear()
-        keeper = reference()
-        if keeper is None or keeper._is_closed:
-            return
-        seconds = keeper._step()
-        del keeper
-        wake.wait(seconds)

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import msgspec
 from flask import Request
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+from werkzeug.http import parse_options_header
 from werkzeug.sansio.utils import get_host
 
 from . import start_key
@@ -52,8 +53,10 @@ class Intake:
         :param name: see :func:`start_key.key_name`.
         """
         pieces = self.body.pieces() if self.body is not None else (self.captured.body or b"",)
-        was, is_now = self.current.environ.get("CONTENT_TYPE"), self.captured.environ.get("CONTENT_TYPE", "")
-        boundary = is_now.partition("boundary=")[2].encode("ascii") if is_now != was else None
+        kind = self.captured.environ.get("CONTENT_TYPE", "")
+        # Clients make a new one for each request, and so do we where a form was read before.
+        found = parse_options_header(kind)[1].get("boundary", "") if kind.startswith("multipart/") else ""
+        boundary = found.encode("ascii", "replace")
         fingerprint = start_key.fingerprint(self.current, _url(self.current), pieces, boundary or None, secret)
         self.captured.environ.pop(start_key.HEADER, None)
         self.key = StartKey(name, fingerprint)

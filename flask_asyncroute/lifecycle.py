@@ -66,8 +66,9 @@ class Lifecycle:
         try:
             self._store.add(task, request, body, grants, key, quota)
         except CommitUnknown:
-            # Its client is told that nothing was started, so nothing may.
-            self.unwritten.keep(task.id, lambda: self._uncreate(task))
+            # Its client is told that nothing was started, so nothing may. With a key the next try finds what there is.
+            if key is None:
+                self.unwritten.keep(task.id, lambda: self._uncreate(task))
             raise
         self._tell(signals.task_created, task)
 

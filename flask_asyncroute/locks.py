@@ -76,10 +76,24 @@ def lock_file(path: Path) -> LockFile | None:
     if sys.platform == "win32":
         return None  # workers there know each other by their beats alone
     with _files_lock:
-        found = _files.get(path)
+        found = _files.get(path) or _opened_elsewhere(path)
         if found is None:
-            found = _files[path] = _open(path)
+            found = _open(path)
+        _files[path] = found
         return found
+
+
+def _opened_elsewhere(path: Path) -> LockFile | None:
+    """Return the same file where it was opened by another path. Opening it once more would be the end of its locks."""
+    try:
+        wanted = path.stat()
+    except FileNotFoundError:
+        return None
+    for known in _files.values():
+        status = os.fstat(known.descriptor)
+        if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):
+            return known
+    return None
 
 
 def this_process() -> str:
@@ -149,8 +163,8 @@ def _open(path: Path) -> LockFile:
 def _after_fork() -> None:
     global _files_lock
     _files_lock = threading.Lock()
-    for found in _files.values():
-        os.close(found.descriptor)
+    for descriptor in {found.descriptor for found in _files.values()}:
+        os.close(descriptor)
     _files.clear()
 
 

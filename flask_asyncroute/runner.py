@@ -31,6 +31,7 @@ from .store_url import modules_of
 from .stores.base import Readers
 from .stores.opening import make_store
 from .task import now_us
+from .timekeeping import Timekeeper
 from .typing import IdentityLoader
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Runner:
         self.housekeeper = Housekeeper(
             app, self.store, self.lifecycle, self.dispatcher, config.housekeeping_interval, jobs
         )
+        self.timekeeper = Timekeeper(self.dispatcher)
         self.lifecycle.unwritten.wake = self.housekeeper.wake
         self._lock = threading.Lock()
         self._has_told = False
@@ -110,10 +112,17 @@ class Runner:
         """
         if self.presence is not None:
             self.presence.enter()
+        self.timekeeper.start()
         self.housekeeper.start()
+
+    def wake(self) -> None:
+        """Have all that is due for the runs of this process looked at."""
+        self.timekeeper.wake()
+        self.housekeeper.wake()
 
     def close(self) -> None:
         """End the threads and close the store; tasks that run go on until they end."""
+        self.timekeeper.close()
         self.housekeeper.close()
         self.lifecycle.unwritten.retry(math.inf)
         self.notifier.close()

@@ -49,7 +49,7 @@ def run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
 
 
 def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
-    execution = Execution(task_id, executor.interrupt_after, runner.housekeeper.wake)
+    execution = Execution(task_id, executor.interrupt_after, runner.wake)
     runner.dispatcher.begin(execution, executor)
     is_settled = False
     try:
@@ -64,7 +64,7 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
             task = claim.task
             seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000
             execution.begin(task.user, task.epoch, seconds, task.on_loss == "restart")
-            runner.housekeeper.wake()
+            runner.wake()
             pid = os.getpid()
             try:
                 outcome = _carry_out(runner, executor, claim, execution)
@@ -82,8 +82,8 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
                 # Whatever the view made of being stopped, it is the shutdown that ended it.
                 write = partial(runner.lifecycle.cut_short, execution, is_over=True)
             # It counts as running here until its outcome is stored, whenever that is.
-            is_settled = True
             runner.lifecycle.unwritten.write(task_id, write, partial(runner.dispatcher.end, execution))
+            is_settled = True
         finally:
             runner.notifier.unwatch()
     finally:

@@ -21,7 +21,7 @@ PACKAGE = "flask_asyncroute"
 MAX_LINES = 320
 
 ROOMS = """
-    errors finalizers locks names signals typing
+    errors finalizers locks loop names signals typing
     states permissions expressions encoding
     checks
     options
@@ -36,7 +36,7 @@ ROOMS = """
     executors
     callbacks
     dispatcher
-    census housekeeping
+    census housekeeping timekeeping
     drain
     runner
     runtime

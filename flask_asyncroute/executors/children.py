@@ -203,14 +203,13 @@ class ForkServer:
 
 
 def _python() -> str:
-    """Return the interpreter; a server that embeds one, as uWSGI does, gives its own name for it."""
+    """Return the interpreter of the environment that this process uses.
+
+    A server that embeds Python, as uWSGI does, gives its own name for it, or that outside the virtual environment.
+    """
     named = os.fsdecode(get_executable())
-    if not Path(named).name.startswith("python"):
-        for name in (f"python{sys.version_info.major}.{sys.version_info.minor}", "python3"):
-            found = Path(sys.prefix) / "bin" / name
-            if found.exists():
-                return str(found)
-    return named
+    found = Path(sys.prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return str(found) if found.exists() and Path(named).parent != found.parent else named
 
 
 class _ServerProcess:

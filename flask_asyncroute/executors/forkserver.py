@@ -33,6 +33,8 @@ PROGRAM = (
 )
 """Run by ``python -c``, so that there is no ``__main__`` module that anybody could import again."""
 
+HANDED_OVER = 3
+"""Descriptors that come with each request for a child."""
 STATUS = struct.Struct("!i")
 CHILD = "flask_asyncroute.child"
 NO_APP = "-"
@@ -132,9 +134,14 @@ class _Server:
                 os.read(woken, 4096)
                 self._reap()
             if self._control.fileno() in ready:
-                data, descriptors, _, _ = _recv_fds(self._control, 1, 3)
-                if data:
+                data, descriptors, _, _ = _recv_fds(self._control, 1, HANDED_OVER)
+                if data and len(descriptors) == HANDED_OVER:
                     self._start(descriptors)
+                elif data:
+                    # This process has no more of them. Who asked learns from the closed ends that there is no child.
+                    logger.error("A child process could not be started: no more descriptors.")
+                    for descriptor in descriptors:
+                        os.close(descriptor)
                 else:
                     is_open = False
                     poll.unregister(self._control)

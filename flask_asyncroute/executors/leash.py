@@ -63,7 +63,8 @@ def _let_go() -> None:
     """A forked copy of the process holds no leashes: the children are the parent's, and go with it."""
     for leash in list(_held):
         if leash._is_open:
-            os.close(leash._end)
+            with suppress(OSError):
+                os.close(leash._end)
         leash._is_open = False
         leash._lock = threading.Lock()
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 
+PATIENCE = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+"""Of libpq: seconds to connect, milliseconds until what was sent must be acknowledged."""
+
+
 def make_store(setting: StoreSetting, folder: str, namespace: str, create_tables: bool) -> TaskStore:
     """Return the store that a checked setting names, not opened yet.
 
@@ -42,7 +46,10 @@ def make_store(setting: StoreSetting, folder: str, namespace: str, create_tables
 
     from .sql.engine import EngineDatabase
 
-    return SQLTaskStore(EngineDatabase(create_engine(url), is_owned=True), namespace, create_tables)
+    # A server that has gone silent must not be waited for without end.
+    patience = {name: value for name, value in PATIENCE.items() if name not in url.query}
+    engine = create_engine(url, connect_args=patience)
+    return SQLTaskStore(EngineDatabase(engine, is_owned=True), namespace, create_tables)
 
 
 def _engine(setting: Engine | Callable[[], Engine]) -> Engine:

@@ -20,6 +20,7 @@ OLDER = (
     "DROP INDEX asyncroute_task_bound",
     "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
     "DROP TABLE asyncroute_workers",
+    "DROP TABLE asyncroute_keys",
 )
 
 

@@ -99,6 +99,38 @@ def test_a_task_that_was_restarted_elsewhere_has_one_outcome(
     assert after is not None and (after.restarts, after.epoch) == (1, 2)
 
 
+def test_a_timeout_holds_while_the_store_is_silent(
+    make_runner: Callable[..., Flow], monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    """The thread that waits for the store is not the one that looks at the clock."""
+    flow = make_runner()
+    told = threading.Event()
+
+    @flow.route(timeout=0.3, interrupt_after=0)
+    def work() -> None:
+        try:
+            while not gate.is_set():
+                sum(range(100))
+        except TaskAborted:
+            told.set()
+            raise
+
+    flow.request("GET", "/task/none")
+    runner = runtime_of(flow.app).runner
+    stuck = threading.Event()
+
+    def wait() -> None:
+        stuck.set()
+        gate.wait(20)
+
+    runner.housekeeper.call(wait)
+    assert stuck.wait(5)
+    task = flow.start()
+    assert told.wait(5)
+    gate.set()
+    assert flow.still(task)["Error"] == "Timeout"
+
+
 def test_a_task_that_waits_for_an_executor_of_the_app_belongs_to_its_process(
     make_runner: Callable[..., Flow], eventually: Eventually, lone_thread: ThreadPoolExecutor, gate: threading.Event,
     own_pool: ThreadPoolExecutor,

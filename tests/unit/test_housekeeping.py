@@ -24,10 +24,11 @@ from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import Expect, TaskStore
 from flask_asyncroute.stores.memory import MemoryTaskStore
 from flask_asyncroute.task import AsyncRouteTask, now_us
+from flask_asyncroute.timekeeping import RETRY_SECONDS, Timekeeper
 
 NewTask = Callable[..., AsyncRouteTask]
 Eventually = Callable[..., Any]
-MakeKeeper = Callable[..., Housekeeper]
+MakeKeeper = Callable[..., Any]
 HOUR = 3_600_000_000
 
 
@@ -86,6 +87,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr("flask_asyncroute.timekeeping.time", made)
     monkeypatch.setattr("flask_asyncroute.execution.time", made)
     return made
 
@@ -100,15 +102,42 @@ def dispatcher() -> FakeDispatcher:
     return FakeDispatcher()
 
 
+class Keepers:
+    """The timekeeper and the housekeeper of one process, which take turns here as their threads would."""
+
+    def __init__(self, housekeeper: Housekeeper, timekeeper: Timekeeper) -> None:
+        self.housekeeper = housekeeper
+        self.timekeeper = timekeeper
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.housekeeper, name)
+
+    def _step(self) -> float:
+        return min(self.timekeeper._step(), self.housekeeper._step())
+
+    def start(self) -> None:
+        self.timekeeper.start()
+        self.housekeeper.start()
+
+    def wake(self) -> None:
+        self.timekeeper.wake()
+        self.housekeeper.wake()
+
+    def close(self) -> None:
+        self.timekeeper.close()
+        self.housekeeper.close()
+
+
 @pytest.fixture
 def make_keeper(app: Flask, dispatcher: FakeDispatcher) -> Iterator[MakeKeeper]:
     """Give ``make_keeper(store=…, interval=30, jobs=…)``; closed at the end."""
-    made: list[Housekeeper] = []
+    made: list[Keepers] = []
 
-    def make(store: TaskStore | None = None, interval: float = 30.0, jobs: Sequence[Job] = ()) -> Housekeeper:
+    def make(store: TaskStore | None = None, interval: float = 30.0, jobs: Sequence[Job] = ()) -> Keepers:
         store = store or MemoryTaskStore()
         lifecycle = Lifecycle(app, store, "owner")
-        made.append(Housekeeper(app, store, lifecycle, dispatcher, interval, jobs))  # type: ignore[arg-type]
+        housekeeper = Housekeeper(app, store, lifecycle, dispatcher, interval, jobs)  # type: ignore[arg-type]
+        made.append(Keepers(housekeeper, Timekeeper(dispatcher)))  # type: ignore[arg-type]
         made[-1].lifecycle = lifecycle  # type: ignore[attr-defined]
         return made[-1]
 
@@ -205,7 +234,7 @@ def test_a_run_is_interrupted_some_time_after_it_was_asked(
         waits.append(keeper._step())
         clock.now += waits[-1]
     assert executor.interrupted == ["task"] * 3
-    assert waits[:2] == [pytest.approx(module.RETRY_SECONDS)] * 2, "until it is safe"
+    assert waits[:2] == [pytest.approx(RETRY_SECONDS)] * 2, "until it is safe"
     clock.now += 60
     keeper._step()
     assert executor.interrupted == ["task"] * 3
