@@ -139,7 +139,7 @@ class _Server:
                     self._start(descriptors)
                 elif data:
                     # This process has no more of them. Who asked learns from the closed ends that there is no child.
-                    logger.error("A child process could not be started: no more descriptors.")
+                    logger.error("A child process could not be started: %s", "this process has no more descriptors")
                     for descriptor in descriptors:
                         os.close(descriptor)
                 else:

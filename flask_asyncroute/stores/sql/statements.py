@@ -15,7 +15,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import ColumnElement, CompilerElement
 
 from ...states import State
-from ..base import Expect
+from ..base import AHEAD_US, Expect
 from .tables import RECORD, bodies, grants, namespaces, shared_values, tasks
 
 
@@ -188,7 +188,7 @@ class Statements:
             .where(
                 tasks.c.namespace == bindparam("ns"),
                 tasks.c.state == State.NOT_STARTED.value,
-                (tasks.c.created_us < bindparam("before")) | (tasks.c.created_us > bindparam("ahead")),
+                (tasks.c.created_us < bindparam("before")) | (tasks.c.created_us - AHEAD_US > bindparam("before")),
             )
             .order_by(tasks.c.created_us)
         )

@@ -12,7 +12,7 @@ from ...query import Condition, Position, Sort
 from ...snapshot import Body
 from ...start_key import StartKey
 from ...task import AsyncRouteTask
-from ..base import AHEAD_US, Claim, Expect, News, Readers, TaskStore
+from ..base import Claim, Expect, News, Readers, TaskStore
 from . import queries
 from .database import Cursor, Database, Duplicate, Rows
 from .namespace import Namespace
@@ -213,9 +213,7 @@ class SQLTaskStore(TaskStore):
     def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
         self.open()
         statement = self._sql.waiting
-        rows = self._database.fetch_all(
-            statement.sql, statement.values(ns=self._ns, before=before_us, ahead=before_us + AHEAD_US)
-        )
+        rows = self._database.fetch_all(statement.sql, statement.values(ns=self._ns, before=before_us))
         return list(islice(((row[0], row[1]) for row in rows if row[1] in endpoints), limit))
 
     def outlived(self, now_us: int, limit: int) -> list[str]:
