@@ -175,7 +175,10 @@ class _Server:
             for descriptors in self._children.values():
                 for descriptor in descriptors:
                     os.close(descriptor)
-            import_module(CHILD).main(socket.socket(fileno=task))
+            channel = socket.socket(fileno=task)
+            # A parent under gevent has made it otherwise, for both ends.
+            channel.setblocking(True)
+            import_module(CHILD).main(channel)
             # What the interpreter does at its end, but for taking everything apart, which costs more than many a task.
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,24 @@ def test_a_child_without_a_job_ends_with_its_parents_interest(serve: Callable[..
     child._channel.close()
     assert child.is_gone(5)
     assert child.status == 0
+    child.drop()
+
+
+def test_a_socket_that_does_not_block_is_made_to(
+    serve: Callable[..., ForkServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under gevent none does, and a child that was quicker than its parent found nothing to read, and left."""
+    pair = socket.socketpair
+
+    def pair_of_gevent(*given: Any) -> tuple[socket.socket, socket.socket]:
+        ours, theirs = pair(*given)
+        theirs.setblocking(False)
+        return ours, theirs
+
+    monkeypatch.setattr(socket, "socketpair", pair_of_gevent)
+    child = serve().start()
+    ready(child)
+    assert not child.is_gone(0.3)
     child.drop()
 
 
