@@ -78,8 +78,8 @@ def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
                 outcome = Outcome(State.ABORTED, {"error": TIMED_OUT})
             values = {"completed_us": now_us(), **outcome.values}
             write: Callable[[], object] = partial(runner.lifecycle.finish, execution, outcome.state, values)
-            if execution.is_shutting_down and outcome.state is State.FAILED:
-                # Whatever the view made of being stopped, it is the shutdown that ended it.
+            if execution.is_shutting_down and not execution.is_expired:
+                # Whatever the view made of being asked to stop, a part of a result included: it is the shutdown that ended it.
                 write = partial(runner.lifecycle.cut_short, execution, is_over=True)
             # It counts as running here until its outcome is stored, whenever that is.
             runner.lifecycle.unwritten.write(task_id, write, partial(runner.dispatcher.end, execution))

@@ -141,6 +141,21 @@ def test_what_does_not_end_is_aborted(place: Place) -> None:
     assert place.told == [task_id]
 
 
+def test_a_view_that_returns_when_asked_has_not_completed(place: Place) -> None:
+    @place.app.put("/partly")
+    @place.routes.task()
+    def partly() -> str:
+        place.begun.set()
+        current_task.sleep(20)
+        return "half of it"
+
+    task_id = place.begin("/partly")
+    drain(place.runner, 0)
+    found = place.task(task_id)
+    assert (found["State"], found["Error"]) == ("Aborted", "Server shutdown")
+    assert "Result" not in found
+
+
 def test_what_does_not_hear_is_left_to_the_exit(place: Place, eventually: Eventually) -> None:
     """The code ends with the process, a moment after the drain: nothing is said to be stopping for ever."""
     task_id = place.begin("/held")
