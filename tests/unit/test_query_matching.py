@@ -148,10 +148,10 @@ def test_a31_regex_characters_are_literal(pattern: str) -> None:
 
 def test_a31_nothing_blows_up() -> None:
     task = record(error="a" * 2000)
-    start = time.perf_counter()
+    start = time.thread_time()
     for pattern in ("a*" * 8 + "b", "a?" * 8 + "b", "a" * 100 + "*" + "a" * 100 + "?" * 6 + "b", "*?" * 4 + "b"):
         assert not found(task, "Error", "LIKE", pattern)
-    assert time.perf_counter() - start < 0.1
+    assert time.thread_time() - start < 0.1
 
 
 def test_like_on_state_and_method() -> None:

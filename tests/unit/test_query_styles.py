@@ -361,9 +361,9 @@ def test_culprits_are_cut_and_harmless() -> None:
 
 
 def timed(query_string: str) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     refused(query_string)
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def test_a35_brackets_without_end() -> None:
