@@ -86,7 +86,8 @@ def _rows(key: int, count: int, chance: random.Random) -> Iterator[tuple[dict[st
             "progress_message": None, "result_json": b'{"InnerValue":"Hello"}' if state == "Completed" else None,
             "error": "ValueError: no" if state == "Failed" else None, "error_status": None, "stopping": 0,
             "permission_json": permission, "timeout_us": None, "retention_us": 100 * YEAR_US, "on_loss": "abort",
-            "body_size": 0, "owner": None if state == "NotStarted" else "1-somewhere", "epoch": int(state != "NotStarted"),
+            "body_size": 0, "owner": None if state == "NotStarted" else "1-somewhere",
+            "restarts": 0, "epoch": int(state != "NotStarted"),
             "revision": 3 if is_over else 2, "change": number + 1,
             "outlived_us": created + 100 * YEAR_US if is_over else None, "request": None,
         }  # fmt: skip

@@ -44,6 +44,11 @@ def at_exit(runner: Runner) -> None:
     _runners.add(runner)
 
 
+def forget(runner: Runner) -> None:
+    """Leave ``runner`` alone when this process exits: it was closed."""
+    _runners.discard(runner)
+
+
 def drain(runner: Runner, seconds: float) -> None:
     """Start nothing more, let what runs go on for ``seconds``, then settle the rest: Aborted or, as its route wants it,
     waiting again. Tasks that wait stay as they are, for other processes.

@@ -28,8 +28,8 @@ class Loop(ABC):
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread was started."""
-        return self._thread is not None
+        """Whether the thread is there and goes on."""
+        return self._thread is not None and not self._is_closed
 
     def start(self) -> None:
         """Start the thread, if it does not run yet."""

@@ -122,6 +122,7 @@ class Runner:
 
     def close(self) -> None:
         """End the threads and close the store; tasks that run go on until they end."""
+        drain.forget(self)
         self.timekeeper.close()
         self.housekeeper.close()
         self.lifecycle.unwritten.retry(math.inf)
