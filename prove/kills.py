@@ -17,6 +17,7 @@ COUNT = 100
 PATIENCE = 30.0
 KINDS = ("sleep", "loop", "family")
 START_SECONDS, SPARE_SECONDS = 0.060, 0.010
+SHORT_ALLOWANCE = 2.0
 OWN_STOP_SECONDS, ANY_STOP_SECONDS = 0.050, 0.5
 OVERSHOOT_SECONDS = 0.2
 PAUSE = 0.15
@@ -42,8 +43,10 @@ def prove(share: float) -> str:
                     connection.__exit__(None, None, None)
             check("Traceback" not in server.output(), server.output())
     # What depends on who else computes is judged by its faster half, the rest by the slowest.
-    check(_usual(starts) <= START_SECONDS, f"starts took {_ms(starts)}")
-    check(_usual(spares) <= SPARE_SECONDS, f"starts from a spare took {_ms(spares)}")
+    # Of a handful of starts not even a quarter need have had the processor to themselves.
+    allowance = 1.0 if share == 1.0 else SHORT_ALLOWANCE
+    check(_usual(starts) <= START_SECONDS * allowance, f"starts took {_ms(starts)}")
+    check(_usual(spares) <= SPARE_SECONDS * allowance, f"starts from a spare took {_ms(spares)}")
     check(_usual(own) <= OWN_STOP_SECONDS, f"stops by the own worker took {_ms(own)}")
     check(max(own + others) <= ANY_STOP_SECONDS, f"stops took {_ms(own)} and {_ms(others)}")
     check(max(overshoots) <= OVERSHOOT_SECONDS, f"timeouts were overshot by {_ms(overshoots)}")
