@@ -28,7 +28,13 @@ from . import leash
 logger = logging.getLogger("flask_asyncroute")
 
 PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[4:]; "
+    # As `leash.put_on` does it, and before anything is imported that takes time: the parent does so too, but may be killed
+    # while it is still starting this process.
+    "import fcntl, os, select, signal, sys; end = int(sys.argv[3]); "
+    "fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL); fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid()); "
+    "fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC); "
+    "select.select([end], [], [], 0)[0] and os.kill(os.getpid(), signal.SIGKILL); "
+    "sys.path[:] = sys.argv[4:]; "
     "from flask_asyncroute.executors.forkserver import main; main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 )
 """Run by ``python -c``, so that there is no ``__main__`` module that anybody could import again."""
