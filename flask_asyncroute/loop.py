@@ -1,4 +1,5 @@
-"""A thread that does what is due and sleeps until something is: what `timekeeping` and `housekeeping` have in common."""
+"""A thread that does what is due and sleeps until something is: what `timekeeping`, `housekeeping` and `presence` have
+in common."""
 
 from __future__ import annotations
 
