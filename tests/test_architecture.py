@@ -22,8 +22,8 @@ MAX_LINES = 320
 
 ROOMS = """
     errors finalizers locks loop names signals typing
-    states permissions expressions encoding
-    checks
+    states permissions expressions encoding web_address
+    checks callback_terms
     options
     config task query snapshot registry store_url app_path
     execution outcome pace
