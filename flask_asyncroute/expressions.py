@@ -30,8 +30,15 @@ class NotText(ValueError):
 class Source(Protocol):
     """The request that expressions are resolved against. What it does not have is None."""
 
-    url: str
-    method: str
+    @property
+    def url(self) -> str:
+        """The absolute URL with its query."""
+        ...
+
+    @property
+    def method(self) -> str:
+        """The request method."""
+        ...
 
     def query(self, name: str) -> str | None:
         """Return the first query parameter of this name."""
@@ -155,7 +162,7 @@ def _expression(text: str, at: int) -> Expression:
     if not text.startswith("$request."):
         raise BadExpression(f"{text[:40]!r} at character {at} is no expression. There are {_KINDS}")
     at += len("$request.")
-    if kind == "body" or kind.startswith("body#"):
+    if kind.startswith("body"):
         return Expression(text, "body", _pointer(text, at + len("body")))
     if kind not in ("query", "header", "path") or not dot:
         raise BadExpression(f"{kind[:40]!r} at character {at} is no part of a request. There are {_KINDS}")

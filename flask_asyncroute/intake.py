@@ -57,7 +57,7 @@ class Intake:
         # Clients make a new one for each request, and so do we where a form was read before.
         found = parse_options_header(kind)[1].get("boundary", "") if kind.startswith("multipart/") else ""
         boundary = found.encode("ascii", "replace")
-        fingerprint = start_key.fingerprint(self.current, _url(self.current), pieces, boundary or None, secret)
+        fingerprint = start_key.fingerprint(self.current, url_of(self.current), pieces, boundary or None, secret)
         self.captured.environ.pop(start_key.HEADER, None)
         self.key = StartKey(name, fingerprint)
         return self.key
@@ -81,7 +81,7 @@ class Intake:
             state=State.NOT_STARTED,
             cancellable=options.cancellable,
             user=owner,
-            url=_url(current)[:2048],
+            url=url_of(current)[:2048],
             method=method,
             created_us=now_us(),
             permission_json=None if owner is None or self.permission is None else msgspec.json.encode(self.permission),
@@ -143,7 +143,7 @@ def _new_id(route: Route) -> str:
     return plain(task_id)
 
 
-def _url(current: Request) -> str:
+def url_of(current: Request) -> str:
     """Return the absolute URL of a request without its query; as `Request.base_url`, percent-encoded, and faster."""
     path = quote(current.root_path + current.path, safe="/:@!$&'()*+,;=~", errors="replace")
     # Older Werkzeug lets userinfo through in the Host header, newer gives nothing for one that is none.

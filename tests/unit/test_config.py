@@ -38,8 +38,7 @@ NOT_PATHS: list[Any] = [
 NOT_LISTS: list[Any] = [None, "get", 5, {"get"}, {"get": 1}]
 NOT_SECONDS: list[Any] = ["5", "", True, [], math.nan, math.inf, -1, timedelta(seconds=-1), 101 * 365 * 86400]
 NOT_SERVED = (
-    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "CALLBACK_ATTEMPTS",
-    "CALLBACK_SECRET", "CALLBACK_ALLOWED_HOSTS", "OPENAPI_PATH", "DOCS_PATH", "DASHBOARD_PATH",
+    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "OPENAPI_PATH", "DOCS_PATH", "DASHBOARD_PATH",
 )  # fmt: skip
 
 BAD: dict[str, list[Any]] = {
@@ -87,7 +86,16 @@ BAD: dict[str, list[Any]] = {
     "INTERRUPT_AFTER": NOT_SECONDS,
     "ID_GENERATOR": [None, "uuid4", 5, str],
     "PERMISSION": [Access(), "anna", 5, True],
-    "CALLBACK": ["http://example.com", True, {}, Callback()],
+    "CALLBACK": ["http://example.com", True, {}, Callback],
+    "CALLBACK_ATTEMPTS": NOT_WHOLE,
+    "CALLBACK_SECRET": [
+        "", "secret", "whsec_", "whsec_secret", "!" * 40, 5, True, b"MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", [5], ["secret"], "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLa==",
+        ["MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "secret"], "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw secret", "whsec_whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "é" * 40,
+    ],
+    "CALLBACK_ALLOWED_HOSTS": [
+        None, "localhost", 5, [5], [""], ["*"], ["*.example.com"], ["http://a.example"], ["a.example:80"], ["10.0.0.1/8"], ["10.0.0.0/33"], ["127.1"], [b"x"],
+        ["a.example", None], {"a.example"}, ["a b"], ["0177.0.0.1"],
+    ],
     "SSE": ["False", "True", None, 0, 1, {}],
     "RESPONSE_TYPES": ["application/json", [], None, ["text/html"], ["application/json", "application/json"]],
     "RETENTION": [*NOT_SECONDS, None],
@@ -130,7 +138,10 @@ GOOD: dict[str, list[Any]] = {
     "INTERRUPT_AFTER": [None, 0, 2.5, timedelta(seconds=1)],
     "ID_GENERATOR": [lambda: "x"],
     "PERMISSION": [None, Permission(), lambda: Permission()],
-    "CALLBACK": [None],
+    "CALLBACK": [None, Callback()],
+    "CALLBACK_ATTEMPTS": [1, 4, 100],
+    "CALLBACK_SECRET": [None, [], "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", ("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",) * 2, "A" * 43, "A" * 43 + "="],
+    "CALLBACK_ALLOWED_HOSTS": [[], ["localhost", "10.0.0.0/8", "10.1.2.3", "fd00::/8", "::1", "Bücher.Example."], ()],
     "SSE": [True, False],
     "RESPONSE_TYPES": [["application/xml"], ("application/json", "application/yaml")],
     "RETENTION": [0, 5.5, timedelta(days=7)],
