@@ -78,16 +78,15 @@ def _not_served(label: str, value: Any) -> None:
 
 
 def _secrets(label: str, value: Any) -> tuple[str, ...]:
-    """Accept one secret or several, as Standard Webhooks have them. No message shows one."""
+    """Accept one secret or several, as Standard Webhooks have them. The message does not show what was given."""
     if value is None:
         return ()
     secrets = value if isinstance(value, (list, tuple)) else (value,)
     for secret in secrets:
         if not isinstance(secret, str) or not _is_secret(secret):
             raise ConfigurationError(
-                f"{label} must be a secret or a list of secrets, each at least {MIN_SECRET} random bytes in base64, with or without "
-                'whsec_ before it. Make one with: python -c \'import base64, os; print("whsec_" + '
-                "base64.b64encode(os.urandom(32)).decode())'"
+                f"{label} must be at least {MIN_SECRET} random bytes in base64, with or without whsec_ before it, or a list of such. "
+                "Make them with: python -c 'import base64, os; print(base64.b64encode(os.urandom(32)).decode())'"
             )
     return tuple(secrets)
 

@@ -13,6 +13,7 @@ from . import (
     crashes,
     exits,
     generated,
+    guard,
     hotpath,
     interruptions,
     kills,
@@ -42,6 +43,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "soak": soak.prove,
     "stops": stops.prove,
     "generated": generated.prove,
+    "guard": guard.prove,
 }
 
 
