@@ -85,7 +85,7 @@ def _secrets(label: str, value: Any) -> tuple[str, ...]:
     for secret in secrets:
         if not isinstance(secret, str) or not _is_secret(secret):
             raise ConfigurationError(
-                f"{label} must be at least {MIN_SECRET} random bytes in base64, with or without whsec_ before it, or a list of such. "
+                f"{label} must be at least {MIN_SECRET} random bytes in base64, with or without whsec_ before it, or a list. "
                 "Make them with: python -c 'import base64, os; print(base64.b64encode(os.urandom(32)).decode())'"
             )
     return tuple(secrets)

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from .delivery import Shown
 from .permissions import Permission
 from .states import State
 
@@ -51,6 +52,9 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
     retention_us: int = 0
     on_loss: str = "abort"
     body_size: int = 0
+    callback_json: bytes | None = None
+    callback_state: str | None = None
+    callback_attempts: int = 0
     owner: str | None = None
     epoch: int = 0
     restarts: int = 0
@@ -99,6 +103,11 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         """What the route's permission gave to others than the owner."""
         return None if self.permission_json is None else msgspec.json.decode(self.permission_json, type=Permission)
 
+    @property
+    def callback(self) -> Shown | None:
+        """Where its outcome is sent, as far as people may see it; None for a task without a callback."""
+        return None if self.callback_json is None else msgspec.json.decode(self.callback_json, type=Shown)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the task object as clients see it: PascalCase, times in RFC 3339, fields that do not apply left out."""
         wire = self.to_wire()
@@ -139,6 +148,14 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         permission = self.permission
         if permission is not None:
             wire["Permission"] = permission.to_dict()
+        callback = self.callback
+        if callback is not None:
+            wire["CallbackSettings"] = callback.settings()
+            wire["CallbackInfo"] = {
+                "State": self.callback_state,
+                "Tentative": self.callback_attempts,
+                "Url": callback.url,
+            }
         return wire
 
 

@@ -25,7 +25,7 @@ ROOMS = """
     states permissions expressions encoding web_address
     checks callback_terms
     options
-    config task query snapshot registry store_url app_path allowed_hosts
+    config delivery task query snapshot registry store_url app_path allowed_hosts
     execution outcome pace
     current
     capture context identity start_key intake

@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
+from ..delivery import Delivery
 from ..encoding import encode_json, encode_xml, encode_yaml
 from ..states import State
-from ..stores.outbox import Delivery
 from ..task import AsyncRouteTask
 
 

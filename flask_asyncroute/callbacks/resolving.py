@@ -22,12 +22,12 @@ from werkzeug.http import parse_options_header
 from .. import expressions, web_address
 from ..allowed_hosts import AllowedHosts
 from ..callback_terms import content_type_of, header_value, method_of
+from ..delivery import Delivery
 from ..errors import CallbackRefused
 from ..expressions import NotText
 from ..intake import Intake, url_of
 from ..options import Callback
 from ..snapshot import Snapshot
-from ..stores.outbox import Delivery
 from ..web_address import WebAddress
 from . import guard
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..delivery import Delivery
 from ..query import Condition, Position, Sort
 from ..snapshot import Body
 from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
+from .outbox import Outbox
 
 AHEAD_US = 2_000_000
 LARGE_RESULT = 64 * 1024
@@ -110,11 +112,13 @@ class Workers(ABC):
 
     @abstractmethod
     def leave(self, name: str) -> None:
-        """List a worker no longer."""
+        """List a worker no longer, and let go of the callbacks that it holds: others send them."""
 
     @abstractmethod
     def owners(self) -> list[str]:
-        """Return the names under which tasks run, are Stopping, or wait for nobody else; whether they are listed or not."""
+        """Return the names under which tasks run, are Stopping, or wait for nobody else, or callbacks are being sent; whether
+        they are listed or not.
+        """
 
     @abstractmethod
     def held(self, name: str) -> list[str]:
@@ -130,6 +134,8 @@ class TaskStore(ABC):
 
     workers: Workers | None = None
     """Who else reads and writes the same tasks; None where no other process does."""
+    outbox: Outbox
+    """The callbacks of these tasks."""
 
     @property
     def is_shared(self) -> bool:
@@ -159,6 +165,7 @@ class TaskStore(ABC):
         grants: Collection[tuple[str, str]],
         key: StartKey | None = None,
         quota: int | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
         """Store a new task with its request, all or nothing.
 
@@ -167,6 +174,7 @@ class TaskStore(ABC):
         :param grants: each (kind, name) that may list the task beside its owner.
         :param key: kept until the task is removed; no two tasks are started with one.
         :param quota: how many unfinished tasks the user of this one may have, this one included; None: any number.
+        :param delivery: what is to be sent when the task has ended.
         :raises KeyTaken: where a task was started with a key of that name.
         :raises TooManyTasks: where the user has as many.
         :raises IdTaken: where a task has that id.
@@ -195,14 +203,14 @@ class TaskStore(ABC):
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         """Write ``values`` (by record field) and raise the revision, if the task is as expected; return the new record.
 
-        A terminal state takes the request and body out of the store. ``completed_us`` never comes before the start.
+        A terminal state takes the request and body out of the store, and makes the task's callback due. ``completed_us`` never comes before the start.
 
         :return: None where the task is unknown or not as expected; nothing is written then.
         """
 
     @abstractmethod
     def delete(self, task_id: str, expect: Expect) -> bool:
-        """Remove a task that is as expected; return whether it did."""
+        """Remove a task that is as expected, and its callback with it; return whether it did."""
 
     @abstractmethod
     def query(
@@ -227,7 +235,7 @@ class TaskStore(ABC):
 
     @abstractmethod
     def outlived(self, now_us: int, limit: int) -> list[str]:
-        """Return ids of finished tasks whose retention is over and whose code has ended."""
+        """Return ids of finished tasks whose retention is over, whose code has ended, and whose callback is not pending."""
 
     @abstractmethod
     def news(self, since: int) -> News:

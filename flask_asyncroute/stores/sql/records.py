@@ -32,11 +32,11 @@ def record_of(row: Any) -> AsyncRouteTask:
     """Return the record that a row of the columns in `tables.RECORD` makes."""
     (
         task_id, route, endpoint, state, cancellable, user, url, method, created, started, completed, expires, progress,
-        message, result, error, status, stopping, permission, timeout, retention, on_loss, body, owner, epoch, restarts, revision,
-        change,
+        message, result, error, status, stopping, permission, timeout, retention, on_loss, body,
+        callback, callback_state, callback_attempts, owner, epoch, restarts, revision, change,
     ) = row  # fmt: skip
     return AsyncRouteTask(
         task_id, route, endpoint, _STATES[state], cancellable == 1, user or None, url, method, created, started, completed,
         expires, progress, message, result, error, status, stopping == 1, permission, timeout, retention, on_loss, body,
-        owner, epoch, restarts, revision, change,
+        callback, callback_state, callback_attempts, owner, epoch, restarts, revision, change,
     )  # fmt: skip

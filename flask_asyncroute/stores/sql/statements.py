@@ -14,8 +14,10 @@ from sqlalchemy import bindparam, case, delete, func, insert, null, select, upda
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import ColumnElement, CompilerElement
 
+from ...delivery import PENDING
 from ...states import State
 from ..base import AHEAD_US, Expect
+from .database import Cursor, Rows
 from .tables import RECORD, bodies, grants, namespaces, shared_values, tasks
 
 
@@ -34,6 +36,17 @@ class Statement:
         """Return the parameters in the order that :attr:`sql` has them."""
         given[""] = None
         return self._in_order({**self._fixed, **given} if self._fixed else given)[:-1]  # type: ignore[no-any-return]
+
+
+def run(cursor: Cursor, statement: Statement, **given: Any) -> Rows:
+    """Execute a statement inside a transaction."""
+    return cursor.execute(statement.sql, statement.values(**given))
+
+
+def one(cursor: Cursor, statement: Statement, **given: Any) -> Any:
+    """Return the only row, or None; all is read, so that the statement is over."""
+    rows = cursor.execute(statement.sql, statement.values(**given)).fetchall()
+    return rows[0] if rows else None
 
 
 def _is_task() -> ColumnElement[bool]:
@@ -100,7 +113,7 @@ class Statements:
         self._updates: dict[tuple[tuple[str, ...], Shape], Statement] = {}
         self._deletes: dict[Shape, Statement] = {}
         if dialect.name == "sqlite":
-            self._next_change: ColumnElement[int] = _change + 1
+            self.next_change: ColumnElement[int] = _change + 1
             raised: ColumnElement[int] = _change + 1
         else:
             raised = namespaces.c.change + 1
@@ -111,7 +124,7 @@ class Statements:
                 .returning(namespaces.c.change)
                 .cte("counter")
             )
-            self._next_change = select(counter.c.change).scalar_subquery()
+            self.next_change = select(counter.c.change).scalar_subquery()
         self.note_removed = self.compiled(update(namespaces).where(_is_namespace).values(change=raised))
         """Before a task is removed: change numbers go on from here, even if it had the highest."""
 
@@ -128,7 +141,7 @@ class Statements:
         return self.compiled(
             insert(tasks).values(
                 {"namespace": bindparam("ns"), **{column.name: bindparam(column.name) for column in RECORD},
-                 "change": self._next_change, "request": bindparam("request")}
+                 "change": self.next_change, "request": bindparam("request")}
             ).inline()
         )  # fmt: skip
 
@@ -176,7 +189,7 @@ class Statements:
                 started_us=_started,
                 expires_us=_started + tasks.c.timeout_us,
                 revision=tasks.c.revision + 1,
-                change=self._next_change,
+                change=self.next_change,
             )
             .returning(*RECORD, tasks.c.request)
         )
@@ -197,7 +210,12 @@ class Statements:
     def outlived(self) -> Statement:
         return self.compiled(
             select(tasks.c.id)
-            .where(tasks.c.namespace == bindparam("ns"), tasks.c.outlived_us < bindparam("now"), tasks.c.stopping == 0)
+            .where(
+                tasks.c.namespace == bindparam("ns"),
+                tasks.c.outlived_us < bindparam("now"),
+                tasks.c.stopping == 0,
+                tasks.c.callback_state.is_(None) | tasks.c.callback_state.not_in(PENDING),
+            )
             .order_by(tasks.c.outlived_us)
             .limit(bindparam("most"))
         )
@@ -279,7 +297,7 @@ class Statements:
 
     def _update_of(self, fields: tuple[str, ...], shape: Shape) -> Statement:
         values: dict[str, Any] = {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in fields}
-        values.update(revision=tasks.c.revision + 1, change=self._next_change)
+        values.update(revision=tasks.c.revision + 1, change=self.next_change)
         if "completed_us" in values:
             begun = func.coalesce(tasks.c.started_us, tasks.c.created_us)
             completed = case((begun > values["completed_us"], begun), else_=values["completed_us"])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
+from ...delivery import Delivery
 from ...errors import CommitUnknown, IdTaken
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
@@ -14,11 +15,12 @@ from ...start_key import StartKey
 from ...task import AsyncRouteTask
 from ..base import Claim, Expect, News, Readers, TaskStore
 from . import queries
-from .database import Cursor, Database, Duplicate, Rows
+from .database import Cursor, Database, Duplicate
 from .namespace import Namespace
+from .outbox import SQLOutbox
 from .queries import Queries
 from .records import plain, record_of, row_of
-from .statements import Statement, Statements, expectation
+from .statements import Statement, Statements, expectation, one, run
 from .terms import Terms
 from .workers import SQLWorkers
 
@@ -39,7 +41,8 @@ class SQLTaskStore(TaskStore):
         self._queries = Queries(database.dialect)
         self._namespace = Namespace(database, self._sql, namespace, create_tables)
         self._terms = Terms(database.dialect, self._sql)
-        self.workers = SQLWorkers(database, lambda: self._ns)
+        self.outbox: SQLOutbox = SQLOutbox(database, self._sql, lambda: self._ns)
+        self.workers = SQLWorkers(database, lambda: self._ns, self.outbox)
         self._seen: tuple[Hashable, int] | None = None
 
     @property
@@ -55,11 +58,11 @@ class SQLTaskStore(TaskStore):
 
     def add(
         self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
-        key: StartKey | None = None, quota: int | None = None,
+        key: StartKey | None = None, quota: int | None = None, delivery: Delivery | None = None,
     ) -> None:  # fmt: skip
         try:
             self._surely(
-                lambda: self._add(task, request, body, grants, key, quota),
+                lambda: self._add(task, request, body, grants, key, quota, delivery),
                 lambda: _is_same_start(self.get(task.id), task) or None,
             )
         except Duplicate:
@@ -69,11 +72,11 @@ class SQLTaskStore(TaskStore):
 
     def _add(
         self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
-        key: StartKey | None, quota: int | None,
+        key: StartKey | None, quota: int | None, delivery: Delivery | None,
     ) -> bool:  # fmt: skip
         sql = self._sql
         values = sql.add.values(ns=self._ns, request=request, **row_of(task))
-        if body is None and not grants and key is None and quota is None:
+        if body is None and not grants and key is None and quota is None and delivery is None:
             self._database.write_one(sql.add.sql, values)
             return True
 
@@ -81,14 +84,16 @@ class SQLTaskStore(TaskStore):
             if key is not None or quota is not None:
                 self._terms.keep(cursor, self._ns, task, key, quota)
             cursor.execute(sql.add.sql, values)
+            if delivery is not None:
+                self.outbox.put(cursor, task.id, delivery)
             for kind, name in set(grants):
-                _run(
+                run(
                     cursor, sql.add_grant, namespace=self._ns, task_id=task.id, reader=queries.reader_key(kind, name),
                     user=task.user or "", state=task.state.value, created_us=task.created_us,
                 )  # fmt: skip
             if body is not None:
                 for part, data in enumerate(body.pieces()):
-                    _run(cursor, sql.add_part, namespace=self._ns, task_id=task.id, part=part, data=data)
+                    run(cursor, sql.add_part, namespace=self._ns, task_id=task.id, part=part, data=data)
             return True
 
         return self._database.write(add)
@@ -111,7 +116,7 @@ class SQLTaskStore(TaskStore):
             return Claim(task, row[-1]) if task is not None and is_ours else None
 
         def claim(cursor: Cursor) -> Claim | None:
-            row = _one(cursor, self._sql.claim, ns=self._ns, task_id=task_id, new_owner=owner, now=now_us)
+            row = one(cursor, self._sql.claim, ns=self._ns, task_id=task_id, new_owner=owner, now=now_us)
             if row is None:
                 return None
             task = record_of(row[:-1])
@@ -125,7 +130,7 @@ class SQLTaskStore(TaskStore):
             body = Body()
             try:
                 number = 0
-                while row := _one(cursor, self._sql.part, ns=self._ns, task_id=task_id, number=number):
+                while row := one(cursor, self._sql.part, ns=self._ns, task_id=task_id, number=number):
                     body.write(row[0])
                     number += 1
             except BaseException:
@@ -158,7 +163,9 @@ class SQLTaskStore(TaskStore):
             task = record_of(rows[0])
             self._move_grants(cursor, task)
             if task.body_size and task.state.is_terminal:
-                _run(cursor, self._sql.drop_parts, ns=self._ns, task_id=task_id)
+                run(cursor, self._sql.drop_parts, ns=self._ns, task_id=task_id)
+            if task.callback_json is not None and task.state.is_terminal:
+                self.outbox.make_due(cursor, task_id)
             return task
 
         return self._database.write(step)
@@ -170,13 +177,14 @@ class SQLTaskStore(TaskStore):
         sql = self._sql
 
         def remove(cursor: Cursor) -> bool:
-            _run(cursor, sql.note_removed, ns=self._ns)
-            removed = _run(cursor, sql.delete_of(expect), ns=self._ns, task_id=task_id, **expectation(expect))
+            run(cursor, sql.note_removed, ns=self._ns)
+            removed = run(cursor, sql.delete_of(expect), ns=self._ns, task_id=task_id, **expectation(expect))
             if removed.rowcount == 0:
                 raise _TakeBack
-            _run(cursor, sql.drop_grants, ns=self._ns, task_id=task_id)
-            _run(cursor, sql.drop_parts, ns=self._ns, task_id=task_id)
-            _run(cursor, self._terms.drop_key, ns=self._ns, task_id=task_id)
+            run(cursor, sql.drop_grants, ns=self._ns, task_id=task_id)
+            run(cursor, sql.drop_parts, ns=self._ns, task_id=task_id)
+            run(cursor, self._terms.drop_key, ns=self._ns, task_id=task_id)
+            self.outbox.drop(cursor, task_id)
             return True
 
         try:
@@ -258,16 +266,16 @@ class SQLTaskStore(TaskStore):
 
         def write(cursor: Cursor) -> bool:
             sql = self._sql
-            _run(cursor, sql.lock_namespace, ns=self._ns)
-            present = _one(cursor, sql.read_value, ns=self._ns, value_key=key)
+            run(cursor, sql.lock_namespace, ns=self._ns)
+            present = one(cursor, sql.read_value, ns=self._ns, value_key=key)
             if version is not None and version != (0 if present is None else present[1]):
                 return False
             if value is None:
                 if present is not None:
-                    _run(cursor, sql.drop_value, ns=self._ns, value_key=key)
+                    run(cursor, sql.drop_value, ns=self._ns, value_key=key)
                 return present is not None
             statement = sql.add_value if present is None else sql.set_value
-            _run(cursor, statement, ns=self._ns, value_key=key, new_value=value, new_version=new_version)
+            run(cursor, statement, ns=self._ns, value_key=key, new_value=value, new_version=new_version)
             return True
 
         return self._surely(lambda: self._database.write(write), look)
@@ -298,21 +306,11 @@ class SQLTaskStore(TaskStore):
 
     def _move_grants(self, cursor: Cursor, task: AsyncRouteTask) -> None:
         if task.permission_json is not None:
-            _run(cursor, self._sql.move_grants, ns=self._ns, task_id=task.id, new_state=task.state.value)
+            run(cursor, self._sql.move_grants, ns=self._ns, task_id=task.id, new_state=task.state.value)
 
 
 class _TakeBack(Exception):
     """Nothing is to be written after all."""
-
-
-def _run(cursor: Cursor, statement: Statement, **given: Any) -> Rows:
-    return cursor.execute(statement.sql, statement.values(**given))
-
-
-def _one(cursor: Cursor, statement: Statement, **given: Any) -> Any:
-    """Return the only row, or None; all is read, so that the statement is over."""
-    rows = cursor.execute(statement.sql, statement.values(**given)).fetchall()
-    return rows[0] if rows else None
 
 
 def _is_same_start(found: AsyncRouteTask | None, task: AsyncRouteTask) -> bool:
