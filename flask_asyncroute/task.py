@@ -26,6 +26,9 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
 
     Frozen. The fields of the task object are here in snake case: those below and the properties; what else a record
     holds (``endpoint``, ``owner``, ``epoch``, ``change``, …) is for the package itself and may change.
+
+    ``waiting_change``, ``started_change`` and ``completed_change`` are the numbers of the changes that brought it to its
+    states. While it waits, ``waiting_change`` is None: it is ``change`` then.
     """
 
     id: str
@@ -56,6 +59,12 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
     restarts: int = 0
     revision: int = 1
     change: int = 0
+    waiting_change: int | None = None
+    started_change: int | None = None
+    completed_change: int | None = None
+    sse_group: str | None = None
+    sse_url: str | None = None
+    sse_result: bool = False
 
     @property
     def is_completed(self) -> bool:
@@ -99,6 +108,13 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         """What the route's permission gave to others than the owner."""
         return None if self.permission_json is None else msgspec.json.decode(self.permission_json, type=Permission)
 
+    def as_in(self, state: State) -> AsyncRouteTask:
+        """Return the task as it was when it came to a state that it has been in since it last began to wait."""
+        if state is self.state:
+            return self
+        later = _AFTER_THE_START if state is State.RUNNING else _AFTER_THE_CREATION
+        return msgspec.structs.replace(self, state=state, **later)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the task object as clients see it: PascalCase, times in RFC 3339, fields that do not apply left out."""
         wire = self.to_wire()
@@ -139,7 +155,16 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         permission = self.permission
         if permission is not None:
             wire["Permission"] = permission.to_dict()
+        if self.sse_url is not None:
+            wire["Sse"] = {"Group": self.sse_group, "Url": self.sse_url, "SendResult": self.sse_result}
         return wire
+
+
+_AFTER_THE_START: dict[str, Any] = {
+    **dict.fromkeys(("completed_us", "progress", "progress_message", "result_json", "error", "error_status")),
+    "stopping": False,
+}
+_AFTER_THE_CREATION: dict[str, Any] = {**_AFTER_THE_START, "started_us": None, "expires_us": None}
 
 
 def now_us() -> int:

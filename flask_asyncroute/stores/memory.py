@@ -16,7 +16,17 @@ from ..snapshot import Body
 from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
-from .base import AHEAD_US, LARGE_RESULT, Claim, Expect, News, Readers, TaskStore
+from .base import (
+    AHEAD_US,
+    LARGE_RESULT,
+    Claim,
+    Expect,
+    News,
+    Readers,
+    TaskStore,
+)
+from .events import Events, ViewEvent
+from .memory_events import MemoryEvents
 
 
 class MemoryTaskStore(TaskStore):
@@ -35,6 +45,7 @@ class MemoryTaskStore(TaskStore):
         self._values: dict[str, tuple[bytes, int]] = {}
         self._versions = 0
         self._change = 0
+        self._events = MemoryEvents()
         self._secret = os.urandom(32)
 
     def open(self) -> None:
@@ -96,15 +107,27 @@ class MemoryTaskStore(TaskStore):
                 self._requests[task_id] = (request[0], None)
         return Body() if body is None else body
 
-    def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
+    def update(
+        self, task_id: str, expect: Expect, values: dict[str, Any], sent: Sequence[ViewEvent] = ()
+    ) -> AsyncRouteTask | None:
         with self._lock:
             task = self._tasks.get(task_id)
             if task is None or not _is_as_expected(task, expect):
                 return None
+            if sent:
+                self._change = self._events.put(task_id, self._change, sent)
             if values.get("completed_us") is not None:
                 begun = task.created_us if task.started_us is None else task.started_us
                 values = {**values, "completed_us": max(values["completed_us"], begun)}
             return self._write(task, values)
+
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> bool:
+        with self._lock:
+            task = self._tasks.get(task_id)
+            if task is None or not _is_as_expected(task, expect):
+                return False
+            self._change = self._events.put(task_id, self._change, sent)
+            return True
 
     def delete(self, task_id: str, expect: Expect) -> bool:
         with self._lock:
@@ -119,6 +142,7 @@ class MemoryTaskStore(TaskStore):
             self._settle(task)
             self._keys.pop(self._key_names.pop(task_id, ""), None)
             self._drop_request(task_id)
+            self._events.drop(task_id)
             return True
 
     def query(
@@ -161,7 +185,23 @@ class MemoryTaskStore(TaskStore):
         with self._lock:
             change = self._change
             tasks = [task for task in self._tasks.values() if task.change > since] if 0 <= since < change else []
-        return News(change, sorted(tasks, key=lambda task: task.change))
+            sent = self._events.written(since) if 0 <= since < change else ()
+        return News(change, sorted(tasks, key=lambda task: task.change), sent)
+
+    def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
+        with self._lock:
+            asked = (
+                list(self._tasks.values())
+                if task_id is None
+                else [self._tasks[task_id]]
+                if task_id in self._tasks
+                else []
+            )
+            changed = [
+                task for task in asked if task.sse_group is not None and (group is None or task.sse_group == group)
+            ]
+            found = self._events.since(since, changed)[:most]
+            return Events(found[-1].change if len(found) == most else self._change, found)
 
     def secret(self) -> bytes:
         return self._secret
@@ -186,6 +226,14 @@ class MemoryTaskStore(TaskStore):
 
     def _write(self, task: AsyncRouteTask, values: dict[str, Any]) -> AsyncRouteTask:
         self._change += 1
+        state = values.get("state")
+        if state is State.NOT_STARTED:
+            self._events.keep_states(task)
+            values = {**values, "waiting_change": None, "started_change": None}
+        elif state is not None:
+            begun = "started_change" if state is State.RUNNING else "completed_change"
+            waiting = task.change if task.state is State.NOT_STARTED else task.waiting_change
+            values = {**values, "waiting_change": waiting, begun: self._change}
         changed = replace(task, **values, revision=task.revision + 1, change=self._change)
         self._tasks[task.id] = changed
         if changed.state is not task.state:

@@ -21,6 +21,13 @@ OLDER = (
     "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
     "DROP TABLE asyncroute_workers",
     "DROP TABLE asyncroute_keys",
+    "ALTER TABLE asyncroute_tasks DROP COLUMN waiting_change",
+    "ALTER TABLE asyncroute_tasks DROP COLUMN started_change",
+    "ALTER TABLE asyncroute_tasks DROP COLUMN completed_change",
+    "ALTER TABLE asyncroute_tasks DROP COLUMN sse_group",
+    "ALTER TABLE asyncroute_tasks DROP COLUMN sse_url",
+    "ALTER TABLE asyncroute_tasks DROP COLUMN sse_result",
+    "DROP TABLE asyncroute_events",
 )
 
 

@@ -221,6 +221,13 @@ def test_f43_tables_of_an_older_version_are_upgraded(
         "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
         "DROP TABLE asyncroute_workers",
         "DROP TABLE asyncroute_keys",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN waiting_change",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN started_change",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN completed_change",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN sse_group",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN sse_url",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN sse_result",
+        "DROP TABLE asyncroute_events",
     )
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_CREATE_TABLES"):
         make_sqlite_store(create_tables=False).open()

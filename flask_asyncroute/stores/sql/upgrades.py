@@ -6,7 +6,7 @@ for the types that each database has for them, see :func:`steps`.
 
 from __future__ import annotations
 
-VERSION = 3
+VERSION = 4
 """Of the schema in `tables`; raised with every change to it."""
 
 UPGRADES: dict[int, tuple[str, ...]] = {
@@ -24,6 +24,20 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "CREATE TABLE asyncroute_keys (namespace INTEGER NOT NULL, name {text} NOT NULL, fingerprint {text} NOT NULL, "
         "task_id {text} NOT NULL, PRIMARY KEY (namespace, name))",
         "CREATE INDEX asyncroute_key_task ON asyncroute_keys (namespace, task_id)",
+    ),
+    4: (
+        "ALTER TABLE asyncroute_tasks ADD COLUMN waiting_change BIGINT",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN started_change BIGINT",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN completed_change BIGINT",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN sse_group {text}",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN sse_url {text}",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN sse_result INTEGER NOT NULL DEFAULT 0",
+        "UPDATE asyncroute_tasks SET completed_change = change WHERE completed_us IS NOT NULL",
+        "UPDATE asyncroute_tasks SET started_change = change WHERE state = 'Running'",
+        "CREATE TABLE asyncroute_events (namespace INTEGER NOT NULL, task_id {text} NOT NULL, change BIGINT NOT NULL, "
+        "name {text} NOT NULL, data {bytes} NOT NULL, epoch INTEGER NOT NULL, number BIGINT NOT NULL, "
+        "PRIMARY KEY (namespace, task_id, change))",
+        "CREATE INDEX asyncroute_event_change ON asyncroute_events (namespace, change)",
     ),
 }  # fmt: skip
 """By the version that a step leads to."""
