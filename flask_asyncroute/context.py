@@ -49,9 +49,12 @@ current_task = cast(CurrentTask, LocalProxy(_current))
 
 
 @contextmanager
-def running(execution: Execution) -> Iterator[CurrentTask]:
-    """Make ``execution`` the current task of this context."""
-    task = CurrentTask(execution)
+def running(execution: Execution, json_default: Callable[[Any], Any]) -> Iterator[CurrentTask]:
+    """Make ``execution`` the current task of this context.
+
+    :param json_default: makes plain values of what JSON does not have; see `runtime.json_default`.
+    """
+    task = CurrentTask(execution, json_default)
     token = _running.set(task)
     try:
         yield task

@@ -29,6 +29,7 @@ task_finished = _namespace.signal("task-finished", "The task has reached one of 
 task_changed = _namespace.signal(
     "task-changed", "Any of the facts above, for our own notifier: id, revision and state."
 )
+events_written = _namespace.signal("events-written", "Events of a view are in the store; for our own notifier.")
 progress_reported = _namespace.signal(
     "progress-reported", "A request: write this progress down. Answered by the lifecycle."
 )

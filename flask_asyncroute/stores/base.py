@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..execution import ViewEvent
 from ..query import Condition, Position, Sort
 from ..snapshot import Body
 from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
-from .events import Events, ViewEvent
+from .events import Events
 
 AHEAD_US = 2_000_000
 LARGE_RESULT = 64 * 1024
@@ -204,21 +205,20 @@ class TaskStore(ABC):
         """Return the body of a claimed task's request, for the caller to close."""
 
     @abstractmethod
-    def update(
-        self, task_id: str, expect: Expect, values: dict[str, Any], sent: Sequence[ViewEvent] = ()
-    ) -> AsyncRouteTask | None:
+    def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         """Write ``values`` (by record field) and raise the revision, if the task is as expected; return the new record.
 
         A terminal state takes the request and body out of the store; ``completed_us`` comes with it, and never before the
         start. NotStarted begins a new run: what the last one has told stays among its events.
 
-        :param sent: what the run with the expected epoch has sent; its events come before this change.
         :return: None where the task is unknown or not as expected; nothing is written then.
         """
 
     @abstractmethod
     def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> bool:
         """Add what the run with the expected epoch has sent, if the task is as expected; return whether it is.
+
+        What was added before, by its number, is not added again.
 
         Of more than `events.MAX_EVENTS` of a task the older ones may be removed. No revision is raised.
 

@@ -13,19 +13,6 @@ MAX_EVENTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class ViewEvent:
-    """What a view has sent.
-
-    :param data: JSON on one line.
-    :param number: how many its run has sent with it.
-    """
-
-    name: str
-    data: bytes
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
 class Event:
     """What happened to a task.
 

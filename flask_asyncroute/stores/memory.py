@@ -11,6 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from ..errors import IdTaken, KeyTaken, TooManyTasks
+from ..execution import ViewEvent
 from ..query import Condition, Position, Sort, is_after, matches, ordered
 from ..snapshot import Body
 from ..start_key import StartKey
@@ -25,7 +26,7 @@ from .base import (
     Readers,
     TaskStore,
 )
-from .events import Events, ViewEvent
+from .events import Events
 from .memory_events import MemoryEvents
 
 
@@ -107,15 +108,11 @@ class MemoryTaskStore(TaskStore):
                 self._requests[task_id] = (request[0], None)
         return Body() if body is None else body
 
-    def update(
-        self, task_id: str, expect: Expect, values: dict[str, Any], sent: Sequence[ViewEvent] = ()
-    ) -> AsyncRouteTask | None:
+    def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         with self._lock:
             task = self._tasks.get(task_id)
             if task is None or not _is_as_expected(task, expect):
                 return None
-            if sent:
-                self._change = self._events.put(task_id, self._change, sent)
             if values.get("completed_us") is not None:
                 begun = task.created_us if task.started_us is None else task.started_us
                 values = {**values, "completed_us": max(values["completed_us"], begun)}
@@ -126,7 +123,7 @@ class MemoryTaskStore(TaskStore):
             task = self._tasks.get(task_id)
             if task is None or not _is_as_expected(task, expect):
                 return False
-            self._change = self._events.put(task_id, self._change, sent)
+            self._change = self._events.put(task_id, task.epoch, self._change, sent)
             return True
 
     def delete(self, task_id: str, expect: Expect) -> bool:

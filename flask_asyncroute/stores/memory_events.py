@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from ..encoding import encode_json
+from ..execution import ViewEvent
 from ..states import State
 from ..task import AsyncRouteTask
-from .events import MAX_EVENTS, PROGRESS, STATE, Event, ViewEvent
+from .events import MAX_EVENTS, PROGRESS, STATE, Event
 
 
 class MemoryEvents:
@@ -18,9 +19,14 @@ class MemoryEvents:
 
     def __init__(self) -> None:
         self._kept: dict[str, deque[tuple[int, str, bytes]]] = {}
+        self._last: dict[str, tuple[int, int]] = {}
 
-    def put(self, task_id: str, change: int, sent: Sequence[ViewEvent]) -> int:
-        """Add what a run has sent, under the numbers after ``change``; return the last of them."""
+    def put(self, task_id: str, epoch: int, change: int, sent: Sequence[ViewEvent]) -> int:
+        """Add what a run has sent, under the numbers after ``change``, if it is new; return the last number."""
+        last = epoch, sent[-1].number
+        if self._last.get(task_id, (0, 0)) >= last:
+            return change
+        self._last[task_id] = last
         kept = self._kept.setdefault(task_id, deque(maxlen=MAX_EVENTS))
         for number, event in enumerate(sent, change + 1):
             kept.append((number, event.name, event.data))
@@ -36,6 +42,7 @@ class MemoryEvents:
     def drop(self, task_id: str) -> None:
         """Forget those of a task."""
         self._kept.pop(task_id, None)
+        self._last.pop(task_id, None)
 
     def written(self, since: int) -> list[str]:
         """Return the ids of the tasks whose views have sent something after a number."""

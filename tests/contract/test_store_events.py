@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from flask_asyncroute.execution import ViewEvent
 from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import Expect, TaskStore
-from flask_asyncroute.stores.events import MAX_EVENTS, PROGRESS, STATE, Event, ViewEvent
+from flask_asyncroute.stores.events import MAX_EVENTS, PROGRESS, STATE, Event
 from flask_asyncroute.task import AsyncRouteTask
 from tests.conftest import eventually_true
 
@@ -46,7 +47,8 @@ def test_all_that_happens_to_a_task_is_told_in_order(store: TaskStore, add: Call
     add()
     store.claim("task", "me", 1)
     assert store.add_events("task", RUNNING, sent("a", "b"))
-    store.update("task", RUNNING, END, sent("c", first=3))
+    assert store.add_events("task", RUNNING, sent("c", first=3))
+    store.update("task", RUNNING, END)
     found = store.events(0, 100)
     names = ["NotStarted", "Running", "a", "b", "c", "Completed"]
     assert told(found.events) == [("task", name) for name in names]
@@ -146,7 +148,6 @@ def test_a_run_that_lost_its_task_sends_nothing(store: TaskStore, add: Callable[
     for expect in (Expect((State.RUNNING,), "me", 2), Expect((State.RUNNING,), "you", 1)):
         assert not store.add_events("task", expect, sent("a"))
     assert not store.add_events("other", RUNNING, sent("a"))
-    assert store.update("task", Expect((State.RUNNING,), "me", 2), END, sent("a")) is None
     assert told(store.events(0, 100).events) == [("task", "NotStarted"), ("task", "Running")]
 
 
@@ -161,6 +162,16 @@ def test_the_last_thousand_events_of_a_task_are_kept(store: TaskStore, add: Call
     found = [event for event in store.events(0, 5000, "task").events if event.name == "n"]
     assert MAX_EVENTS <= len(found) <= MAX_EVENTS + 100
     assert len(store.events(0, 100, "other").events) == 3
+
+
+def test_what_was_written_already_is_not_written_again(store: TaskStore, add: Callable[..., None]) -> None:
+    """Whoever does not know whether it was tries again."""
+    add()
+    store.claim("task", "me", 1)
+    for _ in range(2):
+        assert store.add_events("task", RUNNING, sent("a", "b"))
+    assert store.add_events("task", RUNNING, sent("c", first=3))
+    assert [event.name for event in store.events(0, 100).events[2:]] == ["a", "b", "c"]
 
 
 def test_events_go_with_their_task(store: TaskStore, add: Callable[..., None], make_task: NewTask) -> None:

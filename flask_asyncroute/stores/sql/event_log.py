@@ -14,9 +14,10 @@ from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.selectable import Select
 
 from ...encoding import encode_json
+from ...execution import ViewEvent
 from ...states import State
 from ...task import AsyncRouteTask
-from ..events import MAX_EVENTS, PROGRESS, STATE, Event, ViewEvent
+from ..events import MAX_EVENTS, PROGRESS, STATE, Event
 from .cursors import one, run
 from .database import Cursor
 from .records import record_of
@@ -43,8 +44,8 @@ class EventLog:
         ).scalar_subquery()
         self._trim = statements.compiled(delete(events).where(is_of_task, events.c.change <= kept))
         self.drop = statements.compiled(delete(events).where(is_of_task))
-        self.last_number = statements.compiled(
-            select(func.max(events.c.number)).where(is_of_task, events.c.epoch == bindparam("epoch"))
+        self._last = statements.compiled(
+            select(events.c.epoch, events.c.number).where(is_of_task).order_by(events.c.change.desc()).limit(1)
         )
         self.written = statements.compiled(
             select(events.c.task_id)
@@ -53,7 +54,10 @@ class EventLog:
         )
 
     def put(self, cursor: Cursor, ns: int, task_id: str, epoch: int, sent: Sequence[ViewEvent]) -> None:
-        """Add what a run has sent, under numbers of its own, and remove what is over the most."""
+        """Add what a run has sent, if it is new, under numbers of its own, and remove what is over the most."""
+        before = one(cursor, self._last, ns=ns, task_id=task_id)
+        if before is not None and tuple(before) >= (epoch, sent[-1].number):
+            return
         last = one(cursor, self._raise_change, ns=ns, count=len(sent))[0]
         for change, event in enumerate(sent, last - len(sent) + 1):
             self._put(cursor, ns, task_id, change, event, epoch)

@@ -7,13 +7,14 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from ...errors import CommitUnknown, IdTaken
+from ...execution import ViewEvent
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
 from ...start_key import StartKey
 from ...states import State
 from ...task import AsyncRouteTask
 from ..base import Claim, Expect, Listener, News, Readers, TaskStore
-from ..events import Events, ViewEvent
+from ..events import Events
 from . import queries
 from .bodies import Bodies
 from .changes import Changes
@@ -129,19 +130,15 @@ class SQLTaskStore(TaskStore):
     def body(self, task_id: str) -> Body:
         return self._database.read(lambda cursor: self._bodies.read(cursor, self._ns, task_id))
 
-    def update(
-        self, task_id: str, expect: Expect, values: dict[str, Any], sent: Sequence[ViewEvent] = ()
-    ) -> AsyncRouteTask | None:
+    def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         def look() -> AsyncRouteTask | None:
             task = self.get(task_id)
             is_ours = task is not None and all(getattr(task, name) == value for name, value in values.items())
             return task if is_ours else None
 
-        return self._surely(lambda: self._update(task_id, expect, values, sent), look)
+        return self._surely(lambda: self._update(task_id, expect, values), look)
 
-    def _update(
-        self, task_id: str, expect: Expect, values: dict[str, Any], sent: Sequence[ViewEvent]
-    ) -> AsyncRouteTask | None:
+    def _update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         statement = self._sql.update_of(tuple(values), expect)
         given = {f"new_{name}": plain(value) for name, value in values.items()}
         parameters = statement.values(ns=self._ns, task_id=task_id, **given, **expectation(expect))
@@ -155,8 +152,6 @@ class SQLTaskStore(TaskStore):
                 before = one(cursor, self._sql.get, ns=self._ns, task_id=task_id)
                 if before is not None:
                     self._event_log.keep_states(cursor, self._ns, record_of(before))
-            if sent:
-                self._event_log.put(cursor, self._ns, task_id, expect.epoch or 0, sent)
             rows = cursor.execute(statement.sql, parameters).fetchall()
             if not rows:
                 raise TakeBack
@@ -179,12 +174,8 @@ class SQLTaskStore(TaskStore):
             self._event_log.put(cursor, self._ns, task_id, epoch, sent)
             return True
 
-        def look() -> bool | None:
-            last = self._event_log.last_number
-            found = self._database.fetch_one(last.sql, last.values(ns=self._ns, task_id=task_id, epoch=epoch))
-            return True if (found[0] or 0) >= sent[-1].number else None
-
-        return self._surely(lambda: self._database.write(add), look)
+        # Written twice it is there once.
+        return self._surely(lambda: self._database.write(add), lambda: None)
 
     def delete(self, task_id: str, expect: Expect) -> bool:
         return self._surely(lambda: self._delete(task_id, expect), lambda: True if self.get(task_id) is None else None)
