@@ -80,10 +80,11 @@ def _origins(label: str, value: Any) -> tuple[str, ...]:
     return tuple(origin.lower() for origin in value)
 
 
-def _operations(label: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, (list, tuple)) and "events" in value:
-        raise ConfigurationError(f"{label}: 'events' is not served by this version; leave it out.")
-    return checks.some_of("get", "stop", "query")(label, value)  # type: ignore[no-any-return]
+def _stream_age(label: str, value: Any) -> float:
+    age = checks.seconds(label, value)
+    if age < 1:
+        raise refuse(label, "1 second or more", value)
+    return age
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ KEYS: dict[str, Key] = {
     "APP": Key(checks.optional(app_path.checked), None),
     "NAMESPACE": Key(checks.optional(checks.short_name), None),
     "CREATE_TABLES": Key(checks.boolean, True),
-    "OPERATIONS": Key(_operations, ("get", "stop", "query")),
+    "OPERATIONS": Key(checks.some_of("get", "stop", "query", "events"), ("get", "stop", "query", "events")),
     "URL_PREFIX": Key(_prefix, ""),
     "TASK_PATH": Key(_path, "/task"),
     "TASKS_PATH": Key(_path, "/tasks"),
@@ -132,9 +133,9 @@ KEYS: dict[str, Key] = {
     "ON_LOSS": Key(options.DEFAULTED["on_loss"], "abort"),
     "CELERY": Key(_not_served, None),
     "DRAIN": Key(checks.optional(checks.seconds), None),
-    "MAX_WAIT": Key(_not_served, None),
-    "MAX_STREAMS": Key(_not_served, None),
-    "STREAM_AGE": Key(_not_served, None),
+    "MAX_WAIT": Key(checks.seconds, 20.0),
+    "MAX_STREAMS": Key(checks.whole(0), 2),
+    "STREAM_AGE": Key(_stream_age, 300.0),
     "CALLBACK_ATTEMPTS": Key(_not_served, None),
     "CALLBACK_SECRET": Key(_not_served, None),
     "CALLBACK_ALLOWED_HOSTS": Key(_not_served, None),
@@ -171,6 +172,9 @@ class Config:
     max_tasks_per_user: int | None
     housekeeping_interval: float
     drain: float
+    max_wait: float
+    max_streams: int
+    stream_age: float
     defaults: Mapping[str, Any]
 
     @property
@@ -251,5 +255,8 @@ def read(app: Flask) -> Config:
         max_tasks_per_user=values["MAX_TASKS_PER_USER"],
         housekeeping_interval=values["HOUSEKEEPING_INTERVAL"],
         drain=drain if drain is not None else 0.5 if app.debug else 5.0,
+        max_wait=values["MAX_WAIT"],
+        max_streams=values["MAX_STREAMS"],
+        stream_age=values["STREAM_AGE"],
         defaults={name: values[name.upper()] for name in options.DEFAULTED},
     )

@@ -77,6 +77,16 @@ def in_app(app: Flask) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
+    """Push a request as it was once more, without its body, to ask who makes it.
+
+    :param environ: the plain values of its WSGI environ.
+    """
+    with app.request_context({**environ, "wsgi.input": empty(), "wsgi.errors": sys.stderr, "CONTENT_LENGTH": "0"}):
+        yield
+
+
 class TaskSession(SecureCookieSession):
     """The session as it was at the start; a write raises."""
 

@@ -277,7 +277,7 @@ class Dispatcher:
         grants = intake.grants()
         quota = None if intake.caller is None else self._config.max_tasks_per_user
         for _ in range(ID_TRIES):
-            task = intake.record(self._lifecycle.owner)
+            task = intake.record(self._lifecycle.owner, self._config)
             try:
                 self._lifecycle.create(task, data, intake.body, grants, intake.key, quota)
             except IdTaken:

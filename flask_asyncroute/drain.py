@@ -97,12 +97,18 @@ def _settle(runner: Runner, waiting: list[str]) -> None:
         logger.error("Not all tasks could be settled at the exit; others will find them lost. (%s)", error)
 
 
+def begin() -> None:
+    """Have all runners of this process start nothing more, and all who wait for news of tasks come to their end."""
+    for runner in list(_runners):
+        runner.dispatcher.is_closing = True
+        runner.notifier.end_waits()
+
+
 def _at_exit() -> None:
     """Drain all runners of this process at once: each has its own time, and the exit waits for the longest."""
     runners = list(_runners)
     began = time.monotonic()
-    for runner in runners:
-        runner.dispatcher.is_closing = True
+    begin()
     for runner in runners:
         try:
             drain(runner, max(runner.config.drain - (time.monotonic() - began), 0.0))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 from flask import Blueprint, Flask, request, request_started
 from werkzeug.routing import Rule
 
-from . import checks, options
+from . import checks, drain, options, termination
 from .capture import note_request
 from .dispatcher import unknown
 from .errors import ConfigurationError
@@ -174,7 +174,8 @@ class AsyncRoute:
         return function
 
     def start(self, app: Flask) -> None:
-        """Make this process a runner of ``app``: it keeps house and takes waiting tasks from now on.
+        """Make this process a runner of ``app``: it keeps house and takes waiting tasks from now on. In a worker of gunicorn
+        streams and waits then end as soon as it is told to exit, and hold it up no longer.
 
         A process becomes one by itself with its first request; call this where none may come, such as in gunicorn's
         ``post_worker_init``. Called again it does nothing.
@@ -184,6 +185,7 @@ class AsyncRoute:
         """
         runtime = runtime_of(app)
         runtime.become_runner()
+        termination.notice(drain.begin)
         runtime.runner.store.open()
 
     def get(self, task_id: str) -> AsyncRouteTask | None:

@@ -17,7 +17,9 @@ from werkzeug.http import parse_options_header
 from werkzeug.sansio.utils import get_host
 
 from . import start_key
+from .config import Config
 from .errors import CannotStart, NotAuthenticated, NotPermitted, RequestRefused
+from .locations import events_path
 from .names import MAX_NAME, plain
 from .permissions import Caller, Permission
 from .registry import Route
@@ -62,7 +64,7 @@ class Intake:
         self.key = StartKey(name, fingerprint)
         return self.key
 
-    def record(self, worker: str) -> AsyncRouteTask:
+    def record(self, worker: str, config: Config) -> AsyncRouteTask:
         """Return a new task with a new id.
 
         :param worker: this process, whose own a task is that no other can run.
@@ -74,8 +76,10 @@ class Intake:
         rule = current.url_rule
         name = options.name or f"[{method.capitalize()}]{rule.rule if rule is not None else current.path}"
         owner = None if self.caller is None else self.caller.id
+        task_id = _new_id(route)
+        group = None if options.sse is None else options.sse.group or (rule.rule if rule is not None else current.path)
         return AsyncRouteTask(
-            id=_new_id(route),
+            id=task_id,
             async_route_id=name[:MAX_NAME],
             endpoint=route.endpoint,
             state=State.NOT_STARTED,
@@ -90,6 +94,11 @@ class Intake:
             on_loss=options.on_loss,
             body_size=0 if self.body is None else self.body.size,
             owner=worker if options.is_bound else None,
+            sse_group=None if group is None else group[:MAX_NAME],
+            sse_url=None
+            if group is None or "events" not in config.operations
+            else events_path(config, current.root_path, task_id),
+            sse_result=options.sse is not None and options.sse.send_result,
         )
 
     def grants(self) -> set[tuple[str, str]]:

@@ -47,8 +47,11 @@ def fake_task(task_id: str = "fake", user: str | None = None, timeout: float | N
 
     :param timeout: seconds that `remaining()` counts down from; None: no limit.
     """
-    # What it sends is taken at once, so that it never waits for room.
-    execution = Execution(task_id, wake=lambda: execution.take_events())
+
+    def wake() -> None:
+        execution.take_events()  # so that it never waits for room
+
+    execution = Execution(task_id, wake=wake)
     execution.begin(user, 1, timeout)
     with running(execution, DefaultJSONProvider.default) as task:
         yield task

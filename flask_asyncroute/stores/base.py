@@ -262,6 +262,10 @@ class TaskStore(ABC):
         """
 
     @abstractmethod
+    def newest(self) -> int:
+        """Return the newest change number."""
+
+    @abstractmethod
     def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
         """Return the first ``most`` events after the change number ``since``, of tasks that have an Sse group.
 

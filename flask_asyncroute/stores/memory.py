@@ -185,6 +185,9 @@ class MemoryTaskStore(TaskStore):
             sent = self._events.written(since) if 0 <= since < change else ()
         return News(change, sorted(tasks, key=lambda task: task.change), sent)
 
+    def newest(self) -> int:
+        return self._change
+
     def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
         with self._lock:
             asked = (

@@ -34,7 +34,7 @@ class Changes:
         if version is not None and self._seen == (version, since):
             return News(since, ())
         # Read before the tasks: whatever has a number up to this one is committed, and among them.
-        change = self._newest(ns)
+        change = self.newest(ns)
         tasks: list[AsyncRouteTask] = []
         sent: list[str] = []
         if change < since:
@@ -53,11 +53,12 @@ class Changes:
 
     def events(self, ns: int, since: int, most: int, task_id: str | None, group: str | None) -> Events:
         """See `TaskStore.events`."""
-        change = self._newest(ns)
+        change = self.newest(ns)
         rows = self._database.fetch_all(*self._event_log.read(ns, since, most, task_id, group))
         found = [self._event_log.event_of(row) for row in rows]
         last = found[-1].change if found else since
         return Events(last if len(found) == most else max(change, last), found)
 
-    def _newest(self, ns: int) -> int:
+    def newest(self, ns: int) -> int:
+        """See `TaskStore.newest`."""
         return self._database.fetch_one(self._sql.change.sql, self._sql.change.values(ns=ns))[0]  # type: ignore[no-any-return]

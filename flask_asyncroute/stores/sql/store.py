@@ -233,6 +233,10 @@ class SQLTaskStore(TaskStore):
         self.open()
         return self._changes.news(self._ns, since)
 
+    def newest(self) -> int:
+        self.open()
+        return self._changes.newest(self._ns)
+
     def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
         self.open()
         return self._changes.events(self._ns, since, most, task_id, group)
