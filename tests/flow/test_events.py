@@ -211,7 +211,7 @@ def test_a_group_that_nobody_is_in_is_silent(served: Served, monkeypatch: pytest
     answer.close()
 
 
-@pytest.mark.parametrize("query", ["group=a&group=b", "group=", "group=%00", "group=" + "x" * 256, "group=%ff"])
+@pytest.mark.parametrize("query", ["group=a&group=b", "group=", "group=%00", "group=" + "x" * 256])
 def test_what_cannot_be_a_group_is_refused(served: Served, query: str) -> None:
     answer = served.client.get(f"/tasks/events?{query}")
     assert answer.status_code == 400, query
