@@ -248,20 +248,6 @@ def test_a58_a_method_cannot_be_overridden(flow: Flow, header: str) -> None:
     assert flow.request("POST", f"/task/{task['Id']}", headers={header: "DELETE"}).status_code == 405
 
 
-# -- headers that later versions serve -----------------------------------------------------------------------------------
-
-
-@IN_MEMORY
-@pytest.mark.parametrize("prefer", ["wait=1", "respond-async, wait=10", "nonsense;;", ""])
-def test_prefer_is_ignored(flow: Flow, prefer: str) -> None:
-    @flow.route()
-    def work() -> None: ...
-
-    response = flow.request("POST", "/work", headers={"Prefer": prefer})
-    assert response.status_code == 202
-    assert "Preference-Applied" not in response.headers
-
-
 # -- negotiation -----------------------------------------------------------------------------------------------------------
 
 
