@@ -46,12 +46,13 @@ def test_a_start_answers_202_with_the_task(flow: Flow, executor: Any, gate: thre
     assert began <= datetime.fromisoformat(task["CreationTime"]) <= datetime.now(UTC)
     assert (task["Url"], task["Method"]) == ("http://localhost/auth/asyncUsing", "PUT")
     assert response.headers["Location"] == f"/task/{task['Id']}"
+    assert task["Sse"] == {"Group": "/auth/asyncUsing", "Url": f"/task/{task['Id']}/events", "SendResult": False}
     if executor == "immediate":
         assert (task["State"], task["IsCompleted"]) == ("Completed", True)
         assert task["Result"] == {"InnerValue": 1}
         assert "Retry-After" not in response.headers
     else:
-        assert list(task) == ALWAYS, "a field that does not apply is left out"
+        assert list(task) == [*ALWAYS, "Sse"], "a field that does not apply is left out"
         assert (task["State"], task["IsCompleted"]) == ("NotStarted", False)
         assert int(response.headers["Retry-After"]) > 0
     ended = flow.ended(task)

@@ -210,9 +210,7 @@ def test_changes_of_another_app_are_not_heard_of(
     assert heard == []
 
 
-def test_no_thread_is_started_for_memory_before_somebody_waits(
-    make_notifier: MakeNotifier, make_task: NewTask
-) -> None:
+def test_no_thread_is_started_for_memory_before_somebody_waits(make_notifier: MakeNotifier, make_task: NewTask) -> None:
     store = MemoryTaskStore()
     store.add(make_task(), b"", None, ())
     notifier = make_notifier(store)
