@@ -106,7 +106,10 @@ class _Reporter:
 
     def end(self, outcome: Outcome) -> None:
         """Send the outcome. What cannot be sent the parent learns from the exit status."""
-        progress, message = (None, None) if self.execution is None else self.execution.final_report()
+        progress, message = None, None
+        if self.execution is not None:
+            self._send_events(self.execution)
+            progress, message = self.execution.final_report()
         values = outcome.values
         ending = frames.Ending(
             outcome.state,
@@ -120,13 +123,23 @@ class _Reporter:
 
     def _work(self) -> None:
         due: float | None = None
+        report_at = 0.0
         while not self._is_over:
             self._has_news.wait(None if due is None else max(due - time.monotonic(), 0.0))
             self._has_news.clear()
             execution = self.execution
-            if execution is not None:
-                due = execution.climb(time.monotonic())
-                report = execution.take_report()
-                if report is not None:
-                    self.send(frames.PROGRESS, msgspec.json.encode(frames.Report(*report)))
-            time.sleep(REPORT_SECONDS)
+            if execution is None:
+                continue
+            self._send_events(execution)
+            now = time.monotonic()
+            due = execution.climb(now)
+            if execution.has_report and now < report_at:
+                due = report_at if due is None else min(due, report_at)
+            elif (report := execution.take_report()) is not None:
+                report_at = now + REPORT_SECONDS
+                self.send(frames.PROGRESS, msgspec.json.encode(frames.Report(*report)))
+
+    def _send_events(self, execution: Execution) -> None:
+        with execution.writing:
+            for event in execution.take_events():
+                self.send(frames.EVENT, msgspec.json.encode(frames.Sent(event.name, msgspec.Raw(event.data))))

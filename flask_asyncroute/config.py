@@ -107,10 +107,11 @@ def _origins(label: str, value: Any) -> tuple[str, ...]:
     return tuple(origin.lower() for origin in value)
 
 
-def _operations(label: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, (list, tuple)) and "events" in value:
-        raise ConfigurationError(f"{label}: 'events' is not served by this version; leave it out.")
-    return checks.some_of("get", "stop", "query")(label, value)  # type: ignore[no-any-return]
+def _stream_age(label: str, value: Any) -> float:
+    age = checks.seconds(label, value)
+    if age < 1:
+        raise refuse(label, "1 second or more", value)
+    return age
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ KEYS: dict[str, Key] = {
     "APP": Key(checks.optional(app_path.checked), None),
     "NAMESPACE": Key(checks.optional(checks.short_name), None),
     "CREATE_TABLES": Key(checks.boolean, True),
-    "OPERATIONS": Key(_operations, ("get", "stop", "query")),
+    "OPERATIONS": Key(checks.some_of("get", "stop", "query", "events"), ("get", "stop", "query", "events")),
     "URL_PREFIX": Key(_prefix, ""),
     "TASK_PATH": Key(_path, "/task"),
     "TASKS_PATH": Key(_path, "/tasks"),
@@ -159,9 +160,9 @@ KEYS: dict[str, Key] = {
     "ON_LOSS": Key(options.DEFAULTED["on_loss"], "abort"),
     "CELERY": Key(_not_served, None),
     "DRAIN": Key(checks.optional(checks.seconds), None),
-    "MAX_WAIT": Key(_not_served, None),
-    "MAX_STREAMS": Key(_not_served, None),
-    "STREAM_AGE": Key(_not_served, None),
+    "MAX_WAIT": Key(checks.seconds, 20.0),
+    "MAX_STREAMS": Key(checks.whole(0), 2),
+    "STREAM_AGE": Key(_stream_age, 300.0),
     "CALLBACK_ATTEMPTS": Key(checks.whole(1), 4),
     "CALLBACK_SECRET": Key(_secrets, ()),
     "CALLBACK_ALLOWED_HOSTS": Key(allowed_hosts.checked, AllowedHosts()),
@@ -201,6 +202,9 @@ class Config:
     callback_attempts: int
     callback_secrets: tuple[str, ...]
     callback_allowed_hosts: AllowedHosts
+    max_wait: float
+    max_streams: int
+    stream_age: float
     defaults: Mapping[str, Any]
 
     @property
@@ -284,5 +288,8 @@ def read(app: Flask) -> Config:
         callback_secrets=values["CALLBACK_SECRET"],
         callback_allowed_hosts=values["CALLBACK_ALLOWED_HOSTS"],
         drain=drain if drain is not None else 0.5 if app.debug else 5.0,
+        max_wait=values["MAX_WAIT"],
+        max_streams=values["MAX_STREAMS"],
+        stream_age=values["STREAM_AGE"],
         defaults={name: values[name.upper()] for name in options.DEFAULTED},
     )

@@ -49,9 +49,12 @@ current_task = cast(CurrentTask, LocalProxy(_current))
 
 
 @contextmanager
-def running(execution: Execution) -> Iterator[CurrentTask]:
-    """Make ``execution`` the current task of this context."""
-    task = CurrentTask(execution)
+def running(execution: Execution, json_default: Callable[[Any], Any]) -> Iterator[CurrentTask]:
+    """Make ``execution`` the current task of this context.
+
+    :param json_default: makes plain values of what JSON does not have; see `runtime.json_default`.
+    """
+    task = CurrentTask(execution, json_default)
     token = _running.set(task)
     try:
         yield task
@@ -71,6 +74,16 @@ def in_app(app: Flask) -> Iterator[None]:
         yield
         return
     with app.app_context():
+        yield
+
+
+@contextmanager
+def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
+    """Push a request as it was once more, without its body, to ask who makes it.
+
+    :param environ: the plain values of its WSGI environ.
+    """
+    with app.request_context({**environ, "wsgi.input": empty(), "wsgi.errors": sys.stderr, "CONTENT_LENGTH": "0"}):
         yield
 
 

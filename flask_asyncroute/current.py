@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
+from .encoding import encode_value
 from .execution import Climb, Execution
+from .names import is_name, plain
 
 T = TypeVar("T")
+
+MAX_EVENT = 64 * 1024
+"""Bytes of the data of an event."""
 
 
 class ProgressRange:
@@ -51,8 +56,9 @@ class CurrentTask:
     second; only the newest counts.
     """
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution, json_default: Callable[[Any], Any]) -> None:
         self._execution = execution
+        self._json_default = json_default
 
     @property
     def id(self) -> str:
@@ -123,6 +129,24 @@ class CurrentTask:
         base = self._execution.progress
         climb = Climb(base, _top(max_progress), duration, interval)
         self._execution.advance(base, climb=climb)
+
+    def send_event(self, data: Any, event: str = "message") -> None:
+        """Send an event to whoever follows the task; it is stored, so that those who come back get it too.
+
+        Returns before it is stored, in the background, but waits while a thousand are not. The last 1,000 of a task are
+        kept. Those of a task that was stopped meanwhile are left out.
+
+        :param data: what a view may return; at most 64 KiB of JSON.
+        :param event: its name: 1 to 255 characters on one line, not beginning with ``task.``.
+        :raises ValueError: for another name.
+        :raises ResultError: for data that JSON does not have, or too much of it; the message says what and where.
+        """
+        if not is_name(event) or not event.isprintable() or event != event.strip() or event.startswith("task."):
+            raise ValueError(
+                f"send_event(…, event={event!r}): a name has 1 to 255 printable characters, no blank at its ends, and does "
+                "not begin with 'task.', which are our own."
+            )
+        self._execution.send_event(plain(event), encode_value(data, self._json_default, MAX_EVENT))
 
     @property
     def stop_requested(self) -> bool:

@@ -56,6 +56,7 @@ def drain(runner: Runner, seconds: float) -> None:
     Returns within ``seconds`` and 1.5 more, whatever the store does: it is the housekeeper that waits for that.
     """
     runner.dispatcher.is_closing = True
+    runner.sender.is_closing = True
     waiting = [task_id for executor in runner.executors for task_id in executor.discard_waiting()]
     if not runner.dispatcher.wait_idle(seconds):
         for execution in _unended(runner):
@@ -97,10 +98,20 @@ def _settle(runner: Runner, waiting: list[str]) -> None:
         logger.error("Not all tasks could be settled at the exit; others will find them lost. (%s)", error)
 
 
+def end_waits() -> None:
+    """Have all who wait for news of tasks in this process come to their end, so that they do not hold up its exit.
+
+    Tasks are started and run as before: requests that the server has taken in already are not to fail.
+    """
+    for runner in list(_runners):
+        runner.notifier.end_waits()
+
+
 def _at_exit() -> None:
     """Drain all runners of this process at once: each has its own time, and the exit waits for the longest."""
     runners = list(_runners)
     began = time.monotonic()
+    end_waits()
     for runner in runners:
         runner.dispatcher.is_closing = True
     for runner in runners:

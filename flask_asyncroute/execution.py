@@ -9,11 +9,28 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from .encoding import clean_text
 from .errors import TaskAborted
 from .task import MAX_MESSAGE
+
+MOST_UNWRITTEN = 1000
+"""How many events of one run wait to be stored; whoever sends one more waits too."""
+
+
+@dataclass(frozen=True, slots=True)
+class ViewEvent:
+    """What a view has sent.
+
+    :param data: JSON on one line.
+    :param number: how many its run has sent with it.
+    """
+
+    name: str
+    data: bytes
+    number: int
 
 
 class Execution:
@@ -49,6 +66,11 @@ class Execution:
         self._interrupt_after = interrupt_after
         self._wake = wake
         self._lock = threading.Lock()
+        self._has_room = threading.Condition(self._lock)
+        self.writing = threading.Lock()
+        """Held while its events are stored, so that they are in order."""
+        self._sent: list[ViewEvent] = []
+        self._sent_so_far = 0
         self._cancel: Callable[[], object] | None = None
         self._progress: float | None = None
         self._message: str | None = None
@@ -76,6 +98,7 @@ class Execution:
             if not is_first and within == math.inf:
                 return False
             self.stop.set()
+            self._has_room.notify_all()
             self._climb = None
             cancel = self._cancel
             if cancel is None and self._interrupt_after is not None:
@@ -123,6 +146,37 @@ class Execution:
             self._climb = climb
             self._take(value, message)
         self._wake_if_dirty()
+
+    def send_event(self, name: str, data: bytes) -> None:
+        """Have an event of the view stored, after all that it has sent before. Waits while too many are not stored yet.
+
+        :param data: JSON on one line.
+        :raises TaskAborted: where it had to wait, and a stop was asked for or the time was up.
+        """
+        with self._lock:
+            while len(self._sent) >= MOST_UNWRITTEN:
+                self.check()
+                self._has_room.wait(1.0)
+            self._sent_so_far += 1
+            self._sent.append(ViewEvent(name, data, self._sent_so_far))
+        self._wake()
+
+    @property
+    def has_events(self) -> bool:
+        """Whether :meth:`take_events` has something to give."""
+        return bool(self._sent)
+
+    def take_events(self) -> Sequence[ViewEvent]:
+        """Return the events that wait to be stored, in order."""
+        with self._lock:
+            sent, self._sent = self._sent, []
+            self._has_room.notify_all()
+        return sent
+
+    def return_events(self, sent: Sequence[ViewEvent]) -> None:
+        """Take back what :meth:`take_events` gave, since it could not be stored."""
+        with self._lock:
+            self._sent = [*sent, *self._sent]
 
     def climb(self, now: float) -> float | None:
         """Take the next step of a progress that advances by itself; return when the one after is due."""

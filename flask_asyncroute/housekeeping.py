@@ -93,20 +93,25 @@ class Housekeeper(Loop):
         return max(due - time.monotonic(), 0.0)
 
     def _report(self, execution: Execution) -> float:
-        """Write the progress of one run, if there is any and it is time to; return when to look again."""
+        """Write what one run has to tell, its events at once and its progress when it is time to; return when to look again."""
         now = time.monotonic()
-        if not execution.has_report:
-            return math.inf
         due = max(execution.reported_at + REPORT_SECONDS, self._report_after)
+        if execution.has_events:
+            due = self._report_after
+        elif not execution.has_report:
+            return math.inf
         if due > now:
             return due
-        execution.reported_at = now
         try:
+            self._lifecycle.write_events(execution)
+            if not execution.has_report or execution.reported_at + REPORT_SECONDS > now:
+                return execution.reported_at + REPORT_SECONDS if execution.has_report else math.inf
+            execution.reported_at = now
             signals.progress_reported.send(self._app, execution=execution)
         except StoreUnavailable as error:
             # Each try may take seconds; there is no hurry with progress.
             self._report_after = time.monotonic() + STORE_RETRY_SECONDS
-            logger.error("The progress of task %s could not be stored: %s", execution.task_id, error)
+            logger.error("What task %s has reported could not be stored yet: %s", execution.task_id, error)
             return self._report_after
         except Exception:
             logger.exception("Task %s could not be attended to; it is tried again.", execution.task_id)

@@ -17,7 +17,10 @@ from werkzeug.http import parse_options_header
 from werkzeug.sansio.utils import get_host
 
 from . import start_key
+from .config import Config
+from .delivery import NOT_STARTED, Delivery, Shown
 from .errors import CannotStart, NotAuthenticated, NotPermitted, RequestRefused
+from .locations import events_path
 from .names import MAX_NAME, plain
 from .permissions import Caller, Permission
 from .registry import Route
@@ -46,6 +49,7 @@ class Intake:
     body: Body | None
     permission: Permission | None = None
     key: StartKey | None = None
+    delivery: Delivery | None = None
 
     def take_key(self, name: str, secret: bytes) -> StartKey:
         """Take the request's ``Idempotency-Key``, of which the task then sees nothing; return it.
@@ -62,7 +66,7 @@ class Intake:
         self.key = StartKey(name, fingerprint)
         return self.key
 
-    def record(self, worker: str) -> AsyncRouteTask:
+    def record(self, worker: str, config: Config) -> AsyncRouteTask:
         """Return a new task with a new id.
 
         :param worker: this process, whose own a task is that no other can run.
@@ -72,11 +76,12 @@ class Intake:
         options = route.options
         method = current.method
         rule = current.url_rule
-        name = options.name or f"[{method.capitalize()}]{rule.rule if rule is not None else current.path}"
         owner = None if self.caller is None else self.caller.id
+        task_id = _new_id(route)
+        group = None if options.sse is None else options.sse.group or (rule.rule if rule is not None else current.path)
         return AsyncRouteTask(
-            id=_new_id(route),
-            async_route_id=name[:MAX_NAME],
+            id=task_id,
+            async_route_id=self.name(),
             endpoint=route.endpoint,
             state=State.NOT_STARTED,
             cancellable=options.cancellable,
@@ -90,6 +95,36 @@ class Intake:
             on_loss=options.on_loss,
             body_size=0 if self.body is None else self.body.size,
             owner=worker if options.is_bound else None,
+            sse_group=None if group is None else group[:MAX_NAME],
+            sse_url=None
+            if group is None or "events" not in config.operations
+            else events_path(config, current.root_path, task_id),
+            sse_result=options.sse is not None and options.sse.send_result,
+            callback_json=None if self.delivery is None else self._shown(self.delivery),
+            callback_state=None if self.delivery is None else NOT_STARTED,
+        )
+
+    def name(self) -> str:
+        """Return the task's ``AsyncRouteId``."""
+        rule = self.current.url_rule
+        method = self.current.method.capitalize()
+        return (self.route.options.name or f"[{method}]{rule.rule if rule is not None else self.current.path}")[
+            :MAX_NAME
+        ]
+
+    def _shown(self, delivery: Delivery) -> bytes:
+        callback = self.route.options.callback
+        assert callback is not None, "a delivery is made of one"
+        return msgspec.json.encode(
+            Shown(
+                url_field=callback.url,
+                method=delivery.method,
+                content_type=delivery.content_type,
+                send_result=delivery.send_result,
+                event_name=delivery.event_name,
+                header_fields=list(callback.headers),
+                url=delivery.url.partition("?")[0],
+            )
         )
 
     def grants(self) -> set[tuple[str, str]]:

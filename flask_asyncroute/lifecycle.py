@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from blinker import NamedSignal
 
 from . import context, signals
+from .delivery import Delivery
 from .errors import CommitUnknown, StoreUnavailable
 from .execution import Execution
 from .snapshot import Body
@@ -60,11 +61,11 @@ class Lifecycle:
 
     def create(
         self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
-        key: StartKey | None = None, quota: int | None = None,
+        key: StartKey | None = None, quota: int | None = None, delivery: Delivery | None = None,
     ) -> None:  # fmt: skip
         """Store a new task, or raise what :meth:`TaskStore.add` does where it may not be."""
         try:
-            self._store.add(task, request, body, grants, key, quota)
+            self._store.add(task, request, body, grants, key, quota, delivery)
         except CommitUnknown:
             # Its client is told that nothing was started, so nothing may. With a key the next try finds what there is.
             if key is None:
@@ -93,6 +94,7 @@ class Lifecycle:
 
         :return: the task, where this run decided its outcome.
         """
+        self.write_events(execution)
         progress, message = execution.final_report()
         if progress is not None:
             values = {
@@ -131,6 +133,7 @@ class Lifecycle:
 
         :param is_over: whether its code has ended. A task is not put back before.
         """
+        self.write_events(execution)
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
         task = None
         if not execution.restarts_on_loss:
@@ -142,6 +145,7 @@ class Lifecycle:
 
     def expire(self, execution: Execution, error: str) -> AsyncRouteTask | None:
         """Move a task that runs in this process to Aborted, its code Stopping."""
+        self.write_events(execution)
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
         return self._step(execution.task_id, expect, State.ABORTED, {"error": error, "stopping": True})
 
@@ -157,6 +161,23 @@ class Lifecycle:
     def purge(self, task_id: str) -> bool:
         """Remove a finished task whose code has ended; return whether it was there and so."""
         return self._store.delete(task_id, Expect(tuple(TERMINAL), stopping=False))
+
+    def write_events(self, execution: Execution) -> None:
+        """Write what a view has sent, if there is something; where the task is this run's no more, nobody hears of it."""
+        if not execution.has_events:
+            return
+        with execution.writing:
+            sent = execution.take_events()
+            if not sent:
+                return
+            expect = Expect((State.RUNNING,), self.owner, execution.epoch)
+            try:
+                is_written = self._store.add_events(execution.task_id, expect, sent)
+            except StoreUnavailable:
+                execution.return_events(sent)
+                raise
+        if is_written:
+            signals.send_fact(signals.events_written, self._app, logger, task_id=execution.task_id)
 
     def on_progress_reported(self, sender: Flask, execution: Execution, **extra: Any) -> None:
         """Write the newest progress of a run, if there is any that is not written. The receiver of `progress_reported`."""

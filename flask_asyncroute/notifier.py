@@ -1,5 +1,5 @@
 """Who is waiting for news of a task, in this process: told at once of what is written here, and by one watcher thread of
-what other processes write.
+what other processes write. What the news are, whoever is told reads from the store.
 
 It hears of local changes by signal, asks the store for the others, and changes nothing itself.
 """
@@ -10,12 +10,13 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from . import signals
 from .finalizers import when_gone
-from .stores.base import TaskStore
+from .stores.base import Listener, TaskStore
 from .task import AsyncRouteTask
 
 if TYPE_CHECKING:
@@ -24,50 +25,74 @@ if TYPE_CHECKING:
 logger = logging.getLogger("flask_asyncroute")
 
 POLL_SECONDS = 0.05
+"""How often a store is asked that tells nothing by itself."""
+REREAD_SECONDS = 1.0
+"""How often one is asked that does; also how soon an end of the server is noticed at the latest."""
+REST_SECONDS = 0.005
+"""How long the watcher rests after it was told, so that many changes are read as one."""
 LINGER_SECONDS = 2.0
 """How long the watcher goes on after the last one who was waiting: somebody else will wait soon."""
 IDLE_SECONDS = 60.0
 """How often an idle watcher looks whether its app is still there."""
 
-Listener = Callable[[AsyncRouteTask], None]
+Hear = Callable[[AsyncRouteTask], None]
 
 
 class Notifier:
-    """Passes on changed tasks. Thread-safe; one per process and app.
+    """Passes on that tasks have changed. Thread-safe; one per process and app.
 
-    :param listener: hears of every change that anybody makes while :meth:`watch` is in force.
+    :param hear: hears of every change that anybody makes while :meth:`watch` is in force.
+    :param is_server_ending: asked by the watcher now and then: whether this process is about to exit.
     """
 
-    def __init__(self, app: Flask, store: TaskStore, listener: Listener) -> None:
+    def __init__(
+        self, app: Flask, store: TaskStore, hear: Hear, is_server_ending: Callable[[], bool] = lambda: False
+    ) -> None:
         self._store = store
-        self._listener = listener
+        self._hear = hear
+        self._is_server_ending = is_server_ending
         self._lock = threading.Lock()
-        self._waiting: dict[str, list[threading.Event]] = {}
+        self._waiting: dict[str | None, list[threading.Event]] = {}
         self._watching = 0
         self._is_polling = False
         self._since = 0
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._listener: Listener | None = None
+        self._has_listener = False
         self._is_closed = False
-        # Weak, unlike other receivers: the signal must not keep this object alive once its app is gone.
+        self.is_over = False
+        """Whether nobody is to wait any more: this process is about to exit."""
+        # Weak, unlike other receivers: the signals must not keep this object alive once its app is gone.
         signals.task_changed.connect(self.on_task_changed, sender=app)
+        signals.events_written.connect(self.on_events_written, sender=app)
 
     def on_task_changed(self, sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
         """Pass on a change that this process made. The receiver of `task_changed`."""
         self._publish(task)
 
+    def on_events_written(self, sender: Flask, task_id: str, **extra: Any) -> None:
+        """Pass on that a view of this process has sent something. The receiver of `events_written`."""
+        self._tell(task_id)
+
     def watch(self) -> None:
-        """Begin to follow what other processes write; whatever is committed from here on is heard of.
+        """Begin to follow what other processes write, if there are any; whatever is committed from here on is heard of.
 
         :raises StoreUnavailable: where the store cannot be read.
         """
-        if not self._store.is_shared:
-            return
+        if self._store.is_shared:
+            self._begin()
+
+    def unwatch(self) -> None:
+        """End one :meth:`watch`."""
+        if self._store.is_shared:
+            self._end()
+
+    def _begin(self) -> None:
         with self._lock:
             if not self._is_polling:
                 self._since = self._store.news(-1).change
                 self._is_polling = True
-                self._wake.set()
             self._watching += 1
             if self._thread is None:
                 when_gone(self, self._wake.set)
@@ -75,72 +100,107 @@ class Notifier:
                     target=_watch, args=(weakref.ref(self), self._wake), name="asyncroute-watcher", daemon=True
                 )
                 self._thread.start()
+            elif self._watching == 1:
+                self._wake.set()
 
-    def unwatch(self) -> None:
-        """End one :meth:`watch`."""
-        if self._store.is_shared:
+    def _end(self) -> None:
+        with self._lock:
+            self._watching -= 1
+
+    @contextmanager
+    def following(self, task_id: str | None = None) -> Iterator[threading.Event]:
+        """Give an event that is set whenever there is something new: of one task, or of any (None).
+
+        It is set too when nobody is to wait any more (:attr:`is_over`). Clear it, read the store, wait for it, and so on.
+
+        :raises StoreUnavailable: where the store cannot be read.
+        """
+        news = threading.Event()
+        with self._lock:
+            self._waiting.setdefault(task_id, []).append(news)
+        try:
+            self._begin()
+            try:
+                yield news
+            finally:
+                self._end()
+        finally:
             with self._lock:
-                self._watching -= 1
+                events = self._waiting[task_id]
+                events.remove(news)
+                if not events:
+                    del self._waiting[task_id]
 
     def wait(
         self, task_id: str, is_enough: Callable[[AsyncRouteTask], bool], timeout: float | None
     ) -> AsyncRouteTask | None:
-        """Wait until a task is as wanted, or the time is up; return it as it is then (None: there is no such task).
+        """Wait until a task is as wanted, or the time is up, or nobody is to wait any more; return it as it is then (None:
+        there is no such task).
 
         Holds no lock and no connection meanwhile.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        changed = threading.Event()
+        with self.following(task_id) as news:
+            while True:
+                news.clear()
+                task = self._store.get(task_id)
+                if task is None or is_enough(task) or self.is_over:
+                    return task
+                if not news.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
+                    return self._store.get(task_id)
+
+    def end_waits(self) -> None:
+        """Have all who wait come to an end at once, now and from now on."""
+        self.is_over = True
         with self._lock:
-            self._waiting.setdefault(task_id, []).append(changed)
-        try:
-            self.watch()
-            try:
-                while True:
-                    changed.clear()
-                    task = self._store.get(task_id)
-                    if task is None or is_enough(task):
-                        return task
-                    if not changed.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
-                        return self._store.get(task_id)
-            finally:
-                self.unwatch()
-        finally:
-            with self._lock:
-                events = self._waiting[task_id]
-                events.remove(changed)
-                if not events:
-                    del self._waiting[task_id]
+            for events in self._waiting.values():
+                for event in events:
+                    event.set()
 
     def close(self) -> None:
-        """End the watcher thread."""
+        """End the watcher thread, and all who wait."""
+        self.end_waits()
         with self._lock:  # not between the making of a thread and its start
             self._is_closed = True
             thread = self._thread
         self._wake.set()
         if thread is not None and thread is not threading.current_thread():
             thread.join(5)
+        if self._listener is not None:
+            self._listener.close()
 
     def _publish(self, task: AsyncRouteTask) -> None:
         try:
-            self._listener(task)
+            self._hear(task)
         except Exception:
             # Nobody else must miss this change, or one that came with it.
             logger.exception("A change of task %s could not be acted upon.", task.id)
-        if task.id in self._waiting:
+        self._tell(task.id)
+
+    def _tell(self, task_id: str) -> None:
+        if task_id in self._waiting or None in self._waiting:
             with self._lock:
-                for event in self._waiting.get(task.id, ()):
+                for event in (*self._waiting.get(task_id, ()), *self._waiting.get(None, ())):
                     event.set()
 
     def _poll(self) -> None:
         """Pass on what is new; called by the watcher thread alone."""
+        if not self._has_listener:
+            self._has_listener = True
+            self._listener = self._store.listen(self._wake.set)
+            if self._listener is not None:
+                when_gone(self, self._listener.close)
         news = self._store.news(self._since)
         self._since = news.change
         for task in news.tasks:
             self._publish(task)
+        for task_id in news.sent:
+            self._tell(task_id)
 
     def _step(self, idle_since: float | None) -> tuple[float, float | None]:
         """Do what is due; return how long to sleep and since when nobody has been waiting."""
+        if not self.is_over and self._is_server_ending():
+            self.end_waits()
         with self._lock:
             if self._is_closed:
                 return 0.0, idle_since
@@ -151,26 +211,27 @@ class Notifier:
             elif time.monotonic() - idle_since >= LINGER_SECONDS:
                 self._is_polling = False
             if not self._is_polling:
-                self._wake.clear()
                 return IDLE_SECONDS, idle_since
+        if not self._store.is_shared:
+            return REREAD_SECONDS, idle_since  # all that is written is written here
         try:
             self._poll()
         except Exception:
             logger.exception("The watcher could not read what is new; it tries again.")
             return 1.0, idle_since
-        return POLL_SECONDS, idle_since
+        return POLL_SECONDS if self._listener is None else REREAD_SECONDS, idle_since
 
 
 def _watch(reference: weakref.ref[Notifier], wake: threading.Event) -> None:
     """Run the watcher thread. It holds its notifier weakly, so that an app that is dropped ends it."""
     idle_since: float | None = None
     while True:
+        wake.clear()
         notifier = reference()
         if notifier is None or notifier._is_closed:
             return
         seconds, idle_since = notifier._step(idle_since)
+        has_listener = notifier._listener is not None
         del notifier
-        if seconds == IDLE_SECONDS:
-            wake.wait(seconds)
-        else:
-            time.sleep(seconds)
+        if wake.wait(seconds) and has_listener:
+            time.sleep(REST_SECONDS)

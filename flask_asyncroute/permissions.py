@@ -109,6 +109,18 @@ def may_read(caller: Caller | None, owner: str | None, permission: Permission | 
     return permission is not None and (caller.is_in(permission.read) or caller.is_in(permission.write))
 
 
+def may_list(
+    caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access, with_anonymous: bool
+) -> bool:
+    """Return whether a list of ``caller`` has a task of ``owner``.
+
+    :param with_anonymous: whether lists have tasks that nobody owns; those of admins always do.
+    """
+    if owner is None:
+        return with_anonymous or (caller is not None and caller.is_in(admins))
+    return may_read(caller, owner, permission, admins)
+
+
 def may_write(caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access) -> bool:
     """Return whether ``caller`` may stop or purge a task of ``owner``."""
     if owner is None:

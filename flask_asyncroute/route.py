@@ -9,9 +9,11 @@ from typing import Any
 from flask import Request, Response, request
 
 from .errors import CannotStart, ConfigurationError, MethodNotAllowed, RequestRefused
-from .http.answers import location_of, task_answer
+from .http.answers import task_answer
 from .http.negotiation import negotiate
 from .http.problems import problem_response
+from .http.waiting import hold, preferred_wait
+from .locations import task_path
 from .options import checked
 from .registry import MARK, Declaration, check_view, declaration_of
 from .runtime import current_runtime
@@ -83,8 +85,14 @@ def _start(arguments: dict[str, Any]) -> Response:
     status = 200 if task.state.is_terminal else config.accepted_status
     if route.options.executor == "immediate":
         task = runner.store.get(task.id) or task
-    location = [("Location", location_of(task, config, current))] if "get" in config.operations else []
-    return task_answer(task, runner.dispatcher.pace, media_type, status, location)
+    headers = [("Location", task_path(config, current.root_path, task.id))] if "get" in config.operations else []
+    if "HTTP_PREFER" in current.environ:
+        seconds = preferred_wait(current, config.max_wait)
+        if seconds is not None:
+            task = hold(runner, task, seconds, lambda found: found.state.is_terminal) or task
+            status = 200 if task.state.is_terminal else status
+            headers.append(("Preference-Applied", f"wait={seconds:.0f}"))
+    return task_answer(task, runner.dispatcher.pace, media_type, status, headers)
 
 
 def _allowed() -> str:

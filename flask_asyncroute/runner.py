@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import import_string
 
-from . import app_path, drain
+from . import app_path, drain, termination
+from .callbacks.sender import Sender
 from .census import Census
 from .config import Config, values_for_child
 from .dispatcher import Dispatcher
@@ -24,6 +25,7 @@ from .finalizers import when_gone
 from .housekeeping import Housekeeper, Job
 from .lifecycle import Lifecycle
 from .notifier import Notifier
+from .places import Places
 from .presence import Presence
 from .query import NEWEST_FIRST
 from .registry import Route
@@ -43,6 +45,7 @@ logger = logging.getLogger("flask_asyncroute")
 
 LOOK_SECONDS = 0.5
 TEND_SECONDS = 1.0
+SEND_SECONDS = 0.5
 TAKEOVER_AFTER_US = 1_000_000
 """A task that has waited this long may be taken by any process."""
 
@@ -65,13 +68,15 @@ class Runner:
         self.store = make_store(config.store, app.instance_path, config.namespace, config.create_tables)
         self.lifecycle = Lifecycle(app, self.store, f"{os.getpid()}-{uuid.uuid4()}")
         self.dispatcher = Dispatcher(app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes)
-        self.notifier = Notifier(app, self.store, self.dispatcher.heard)
+        self.notifier = Notifier(app, self.store, self.dispatcher.heard, termination.is_near)
+        self.places = Places(config.max_streams)
         self.presence: Presence | None = None
-        jobs = []
+        self.sender = Sender(app, config, self.store.outbox, self.lifecycle, self.enter, self._look_for_callbacks)
+        jobs = [Job(SEND_SECONDS, self.sender.look)]
         if self.store.workers is not None:
             self.presence = Presence(self.store.workers, self.lifecycle.owner, routes)
             census = Census(self.store, self.store.workers, self.lifecycle, self.presence)
-            jobs = [
+            jobs += [
                 Job(LOOK_SECONDS, census.look),
                 Job(LOOK_SECONDS, self._take_over),
                 Job(TEND_SECONDS, self.store.tend),
@@ -115,6 +120,11 @@ class Runner:
         self.timekeeper.start()
         self.housekeeper.start()
 
+    def _look_for_callbacks(self) -> None:
+        # A process that keeps no house sends none either; those that do will find them.
+        if self.housekeeper.is_running:
+            self.housekeeper.call(self.sender.look)
+
     def wake(self) -> None:
         """Have all that is due for the runs of this process looked at."""
         self.timekeeper.wake()
@@ -123,6 +133,7 @@ class Runner:
     def close(self) -> None:
         """End the threads and close the store; tasks that run go on until they end."""
         drain.forget(self)
+        self.sender.is_closing = True
         self.timekeeper.close()
         self.housekeeper.close()
         self.lifecycle.unwritten.retry(math.inf)

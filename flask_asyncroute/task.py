@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from .delivery import Shown
+from .delivery import NOT_STARTED, Shown
 from .permissions import Permission
 from .states import State
 
@@ -27,6 +27,9 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
 
     Frozen. The fields of the task object are here in snake case: those below and the properties; what else a record
     holds (``endpoint``, ``owner``, ``epoch``, ``change``, …) is for the package itself and may change.
+
+    ``waiting_change``, ``started_change`` and ``completed_change`` are the numbers of the changes that brought it to its
+    states. While it waits, ``waiting_change`` is None: it is ``change`` then.
     """
 
     id: str
@@ -60,6 +63,12 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
     restarts: int = 0
     revision: int = 1
     change: int = 0
+    waiting_change: int | None = None
+    started_change: int | None = None
+    completed_change: int | None = None
+    sse_group: str | None = None
+    sse_url: str | None = None
+    sse_result: bool = False
 
     @property
     def is_completed(self) -> bool:
@@ -107,6 +116,14 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
     def callback(self) -> Shown | None:
         """Where its outcome is sent, as far as people may see it; None for a task without a callback."""
         return None if self.callback_json is None else msgspec.json.decode(self.callback_json, type=Shown)
+
+    def as_in(self, state: State) -> AsyncRouteTask:
+        """Return the task as it was when it came to a state that it has been in since it last began to wait."""
+        if state is self.state:
+            return self
+        later = _AFTER_THE_START if state is State.RUNNING else _AFTER_THE_CREATION
+        callback_state = None if self.callback_json is None else NOT_STARTED
+        return msgspec.structs.replace(self, state=state, callback_state=callback_state, **later)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the task object as clients see it: PascalCase, times in RFC 3339, fields that do not apply left out."""
@@ -156,7 +173,17 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
                 "Tentative": self.callback_attempts,
                 "Url": callback.url,
             }
+        if self.sse_url is not None:
+            wire["Sse"] = {"Group": self.sse_group, "Url": self.sse_url, "SendResult": self.sse_result}
         return wire
+
+
+_AFTER_THE_START: dict[str, Any] = {
+    **dict.fromkeys(("completed_us", "progress", "progress_message", "result_json", "error", "error_status")),
+    "stopping": False,
+    "callback_attempts": 0,
+}
+_AFTER_THE_CREATION: dict[str, Any] = {**_AFTER_THE_START, "started_us": None, "expires_us": None}
 
 
 def now_us() -> int:

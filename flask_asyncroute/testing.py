@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from flask.json.provider import DefaultJSONProvider
+
 from .context import running
 from .current import CurrentTask
 from .execution import Execution
@@ -41,13 +43,17 @@ class inline:  # noqa: N801
 def fake_task(task_id: str = "fake", user: str | None = None, timeout: float | None = None) -> Iterator[CurrentTask]:
     """Make a :data:`~flask_asyncroute.current_task` for the block, so that a plain view can be called in a unit test.
 
-    Progress is kept and can be read from it; nothing is stored.
+    Progress is kept and can be read from it; nothing is stored, and events go nowhere.
 
     :param timeout: seconds that `remaining()` counts down from; None: no limit.
     """
-    execution = Execution(task_id)
+
+    def wake() -> None:
+        execution.take_events()  # so that it never waits for room
+
+    execution = Execution(task_id, wake=wake)
     execution.begin(user, 1, timeout)
-    with running(execution) as task:
+    with running(execution, DefaultJSONProvider.default) as task:
         yield task
 
 

@@ -132,7 +132,7 @@ def execute(runner: Runner, endpoint: str, request: bytes, body: snapshot.Body |
         captured = snapshot.decode(request)
         if captured.body is not None:
             body = snapshot.Body([captured.body])
-        with context.running(execution), context.rebuilt(app, captured, body) as arguments:
+        with context.running(execution, json_default(app)), context.rebuilt(app, captured, body) as arguments:
             try:
                 context.process_url(arguments)
                 for prepare in runner.before_task:

@@ -86,8 +86,14 @@ def by_term(server: Server, pid: int) -> float:
 
 
 def by_hup(server: Server, pid: int) -> float:
-    """Have the arbiter replace all its workers."""
+    """Have the arbiter replace all its workers; return when it did. It may sleep for a second before it looks."""
+    said = "Handling signal: hup"
+    before = server.output().count(said)
     os.kill(server.pid, signal.SIGHUP)
+    deadline = time.monotonic() + 60
+    while server.output().count(said) == before:
+        check(time.monotonic() < deadline, "the arbiter does not do what it was told")
+        time.sleep(0.005)
     return time.monotonic()
 
 

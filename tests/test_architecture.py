@@ -21,12 +21,12 @@ PACKAGE = "flask_asyncroute"
 MAX_LINES = 320
 
 ROOMS = """
-    errors finalizers locks loop names signals typing
+    errors finalizers locks loop names signals termination typing
     states permissions expressions encoding web_address
     checks callback_terms
     options
     config delivery task query snapshot registry store_url app_path allowed_hosts
-    execution outcome pace
+    execution outcome pace places locations
     current
     capture context identity start_key intake
     stores

@@ -70,6 +70,12 @@ def resolve(callback: Callback, intake: Intake, name: str, allowed: AllowedHosts
     )
 
 
+def literal_headers(callback: Callback) -> dict[str, str]:
+    """Return the header fields of a callback that need no request: what is left of them after the last attempt."""
+    parsed = {field: expressions.parse(text) for field, text in callback.headers.items()}
+    return {field: callback.headers[field] for field, template in parsed.items() if template.is_literal}
+
+
 class RequestSource:
     """The captured request, for `expressions`. What is never stored (``ASYNCROUTE_SNAPSHOT_DROP``) is not found either."""
 

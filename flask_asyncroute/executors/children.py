@@ -156,6 +156,7 @@ class ForkServer:
         self._limits = {
             frames.READY: frames.SMALL_FRAME,
             frames.PROGRESS: frames.SMALL_FRAME,
+            frames.EVENT: frames.EVENT_FRAME,
             frames.OUTCOME: max_result + frames.SMALL_FRAME,
         }
         self._lock = threading.Lock()

@@ -15,9 +15,10 @@ import msgspec
 from ..states import State
 
 SETTINGS, JOB, BODY = b"S", b"J", b"B"
-READY, PROGRESS, OUTCOME = b"R", b"P", b"O"
+READY, PROGRESS, EVENT, OUTCOME = b"R", b"P", b"E", b"O"
 
 SMALL_FRAME = 64 * 1024
+EVENT_FRAME = 2 * SMALL_FRAME
 HEADER = struct.Struct("!cQ")
 PIECE = 256 * 1024
 
@@ -58,6 +59,13 @@ class Report(msgspec.Struct):
 
     progress: float | None
     message: str | None
+
+
+class Sent(msgspec.Struct):
+    """From a child: what its view has sent."""
+
+    name: str
+    data: msgspec.Raw
 
 
 class Ending(msgspec.Struct):

@@ -94,6 +94,9 @@ def _follow(child: Child, execution: Execution) -> Outcome:
         for kind, payload in child.listen():
             if kind == frames.PROGRESS:
                 _advance(execution, msgspec.json.decode(payload, type=frames.Report))
+            elif kind == frames.EVENT:
+                sent = msgspec.json.decode(payload, type=frames.Sent)
+                execution.send_event(sent.name, bytes(sent.data))
             elif kind == frames.OUTCOME:
                 return _outcome(execution, msgspec.json.decode(payload, type=frames.Ending))
     except (frames.FrameError, msgspec.DecodeError) as error:

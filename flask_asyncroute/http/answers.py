@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Request, Response
+from flask import Response
 
-from ..config import Config
 from ..pace import Pace
 from ..task import AsyncRouteTask, now_us
 from .negotiation import etag_suffix, render
@@ -30,13 +29,3 @@ def document_of(task: AsyncRouteTask, media_type: str) -> dict[str, Any]:
 def etag_of(task: AsyncRouteTask, media_type: str) -> str:
     """Return the strong ETag of a task's present revision in one media type."""
     return f"{task.revision}-{etag_suffix(media_type)}"
-
-
-def location_of(task: AsyncRouteTask, config: Config, current: Request) -> str:
-    """Return the path under which a task can be got, SCRIPT_NAME included. Ids need no escaping."""
-    base = f"{current.root_path}{config.url_prefix}{config.task_path}"
-    if "path" in config.task_id_in:
-        return f"{base}/{task.id}"
-    if "query" in config.task_id_in:
-        return f"{base}?{config.task_id_name}={task.id}"
-    return base

@@ -30,7 +30,7 @@ def task_id(request: Request, config: Config, in_path: str | None) -> str:
         if place == "path":
             found = in_path
         elif place == "query":
-            values = [value for key, value in _arguments(request).items(multi=True) if key.lower() == name]
+            values = [value for key, value in arguments(request).items(multi=True) if key.lower() == name]
             if len(values) > 1:
                 raise InvalidRequest(f"The query gives {config.task_id_name} more than once; give one task id.")
             found = values[0] if values else None
@@ -52,7 +52,7 @@ def is_purge(request: Request) -> bool:
 
     :raises InvalidRequest: for another value than true or false.
     """
-    values = _arguments(request).getlist("purge")
+    values = arguments(request).getlist("purge")
     if len(values) > 1 or (values and values[0].lower() not in ("true", "false")):
         raise InvalidRequest("purge takes one value, true or false.")
     return bool(values) and values[0].lower() == "true"
@@ -98,7 +98,11 @@ def next_link(request: Request, cursor: str) -> tuple[str, str]:
     return "Link", f'<{quote(request.root_path + request.path)}?{safe}>; rel="next"'
 
 
-def _arguments(request: Request) -> MultiDict[str, str]:
+def arguments(request: Request) -> MultiDict[str, str]:
+    """Return the parameters of the query.
+
+    :raises InvalidRequest: where it is not UTF-8.
+    """
     try:
         return request.args
     except UnicodeDecodeError:

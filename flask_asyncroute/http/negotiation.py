@@ -24,6 +24,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "application/json": (),
     "application/xml": ("text/xml",),
     "application/yaml": ("text/yaml", "application/x-yaml", "text/x-yaml"),
+    "text/event-stream": (),
     "application/problem+json": ("application/json",),
     "application/problem+xml": ("application/xml", "text/xml"),
 }

@@ -1,4 +1,4 @@
-"""The blueprint: get, result, stop and query. Reads go to the store, a stop to the dispatcher; permission comes first."""
+"""The blueprint: get, result, stop, query and events. Reads go to the store, a stop to the dispatcher; permission comes first."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from . import asking
 from .answers import document_of, etag_of, task_answer
 from .negotiation import MEDIA_TYPES, negotiate, render
 from .problems import problem_response
+from .sse import CONTENT_TYPE, group_events, task_events
+from .waiting import asked_wait, hold
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -65,6 +67,10 @@ def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
         if "query" in config.operations:
             add(many, "query", "GET", "POST")
             add(f"{many}/query", "query", "POST")
+        if "events" in config.operations:
+            for path in paths:
+                add(f"{path}/events", "events", "GET")
+            add(f"{many}/events", "group_events", "GET")
 
     return blueprint
 
@@ -103,8 +109,12 @@ def get(runner: Runner, task_id: str | None) -> Response:
     """Answer with a task as it is now, whatever its state."""
     current: Request = request._get_current_object()  # type: ignore[attr-defined]
     media_type = negotiate(current.environ.get("HTTP_ACCEPT"), MEDIA_TYPES)
+    seconds = asked_wait(current, runner.config.max_wait)
     task, _ = _readable(runner, task_id, current)
     etag = etag_of(task, media_type)
+    if seconds and not task.state.is_terminal:
+        task = _held(runner, task, seconds, current, etag)
+        etag = etag_of(task, media_type)
     if "HTTP_IF_NONE_MATCH" in current.environ and current.if_none_match.contains_weak(etag):
         return render(b"", media_type, "", 304, [("ETag", f'"{etag}"')])
     return task_answer(task, runner.dispatcher.pace, media_type, 200, [("ETag", f'"{etag}"')])
@@ -180,7 +190,41 @@ def query(runner: Runner, task_id: str | None) -> Response:
     return render(document, media_type, "AsyncRouteTasks", 200, headers)
 
 
-_OPERATIONS: dict[str, Operation] = {"get": get, "result": result, "stop": stop, "query": query}
+def events(runner: Runner, task_id: str | None) -> Response:
+    """Answer with the events of a task, as they come."""
+    negotiate(request.headers.get("Accept"), (CONTENT_TYPE,))
+    current: Request = request._get_current_object()  # type: ignore[attr-defined]
+    task, caller = _readable(runner, task_id, current)
+    return task_events(runner, current, task, caller)
+
+
+def events_of_group(runner: Runner, task_id: str | None) -> Response:
+    """Answer with the events of all tasks of a group that the caller may list, as they come."""
+    negotiate(request.headers.get("Accept"), (CONTENT_TYPE,))
+    current: Request = request._get_current_object()  # type: ignore[attr-defined]
+    caller = runner.dispatcher.caller()
+    if not runner.config.list_anonymous and not (caller is not None and caller.is_in(runner.config.admins)):
+        runner.tell_of_unlisted()
+    return group_events(runner, current, caller)
+
+
+_OPERATIONS: dict[str, Operation] = {
+    "get": get, "result": result, "stop": stop, "query": query, "events": events, "group_events": events_of_group,
+}  # fmt: skip
+
+
+def _held(runner: Runner, task: AsyncRouteTask, seconds: float, current: Request, etag: str) -> AsyncRouteTask:
+    """Return a task once it has ended or, where the client knows the present revision, once anything has changed."""
+    revision = task.revision
+    if "HTTP_IF_NONE_MATCH" in current.environ:
+        if not current.if_none_match.contains_weak(etag):
+            return task
+        held = hold(runner, task, seconds, lambda found: found.revision != revision)
+    else:
+        held = hold(runner, task, seconds, lambda found: found.state.is_terminal)
+    if held is None:
+        raise unknown(task.id)
+    return held
 
 
 def _readable(runner: Runner, in_path: str | None, current: Request = request) -> tuple[AsyncRouteTask, Caller | None]:

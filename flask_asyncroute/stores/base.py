@@ -8,17 +8,19 @@ where it may have done it all the same, as `CommitUnknown`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..delivery import Delivery
+from ..execution import ViewEvent
 from ..query import Condition, Position, Sort
 from ..snapshot import Body
 from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
+from .events import Events
 from .outbox import Outbox
 
 AHEAD_US = 2_000_000
@@ -66,10 +68,13 @@ class Readers:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What was written since a change number: the newest number and the tasks, oldest change first."""
+    """What was written since a change number: the newest number, the tasks, oldest change first, and the ids of those
+    whose views have sent events.
+    """
 
     change: int
     tasks: Sequence[AsyncRouteTask]
+    sent: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,14 @@ class Workers(ABC):
     @abstractmethod
     def wanted(self) -> list[str]:
         """Return the endpoints whose tasks are waiting, each once."""
+
+
+class Listener(Protocol):
+    """What listens to a store until it is closed."""
+
+    def close(self) -> None:
+        """Listen no longer; may be called from any thread."""
+        ...
 
 
 class TaskStore(ABC):
@@ -203,9 +216,21 @@ class TaskStore(ABC):
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         """Write ``values`` (by record field) and raise the revision, if the task is as expected; return the new record.
 
-        A terminal state takes the request and body out of the store, and makes the task's callback due. ``completed_us`` never comes before the start.
+        A terminal state takes the request and body out of the store and makes the task's callback due; ``completed_us`` comes
+        with it, and never before the start. NotStarted begins a new run: what the last one has told stays among its events.
 
         :return: None where the task is unknown or not as expected; nothing is written then.
+        """
+
+    @abstractmethod
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> bool:
+        """Add what the run with the expected epoch has sent, if the task is as expected; return whether it is.
+
+        What was added before, by its number, is not added again.
+
+        Of more than `events.MAX_EVENTS` of a task the older ones may be removed. No revision is raised.
+
+        :param sent: one at the least, in order.
         """
 
     @abstractmethod
@@ -243,6 +268,25 @@ class TaskStore(ABC):
 
         :param since: -1 to learn the newest number alone.
         """
+
+    @abstractmethod
+    def newest(self) -> int:
+        """Return the newest change number."""
+
+    @abstractmethod
+    def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
+        """Return the first ``most`` events after the change number ``since``, of tasks that have an Sse group.
+
+        :param task_id: those of this task alone.
+        :param group: those of this group alone.
+        """
+
+    def listen(self, heard: Callable[[], None]) -> Listener | None:
+        """Have ``heard`` called, in some thread, soon after anybody has written; None where the store cannot tell.
+
+        What is missed while a connection is lost is not told of later: ask for the news now and then all the same.
+        """
+        return None
 
     @abstractmethod
     def secret(self) -> bytes:

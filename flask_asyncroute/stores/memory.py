@@ -10,13 +10,26 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from ..delivery import PENDING, Delivery
 from ..errors import IdTaken, KeyTaken, TooManyTasks
+from ..execution import ViewEvent
 from ..query import Condition, Position, Sort, is_after, matches, ordered
 from ..snapshot import Body
 from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
-from .base import AHEAD_US, LARGE_RESULT, Claim, Expect, News, Readers, TaskStore
+from .base import (
+    AHEAD_US,
+    LARGE_RESULT,
+    Claim,
+    Expect,
+    News,
+    Readers,
+    TaskStore,
+)
+from .events import Events
+from .memory_events import MemoryEvents
+from .memory_outbox import MemoryOutbox
 
 
 class MemoryTaskStore(TaskStore):
@@ -35,6 +48,8 @@ class MemoryTaskStore(TaskStore):
         self._values: dict[str, tuple[bytes, int]] = {}
         self._versions = 0
         self._change = 0
+        self._events = MemoryEvents()
+        self.outbox: MemoryOutbox = MemoryOutbox(self._lock, self._tasks, self._write)
         self._secret = os.urandom(32)
 
     def open(self) -> None:
@@ -51,6 +66,7 @@ class MemoryTaskStore(TaskStore):
         grants: Collection[tuple[str, str]],
         key: StartKey | None = None,
         quota: int | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
         with self._lock:
             if key is not None and key.name in self._keys:
@@ -64,6 +80,8 @@ class MemoryTaskStore(TaskStore):
             self._requests[task.id] = (request, body)
             self._waiting[task.id] = None
             self._unfinished.setdefault(task.user or "", set()).add(task.id)
+            if delivery is not None:
+                self.outbox.put(task.id, delivery)
             if grants:
                 self._grants[task.id] = frozenset(grants)
             if key is not None:
@@ -106,6 +124,14 @@ class MemoryTaskStore(TaskStore):
                 values = {**values, "completed_us": max(values["completed_us"], begun)}
             return self._write(task, values)
 
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> bool:
+        with self._lock:
+            task = self._tasks.get(task_id)
+            if task is None or not _is_as_expected(task, expect):
+                return False
+            self._change = self._events.put(task_id, task.epoch, self._change, sent)
+            return True
+
     def delete(self, task_id: str, expect: Expect) -> bool:
         with self._lock:
             task = self._tasks.get(task_id)
@@ -119,6 +145,8 @@ class MemoryTaskStore(TaskStore):
             self._settle(task)
             self._keys.pop(self._key_names.pop(task_id, ""), None)
             self._drop_request(task_id)
+            self._events.drop(task_id)
+            self.outbox.drop(task_id)
             return True
 
     def query(
@@ -154,14 +182,39 @@ class MemoryTaskStore(TaskStore):
     def outlived(self, now_us: int, limit: int) -> list[str]:
         with self._lock:
             tasks = [self._tasks[task_id] for task_id in self._finished]
-        fit = (task for task in tasks if not task.stopping and (task.completed_us or 0) + task.retention_us < now_us)
+        fit = (
+            task
+            for task in tasks
+            if not task.stopping
+            and task.callback_state not in PENDING
+            and (task.completed_us or 0) + task.retention_us < now_us
+        )
         return [task.id for task in islice(fit, limit)]
 
     def news(self, since: int) -> News:
         with self._lock:
             change = self._change
             tasks = [task for task in self._tasks.values() if task.change > since] if 0 <= since < change else []
-        return News(change, sorted(tasks, key=lambda task: task.change))
+            sent = self._events.written(since) if 0 <= since < change else ()
+        return News(change, sorted(tasks, key=lambda task: task.change), sent)
+
+    def newest(self) -> int:
+        return self._change
+
+    def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
+        with self._lock:
+            asked = (
+                list(self._tasks.values())
+                if task_id is None
+                else [self._tasks[task_id]]
+                if task_id in self._tasks
+                else []
+            )
+            changed = [
+                task for task in asked if task.sse_group is not None and (group is None or task.sse_group == group)
+            ]
+            found = self._events.since(since, changed)[:most]
+            return Events(found[-1].change if len(found) == most else self._change, found)
 
     def secret(self) -> bytes:
         return self._secret
@@ -186,6 +239,14 @@ class MemoryTaskStore(TaskStore):
 
     def _write(self, task: AsyncRouteTask, values: dict[str, Any]) -> AsyncRouteTask:
         self._change += 1
+        state = values.get("state")
+        if state is State.NOT_STARTED:
+            self._events.keep_states(task)
+            values = {**values, "waiting_change": None, "started_change": None}
+        elif state is not None:
+            begun = "started_change" if state is State.RUNNING else "completed_change"
+            waiting = task.change if task.state is State.NOT_STARTED else task.waiting_change
+            values = {**values, "waiting_change": waiting, begun: self._change}
         changed = replace(task, **values, revision=task.revision + 1, change=self._change)
         self._tasks[task.id] = changed
         if changed.state is not task.state:
@@ -197,6 +258,7 @@ class MemoryTaskStore(TaskStore):
             if changed.state.is_terminal:
                 self._settle(task)
                 self._drop_request(task.id)
+                self.outbox.make_due(task.id)
         return changed
 
     def _settle(self, task: AsyncRouteTask) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy.engine import Dialect
 
 from ...errors import CommitUnknown, StoreUnavailable
+from ..base import Listener
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -118,6 +119,10 @@ class Database(ABC):
 
         Called by one thread only.
         """
+
+    def listen(self, channel: str, payload: str, heard: Callable[[], None]) -> Listener | None:
+        """Have ``heard`` called when the database tells ``payload`` on a channel; None where it tells nothing."""
+        return None
 
     @abstractmethod
     def lock_schema(self, cursor: Cursor) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
+from ..base import Listener
 from .database import Cursor, Database, Duplicate, Rows, logger
 
 T = TypeVar("T")
@@ -126,6 +127,11 @@ class EngineDatabase(Database):
 
     def version(self) -> None:
         return None
+
+    def listen(self, channel: str, payload: str, heard: Callable[[], None]) -> Listener:
+        from .listening import PostgreSQLListener
+
+        return PostgreSQLListener(self._single, channel, payload, heard)
 
     def lock_schema(self, cursor: Cursor) -> None:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
-from sqlalchemy import bindparam, case, delete, func, insert, literal_column, select, update
+from sqlalchemy import bindparam, case, delete, func, insert, literal_column, null, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from ...delivery import NOT_STARTED, PENDING, RUNNING, Delivery
@@ -15,9 +15,10 @@ from ...errors import CommitUnknown
 from ...states import TERMINAL
 from ...task import AsyncRouteTask
 from ..outbox import AT_ONCE, LONGEST_US, PER_HOST, Due, Outbox
+from .cursors import one, run
 from .database import Cursor, Database
 from .records import record_of
-from .statements import Statements, one, run
+from .statements import Statements
 from .tables import RECORD, callbacks, tasks
 
 PAGE = 100
@@ -37,10 +38,10 @@ class SQLOutbox(Outbox):
         self._database = database
         self._sql = sql
         self._key = key
-        ns = bindparam("ns")
+        ns: Any = bindparam("ns")
         in_namespace = callbacks.c.namespace == ns
         is_row = in_namespace & (callbacks.c.task_id == bindparam("task_id"))
-        is_mine = callbacks.c.holder == bindparam("holder")
+        is_mine = callbacks.c.holder == bindparam("worker")
         is_held = callbacks.c.holder.is_not(None)
         is_task = (tasks.c.namespace == ns) & (tasks.c.id == bindparam("task_id"))
         waits = in_namespace & callbacks.c.due_us.is_not(None) & callbacks.c.holder.is_(None)
@@ -75,21 +76,21 @@ class SQLOutbox(Outbox):
         self._hold = compiled(
             update(callbacks)
             .where(is_row)
-            .values(holder=bindparam("holder"))
+            .values(holder=bindparam("worker"))
             .returning(*_DELIVERY, callbacks.c.attempts)
         )
         self._over = compiled(
             update(callbacks)
             .where(is_row, is_mine)
-            .values(holder=None, attempts=callbacks.c.attempts + 1, due_us=None, headers=b"{}")
+            .values(holder=null(), attempts=callbacks.c.attempts + 1, due_us=null(), headers=b"{}")
         )
         self._again = compiled(
             update(callbacks)
             .where(is_row, is_mine)
-            .values(holder=None, attempts=callbacks.c.attempts + 1, due_us=bindparam("new_due"))
+            .values(holder=null(), attempts=callbacks.c.attempts + 1, due_us=bindparam("new_due"))
         )
         self._mine = compiled(select(callbacks.c.task_id).where(in_namespace, is_mine))
-        self._free = compiled(update(callbacks).where(is_row, is_mine).values(holder=None))
+        self._free = compiled(update(callbacks).where(is_row, is_mine).values(holder=null()))
         self._task = compiled(select(*RECORD).where(is_task))
         self._row = compiled(select(callbacks.c.holder, callbacks.c.headers).where(is_row))
         self._renew = compiled(
@@ -139,7 +140,7 @@ class SQLOutbox(Outbox):
             # Nobody else claims until the commit, so the numbers of each host are right.
             run(cursor, self._sql.lock_namespace, ns=ns)
             held = Counter(dict(run(cursor, self._held, ns=ns).fetchall()))
-            taken = []
+            taken: list[Due] = []
             for task_id, host in run(cursor, self._due, ns=ns, now=now_us).fetchall():
                 if len(taken) == limit:
                     break
@@ -152,7 +153,7 @@ class SQLOutbox(Outbox):
 
     def _take(self, cursor: Cursor, task_id: str, holder: str) -> Due:
         ns = self._key()
-        row = one(cursor, self._hold, ns=ns, task_id=task_id, holder=holder)
+        row = one(cursor, self._hold, ns=ns, task_id=task_id, worker=holder)
         task = record_of(one(cursor, self._task, ns=ns, task_id=task_id))
         if task.callback_state == NOT_STARTED:
             task = record_of(one(cursor, self._begin, ns=ns, task_id=task_id))
@@ -164,7 +165,7 @@ class SQLOutbox(Outbox):
 
         def settle(cursor: Cursor) -> AsyncRouteTask | None:
             run(cursor, self._sql.lock_namespace, ns=ns)
-            written = run(cursor, statement, ns=ns, task_id=task_id, holder=holder, new_due=due_us)
+            written = run(cursor, statement, ns=ns, task_id=task_id, worker=holder, new_due=due_us)
             if written.rowcount == 0:
                 return None
             return record_of(one(cursor, self._counted, ns=ns, task_id=task_id, new_state=state))
@@ -183,9 +184,9 @@ class SQLOutbox(Outbox):
 
     def let_go(self, cursor: Cursor, holder: str, keep: Collection[str] = ()) -> None:
         """As :meth:`release`, in a transaction of the caller's."""
-        for (task_id,) in run(cursor, self._mine, ns=self._key(), holder=holder).fetchall():
+        for (task_id,) in run(cursor, self._mine, ns=self._key(), worker=holder).fetchall():
             if task_id not in keep:
-                run(cursor, self._free, ns=self._key(), task_id=task_id, holder=holder)
+                run(cursor, self._free, ns=self._key(), task_id=task_id, worker=holder)
 
     def redeliver(self, task_id: str, headers: Mapping[str, str]) -> AsyncRouteTask | None:
         ns = self._key()

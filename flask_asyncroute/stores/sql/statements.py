@@ -10,15 +10,27 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import bindparam, case, delete, func, insert, null, select, update
+from sqlalchemy import (
+    BigInteger,
+    Text,
+    bindparam,
+    case,
+    cast,
+    delete,
+    func,
+    insert,
+    literal_column,
+    null,
+    select,
+    update,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import ColumnElement, CompilerElement
 
 from ...delivery import PENDING
 from ...states import State
 from ..base import AHEAD_US, Expect
-from .database import Cursor, Rows
-from .tables import RECORD, bodies, grants, namespaces, shared_values, tasks
+from .tables import RECORD, grants, namespaces, tasks
 
 
 class Statement:
@@ -36,17 +48,6 @@ class Statement:
         """Return the parameters in the order that :attr:`sql` has them."""
         given[""] = None
         return self._in_order({**self._fixed, **given} if self._fixed else given)[:-1]  # type: ignore[no-any-return]
-
-
-def run(cursor: Cursor, statement: Statement, **given: Any) -> Rows:
-    """Execute a statement inside a transaction."""
-    return cursor.execute(statement.sql, statement.values(**given))
-
-
-def one(cursor: Cursor, statement: Statement, **given: Any) -> Any:
-    """Return the only row, or None; all is read, so that the statement is over."""
-    rows = cursor.execute(statement.sql, statement.values(**given)).fetchall()
-    return rows[0] if rows else None
 
 
 def _is_task() -> ColumnElement[bool]:
@@ -94,10 +95,16 @@ _floor = select(namespaces.c.change).where(namespaces.c.key == bindparam("ns")).
 _change: ColumnElement[int] = case((_newest > _floor, _newest), else_=_floor)
 
 _is_namespace = namespaces.c.key == bindparam("ns")
-_is_of_task = (bodies.c.namespace == bindparam("ns")) & (bodies.c.task_id == bindparam("task_id"))
+CHANNEL = "asyncroute"
+_told = func.pg_notify(literal_column(f"'{CHANNEL}'"), cast(namespaces.c.key, Text))
+"""Has PostgreSQL tell all who listen, once the transaction is committed, in which namespace something is new."""
 _is_grant_of_task = (grants.c.namespace == bindparam("ns")) & (grants.c.task_id == bindparam("task_id"))
-_is_value = (shared_values.c.namespace == bindparam("ns")) & (shared_values.c.key == bindparam("value_key"))
 _started = case((tasks.c.created_us > bindparam("now"), tasks.c.created_us), else_=bindparam("now"))
+
+
+_UNKNOWN_AT_FIRST = {"waiting_change", "started_change", "completed_change"}
+"""Columns that are empty in a new task."""
+_waiting_change = func.coalesce(tasks.c.waiting_change, tasks.c.change)
 
 
 class Statements:
@@ -112,6 +119,7 @@ class Statements:
         self._dialect = dialect
         self._updates: dict[tuple[tuple[str, ...], Shape], Statement] = {}
         self._deletes: dict[Shape, Statement] = {}
+        self._finds: dict[Shape, Statement] = {}
         if dialect.name == "sqlite":
             self.next_change: ColumnElement[int] = _change + 1
             raised: ColumnElement[int] = _change + 1
@@ -121,12 +129,18 @@ class Statements:
                 update(namespaces)
                 .where(_is_namespace)
                 .values(change=raised)
-                .returning(namespaces.c.change)
+                .returning(namespaces.c.change, _told)
                 .cte("counter")
             )
             self.next_change = select(counter.c.change).scalar_subquery()
         self.note_removed = self.compiled(update(namespaces).where(_is_namespace).values(change=raised))
         """Before a task is removed: change numbers go on from here, even if it had the highest."""
+        raised_by = raised - 1 + bindparam("count", type_=BigInteger)
+        told = [] if dialect.name == "sqlite" else [_told]
+        self.raise_change = self.compiled(
+            update(namespaces).where(_is_namespace).values(change=raised_by).returning(namespaces.c.change, *told)
+        )
+        """Take so many numbers; it gives the last of them."""
 
     def compiled(self, clause: CompilerElement) -> Statement:
         """Return a statement for this dialect."""
@@ -138,10 +152,12 @@ class Statements:
 
     @cached_property
     def add(self) -> Statement:
+        given: dict[str, Any] = {
+            column.name: bindparam(column.name) for column in RECORD if column.name not in _UNKNOWN_AT_FIRST
+        }
         return self.compiled(
             insert(tasks).values(
-                {"namespace": bindparam("ns"), **{column.name: bindparam(column.name) for column in RECORD},
-                 "change": self.next_change, "request": bindparam("request")}
+                {"namespace": bindparam("ns"), **given, "change": self.next_change, "request": bindparam("request")}
             ).inline()
         )  # fmt: skip
 
@@ -150,20 +166,8 @@ class Statements:
         return self.compiled(insert(grants).values({column.name: bindparam(column.name) for column in grants.columns}))
 
     @cached_property
-    def add_part(self) -> Statement:
-        return self.compiled(insert(bodies).values({column.name: bindparam(column.name) for column in bodies.columns}))
-
-    @cached_property
     def get(self) -> Statement:
         return self.compiled(select(*RECORD).where(_is_task()))
-
-    @cached_property
-    def part(self) -> Statement:
-        return self.compiled(select(bodies.c.data).where(_is_of_task, bodies.c.part == bindparam("number")))
-
-    @cached_property
-    def drop_parts(self) -> Statement:
-        return self.compiled(delete(bodies).where(_is_of_task))
 
     @cached_property
     def drop_grants(self) -> Statement:
@@ -190,6 +194,8 @@ class Statements:
                 expires_us=_started + tasks.c.timeout_us,
                 revision=tasks.c.revision + 1,
                 change=self.next_change,
+                waiting_change=_waiting_change,
+                started_change=self.next_change,
             )
             .returning(*RECORD, tasks.c.request)
         )
@@ -214,7 +220,8 @@ class Statements:
                 tasks.c.namespace == bindparam("ns"),
                 tasks.c.outlived_us < bindparam("now"),
                 tasks.c.stopping == 0,
-                tasks.c.callback_state.is_(None) | tasks.c.callback_state.not_in(PENDING),
+                tasks.c.callback_state.is_(None)
+                | tasks.c.callback_state.not_in([literal_column(f"'{state}'") for state in PENDING]),
             )
             .order_by(tasks.c.outlived_us)
             .limit(bindparam("most"))
@@ -246,39 +253,6 @@ class Statements:
         """What is checked before it is written is checked after this: nobody else writes until the commit."""
         return self.compiled(select(namespaces.c.key).where(_is_namespace).with_for_update())
 
-    @cached_property
-    def read_value(self) -> Statement:
-        return self.compiled(select(shared_values.c.value, shared_values.c.version).where(_is_value))
-
-    @cached_property
-    def add_value(self) -> Statement:
-        return self.compiled(
-            insert(shared_values).values(
-                namespace=bindparam("ns"), key=bindparam("value_key"), value=bindparam("new_value"),
-                version=bindparam("new_version"),
-            )
-        )  # fmt: skip
-
-    @cached_property
-    def set_value(self) -> Statement:
-        return self.compiled(
-            update(shared_values)
-            .where(_is_value)
-            .values(value=bindparam("new_value"), version=bindparam("new_version"))
-        )
-
-    @cached_property
-    def drop_value(self) -> Statement:
-        return self.compiled(delete(shared_values).where(_is_value))
-
-    @cached_property
-    def value_keys(self) -> Statement:
-        return self.compiled(
-            select(shared_values.c.key)
-            .where(shared_values.c.namespace == bindparam("ns"))
-            .order_by(shared_values.c.key)
-        )
-
     def update_of(self, fields: tuple[str, ...], expect: Expect) -> Statement:
         """Return the compare-and-set that writes these record fields, named ``new_<field>``, and gives the record back."""
         key = (fields, _shape(expect))
@@ -295,11 +269,26 @@ class Statements:
             statement = self._deletes[shape] = self.compiled(delete(tasks).where(*_as_expected(shape)))
         return statement
 
+    def find_of(self, expect: Expect) -> Statement:
+        """Return the statement that tells whether a task is as expected."""
+        shape = _shape(expect)
+        statement = self._finds.get(shape)
+        if statement is None:
+            statement = self._finds[shape] = self.compiled(select(tasks.c.id).where(*_as_expected(shape)))
+        return statement
+
     def _update_of(self, fields: tuple[str, ...], shape: Shape) -> Statement:
         values: dict[str, Any] = {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in fields}
         values.update(revision=tasks.c.revision + 1, change=self.next_change)
+        if "state" in values:
+            values.update(waiting_change=null(), started_change=null())
         if "completed_us" in values:
             begun = func.coalesce(tasks.c.started_us, tasks.c.created_us)
             completed = case((begun > values["completed_us"], begun), else_=values["completed_us"])
             values.update(completed_us=completed, outlived_us=completed + tasks.c.retention_us, request=null())
+            values.update(
+                waiting_change=_waiting_change,
+                started_change=tasks.c.started_change,
+                completed_change=self.next_change,
+            )
         return self.compiled(update(tasks).where(*_as_expected(shape)).values(values).returning(*RECORD))

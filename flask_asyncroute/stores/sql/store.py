@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
 from ...delivery import Delivery
 from ...errors import CommitUnknown, IdTaken
+from ...execution import ViewEvent
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
 from ...start_key import StartKey
+from ...states import State
 from ...task import AsyncRouteTask
-from ..base import Claim, Expect, News, Readers, TaskStore
+from ..base import Claim, Expect, Listener, News, Readers, TaskStore
+from ..events import Events
 from . import queries
+from .bodies import Bodies
+from .changes import Changes
+from .cursors import TakeBack, one, run
 from .database import Cursor, Database, Duplicate
+from .event_log import EventLog
 from .namespace import Namespace
 from .outbox import SQLOutbox
 from .queries import Queries
 from .records import plain, record_of, row_of
-from .statements import Statement, Statements, expectation, one, run
+from .shared_values import SharedValues
+from .statements import CHANNEL, Statement, Statements, expectation
 from .terms import Terms
 from .workers import SQLWorkers
 
 T = TypeVar("T")
-
-NEWS_PAGE = 1000
 
 
 class SQLTaskStore(TaskStore):
@@ -41,9 +46,12 @@ class SQLTaskStore(TaskStore):
         self._queries = Queries(database.dialect)
         self._namespace = Namespace(database, self._sql, namespace, create_tables)
         self._terms = Terms(database.dialect, self._sql)
+        self._event_log = EventLog(self._sql)
+        self._changes = Changes(database, self._sql, self._event_log)
+        self._values = SharedValues(self._sql)
+        self._bodies = Bodies(self._sql)
         self.outbox: SQLOutbox = SQLOutbox(database, self._sql, lambda: self._ns)
         self.workers = SQLWorkers(database, lambda: self._ns, self.outbox)
-        self._seen: tuple[Hashable, int] | None = None
 
     @property
     def _ns(self) -> int:
@@ -54,7 +62,7 @@ class SQLTaskStore(TaskStore):
 
     def close(self) -> None:
         self._database.close()
-        self._seen = None
+        self._changes.forget()
 
     def add(
         self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
@@ -92,8 +100,7 @@ class SQLTaskStore(TaskStore):
                     user=task.user or "", state=task.state.value, created_us=task.created_us,
                 )  # fmt: skip
             if body is not None:
-                for part, data in enumerate(body.pieces()):
-                    run(cursor, sql.add_part, namespace=self._ns, task_id=task.id, part=part, data=data)
+                self._bodies.add(cursor, self._ns, task.id, body)
             return True
 
         return self._database.write(add)
@@ -126,19 +133,7 @@ class SQLTaskStore(TaskStore):
         return self._surely(lambda: self._database.write(claim), look)
 
     def body(self, task_id: str) -> Body:
-        def read(cursor: Cursor) -> Body:
-            body = Body()
-            try:
-                number = 0
-                while row := one(cursor, self._sql.part, ns=self._ns, task_id=task_id, number=number):
-                    body.write(row[0])
-                    number += 1
-            except BaseException:
-                body.close()
-                raise
-            return body
-
-        return self._database.read(read)
+        return self._database.read(lambda cursor: self._bodies.read(cursor, self._ns, task_id))
 
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         def look() -> AsyncRouteTask | None:
@@ -157,18 +152,37 @@ class SQLTaskStore(TaskStore):
             return None if row is None else record_of(row)
 
         def step(cursor: Cursor) -> AsyncRouteTask | None:
+            if values["state"] is State.NOT_STARTED:
+                one(cursor, self._sql.lock_namespace, ns=self._ns)
+                before = one(cursor, self._sql.get, ns=self._ns, task_id=task_id)
+                if before is not None:
+                    self._event_log.keep_states(cursor, self._ns, record_of(before))
             rows = cursor.execute(statement.sql, parameters).fetchall()
             if not rows:
-                return None
+                raise TakeBack
             task = record_of(rows[0])
             self._move_grants(cursor, task)
             if task.body_size and task.state.is_terminal:
-                run(cursor, self._sql.drop_parts, ns=self._ns, task_id=task_id)
+                run(cursor, self._bodies.drop, ns=self._ns, task_id=task_id)
             if task.callback_json is not None and task.state.is_terminal:
                 self.outbox.make_due(cursor, task_id)
             return task
 
-        return self._database.write(step)
+        return self._unless_taken_back(step)
+
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> bool:
+        epoch = expect.epoch or 0
+        find = self._sql.find_of(expect)
+
+        def add(cursor: Cursor) -> bool:
+            one(cursor, self._sql.lock_namespace, ns=self._ns)
+            if one(cursor, find, ns=self._ns, task_id=task_id, **expectation(expect)) is None:
+                return False
+            self._event_log.put(cursor, self._ns, task_id, epoch, sent)
+            return True
+
+        # Written twice it is there once.
+        return self._surely(lambda: self._database.write(add), lambda: None)
 
     def delete(self, task_id: str, expect: Expect) -> bool:
         return self._surely(lambda: self._delete(task_id, expect), lambda: True if self.get(task_id) is None else None)
@@ -180,17 +194,13 @@ class SQLTaskStore(TaskStore):
             run(cursor, sql.note_removed, ns=self._ns)
             removed = run(cursor, sql.delete_of(expect), ns=self._ns, task_id=task_id, **expectation(expect))
             if removed.rowcount == 0:
-                raise _TakeBack
-            run(cursor, sql.drop_grants, ns=self._ns, task_id=task_id)
-            run(cursor, sql.drop_parts, ns=self._ns, task_id=task_id)
-            run(cursor, self._terms.drop_key, ns=self._ns, task_id=task_id)
+                raise TakeBack
+            for drop in (sql.drop_grants, self._bodies.drop, self._terms.drop_key, self._event_log.drop):
+                run(cursor, drop, ns=self._ns, task_id=task_id)
             self.outbox.drop(cursor, task_id)
             return True
 
-        try:
-            return self._database.write(remove)
-        except _TakeBack:
-            return False
+        return self._unless_taken_back(remove) or False
 
     def query(
         self,
@@ -229,59 +239,42 @@ class SQLTaskStore(TaskStore):
 
     def news(self, since: int) -> News:
         self.open()
-        version = self._database.version()
-        if version is not None and self._seen == (version, since):
-            return News(since, ())
-        # Read before the tasks: whatever has a number up to this one is committed, and among them.
-        (change,) = self._database.fetch_one(self._sql.change.sql, self._sql.change.values(ns=self._ns))
-        tasks: list[AsyncRouteTask] = []
-        if change < since:
-            since = 0  # Another database is in its place: all of it is new.
-        if 0 <= since < change:
-            statement = self._sql.news
-            rows = self._database.fetch_all(statement.sql, statement.values(ns=self._ns, since=since, most=NEWS_PAGE))
-            tasks = [record_of(row) for row in rows]
-            if len(tasks) == NEWS_PAGE:
-                return News(tasks[-1].change, tasks)
-            change = max(change, tasks[-1].change if tasks else 0)
-        if version is not None:
-            self._seen = (version, change)
-        return News(change, tasks)
+        return self._changes.news(self._ns, since)
+
+    def newest(self) -> int:
+        self.open()
+        return self._changes.newest(self._ns)
+
+    def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
+        self.open()
+        return self._changes.events(self._ns, since, most, task_id, group)
+
+    def listen(self, heard: Callable[[], None]) -> Listener | None:
+        self.open()
+        return self._database.listen(CHANNEL, str(self._ns), heard)
 
     def secret(self) -> bytes:
         return self._namespace.secret
 
     def read_value(self, key: str) -> tuple[bytes, int] | None:
-        statement = self._sql.read_value
+        statement = self._values.read
         row = self._database.fetch_one(statement.sql, statement.values(ns=self._ns, value_key=key))
         return None if row is None else (row[0], row[1])
 
     def write_value(self, key: str, value: bytes | None, version: int | None) -> bool:
-        # Not a count: a value that was removed and set again must not have a version that somebody holds.
-        new_version = secrets.randbits(62) + 1
+        new_version = self._values.new_version()
 
         def look() -> bool | None:
             held = self.read_value(key)
             return True if (held is None if value is None else held is not None and held[1] == new_version) else None
 
         def write(cursor: Cursor) -> bool:
-            sql = self._sql
-            run(cursor, sql.lock_namespace, ns=self._ns)
-            present = one(cursor, sql.read_value, ns=self._ns, value_key=key)
-            if version is not None and version != (0 if present is None else present[1]):
-                return False
-            if value is None:
-                if present is not None:
-                    run(cursor, sql.drop_value, ns=self._ns, value_key=key)
-                return present is not None
-            statement = sql.add_value if present is None else sql.set_value
-            run(cursor, statement, ns=self._ns, value_key=key, new_value=value, new_version=new_version)
-            return True
+            return self._values.write(cursor, self._ns, key, value, version, new_version)
 
         return self._surely(lambda: self._database.write(write), look)
 
     def value_keys(self) -> Iterable[str]:
-        return self._ids(self._sql.value_keys)
+        return self._ids(self._values.keys)
 
     def tend(self) -> None:
         self.open()
@@ -301,16 +294,18 @@ class SQLTaskStore(TaskStore):
             found = look()
             return write() if found is None else found
 
+    def _unless_taken_back(self, work: Callable[[Cursor], T]) -> T | None:
+        try:
+            return self._database.write(work)
+        except TakeBack:
+            return None
+
     def _ids(self, statement: Statement, **given: Any) -> list[str]:
         return [row[0] for row in self._database.fetch_all(statement.sql, statement.values(ns=self._ns, **given))]
 
     def _move_grants(self, cursor: Cursor, task: AsyncRouteTask) -> None:
         if task.permission_json is not None:
             run(cursor, self._sql.move_grants, ns=self._ns, task_id=task.id, new_state=task.state.value)
-
-
-class _TakeBack(Exception):
-    """Nothing is to be written after all."""
 
 
 def _is_same_start(found: AsyncRouteTask | None, task: AsyncRouteTask) -> bool:

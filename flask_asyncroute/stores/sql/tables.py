@@ -78,6 +78,12 @@ tasks = Table(
     Column("restarts", Integer, nullable=False, server_default="0"),
     Column("revision", Integer, nullable=False),
     Column("change", BigInteger, nullable=False),
+    Column("waiting_change", BigInteger),
+    Column("started_change", BigInteger),
+    Column("completed_change", BigInteger),
+    Column("sse_group", _text(255)),
+    Column("sse_url", _text()),
+    Column("sse_result", Integer, nullable=False, server_default="0"),
     Column("outlived_us", BigInteger),
     Column("request", LargeBinary),
 )
@@ -135,6 +141,20 @@ bodies = Table(
     Column("part", Integer, primary_key=True, autoincrement=False),
     Column("data", LargeBinary, nullable=False),
 )
+
+events = Table(
+    "asyncroute_events",
+    metadata,
+    Column("namespace", Integer, primary_key=True, autoincrement=False),
+    Column("task_id", _text(128), primary_key=True),
+    Column("change", BigInteger, primary_key=True, autoincrement=False),
+    Column("name", _text(255), nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("number", BigInteger, nullable=False),
+)
+"""What views have sent, and states of runs that were lost; the states of the present run are in its task."""
+Index("asyncroute_event_change", events.c.namespace, events.c.change)
 
 keys = Table(
     "asyncroute_keys",

@@ -35,6 +35,18 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "depth INTEGER NOT NULL, attempts INTEGER NOT NULL, due_us BIGINT, holder {text}, PRIMARY KEY (namespace, task_id))",
         "CREATE INDEX asyncroute_callback_due ON asyncroute_callbacks (namespace, due_us) WHERE due_us IS NOT NULL",
         "CREATE INDEX asyncroute_callback_holder ON asyncroute_callbacks (namespace, holder) WHERE holder IS NOT NULL",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN waiting_change BIGINT",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN started_change BIGINT",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN completed_change BIGINT",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN sse_group {text}",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN sse_url {text}",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN sse_result INTEGER NOT NULL DEFAULT 0",
+        "UPDATE asyncroute_tasks SET completed_change = change WHERE completed_us IS NOT NULL",
+        "UPDATE asyncroute_tasks SET started_change = change WHERE state = 'Running'",
+        "CREATE TABLE asyncroute_events (namespace INTEGER NOT NULL, task_id {text} NOT NULL, change BIGINT NOT NULL, "
+        "name {text} NOT NULL, data {bytes} NOT NULL, epoch INTEGER NOT NULL, number BIGINT NOT NULL, "
+        "PRIMARY KEY (namespace, task_id, change))",
+        "CREATE INDEX asyncroute_event_change ON asyncroute_events (namespace, change)",
     ),
 }  # fmt: skip
 """By the version that a step leads to."""

@@ -1,0 +1,218 @@
+"""Events: how tasks went from state to state and what their views have sent, in one order, on every store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from flask_asyncroute.execution import ViewEvent
+from flask_asyncroute.states import State
+from flask_asyncroute.stores.base import Expect, TaskStore
+from flask_asyncroute.stores.events import MAX_EVENTS, PROGRESS, STATE, Event
+from flask_asyncroute.task import AsyncRouteTask
+from tests.conftest import eventually_true
+
+NewTask = Callable[..., AsyncRouteTask]
+RUNNING = Expect((State.RUNNING,), "me", 1)
+END: dict[str, Any] = {"state": State.COMPLETED, "completed_us": 5, "result_json": b'"done"'}
+
+
+def sent(*names: str, first: int = 1) -> list[ViewEvent]:
+    """Return events that a view has sent."""
+    return [ViewEvent(name, f'"{name}"'.encode(), number) for number, name in enumerate(names, first)]
+
+
+def told(events: Any) -> list[tuple[str, str]]:
+    """Return what each event tells in short: the state, or the name."""
+    return [(event.task.id, event.task.state.value if is_state(event) else event.name) for event in events]
+
+
+def is_state(event: Event) -> bool:
+    return event.name == STATE and event.data is None
+
+
+@pytest.fixture
+def add(store: TaskStore, make_task: NewTask) -> Callable[..., None]:
+    def add(task_id: str = "task", group: str | None = "g", **fields: Any) -> None:
+        store.add(make_task(task_id, sse_group=group, **fields), b"", None, ())
+
+    return add
+
+
+def test_all_that_happens_to_a_task_is_told_in_order(store: TaskStore, add: Callable[..., None]) -> None:
+    add()
+    store.claim("task", "me", 1)
+    assert store.add_events("task", RUNNING, sent("a", "b"))
+    assert store.add_events("task", RUNNING, sent("c", first=3))
+    store.update("task", RUNNING, END)
+    found = store.events(0, 100)
+    names = ["NotStarted", "Running", "a", "b", "c", "Completed"]
+    assert told(found.events) == [("task", name) for name in names]
+    numbers = [event.change for event in found.events]
+    assert numbers == sorted(set(numbers))
+    assert found.change == numbers[-1] == store.news(-1).change
+    for start in range(6):
+        rest = store.events(numbers[start], 100, "task")
+        assert told(rest.events) == [("task", name) for name in names[start + 1 :]], start
+        assert rest.change == numbers[-1]
+
+
+def test_a_state_is_told_as_it_was(store: TaskStore, add: Callable[..., None]) -> None:
+    add()
+    store.claim("task", "me", 1)
+    running = store.get("task")
+    store.update("task", RUNNING, {"progress": 100.0, "error": "E: e", "state": State.FAILED, "completed_us": 5})
+    first, second, last = (event.task for event in store.events(0, 100).events)
+    assert (first.started_us, first.progress, first.error) == (None, None, None)
+    assert running is not None and second.to_wire() == running.to_wire()
+    assert last == store.get("task")
+
+
+@pytest.mark.parametrize("has_result", [True, False])
+def test_the_end_has_the_result_where_the_task_sends_it(
+    store: TaskStore, add: Callable[..., None], has_result: bool
+) -> None:
+    add(sse_result=has_result)
+    store.claim("task", "me", 1)
+    store.add_events("task", RUNNING, sent("a"))
+    store.update("task", RUNNING, END)
+    *others, end = store.events(0, 100).events
+    assert end.task.result_json == (b'"done"' if has_result else None)
+    assert all(event.task.result_json is None for event in others)
+
+
+def test_progress_is_told_as_far_as_it_is(store: TaskStore, add: Callable[..., None]) -> None:
+    add()
+    store.claim("task", "me", 1)
+    for progress in (1.0, 2.0):
+        store.update("task", RUNNING, {"progress": progress, "progress_message": "m"})
+    *_, last = store.events(0, 100).events
+    assert (last.name, last.task.progress, last.change) == (PROGRESS, 2.0, store.news(-1).change)
+    assert list(store.events(last.change, 100).events) == []
+    store.update("task", RUNNING, END)
+    assert told(store.events(last.change, 100).events) == [("task", "Completed")]
+
+
+def test_a_restart_keeps_the_states_before_it(store: TaskStore, add: Callable[..., None]) -> None:
+    add()
+    store.claim("task", "me", 1)
+    begun = store.get("task")
+    assert begun is not None
+    back = {"state": State.NOT_STARTED, "owner": None, "started_us": None, "expires_us": None}
+    assert store.update("task", RUNNING, back) is not None
+    assert store.claim("task", "me", 7) is not None
+    found = store.events(0, 100, "task").events
+    states = [msgspec.json.decode(event.data)["State"] if event.data else event.task.state.value for event in found]
+    assert states == ["NotStarted", "Running", "NotStarted", "Running"]
+    assert [event.name for event in found] == [STATE] * 4
+    assert msgspec.json.decode(found[1].data or b"") == msgspec.json.decode(msgspec.json.encode(begun.to_wire()))
+    assert store.update("task", RUNNING, back) is None, "the run is another"
+    assert len(store.events(0, 100, "task").events) == 4
+
+
+def test_groups_are_apart_and_tasks_without_one_are_in_none(store: TaskStore, add: Callable[..., None]) -> None:
+    for task_id, group in (("one", "g"), ("two", "h"), ("three", "g"), ("four", None)):
+        add(task_id, group)
+        store.claim(task_id, "me", 1)
+        store.add_events(task_id, RUNNING, sent("a"))
+    in_group = ["NotStarted", "Running", "a"]
+    assert told(store.events(0, 100, group="g").events) == [(t, n) for t in ("one", "three") for n in in_group]
+    assert {task_id for task_id, _ in told(store.events(0, 100).events)} == {"one", "two", "three"}
+    assert store.events(0, 100, group="other").events == [] or not store.events(0, 100, group="other").events
+    assert store.events(0, 100, group="other").change == store.news(-1).change
+
+
+def test_events_come_in_pages(store: TaskStore, add: Callable[..., None]) -> None:
+    for number in range(5):
+        add(f"t{number}")
+        store.claim(f"t{number}", "me", 1)
+        store.add_events(f"t{number}", RUNNING, sent("a", "b"))
+    whole = told(store.events(0, 1000).events)
+    found: list[tuple[str, str]] = []
+    since = 0
+    while page := store.events(since, 3):
+        found += told(page.events)
+        if not page.events:
+            break
+        since = page.change
+    assert found == whole and len(whole) == 20
+
+
+def test_a_run_that_lost_its_task_sends_nothing(store: TaskStore, add: Callable[..., None]) -> None:
+    add()
+    store.claim("task", "me", 1)
+    for expect in (Expect((State.RUNNING,), "me", 2), Expect((State.RUNNING,), "you", 1)):
+        assert not store.add_events("task", expect, sent("a"))
+    assert not store.add_events("other", RUNNING, sent("a"))
+    assert told(store.events(0, 100).events) == [("task", "NotStarted"), ("task", "Running")]
+
+
+def test_the_last_thousand_events_of_a_task_are_kept(store: TaskStore, add: Callable[..., None]) -> None:
+    add()
+    add("other")
+    for task_id in ("task", "other"):
+        store.claim(task_id, "me", 1)
+    assert store.add_events("other", RUNNING, sent("first"))
+    for first in range(1, 1501, 50):
+        assert store.add_events("task", RUNNING, sent(*["n"] * 50, first=first))
+    found = [event for event in store.events(0, 5000, "task").events if event.name == "n"]
+    assert MAX_EVENTS <= len(found) <= MAX_EVENTS + 100
+    assert len(store.events(0, 100, "other").events) == 3
+
+
+def test_what_was_written_already_is_not_written_again(store: TaskStore, add: Callable[..., None]) -> None:
+    """Whoever does not know whether it was tries again."""
+    add()
+    store.claim("task", "me", 1)
+    for _ in range(2):
+        assert store.add_events("task", RUNNING, sent("a", "b"))
+    assert store.add_events("task", RUNNING, sent("c", first=3))
+    assert [event.name for event in store.events(0, 100).events[2:]] == ["a", "b", "c"]
+
+
+def test_events_go_with_their_task(store: TaskStore, add: Callable[..., None], make_task: NewTask) -> None:
+    add()
+    store.claim("task", "me", 1)
+    store.add_events("task", RUNNING, sent("a"))
+    newest = store.news(-1).change
+    store.delete("task", Expect((State.RUNNING,)))
+    add()
+    assert told(store.events(0, 100).events) == [("task", "NotStarted")]
+    assert store.events(0, 100).events[0].change > newest
+
+
+def test_news_tell_whose_views_have_sent_something(store: TaskStore, add: Callable[..., None]) -> None:
+    add()
+    add("other")
+    store.claim("task", "me", 1)
+    since = store.news(-1).change
+    store.add_events("task", RUNNING, sent("a", "b"))
+    news = store.news(since)
+    assert (list(news.sent), list(news.tasks), news.change) == (["task"], [], since + 2)
+    assert list(store.news(news.change).sent) == []
+
+
+def test_whoever_listens_hears_of_every_kind_of_write(store: TaskStore, add: Callable[..., None]) -> None:
+    """Only where the store can tell; others are asked."""
+    heard = threading.Event()
+    listener = store.listen(heard.set)
+    if listener is None:
+        pytest.skip("this store tells nothing by itself")
+    try:
+        eventually_true(heard.is_set)
+        for write in (
+            add,
+            lambda: store.claim("task", "me", 1),
+            lambda: store.update("task", RUNNING, {"progress": 1.0}),
+            lambda: store.add_events("task", RUNNING, sent("a")),
+            lambda: store.update("task", RUNNING, END),
+        ):
+            heard.clear()
+            write()
+            eventually_true(heard.is_set)
+    finally:
+        listener.close()

@@ -1,0 +1,218 @@
+"""Requests that are held until a task has ended or changed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_asyncroute import AsyncRoute, State, current_task
+from flask_asyncroute.runtime import runtime_of
+
+MakeApp = Callable[..., Flask]
+Eventually = Callable[..., Any]
+STORES = ["memory://", "sqlite:///asyncroute.db"]
+
+
+@pytest.fixture
+def gate_of() -> Iterator[Callable[[Flask], threading.Event]]:
+    gates: dict[Flask, threading.Event] = {}
+    yield lambda app: gates.setdefault(app, threading.Event())
+    for gate in gates.values():
+        gate.set()
+
+
+@pytest.fixture
+def serve(make_app: MakeApp, gate_of: Callable[[Flask], threading.Event]) -> Callable[..., Flask]:
+    def serve(store: str = "memory://", **config: Any) -> Flask:
+        app = make_app(ASYNCROUTE_STORE=store, **config)
+        async_routes = AsyncRoute(app)
+        gate = gate_of(app)
+
+        @async_routes.route("/work", methods=["PUT"], max_workers=8)
+        def work() -> str:
+            gate.wait(20)
+            current_task.set_progress(50, "half")
+            return "done"
+
+        @async_routes.route("/quick", methods=["PUT"])
+        def quick() -> str:
+            return "done"
+
+        @async_routes.route("/inside", methods=["PUT"], executor="immediate")
+        def inside() -> str:
+            return "done"
+
+        return app
+
+    return serve
+
+
+def start(app: Flask, path: str = "/work", **headers: str) -> Any:
+    return app.test_client().put(path, headers=headers)
+
+
+def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    return thread, found
+
+
+def someone_waits(app: Flask) -> bool:
+    return bool(runtime_of(app).runner.notifier._waiting)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_get_is_held_until_the_task_has_ended(
+    serve: Callable[..., Flask], gate_of: Any, eventually: Eventually, store: str
+) -> None:
+    app = serve(store)
+    task_id = start(app).json["Id"]
+    thread, found = in_background(lambda: app.test_client().get(f"/task/{task_id}?wait=20"))
+    eventually(lambda: someone_waits(app))
+    assert not found
+    gate_of(app).set()
+    thread.join(5)
+    assert found[0].json["State"] == "Completed" and found[0].json["Result"] == "done"
+    assert "Retry-After" not in found[0].headers
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_with_if_none_match_a_get_is_held_until_anything_changes(
+    serve: Callable[..., Flask], eventually: Eventually, store: str, gate_of: Any
+) -> None:
+    app = serve(store)
+    task_id = start(app).json["Id"]
+    client = app.test_client()
+    eventually(lambda: client.get(f"/task/{task_id}").json["State"] == "Running")
+    seen = client.get(f"/task/{task_id}")
+    thread, found = in_background(
+        lambda: app.test_client().get(f"/task/{task_id}?wait=20", headers={"If-None-Match": seen.headers["ETag"]})
+    )
+    eventually(lambda: someone_waits(app))
+    gate_of(app).set()
+    thread.join(5)
+    assert found[0].status_code == 200 and found[0].headers["ETag"] != seen.headers["ETag"]
+
+
+def test_what_has_changed_already_is_told_at_once(serve: Callable[..., Flask], eventually: Eventually) -> None:
+    app = serve()
+    task_id = start(app).json["Id"]
+    began = time.monotonic()
+    answer = app.test_client().get(f"/task/{task_id}?wait=20", headers={"If-None-Match": '"999-json"'})
+    assert answer.status_code == 200 and time.monotonic() - began < 5
+
+
+def test_when_the_time_is_up_the_task_is_told_as_it_is(serve: Callable[..., Flask], eventually: Eventually) -> None:
+    app = serve()
+    client = app.test_client()
+    task_id = start(app).json["Id"]
+    eventually(lambda: client.get(f"/task/{task_id}").json["State"] == "Running")
+    began = time.monotonic()
+    answer = client.get(f"/task/{task_id}?wait=0.2")
+    assert (answer.status_code, answer.json["State"]) == (200, "Running")
+    assert 0.2 <= time.monotonic() - began < 5
+    assert "Retry-After" in answer.headers
+    etag = answer.headers["ETag"]
+    assert client.get(f"/task/{task_id}?wait=0.1", headers={"If-None-Match": etag}).status_code == 304
+
+
+def test_no_wait_is_longer_than_the_app_allows(serve: Callable[..., Flask]) -> None:
+    app = serve(ASYNCROUTE_MAX_WAIT=0.1)
+    began = time.monotonic()
+    answer = start(app, Prefer="wait=999999999")
+    assert answer.status_code == 202
+    app.test_client().get(f"/task/{answer.json['Id']}?wait=999999999")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "query", ["wait=", "wait=a", "wait=-1", "wait=NaN", "wait=1e3", "wait=1&wait=1", "wait=%00", "wait=١"]
+)
+def test_what_is_no_number_of_seconds_is_refused(serve: Callable[..., Flask], query: str) -> None:
+    app = serve()
+    task_id = start(app, "/quick").json["Id"]
+    answer = app.test_client().get(f"/task/{task_id}?{query}")
+    assert answer.status_code == 400 and "wait" in answer.json["detail"]
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_start_may_wait_for_the_end(serve: Callable[..., Flask], store: str) -> None:
+    app = serve(store)
+    answer = start(app, "/quick", Prefer="wait=10")
+    assert (answer.status_code, answer.json["State"], answer.json["Result"]) == (200, "Completed", "done")
+    assert answer.headers["Preference-Applied"] == "wait=10"
+    assert answer.headers["Location"] == f"/task/{answer.json['Id']}"
+
+
+@pytest.mark.parametrize(
+    "prefer", ["respond-async, wait=10", 'wait="10"', "WAIT = 10; x=y", "foo; bar, wait=10, wait=0"]
+)
+def test_preferences_are_read_as_the_rfc_has_them(serve: Callable[..., Flask], prefer: str) -> None:
+    assert start(serve(), "/quick", Prefer=prefer).status_code == 200
+
+
+@pytest.mark.parametrize("prefer", ["", "wait", "wait=", "wait=a", "wait=-1", "wait=1.5", "waits=10", "respond-async"])
+def test_what_is_no_such_preference_is_ignored(serve: Callable[..., Flask], prefer: str) -> None:
+    answer = start(serve(), Prefer=prefer)
+    assert answer.status_code == 202 and "Preference-Applied" not in answer.headers
+
+
+def test_a_start_that_takes_longer_answers_202(serve: Callable[..., Flask]) -> None:
+    answer = start(serve(), Prefer="wait=0")
+    assert (answer.status_code, answer.headers["Preference-Applied"]) == (202, "wait=0")
+    assert "Retry-After" in answer.headers
+
+
+def test_a_task_that_ran_inside_the_request_has_ended(serve: Callable[..., Flask]) -> None:
+    assert start(serve(), "/inside", Prefer="wait=1").status_code == 200
+    assert start(serve(), "/inside").status_code == 202
+
+
+def test_waits_count_as_streams(serve: Callable[..., Flask], gate_of: Any, eventually: Eventually) -> None:
+    app = serve(ASYNCROUTE_MAX_STREAMS=1)
+    task_id = start(app).json["Id"]
+    thread, found = in_background(lambda: app.test_client().get(f"/task/{task_id}?wait=20"))
+    eventually(lambda: someone_waits(app))
+    began = time.monotonic()
+    assert app.test_client().get(f"/task/{task_id}?wait=20").json["IsCompleted"] is False
+    assert start(app, Prefer="wait=20").status_code == 202
+    assert time.monotonic() - began < 5
+    gate_of(app).set()
+    thread.join(5)
+    assert found[0].json["IsCompleted"] is True
+    assert start(app, "/quick", Prefer="wait=10").status_code == 200, "the place is free again"
+
+
+def test_a_task_that_is_removed_meanwhile_is_unknown(
+    serve: Callable[..., Flask], eventually: Eventually, gate_of: Any
+) -> None:
+    app = serve()
+    client = app.test_client()
+    task_id = start(app).json["Id"]
+    thread, found = in_background(
+        lambda: app.test_client().get(f"/task/{task_id}?wait=0.5", headers={"If-None-Match": "*"})
+    )
+    thread.join(5)
+    assert found
+    runner = runtime_of(app).runner
+    gate_of(app).set()
+    with app.app_context():
+        assert runner.notifier.wait(task_id, lambda task: task.state is State.COMPLETED, 5)
+    eventually(lambda: runner.lifecycle.purge(task_id))
+    assert client.get(f"/task/{task_id}?wait=1").status_code == 404
+
+
+def test_waits_end_with_the_server(serve: Callable[..., Flask], eventually: Eventually) -> None:
+    app = serve()
+    task_id = start(app).json["Id"]
+    thread, found = in_background(lambda: app.test_client().get(f"/task/{task_id}?wait=20"))
+    eventually(lambda: someone_waits(app))
+    runtime_of(app).runner.notifier.end_waits()
+    thread.join(5)
+    assert (found[0].status_code, found[0].json["IsCompleted"]) == (200, False)
