@@ -139,22 +139,13 @@ def test_a18_what_is_sent_is_signed_with_each_secret(
 def test_terms_come_from_the_request(
     make_served: Callable[..., Flask], httpserver: HTTPServer, received: list[Request], eventually: Eventually
 ) -> None:
-    httpserver.expect_request("/jobs/a%20b").respond_with_data("")
-    callback = Callback(
-        url="{$request.query.to}/hook", content_type="$request.header.X-Kind", event_name="done",
-        headers={"X-Fixed": "1", "X-Token": "Bearer {$request.body#/token}", "X-None": "$request.header.X-Missing"},
-    )  # fmt: skip
-    app = make_served(callback)
-    base = httpserver.url_for("").rstrip("/")
-    answer = app.test_client().post(f"/work?to={base}", json={"token": "s3cret"}, headers={"X-Kind": "application/xml"})
-    assert answer.status_code == 400, "what stands for a whole authority is percent-encoded"
     callback = Callback(
         url="$request.query.to", content_type="$request.header.X-Kind", event_name="done",
         headers={"X-Fixed": "1", "X-Token": "Bearer {$request.body#/token}", "X-None": "$request.header.X-Missing"},
     )  # fmt: skip
     app = make_served(callback)
     answer = app.test_client().post(
-        f"/work?to={base}/hook", json={"token": "s3cret"}, headers={"X-Kind": "application/xml"}
+        f"/work?to={httpserver.url_for('/hook')}", json={"token": "s3cret"}, headers={"X-Kind": "application/xml"}
     )
     assert answer.status_code == 202
     assert answer.json["CallbackSettings"]["HeaderFields"] == ["X-Fixed", "X-Token", "X-None"]
@@ -162,11 +153,7 @@ def test_terms_come_from_the_request(
     eventually(lambda: received)
     [sent] = received
     assert (sent.headers["X-Fixed"], sent.headers["X-Token"]) == ("1", "Bearer s3cret") and "X-None" not in sent.headers
-    assert (
-        sent.content_type == "application/xml"
-        and sent.get_data().startswith(b"<?xml")
-        or b"<Callback>" in sent.get_data()
-    )
+    assert sent.content_type == "application/xml" and b"<EventName>done</EventName>" in sent.get_data()
 
 
 @pytest.mark.parametrize("body", [{}, {"callbackUrl": None}])
