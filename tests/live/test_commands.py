@@ -63,6 +63,7 @@ def serving(folder: Path, log: Path, *command: str) -> Iterator[str]:
 
 
 GUNICORN = ("gunicorn", "--workers", "4", "--threads", "4", "--bind", "127.0.0.1:0", "--no-control-socket")
+HOOKS = ("--config", "python:example_app.server")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start the example application as `make demo` does, on a free port; give its address."""
     folder = tmp_path_factory.mktemp("server")
     factory = f"example_app:create_app(instance_path={str(folder / 'instance')!r})"
-    with serving(ROOT, folder / "log", *GUNICORN, factory) as address:
+    with serving(ROOT, folder / "log", *GUNICORN, *HOOKS, factory) as address:
         yield address
 
 
@@ -201,6 +202,8 @@ def test_the_commands_on_the_page(shell: Shell) -> None:
         "A closure": [[202], [200], [409]],
         "Shared state": [[200], [202]],
         "Stop": [[202], [200]],
+        "Wait": [[202], [200], [200]],
+        "Follow": [[202], [200]],
         "A summary of a CSV file": [[200, 202]],
         "Prime numbers": [[202]],
         "Simple": [[200]],
