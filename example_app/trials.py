@@ -77,7 +77,7 @@ def trials(root: str) -> tuple[Group, ...]:
                     "The answer is held until the task has ended; the second asks for that with its start.",
                     (
                         f"ID=$(curl -s -X PUT {url('/asyncParam')}{an_id})",
-                        f"curl {one_task}?wait=10",
+                        f"curl {one_task}'?wait=10'",
                         f"curl -X PUT -H 'Prefer: wait=10' {url('/asyncParam')}",
                     ),
                 ),
