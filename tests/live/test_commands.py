@@ -20,6 +20,7 @@ import pytest
 
 from example_app import trials
 from flask_asyncroute import testing
+from tests.flow.streaming import messages
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.rst"
@@ -146,7 +147,7 @@ def started(printed: str) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.live
 def test_the_readme_commands(shell: Shell) -> None:
-    start, poll, stop, query, upload, process, permission = blocks_of(README, "sh")
+    start, poll, stop, query, upload, process, follow, permission = blocks_of(README, "sh")
 
     statuses, printed = shell.run(*start)
     head, task = started(printed)
@@ -180,6 +181,15 @@ def test_the_readme_commands(shell: Shell) -> None:
     assert shell.run(keep)[0] == [202]
     assert shell.task(get)["State"] == "Running"
     assert shell.task(delete)["State"] == "Aborted"
+
+    keep, stream, wait = follow
+    assert shell.run(keep)[0] == [202]
+    statuses, printed = shell.run(stream)
+    assert statuses == [200]
+    found = list(messages([printed.encode()]))
+    assert [message.name for message in found].count("message") == 8
+    assert (found[-1].name, found[-1].data["State"]) == ("task.completed", "Completed")
+    assert shell.task(wait)["State"] == "Completed"
 
     assert [shell.run(line)[0] for line in permission] == [[202], [200], [403], [404], [200]]
 
