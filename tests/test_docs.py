@@ -18,7 +18,7 @@ from flask import Flask
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^( *)\.\. code-block:: python\n(?:\1 +:.*\n)*\n((?:\1 +\S.*\n|[ \t]*\n)+)", re.MULTILINE)
-NOT_OURS = ("flask_executor", "flask_login", "flask_wtf")
+NOT_OURS = ("flask_executor", "flask_login", "flask_wtf", "sseclient")
 """What blocks import to show how it goes together; they run where it is installed."""
 
 
