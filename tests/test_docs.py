@@ -95,7 +95,8 @@ def test_fields() -> None:
 def test_fields_of_the_task() -> None:
     task = part(".task").AsyncRouteTask(
         "id", "[Post]/", "view", part("").State.ABORTED, True, "ann", "http://localhost/", "POST", 1, 2, 3, 4,
-        progress=1.0, progress_message="half", result_json=b"1", error="Timeout", stopping=True,
+        progress=1.0, progress_message="half", result_json=b"1", error="Timeout", stopping=True, sse_group="view",
+        sse_url="/task/id/events",
     )  # fmt: skip
     assert missing(task.to_dict(), pages("docs/reference/task.rst")) == []
 
