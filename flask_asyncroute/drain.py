@@ -97,10 +97,12 @@ def _settle(runner: Runner, waiting: list[str]) -> None:
         logger.error("Not all tasks could be settled at the exit; others will find them lost. (%s)", error)
 
 
-def begin() -> None:
-    """Have all runners of this process start nothing more, and all who wait for news of tasks come to their end."""
+def end_waits() -> None:
+    """Have all who wait for news of tasks in this process come to their end, so that they do not hold up its exit.
+
+    Tasks are started and run as before: requests that the server has taken in already are not to fail.
+    """
     for runner in list(_runners):
-        runner.dispatcher.is_closing = True
         runner.notifier.end_waits()
 
 
@@ -108,7 +110,9 @@ def _at_exit() -> None:
     """Drain all runners of this process at once: each has its own time, and the exit waits for the longest."""
     runners = list(_runners)
     began = time.monotonic()
-    begin()
+    end_waits()
+    for runner in runners:
+        runner.dispatcher.is_closing = True
     for runner in runners:
         try:
             drain(runner, max(runner.config.drain - (time.monotonic() - began), 0.0))

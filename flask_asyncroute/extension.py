@@ -185,7 +185,7 @@ class AsyncRoute:
         """
         runtime = runtime_of(app)
         runtime.become_runner()
-        termination.notice(drain.begin)
+        termination.notice(drain.end_waits)
         runtime.runner.store.open()
 
     def get(self, task_id: str) -> AsyncRouteTask | None:

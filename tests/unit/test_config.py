@@ -38,7 +38,7 @@ NOT_PATHS: list[Any] = [
 NOT_LISTS: list[Any] = [None, "get", 5, {"get"}, {"get": 1}]
 NOT_SECONDS: list[Any] = ["5", "", True, [], math.nan, math.inf, -1, timedelta(seconds=-1), 101 * 365 * 86400]
 NOT_SERVED = (
-    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "CALLBACK_ATTEMPTS",
+    "CELERY", "CALLBACK_ATTEMPTS",
     "CALLBACK_SECRET", "CALLBACK_ALLOWED_HOSTS", "OPENAPI_PATH", "DOCS_PATH", "DASHBOARD_PATH",
 )  # fmt: skip
 
@@ -57,7 +57,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "NAMESPACE": ["", 5, [], True, "x" * 256, b"x"],
     "CREATE_TABLES": NOT_BOOLEANS,
-    "OPERATIONS": [*NOT_LISTS, [], (), ["get", "get"], ["Get"], ["events"], ["get", "events"], ["get", "callback"], [5], [["get"]]],
+    "OPERATIONS": [*NOT_LISTS, [], (), ["get", "get"], ["Get"], ["get", "callback"], [5], [["get"]]],
     "URL_PREFIX": [value for value in NOT_PATHS if value != ""],
     "TASK_PATH": [*NOT_PATHS, "/tasks"],
     "TASKS_PATH": [*NOT_PATHS, "/task"],
@@ -76,6 +76,9 @@ BAD: dict[str, list[Any]] = {
         ["ftp://a.example"], ["https://"], ["https://a b"], [""], [5], ["https://a.example?x"], ["https://a.example\n"],
     ],
     "DRAIN": NOT_SECONDS,
+    "MAX_WAIT": [*NOT_SECONDS, None],
+    "MAX_STREAMS": [None, -1, 1.5, "2", True],
+    "STREAM_AGE": [*NOT_SECONDS, None, 0, 0.9],
     "HOUSEKEEPING_INTERVAL": [*NOT_SECONDS, None, 0, 0.09],
     "TIMEOUT": [*NOT_SECONDS[:-3], -2, 0],
     "CANCELLABLE": NOT_BOOLEANS,
@@ -103,7 +106,7 @@ GOOD: dict[str, list[Any]] = {
     "APP": [None, "x", "x.y", "x:app", "x.y:create_app()", "x:create_app('a', b=5)", "été:app"],
     "NAMESPACE": ["x", "x" * 255, None],
     "CREATE_TABLES": [True, False],
-    "OPERATIONS": [["get"], ("query", "stop"), ["get", "stop", "query"]],
+    "OPERATIONS": [["get"], ("query", "stop"), ["get", "stop", "query"], ["events"]],
     "URL_PREFIX": ["", "/api", "/api/v1", "/a.b-c_d~e"],
     "TASK_PATH": ["/job", "/api/task"],
     "TASKS_PATH": ["/jobs", "/api/tasks"],
@@ -119,6 +122,9 @@ GOOD: dict[str, list[Any]] = {
     "LIST_ANONYMOUS": [True, False, None],
     "TRUSTED_ORIGINS": [[], ["https://a.example", "http://localhost:8000"]],
     "DRAIN": [0, 2.5, timedelta(seconds=3)],
+    "MAX_WAIT": [0, 2.5, timedelta(seconds=30)],
+    "MAX_STREAMS": [0, 2, 1000],
+    "STREAM_AGE": [1, 300, timedelta(minutes=5)],
     "HOUSEKEEPING_INTERVAL": [0.1, 30, timedelta(minutes=1)],
     "TIMEOUT": [5, None, -1, timedelta(hours=1)],
     "CANCELLABLE": [True, False],
