@@ -18,6 +18,7 @@ from . import (
     kills,
     lists,
     losses,
+    news,
     overload,
     races,
     soak,
@@ -42,6 +43,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "soak": soak.prove,
     "stops": stops.prove,
     "generated": generated.prove,
+    "news": news.prove,
 }
 
 
