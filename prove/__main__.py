@@ -21,6 +21,7 @@ from . import (
     news,
     overload,
     races,
+    resume,
     soak,
     stops,
     uploads,
@@ -44,6 +45,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "stops": stops.prove,
     "generated": generated.prove,
     "news": news.prove,
+    "resume": resume.prove,
 }
 
 
