@@ -24,6 +24,7 @@ from . import (
     resume,
     soak,
     stops,
+    streams,
     uploads,
     workers,
 )
@@ -45,6 +46,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "stops": stops.prove,
     "generated": generated.prove,
     "news": news.prove,
+    "streams": streams.prove,
     "resume": resume.prove,
 }
 

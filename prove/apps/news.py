@@ -65,7 +65,7 @@ def create_app(folder: str, **config: Any) -> Flask:
     @async_routes.task(max_workers=64, sse=Sse(group="gate"))
     def wait_for_gate() -> None:
         while not gate.exists():
-            current_task.sleep(0.05)
+            current_task.sleep(0.1)
             current_task.check()
 
     @app.put("/burst/thread/<int:count>")
