@@ -38,12 +38,15 @@ class Audience:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Audience:
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             self._over.result()
+
+    def begin(self) -> None:
+        """Have all of them come."""
+        self._thread.start()
 
     @property
     def begun(self) -> int:

@@ -16,7 +16,7 @@ from .databases import sqlite_and_postgresql
 from .following import END, Stream
 from .server import gunicorn
 
-TRIALS = 120
+TRIALS = 100
 MILLISECONDS = (40, 100)
 """How long a view takes, by chance: long enough for the other side to be waiting, and not in step with who looks for news."""
 HERE_MS = 5.0
