@@ -19,10 +19,13 @@ from . import (
     kills,
     lists,
     losses,
+    news,
     overload,
     races,
+    resume,
     soak,
     stops,
+    streams,
     uploads,
     workers,
 )
@@ -43,6 +46,9 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "soak": soak.prove,
     "stops": stops.prove,
     "generated": generated.prove,
+    "news": news.prove,
+    "streams": streams.prove,
+    "resume": resume.prove,
     "guard": guard.prove,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,9 @@ from flask_asyncroute.execution import ViewEvent
 from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import Expect, TaskStore
 from flask_asyncroute.stores.events import MAX_EVENTS, PROGRESS, STATE, Event
+from flask_asyncroute.stores.opening import make_store
 from flask_asyncroute.task import AsyncRouteTask
-from tests.conftest import eventually_true
+from tests.conftest import eventually_true, new_postgresql_database
 
 NewTask = Callable[..., AsyncRouteTask]
 RUNNING = Expect((State.RUNNING,), "me", 1)
@@ -216,3 +218,22 @@ def test_whoever_listens_hears_of_every_kind_of_write(store: TaskStore, add: Cal
             eventually_true(heard.is_set)
     finally:
         listener.close()
+
+
+@pytest.mark.parametrize("task_id", [None, "task-0"])
+def test_postgresql_reads_few_rows_for_events_before_it_has_statistics(
+    postgresql_server: str, make_task: NewTask, task_id: str | None
+) -> None:
+    """A database that was made a minute ago: it was read for each task that there is."""
+    with new_postgresql_database(postgresql_server) as url:
+        made: Any = make_store(url, "", "test", True)
+        made.open()
+        try:
+            for number in range(60):
+                made.add(make_task(f"task-{number}", sse_group="g"), b"", None, ())
+            sql, values = made._event_log.read(made._ns, made.newest() - 2, 100, task_id, None)
+            plan = [row[0] for row in made._database.fetch_all(f"EXPLAIN ANALYZE {sql}", values)]
+        finally:
+            made.close()
+    reads = [int(found[1]) for line in plan if " on asyncroute_" in line and (found := re.search(r"loops=(\d+)", line))]
+    assert reads and sum(reads) < 30, "\n".join(plan)

@@ -129,7 +129,9 @@ def _happened(of_task: bool, of_group: bool) -> Select[Any]:
         part(tasks.c.change, literal_column(f"'{PROGRESS}'"), is_running, tasks.c.change != tasks.c.started_change),
         select(events.c.change.label("number"), events.c.task_id, events.c.name, events.c.data).where(*of_events),
     ]  # fmt: skip
-    found = union_all(*parts).subquery()
+    # For itself, and before the tasks are joined: while a new database has no statistics yet, PostgreSQL would look for the
+    # events anew beside each task that there is.
+    found = union_all(*parts).cte("happened").prefix_with("MATERIALIZED", dialect="postgresql")
     is_end = (found.c.name == tasks.c.state) & (tasks.c.sse_result == 1)
     record = [
         case((is_end, column), else_=null()).label("result_json") if column.name == "result_json" else column
