@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+from . import termination
 from .errors import AsyncRouteError
 from .lifecycle import SHUT_DOWN
 from .states import State
@@ -37,6 +38,8 @@ SETTLE_SECONDS = 0.8
 """After that: how long the store has to take what is left."""
 
 _runners: weakref.WeakSet[Runner] = weakref.WeakSet()
+_began_at: float | None = None
+"""When this process was told that it is to end."""
 
 
 def at_exit(runner: Runner) -> None:
@@ -103,15 +106,33 @@ def end_waits() -> None:
 
     Tasks are started and run as before: requests that the server has taken in already are not to fail.
     """
+    _note_time()
     for runner in list(_runners):
         runner.notifier.end_waits()
 
 
+def is_near() -> bool:
+    """Return whether the server has decided to end this process; the time that tasks have counts from then on."""
+    if not termination.is_near():
+        return False
+    _note_time()
+    return True
+
+
+def _note_time() -> None:
+    global _began_at
+    if _began_at is None:
+        _began_at = time.monotonic()
+
+
 def _at_exit() -> None:
-    """Drain all runners of this process at once: each has its own time, and the exit waits for the longest."""
+    """Drain all runners of this process at once: each has its own time, and the exit waits for the longest.
+
+    The time counts from when the exit was known: a server may have taken seconds since, to part from its clients.
+    """
     runners = list(_runners)
-    began = time.monotonic()
     end_waits()
+    began = time.monotonic() if _began_at is None else _began_at
     for runner in runners:
         runner.dispatcher.is_closing = True
     for runner in runners:
@@ -122,6 +143,8 @@ def _at_exit() -> None:
 
 
 def _after_fork() -> None:
+    global _began_at
+    _began_at = None
     _runners.clear()
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.utils import import_string
 
-from . import app_path, drain, termination
+from . import app_path, drain
 from .callbacks.sender import Sender
 from .census import Census
 from .config import Config, values_for_child
@@ -68,7 +68,7 @@ class Runner:
         self.store = make_store(config.store, app.instance_path, config.namespace, config.create_tables)
         self.lifecycle = Lifecycle(app, self.store, f"{os.getpid()}-{uuid.uuid4()}")
         self.dispatcher = Dispatcher(app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes)
-        self.notifier = Notifier(app, self.store, self.dispatcher.heard, termination.is_near)
+        self.notifier = Notifier(app, self.store, self.dispatcher.heard, drain.is_near)
         self.places = Places(config.max_streams)
         self.presence: Presence | None = None
         self.sender = Sender(app, config, self.store.outbox, self.lifecycle, self.enter, self._look_for_callbacks)

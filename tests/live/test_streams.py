@@ -39,7 +39,11 @@ def serve(folder: Path, *options: str, before: str = "", **config: Any) -> Serve
     (folder / "gunicorn.conf.py").write_text(START)
     arguments = "".join(f", {name}={value!r}" for name, value in {"drain": DRAIN, "max_streams": 3, **config}.items())
     (folder / "news_app.py").write_text(
-        f"{before}\nfrom prove.apps.news import create_app\napp = create_app({str(folder)!r}{arguments})\n"
+        f"{before}\nfrom flask_asyncroute.runtime import runtime_of\nfrom prove.apps.news import create_app\n"
+        f"app = create_app({str(folder)!r}{arguments})\n"
+        "@app.get('/places')\n"
+        "def places():\n"
+        "    return {'Left': runtime_of(app).runner.places._left}\n"
     )
     environ = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     config_file = str(folder / "gunicorn.conf.py")
@@ -101,12 +105,18 @@ def test_streams_and_waits_end_with_their_worker(
         for stream in open_streams:
             stream.until_begun()
         with Connection(server.port) as connection:
-            thread, replies = in_background(lambda: connection.send("GET", f"/task/{task_id}?wait=20"))
-            eventually(lambda: is_full(server.port, task_id), 10)
+            # Who keeps a connection holds up the exit by as long as the server waits for another request on it. That of
+            # gthread is within what is promised; gevent only looks once a second.
+            fields = {"Connection": "close"} if worker_class == "gevent" else {}
+            path = f"/task/{task_id}?wait=20"
+            thread, replies = in_background(lambda: connection.send("GET", path, headers=fields))
+            eventually(lambda: places(server.port) == 0, 10, 0.05)
             began = how(server, pid)
             ends = [rest(stream) for stream in open_streams]
             streams_ended = time.monotonic() - began
             thread.join(10)
+            if worker_class == "gevent":
+                streams.close()
             eventually(lambda: pid not in server.workers(), 10)
             out = time.monotonic() - began
         assert [end[-len(b"retry: 1000\n\n") :] for end in ends] == [b"retry: 1000\n\n"] * 2
@@ -117,10 +127,9 @@ def test_streams_and_waits_end_with_their_worker(
         assert "Traceback" not in server.output()
 
 
-def is_full(port: int, task_id: str) -> bool:
-    """Return whether all places are taken: a wait is answered at once then."""
-    reply = send(port, "GET", f"/task/{task_id}?wait=0.5")
-    return reply.answered_at - reply.sent_at < 0.4
+def places(port: int) -> int:
+    """Return how many more requests may be held open."""
+    return int(send(port, "GET", "/places").json()["Left"])
 
 
 def is_held(stream: Stream) -> bool:
@@ -172,12 +181,12 @@ def test_f40_a_client_that_vanishes_frees_its_place_within_two_heartbeats(
             with Stream(server.port, f"/task/{task_id}/events") as stream:
                 stream.until_begun()
                 assert is_held(stream)
-                assert is_full(server.port, task_id)
+                assert places(server.port) == 0
                 if with_reset:
                     stream.reset()
             gone = time.monotonic()
-            eventually(lambda: not is_full(server.port, task_id), 10, 0.01)
-            assert time.monotonic() - gone <= 2 * BEATS + 0.6, "0.5 s of that is the look whether there is a place"
+            eventually(lambda: places(server.port) == 1, 10, 0.01)
+            assert time.monotonic() - gone <= 2 * BEATS + 0.1
 
 
 def test_f40_a_client_that_never_reads_costs_little(tmp_path: Path, eventually: Eventually) -> None:
@@ -189,13 +198,12 @@ def test_f40_a_client_that_never_reads_costs_little(tmp_path: Path, eventually: 
         with socket.create_connection(("127.0.0.1", server.port)) as asleep:
             asleep.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             asleep.sendall(f"GET /task/{task_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            eventually(lambda: is_full(server.port, task_id), 10)
+            eventually(lambda: places(server.port) == 0, 10, 0.05)
             before = resident_kib(pid)
             eventually(lambda: send(server.port, "GET", f"/task/{task_id}").json()["State"] == "Completed", 60, 0.05)
             assert resident_kib(pid) - before < 40 * 1024, "54 MB were sent"
             asleep.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        other = running(server.port, eventually)
-        eventually(lambda: not is_full(server.port, other), 5, 0.01)
+        eventually(lambda: places(server.port) == 1, 2 * BEATS + 1, 0.01)
         with Stream(server.port, f"/task/{task_id}/events") as stream:
             sent = [message.short for message in stream.messages() if message.name == "step"]
         assert sent == list(range(count)), "who reads gets all of it"
