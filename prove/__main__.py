@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from . import (
     Broken,
+    callbacks,
     crashes,
     exits,
     generated,
@@ -50,6 +51,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "streams": streams.prove,
     "resume": resume.prove,
     "guard": guard.prove,
+    "callbacks": callbacks.prove,
 }
 
 

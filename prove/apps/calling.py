@@ -1,0 +1,42 @@
+"""Short tasks that call back. Attempts follow each other in fractions of a second, and end after one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from flask import Flask
+
+from flask_asyncroute import AsyncRoute, Callback
+from flask_asyncroute.callbacks import attempt, sender
+
+from .crowd import create_app as create_crowd
+
+SECRET = "whsec_QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="
+ATTEMPTS = 4
+
+
+def create_app(folder: str, attempt_seconds: float = 1.0, **config: Any) -> Flask:
+    """Return the app of `crowd` with two routes more.
+
+    :param attempt_seconds: all that one attempt may take.
+    """
+    sender.DELAYS = (0.0, 0.2, 0.2, 0.2)
+    attempt.ATTEMPT_SECONDS = attempt_seconds
+    config = {"callback_allowed_hosts": ["127.0.0.0/8"], "callback_secret": SECRET, "callback_attempts": ATTEMPTS, **config}
+    app = create_crowd(folder, **config)
+    async_routes: AsyncRoute = app.extensions["crowd"]
+
+    @app.put("/call/<int:milliseconds>")
+    @async_routes.task(max_workers=8, callback=Callback(send_result=True))
+    def call(milliseconds: int) -> dict[str, int]:
+        time.sleep(milliseconds / 1000)
+        return {"Answer": milliseconds}
+
+    @app.put("/break/<int:milliseconds>")
+    @async_routes.task(max_workers=8, callback=Callback(send_result=True))
+    def fail(milliseconds: int) -> None:
+        time.sleep(milliseconds / 1000)
+        raise ValueError("on purpose")
+
+    return app
