@@ -1,4 +1,4 @@
-"""Short tasks that call back. Attempts follow each other in fractions of a second, and end after one."""
+"""Short tasks that call back. Attempts follow each other in fractions of a second, and end soon."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECRET = "whsec_QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="
 ATTEMPTS = 4
 
 
-def create_app(folder: str, attempt_seconds: float = 1.0, **config: Any) -> Flask:
+def create_app(folder: str, attempt_seconds: float = 0.6, **config: Any) -> Flask:
     """Return the app of `crowd` with two routes more.
 
     :param attempt_seconds: all that one attempt may take.
@@ -35,7 +35,7 @@ def create_app(folder: str, attempt_seconds: float = 1.0, **config: Any) -> Flas
 
     @app.put("/break/<int:milliseconds>")
     @async_routes.task(max_workers=8, callback=Callback(send_result=True))
-    def fail(milliseconds: int) -> None:
+    def break_(milliseconds: int) -> None:
         time.sleep(milliseconds / 1000)
         raise ValueError("on purpose")
 
