@@ -29,10 +29,11 @@ from .server import Server, gunicorn
 
 EVENTS = 500
 """Shutdowns and kills, on all stores together."""
-WORKERS = 3
-CALM_SECONDS = 1.0
+WORKERS = 2
+CALM_SECONDS = 0.8
 """Of load before the first of them."""
-RATE_SECONDS = 0.04
+RATE_SECONDS = 0.06
+CLIENTS = 2
 SETTLED_SECONDS = 90.0
 KINDS = ("good",) * 26 + ("late", "busy", "gone", "moved", "hang", "drip", "head", "flood")
 """Of receivers; what is named more often is called more often."""
@@ -51,15 +52,17 @@ class Load:
         self._receivers = receivers
         self._chance = random.Random(7)
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CLIENTS)]
 
     def __enter__(self) -> Load:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._end.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         deck: list[str] = []

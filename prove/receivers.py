@@ -66,7 +66,7 @@ class Receivers:
             handler = type("Handler", (_Handler,), {"receivers": self})
             server = _Server((f"127.0.0.{number}", 0), handler)
             self._servers.append(server)
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -77,8 +77,8 @@ class Receivers:
 
     def url(self, kind: str) -> str:
         """Return where one of this kind is; those that take long for nothing share a host, so that they hold up no others."""
-        trouble = {"hang": 7, "drip": 8, "head": 8, "moved": 9, "flood": 9}
-        number = trouble.get(kind) or self._chance.randint(1, 6)
+        trouble = {"hang": 6, "drip": 7, "head": 8, "moved": 9, "flood": 9}
+        number = trouble.get(kind) or self._chance.randint(1, 5)
         host, port = self._servers[number - 1].server_address[:2]
         return f"http://{host!s}:{port}/{kind}/hook"
 

@@ -21,7 +21,7 @@ def create_app(folder: str, attempt_seconds: float = 0.6, **config: Any) -> Flas
 
     :param attempt_seconds: all that one attempt may take.
     """
-    sender.DELAYS = (0.0, 0.2, 0.2, 0.2)
+    sender.DELAYS = (0.0, 0.1, 0.1, 0.1)
     attempt.ATTEMPT_SECONDS = attempt_seconds
     config = {"callback_allowed_hosts": ["127.0.0.0/8"], "callback_secret": SECRET, "callback_attempts": ATTEMPTS, **config}
     app = create_crowd(folder, **config)
