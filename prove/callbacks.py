@@ -177,7 +177,9 @@ def judge(load: Load, tasks: dict[str, Any], receivers: Receivers, folder: Path,
         outcomes[f"{kind} {task['CallbackInfo']['State']}"] += 1
         expected, fits = EXPECTED[kind]
         attempts = task["CallbackInfo"]["Tentative"]
-        check(task["CallbackInfo"]["State"] == expected, f"the callback of {task_id} ({kind}) is {task['CallbackInfo']}")
+        check(
+            task["CallbackInfo"]["State"] == expected, f"the callback of {task_id} ({kind}) is {task['CallbackInfo']}"
+        )
         check(fits(attempts), f"the callback of {task_id} ({kind}) took {attempts} attempts")
         check(len(messages) >= attempts, f"{task_id} ({kind}): {attempts} attempts, {len(messages)} came")
         extra = [message for message in messages[attempts:] if message.at < calm_until]

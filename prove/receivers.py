@@ -1,11 +1,10 @@
-"""Receivers of callbacks: good ones, slow ones, and those that hang, drip, flood, redirect or refuse, each on a loopback host of its own.
+"""Receivers of callbacks: good ones, and those that hang, drip, flood, redirect or refuse, on several hosts of loopback.
 
 The path of a callback says how it is received: ``/<kind>/…``.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -130,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         getattr(self, f"_{kind}")(receivers.take(kind, headers, body))
 
     def _say(self, status: int, **fields: str) -> None:
-        self.receivers.hold(str(self.server.server_address[0]))
+        self.receivers.hold(self.headers["Host"])
         self.send_response(status)
         for name, value in fields.items():
             self.send_header(name.replace("_", "-"), value)
@@ -150,8 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(410)
 
     def _moved(self, number: int) -> None:
-        host, port = self.server.server_address[:2]
-        self._say(307, Location=f"http://{host!s}:{port}/trap/hook")
+        self._say(307, Location=f"http://{self.headers['Host']}/trap/hook")
 
     def _hang(self, number: int) -> None:
         self.connection.settimeout(30)

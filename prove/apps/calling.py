@@ -23,7 +23,12 @@ def create_app(folder: str, attempt_seconds: float = 0.6, **config: Any) -> Flas
     """
     sender.DELAYS = (0.0, 0.1, 0.1, 0.1)
     attempt.ATTEMPT_SECONDS = attempt_seconds
-    config = {"callback_allowed_hosts": ["127.0.0.0/8"], "callback_secret": SECRET, "callback_attempts": ATTEMPTS, **config}
+    config = {
+        "callback_allowed_hosts": ["127.0.0.0/8"],
+        "callback_secret": SECRET,
+        "callback_attempts": ATTEMPTS,
+        **config,
+    }
     app = create_crowd(folder, **config)
     async_routes: AsyncRoute = app.extensions["crowd"]
 

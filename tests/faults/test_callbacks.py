@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from flask import Flask
 
-from flask_asyncroute import AsyncRoute, Callback
+from flask_asyncroute import AsyncRoute, Callback, callback_sent
 from flask_asyncroute import runner as runner_module
 from flask_asyncroute.callbacks import attempt, sender
+from flask_asyncroute.errors import CommitUnknown, StoreUnavailable
 from flask_asyncroute.runtime import runtime_of
+from flask_asyncroute.stores.outbox import Outbox
 from prove.apps.calling import SECRET
 from prove.receivers import FLOOD, Receivers
 from tests.conftest import eventually_true
@@ -38,6 +39,7 @@ def receivers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receivers]:
 def app(make_app: Callable[..., Flask], store_url: str) -> Flask:
     app = make_app(
         ASYNCROUTE_STORE=store_url,
+        ASYNCROUTE_NAMESPACE="shared",
         ASYNCROUTE_CALLBACK_ALLOWED_HOSTS=["127.0.0.0/8"],
         ASYNCROUTE_CALLBACK_SECRET=SECRET,
     )
@@ -101,22 +103,74 @@ def test_receivers_that_hang_hold_up_no_tasks_and_no_other_host(app: Flask, rece
     assert any(task["CallbackInfo"]["State"] in ("NotStarted", "Running") for task in states)
 
 
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
 def test_f31_two_processes_take_no_callback_twice(
-    app: Flask, make_app: Callable[..., Flask], store_url: str, receivers: Receivers, tmp_path: Any
+    app: Flask, make_app: Callable[..., Flask], receivers: Receivers
 ) -> None:
     """Two apps on one store are two workers; while both live, each callback is sent by one of them."""
-    if store_url.startswith("memory"):
-        pytest.skip("nothing else sees this store")
     other = make_app("other", instance_path=app.instance_path, **{
         key: value for key, value in app.config.items() if key.startswith("ASYNCROUTE_")
     })  # fmt: skip
     AsyncRoute(other)
     runtime_of(other).prepare()
     runtime_of(other).runner.enter()
+    senders: set[str] = set()
+
+    def note(sender: Flask, **extra: Any) -> None:
+        senders.add(sender.name)
+
     client = app.test_client()
-    started = [client.post("/work", json={"callbackUrl": receivers.url("good")}).json["Id"] for _ in range(40)]
-    for task_id in started:
-        eventually_true(lambda path=f"/task/{task_id}": client.get(path).json["CallbackInfo"]["State"] == "Completed", 20)
+    with callback_sent.connected_to(note):
+        started = [client.post("/work", json={"callbackUrl": receivers.url("good")}).json["Id"] for _ in range(40)]
+        for task_id in started:
+            eventually_true(
+                lambda path=f"/task/{task_id}": client.get(path).json["CallbackInfo"]["State"] == "Completed", 20
+            )
     ids = [message.webhook_id for message in receivers.messages]
     assert len(ids) == len(set(ids)) == 40
     assert receivers.most_at_once <= 2
+    assert senders == {app.name, other.name}, "both have sent some"
+
+
+class FaultyOutbox:
+    """Fails once, at one of its methods, before or after it has done what it was asked."""
+
+    def __init__(self, outbox: Outbox, name: str, how: str) -> None:
+        self._outbox = outbox
+        self._name = name
+        self._how = how
+        self.has_failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        done = getattr(self._outbox, name)
+        if name != self._name or self.has_failed:
+            return done
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            if self._how == "before":
+                self.has_failed = True
+                raise StoreUnavailable("A test wants it so.", retry_after=1)
+            result = done(*arguments, **more)
+            if result:
+                self.has_failed = True
+                raise CommitUnknown("A test wants it so.", retry_after=1)
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("name", ["claim", "settle"])
+def test_a_store_that_fails_once_keeps_no_callback(
+    app: Flask, receivers: Receivers, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+) -> None:
+    """Nothing else is due that would have anybody look again."""
+    runtime_of(app).prepare()
+    runner = runtime_of(app).runner
+    faulty = FaultyOutbox(runner.store.outbox, name, how)
+    monkeypatch.setattr(runner.sender, "_outbox", faulty)
+    ended, over = call(app, receivers.url("good"))
+    assert faulty.has_failed
+    assert (over["CallbackInfo"]["State"], over["CallbackInfo"]["Tentative"]) == ("Completed", 1)
+    assert {**ended, "CallbackInfo": 0} == {**over, "CallbackInfo": 0}
+    assert len({message.webhook_id for message in receivers.of(over["Id"])}) == 1
