@@ -82,12 +82,17 @@ class Sender:
         with self._lock:
             room = MOST_THREADS - len(self._active)
         now = now_us()
-        if self.is_closing or room <= 0 or self._outbox.next_due(now) != AT_ONCE:
+        if self.is_closing or room <= 0:
+            return
+        if self._is_unsure:
+            # Before it is asked what is due: what this process may hold is not.
+            with self._lock:
+                active = frozenset(self._active)
+            self._outbox.release(self._lifecycle.owner, keep=active)
+            self._is_unsure = False
+        if self._outbox.next_due(now) != AT_ONCE:
             return
         self._enter()
-        if self._is_unsure:
-            self._outbox.release(self._lifecycle.owner, keep=frozenset(self._active))
-            self._is_unsure = False
         try:
             taken = self._outbox.claim(self._lifecycle.owner, now, room)
         except CommitUnknown:
