@@ -94,16 +94,23 @@ class Sender:
             return
         self._enter()
         try:
-            taken = self._outbox.claim(self._lifecycle.owner, now, room)
-        except CommitUnknown:
-            # They may be ours, and nobody knows; the next look lets go of them.
+            for due in self._outbox.claim(self._lifecycle.owner, now, room):
+                self._begin(due)
+        except (CommitUnknown, RuntimeError):
+            # They may be ours, or are and there is no room for their threads; the next look lets go of them.
             self._is_unsure = True
             raise
-        for due in taken:
-            with self._lock:
-                self._active.add(due.task.id)
-            signals.send_fact(signals.task_changed, self._app, logger, task=due.task)
+
+    def _begin(self, due: Due) -> None:
+        with self._lock:
+            self._active.add(due.task.id)
+        signals.send_fact(signals.task_changed, self._app, logger, task=due.task)
+        try:
             threading.Thread(target=self._send, args=(due,), name="asyncroute-callback", daemon=True).start()
+        except RuntimeError:
+            with self._lock:
+                self._active.discard(due.task.id)
+            raise
 
     def _send(self, due: Due) -> None:
         task_id = due.task.id

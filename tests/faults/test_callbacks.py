@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -174,3 +175,21 @@ def test_a_store_that_fails_once_keeps_no_callback(
     assert (over["CallbackInfo"]["State"], over["CallbackInfo"]["Tentative"]) == ("Completed", 1)
     assert {**ended, "CallbackInfo": 0} == {**over, "CallbackInfo": 0}
     assert len({message.webhook_id for message in receivers.of(over["Id"])}) == 1
+
+
+def test_a_process_without_room_for_threads_keeps_no_callback(
+    app: Flask, receivers: Receivers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    refused: list[str] = []
+
+    def refuse_first(thread: threading.Thread) -> None:
+        if thread.name == "asyncroute-callback" and len(refused) < sender.MOST_THREADS:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_first)
+    _, over = call(app, receivers.url("good"))
+    assert len(refused) == sender.MOST_THREADS
+    assert (over["CallbackInfo"]["State"], over["CallbackInfo"]["Tentative"]) == ("Completed", 1)
