@@ -39,8 +39,9 @@ help:  ## list these targets
 
 demo: .venv-demo/.made  ## start the example application on http://127.0.0.1:8000/ (PORT=… for another port)
 	@echo "The example application: http://127.0.0.1:$(PORT)/ (Ctrl-C ends it)"
-	.venv-demo/bin/python -m gunicorn --workers 4 --threads 4 --bind 127.0.0.1:$(PORT) --no-control-socket \
-		'example_app:create_app()'
+	@echo "A task, live in the browser: http://127.0.0.1:$(PORT)/live"
+	.venv-demo/bin/python -m gunicorn --config python:example_app.server --workers 4 --threads 4 \
+		--bind 127.0.0.1:$(PORT) --no-control-socket 'example_app:create_app()'
 
 test: .venv/.made  ## run all tests (ARGS="-k name" for some of them)
 	.venv/bin/python -m pytest $(ARGS)

@@ -1,8 +1,9 @@
 """An example application of flask_asyncroute, and the seed of a real one: ``gunicorn 'example_app:create_app()'``.
 
-`create_app` puts it together. Each module beside it is one part: `sleepers`, `primes` and `csv_summary` hold the async
-routes, `people`, `visitor` and `sign_in` say who calls, `start_page` shows what can be tried, `protection` and `secret`
-keep it safe. All that flask_asyncroute needs stands in `extension`.
+`create_app` puts it together. Each module beside it is one part: `sleepers`, `primes`, `csv_summary` and `tour` hold the
+async routes, `people`, `visitor` and `sign_in` say who calls, `start_page` shows what can be tried, `live_page` follows a
+task in the browser, `protection` and `secret` keep it safe, `server` is for gunicorn. All that flask_asyncroute needs
+stands in `extension`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from flask import Flask
 
-from . import csv_summary, primes, sign_in, sleepers, start_page
+from . import csv_summary, live_page, primes, sign_in, sleepers, start_page, tour
 from .extension import async_routes
 from .protection import protect
 from .secret import secret_key
@@ -49,7 +50,7 @@ def create_app(config: Mapping[str, Any] | None = None, instance_path: str | Non
         app.config["SECRET_KEY"] = secret_key(Path(app.instance_path))
     protect(app)
     app.before_request(find_visitor)
-    for module in (start_page, sign_in, sleepers, csv_summary, primes):
+    for module in (start_page, live_page, sign_in, sleepers, csv_summary, primes, tour):
         app.register_blueprint(module.blueprint)
     async_routes.init_app(app)
     return app

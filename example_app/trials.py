@@ -70,6 +70,28 @@ def trials(root: str) -> tuple[Group, ...]:
             ),
         ),
         Group(
+            "Nobody has to poll",
+            (
+                Trial(
+                    "Wait",
+                    "The answer is held until the task has ended; the second asks for that with its start.",
+                    (
+                        f"ID=$(curl -s -X PUT {url('/asyncParam')}{an_id})",
+                        f"curl {one_task}'?wait=10'",
+                        f"curl -X PUT -H 'Prefer: wait=10' {url('/asyncParam')}",
+                    ),
+                ),
+                Trial(
+                    "Follow",
+                    "Its state, its progress and what its view says, as they come, to the end.",
+                    (
+                        f"ID=$(curl -s -X POST -d traveller=Ada {url('/tour')}{an_id})",
+                        f"curl -N {one_task}/events",
+                    ),
+                ),
+            ),
+        ),
+        Group(
             "Real work",
             (
                 Trial(

@@ -27,6 +27,8 @@ from .extension import AsyncRoute
 from .options import Callback, Sse
 from .permissions import Access, Permission
 from .signals import (
+    callback_failed,
+    callback_sent,
     task_aborted,
     task_completed,
     task_created,
@@ -60,6 +62,8 @@ __all__ = [
     "TaskNotFound",
     "current_task",
     "metadata",
+    "callback_failed",
+    "callback_sent",
     "task_aborted",
     "task_completed",
     "task_created",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 import os
 import re
@@ -11,7 +12,8 @@ from datetime import timedelta
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from . import app_path, checks, options, store_url
+from . import allowed_hosts, app_path, checks, options, store_url
+from .allowed_hosts import AllowedHosts
 from .checks import Check, refuse
 from .errors import ConfigurationError
 from .names import MAX_NAME
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from flask import Flask
 
 PREFIX = "ASYNCROUTE_"
+MIN_SECRET = 24
+"""Bytes of a secret for callbacks, as Standard Webhooks ask for."""
 ROUTING = ("OPERATIONS", "URL_PREFIX", "TASK_PATH", "TASKS_PATH", "TASK_ID_IN")
 """The keys that make the URL rules at ``init_app``."""
 
@@ -71,6 +75,29 @@ def _admins(label: str, value: Any) -> Access:
 def _not_served(label: str, value: Any) -> None:
     if value is not None:
         raise ConfigurationError(f"{label} is not served by this version; remove it from the configuration.")
+
+
+def _secrets(label: str, value: Any) -> tuple[str, ...]:
+    """Accept one secret or several, as Standard Webhooks have them. The message does not show what was given."""
+    if value is None:
+        return ()
+    secrets = value if isinstance(value, (list, tuple)) else (value,)
+    for secret in secrets:
+        if not isinstance(secret, str) or not _is_secret(secret):
+            raise ConfigurationError(
+                f"{label} must be at least {MIN_SECRET} random bytes in base64, with or without whsec_ before it, or a list. "
+                "Make them with: python -c 'import base64, os; print(base64.b64encode(os.urandom(32)).decode())'"
+            )
+    return tuple(secrets)
+
+
+def _is_secret(text: str) -> bool:
+    try:
+        # The library takes it without its padding too.
+        encoded = text.removeprefix("whsec_").rstrip("=")
+        return len(base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)) >= MIN_SECRET
+    except ValueError:
+        return False
 
 
 def _origins(label: str, value: Any) -> tuple[str, ...]:
@@ -136,9 +163,9 @@ KEYS: dict[str, Key] = {
     "MAX_WAIT": Key(checks.seconds, 20.0),
     "MAX_STREAMS": Key(checks.whole(0), 2),
     "STREAM_AGE": Key(_stream_age, 300.0),
-    "CALLBACK_ATTEMPTS": Key(_not_served, None),
-    "CALLBACK_SECRET": Key(_not_served, None),
-    "CALLBACK_ALLOWED_HOSTS": Key(_not_served, None),
+    "CALLBACK_ATTEMPTS": Key(checks.whole(1), 4),
+    "CALLBACK_SECRET": Key(_secrets, ()),
+    "CALLBACK_ALLOWED_HOSTS": Key(allowed_hosts.checked, AllowedHosts()),
     "OPENAPI_PATH": Key(_not_served, None),
     "DOCS_PATH": Key(_not_served, None),
     "DASHBOARD_PATH": Key(_not_served, None),
@@ -172,6 +199,9 @@ class Config:
     max_tasks_per_user: int | None
     housekeeping_interval: float
     drain: float
+    callback_attempts: int
+    callback_secrets: tuple[str, ...]
+    callback_allowed_hosts: AllowedHosts
     max_wait: float
     max_streams: int
     stream_age: float
@@ -197,7 +227,9 @@ def values_for_child(app: Flask, config: Config) -> tuple[dict[str, Any], list[s
             if isinstance(value, timedelta):
                 value = value.total_seconds()
             members = value if isinstance(value, (list, tuple)) else (value,)
-            if name[len(PREFIX) :] in ROUTING or not all(type(m) in (str, int, float, bool, NoneType) for m in members):
+            # A child sends no callbacks, so it need not know what they are signed with.
+            is_own = name[len(PREFIX) :] in (*ROUTING, "CALLBACK_SECRET")
+            if is_own or not all(type(m) in (str, int, float, bool, NoneType) for m in members):
                 own.append(name)
             else:
                 values.setdefault(name, value)
@@ -228,8 +260,6 @@ def read(app: Flask) -> Config:
         values[name] = key.check(label, given[label]) if label in given else key.default
     if values["TASK_PATH"] == values["TASKS_PATH"]:
         raise ConfigurationError("ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH are the same; they must differ.")
-    if values["CALLBACK"] is not None:
-        raise ConfigurationError("ASYNCROUTE_CALLBACK: callbacks are not served by this version; remove it.")
     listed = values["LIST_ANONYMOUS"]
     drain = values["DRAIN"]
     return Config(
@@ -254,6 +284,9 @@ def read(app: Flask) -> Config:
         trusted_origins=values["TRUSTED_ORIGINS"],
         max_tasks_per_user=values["MAX_TASKS_PER_USER"],
         housekeeping_interval=values["HOUSEKEEPING_INTERVAL"],
+        callback_attempts=values["CALLBACK_ATTEMPTS"],
+        callback_secrets=values["CALLBACK_SECRET"],
+        callback_allowed_hosts=values["CALLBACK_ALLOWED_HOSTS"],
         drain=drain if drain is not None else 0.5 if app.debug else 5.0,
         max_wait=values["MAX_WAIT"],
         max_streams=values["MAX_STREAMS"],

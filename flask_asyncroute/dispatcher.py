@@ -275,11 +275,16 @@ class Dispatcher:
     def _create(self, intake: Intake) -> AsyncRouteTask:
         data = snapshot.encode(intake.captured)
         grants = intake.grants()
+        callback = intake.route.options.callback
+        if callback is not None:
+            from .callbacks.resolving import resolve  # and what it needs, where there is a callback
+
+            intake.delivery = resolve(callback, intake, intake.name(), self._config.callback_allowed_hosts)
         quota = None if intake.caller is None else self._config.max_tasks_per_user
         for _ in range(ID_TRIES):
             task = intake.record(self._lifecycle.owner, self._config)
             try:
-                self._lifecycle.create(task, data, intake.body, grants, intake.key, quota)
+                self._lifecycle.create(task, data, intake.body, grants, intake.key, quota, intake.delivery)
             except IdTaken:
                 continue
             return task

@@ -59,6 +59,7 @@ def drain(runner: Runner, seconds: float) -> None:
     Returns within ``seconds`` and 1.5 more, whatever the store does: it is the housekeeper that waits for that.
     """
     runner.dispatcher.is_closing = True
+    runner.sender.is_closing = True
     waiting = [task_id for executor in runner.executors for task_id in executor.discard_waiting()]
     if not runner.dispatcher.wait_idle(seconds):
         for execution in _unended(runner):
@@ -100,11 +101,13 @@ def _settle(runner: Runner, waiting: list[str]) -> None:
         logger.error("Not all tasks could be settled at the exit; others will find them lost. (%s)", error)
 
 
-def begin() -> None:
-    """Have all runners of this process start nothing more, and all who wait for news of tasks come to their end."""
+def end_waits() -> None:
+    """Have all who wait for news of tasks in this process come to their end, so that they do not hold up its exit.
+
+    Tasks are started and run as before: requests that the server has taken in already are not to fail.
+    """
     _note_time()
     for runner in list(_runners):
-        runner.dispatcher.is_closing = True
         runner.notifier.end_waits()
 
 
@@ -128,8 +131,10 @@ def _at_exit() -> None:
     The time counts from when the exit was known: a server may have taken seconds since, to part from its clients.
     """
     runners = list(_runners)
-    begin()
+    end_waits()
     began = time.monotonic() if _began_at is None else _began_at
+    for runner in runners:
+        runner.dispatcher.is_closing = True
     for runner in runners:
         try:
             drain(runner, max(runner.config.drain - (time.monotonic() - began), 0.0))

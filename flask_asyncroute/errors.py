@@ -78,6 +78,13 @@ class InvalidQuery(RequestRefused):
     title = "Invalid query"
 
 
+class CallbackRefused(RequestRefused):
+    """The callback that a request asks for cannot be made, or may not; the detail says why."""
+
+    slug = "callback-refused"
+    title = "Callback refused"
+
+
 class NotAuthenticated(RequestRefused):
     """A route with a permission was called by nobody known."""
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
-from flask import Blueprint, Flask, request, request_started
+from flask import Blueprint, Flask, current_app, request, request_started
 from werkzeug.routing import Rule
 
-from . import checks, drain, options, termination
+from . import checks, drain, options, signals, termination
 from .capture import note_request
 from .dispatcher import unknown
-from .errors import ConfigurationError
+from .errors import CallbackRefused, ConfigurationError, TaskUnfinished
 from .http.operations import make_blueprint
 from .intake import ID_PATTERN
 from .query import NEWEST_FIRST, parse_mapping, position_of
@@ -185,7 +185,7 @@ class AsyncRoute:
         """
         runtime = runtime_of(app)
         runtime.become_runner()
-        termination.notice(drain.begin)
+        termination.notice(drain.end_waits)
         runtime.runner.store.open()
 
     def get(self, task_id: str) -> AsyncRouteTask | None:
@@ -247,6 +247,36 @@ class AsyncRoute:
         if not task.is_completed:
             raise TimeoutError(f"Task {task_id} has not ended within {seconds} s: its State is {task.state}.")
         return task
+
+    def redeliver(self, task_id: str) -> AsyncRouteTask:
+        """Have the callback of a finished task sent once more, with the same ``webhook-id``; return the task.
+
+        Its attempts are counted anew. Header values that came from the request are gone with the last attempt; those that
+        the route gives literally are sent again. One that is being sent at this moment is left as it is.
+
+        :raises TaskNotFound: for an unknown id.
+        :raises TaskUnfinished: while the task has not ended.
+        :raises CallbackRefused: where the task has no callback.
+        """
+        from .callbacks.resolving import literal_headers
+
+        runner = current_runtime().runner
+        task = self.get(task_id)
+        if task is None:
+            raise unknown(task_id)
+        if task.callback_json is None:
+            raise CallbackRefused("This task has no callback: its request had no URL for one.", task_id=task_id)
+        if not task.is_completed:
+            raise TaskUnfinished(
+                "The callback is sent when the task has ended; it still runs or waits.", task_id=task_id
+            )
+        route = runner.routes.get(task.endpoint)
+        callback = None if route is None else route.options.callback
+        changed = runner.store.outbox.redeliver(task_id, {} if callback is None else literal_headers(callback))
+        if changed is None:
+            raise unknown(task_id)
+        signals.send_fact(signals.task_changed, current_app._get_current_object(), logger, task=changed)  # type: ignore[attr-defined]
+        return changed
 
     def _add(self, app: Flask, rule: _Rule) -> None:
         added = self._added.setdefault(app, set())

@@ -18,6 +18,7 @@ from werkzeug.sansio.utils import get_host
 
 from . import start_key
 from .config import Config
+from .delivery import NOT_STARTED, Delivery, Shown
 from .errors import CannotStart, NotAuthenticated, NotPermitted, RequestRefused
 from .locations import events_path
 from .names import MAX_NAME, plain
@@ -48,6 +49,7 @@ class Intake:
     body: Body | None
     permission: Permission | None = None
     key: StartKey | None = None
+    delivery: Delivery | None = None
 
     def take_key(self, name: str, secret: bytes) -> StartKey:
         """Take the request's ``Idempotency-Key``, of which the task then sees nothing; return it.
@@ -59,7 +61,7 @@ class Intake:
         # Clients make a new one for each request, and so do we where a form was read before.
         found = parse_options_header(kind)[1].get("boundary", "") if kind.startswith("multipart/") else ""
         boundary = found.encode("ascii", "replace")
-        fingerprint = start_key.fingerprint(self.current, _url(self.current), pieces, boundary or None, secret)
+        fingerprint = start_key.fingerprint(self.current, url_of(self.current), pieces, boundary or None, secret)
         self.captured.environ.pop(start_key.HEADER, None)
         self.key = StartKey(name, fingerprint)
         return self.key
@@ -74,18 +76,17 @@ class Intake:
         options = route.options
         method = current.method
         rule = current.url_rule
-        name = options.name or f"[{method.capitalize()}]{rule.rule if rule is not None else current.path}"
         owner = None if self.caller is None else self.caller.id
         task_id = _new_id(route)
         group = None if options.sse is None else options.sse.group or (rule.rule if rule is not None else current.path)
         return AsyncRouteTask(
             id=task_id,
-            async_route_id=name[:MAX_NAME],
+            async_route_id=self.name(),
             endpoint=route.endpoint,
             state=State.NOT_STARTED,
             cancellable=options.cancellable,
             user=owner,
-            url=_url(current)[:2048],
+            url=url_of(current)[:2048],
             method=method,
             created_us=now_us(),
             permission_json=None if owner is None or self.permission is None else msgspec.json.encode(self.permission),
@@ -99,6 +100,31 @@ class Intake:
             if group is None or "events" not in config.operations
             else events_path(config, current.root_path, task_id),
             sse_result=options.sse is not None and options.sse.send_result,
+            callback_json=None if self.delivery is None else self._shown(self.delivery),
+            callback_state=None if self.delivery is None else NOT_STARTED,
+        )
+
+    def name(self) -> str:
+        """Return the task's ``AsyncRouteId``."""
+        rule = self.current.url_rule
+        method = self.current.method.capitalize()
+        return (self.route.options.name or f"[{method}]{rule.rule if rule is not None else self.current.path}")[
+            :MAX_NAME
+        ]
+
+    def _shown(self, delivery: Delivery) -> bytes:
+        callback = self.route.options.callback
+        assert callback is not None, "a delivery is made of one"
+        return msgspec.json.encode(
+            Shown(
+                url_field=callback.url,
+                method=delivery.method,
+                content_type=delivery.content_type,
+                send_result=delivery.send_result,
+                event_name=delivery.event_name,
+                header_fields=list(callback.headers),
+                url=delivery.url.partition("?")[0],
+            )
         )
 
     def grants(self) -> set[tuple[str, str]]:
@@ -152,7 +178,7 @@ def _new_id(route: Route) -> str:
     return plain(task_id)
 
 
-def _url(current: Request) -> str:
+def url_of(current: Request) -> str:
     """Return the absolute URL of a request without its query; as `Request.base_url`, percent-encoded, and faster."""
     path = quote(current.root_path + current.path, safe="/:@!$&'()*+,;=~", errors="replace")
     # Older Werkzeug lets userinfo through in the Host header, newer gives nothing for one that is none.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from blinker import NamedSignal
 
 from . import context, signals
+from .delivery import Delivery
 from .errors import CommitUnknown, StoreUnavailable
 from .execution import Execution
 from .snapshot import Body
@@ -60,11 +61,11 @@ class Lifecycle:
 
     def create(
         self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
-        key: StartKey | None = None, quota: int | None = None,
+        key: StartKey | None = None, quota: int | None = None, delivery: Delivery | None = None,
     ) -> None:  # fmt: skip
         """Store a new task, or raise what :meth:`TaskStore.add` does where it may not be."""
         try:
-            self._store.add(task, request, body, grants, key, quota)
+            self._store.add(task, request, body, grants, key, quota, delivery)
         except CommitUnknown:
             # Its client is told that nothing was started, so nothing may. With a key the next try finds what there is.
             if key is None:

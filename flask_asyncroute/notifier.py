@@ -76,10 +76,19 @@ class Notifier:
         self._tell(task_id)
 
     def watch(self) -> None:
-        """Begin to follow what other processes write; whatever is committed from here on is heard of.
+        """Begin to follow what other processes write, if there are any; whatever is committed from here on is heard of.
 
         :raises StoreUnavailable: where the store cannot be read.
         """
+        if self._store.is_shared:
+            self._begin()
+
+    def unwatch(self) -> None:
+        """End one :meth:`watch`."""
+        if self._store.is_shared:
+            self._end()
+
+    def _begin(self) -> None:
         with self._lock:
             if not self._is_polling:
                 self._since = self._store.news(-1).change
@@ -94,8 +103,7 @@ class Notifier:
             elif self._watching == 1:
                 self._wake.set()
 
-    def unwatch(self) -> None:
-        """End one :meth:`watch`."""
+    def _end(self) -> None:
         with self._lock:
             self._watching -= 1
 
@@ -111,11 +119,11 @@ class Notifier:
         with self._lock:
             self._waiting.setdefault(task_id, []).append(news)
         try:
-            self.watch()
+            self._begin()
             try:
                 yield news
             finally:
-                self.unwatch()
+                self._end()
         finally:
             with self._lock:
                 events = self._waiting[task_id]
@@ -180,6 +188,8 @@ class Notifier:
         if not self._has_listener:
             self._has_listener = True
             self._listener = self._store.listen(self._wake.set)
+            if self._listener is not None:
+                when_gone(self, self._listener.close)
         news = self._store.news(self._since)
         self._since = news.change
         for task in news.tasks:

@@ -10,22 +10,26 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import checks
+from . import callback_terms, checks, expressions
+from .callback_terms import content_type_of, header_value, method_of
 from .checks import Check, boolean, optional, refuse, text
 from .errors import ConfigurationError
 from .permissions import Permission
 
-RESPONSE_TYPES = ("application/json", "application/xml", "application/yaml")
+RESPONSE_TYPES = callback_terms.CONTENT_TYPES
 
 
 @dataclass(frozen=True, slots=True)
 class Callback:
     """Where the outcome of a task is sent when it ends.
 
-    :param url: an address, or an OpenAPI runtime expression that yields one from the starting request.
-    :param method: the request method, or an expression.
-    :param content_type: JSON, XML or YAML, or an expression.
-    :param headers: header fields to send; values may be expressions.
+    URL, method, content type and header values may be runtime expressions of OpenAPI, or hold some in braces; they are
+    resolved when the task is started. See `callback_terms`.
+
+    :param url: an absolute address, or an expression that yields one from the starting request.
+    :param method: the request method.
+    :param content_type: JSON, XML or YAML.
+    :param headers: header fields to send.
     :param send_result: whether the body carries the Result.
     :param event_name: what ``EventName`` says; the task's route where None.
     """
@@ -38,17 +42,28 @@ class Callback:
     event_name: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("url", "method", "content_type"):
-            text(f"Callback({name}=…)", getattr(self, name))
+        callback_terms.url("Callback(url=…)", text("Callback(url=…)", self.url))
+        callback_terms.checked("Callback(method=…)", text("Callback(method=…)", self.method), method_of)
+        label = "Callback(content_type=…)"
+        callback_terms.checked(label, text(label, self.content_type), content_type_of)
         if not isinstance(self.headers, Mapping):
             raise ConfigurationError(
                 f"Callback(headers=…) takes a mapping of header names to values, not {self.headers!r}."
             )
         for name, value in self.headers.items():
-            text("a name in Callback(headers=…)", name)
-            text(f"Callback(headers={{{name!r}: …}})", value)
+            callback_terms.header_name("a name in Callback(headers=…)", text("a name in Callback(headers=…)", name))
+            label = f"Callback(headers={{{name!r}: …}})"
+            callback_terms.checked(label, text(label, value), header_value)
+        if len({name.lower() for name in self.headers}) < len(self.headers):
+            raise ConfigurationError("Callback(headers=…) has a name twice, in different letter case; give it once.")
         boolean("Callback(send_result=…)", self.send_result)
         optional(text)("Callback(event_name=…)", self.event_name)
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the developer alone says which server is called: no expression stands before the ``/`` after its name."""
+        template = expressions.parse(self.url)
+        return template.is_literal or callback_terms.has_authority(template)
 
 
 @dataclass(frozen=True, slots=True)

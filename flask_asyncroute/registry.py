@@ -137,8 +137,6 @@ def _refuse_unserved(label: str, options: RouteOptions) -> None:
         raise ConfigurationError(
             f'{label}: executor="celery" is not served by this version; use "thread" or "process".'
         )
-    if options.callback is not None:
-        raise ConfigurationError(f"{label}: callback=… is not served by this version; leave it out.")
 
 
 def _refuse_misplaced(app: Flask, declared: Iterable[Declaration]) -> None:

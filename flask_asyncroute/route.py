@@ -89,9 +89,11 @@ def _start(arguments: dict[str, Any]) -> Response:
     if "HTTP_PREFER" in current.environ:
         seconds = preferred_wait(current, config.max_wait)
         if seconds is not None:
-            task = hold(runner, task, seconds, lambda found: found.state.is_terminal) or task
+            held, is_applied = hold(runner, task, seconds, lambda found: found.state.is_terminal)
+            task = held or task
             status = 200 if task.state.is_terminal else status
-            headers.append(("Preference-Applied", f"wait={seconds:.0f}"))
+            if is_applied:
+                headers.append(("Preference-Applied", f"wait={seconds:.0f}"))
     return task_answer(task, runner.dispatcher.pace, media_type, status, headers)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from werkzeug.utils import import_string
 
 from . import app_path, drain
+from .callbacks.sender import Sender
 from .census import Census
 from .config import Config, values_for_child
 from .dispatcher import Dispatcher
@@ -44,6 +45,7 @@ logger = logging.getLogger("flask_asyncroute")
 
 LOOK_SECONDS = 0.5
 TEND_SECONDS = 1.0
+SEND_SECONDS = 0.5
 TAKEOVER_AFTER_US = 1_000_000
 """A task that has waited this long may be taken by any process."""
 
@@ -69,11 +71,12 @@ class Runner:
         self.notifier = Notifier(app, self.store, self.dispatcher.heard, drain.is_near)
         self.places = Places(config.max_streams)
         self.presence: Presence | None = None
-        jobs = []
+        self.sender = Sender(app, config, self.store.outbox, self.lifecycle, self.enter, self._look_for_callbacks)
+        jobs = [Job(SEND_SECONDS, self.sender.look)]
         if self.store.workers is not None:
             self.presence = Presence(self.store.workers, self.lifecycle.owner, routes)
             census = Census(self.store, self.store.workers, self.lifecycle, self.presence)
-            jobs = [
+            jobs += [
                 Job(LOOK_SECONDS, census.look),
                 Job(LOOK_SECONDS, self._take_over),
                 Job(TEND_SECONDS, self.store.tend),
@@ -117,6 +120,11 @@ class Runner:
         self.timekeeper.start()
         self.housekeeper.start()
 
+    def _look_for_callbacks(self) -> None:
+        # A process that keeps no house sends none either; those that do will find them.
+        if self.housekeeper.is_running:
+            self.housekeeper.call(self.sender.look)
+
     def wake(self) -> None:
         """Have all that is due for the runs of this process looked at."""
         self.timekeeper.wake()
@@ -125,6 +133,7 @@ class Runner:
     def close(self) -> None:
         """End the threads and close the store; tasks that run go on until they end."""
         drain.forget(self)
+        self.sender.is_closing = True
         self.timekeeper.close()
         self.housekeeper.close()
         self.lifecycle.unwritten.retry(math.inf)

@@ -26,6 +26,9 @@ task_failed = _namespace.signal("task-failed", "The view, or what prepares it, h
 task_aborted = _namespace.signal("task-aborted", "The task was stopped, or ran out of time.")
 task_finished = _namespace.signal("task-finished", "The task has reached one of its three terminal states.")
 
+callback_sent = _namespace.signal("callback-sent", "The receiver has taken the callback of a task: it answered 2xx.")
+callback_failed = _namespace.signal("callback-failed", "The callback of a task was given up: the last attempt failed.")
+
 task_changed = _namespace.signal(
     "task-changed", "Any of the facts above, for our own notifier: id, revision and state."
 )
@@ -34,7 +37,10 @@ progress_reported = _namespace.signal(
     "progress-reported", "A request: write this progress down. Answered by the lifecycle."
 )
 
-FACTS = (task_created, task_started, task_progressed, task_completed, task_failed, task_aborted, task_finished)
+FACTS = (
+    task_created, task_started, task_progressed, task_completed, task_failed, task_aborted, task_finished, callback_sent,
+    callback_failed,
+)  # fmt: skip
 
 
 def send_fact(signal: NamedSignal, app: Flask, logger: logging.Logger, **values: Any) -> None:

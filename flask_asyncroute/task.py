@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from .delivery import NOT_STARTED, Shown
 from .permissions import Permission
 from .states import State
 
@@ -54,6 +55,9 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
     retention_us: int = 0
     on_loss: str = "abort"
     body_size: int = 0
+    callback_json: bytes | None = None
+    callback_state: str | None = None
+    callback_attempts: int = 0
     owner: str | None = None
     epoch: int = 0
     restarts: int = 0
@@ -108,12 +112,18 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         """What the route's permission gave to others than the owner."""
         return None if self.permission_json is None else msgspec.json.decode(self.permission_json, type=Permission)
 
+    @property
+    def callback(self) -> Shown | None:
+        """Where its outcome is sent, as far as people may see it; None for a task without a callback."""
+        return None if self.callback_json is None else msgspec.json.decode(self.callback_json, type=Shown)
+
     def as_in(self, state: State) -> AsyncRouteTask:
         """Return the task as it was when it came to a state that it has been in since it last began to wait."""
         if state is self.state:
             return self
         later = _AFTER_THE_START if state is State.RUNNING else _AFTER_THE_CREATION
-        return msgspec.structs.replace(self, state=state, **later)
+        callback_state = None if self.callback_json is None else NOT_STARTED
+        return msgspec.structs.replace(self, state=state, callback_state=callback_state, **later)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the task object as clients see it: PascalCase, times in RFC 3339, fields that do not apply left out."""
@@ -155,6 +165,14 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         permission = self.permission
         if permission is not None:
             wire["Permission"] = permission.to_dict()
+        callback = self.callback
+        if callback is not None:
+            wire["CallbackSettings"] = callback.settings()
+            wire["CallbackInfo"] = {
+                "State": self.callback_state,
+                "Tentative": self.callback_attempts,
+                "Url": callback.url,
+            }
         if self.sse_url is not None:
             wire["Sse"] = {"Group": self.sse_group, "Url": self.sse_url, "SendResult": self.sse_result}
         return wire
@@ -163,6 +181,7 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
 _AFTER_THE_START: dict[str, Any] = {
     **dict.fromkeys(("completed_us", "progress", "progress_message", "result_json", "error", "error_status")),
     "stopping": False,
+    "callback_attempts": 0,
 }
 _AFTER_THE_CREATION: dict[str, Any] = {**_AFTER_THE_START, "started_us": None, "expires_us": None}
 

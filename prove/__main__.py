@@ -13,6 +13,7 @@ from . import (
     crashes,
     exits,
     generated,
+    guard,
     hotpath,
     interruptions,
     kills,
@@ -48,6 +49,7 @@ PROOFS: dict[str, Callable[[float], str]] = {
     "news": news.prove,
     "streams": streams.prove,
     "resume": resume.prove,
+    "guard": guard.prove,
 }
 
 

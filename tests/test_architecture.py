@@ -22,10 +22,10 @@ MAX_LINES = 320
 
 ROOMS = """
     errors finalizers locks loop names signals termination typing
-    states permissions expressions encoding
-    checks
+    states permissions expressions encoding web_address
+    checks callback_terms
     options
-    config task query snapshot registry store_url app_path
+    config delivery task query snapshot registry store_url app_path allowed_hosts
     execution outcome pace places locations
     current
     capture context identity start_key intake

@@ -18,7 +18,7 @@ from flask import Flask
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^( *)\.\. code-block:: python\n(?:\1 +:.*\n)*\n((?:\1 +\S.*\n|[ \t]*\n)+)", re.MULTILINE)
-NOT_OURS = ("flask_executor", "flask_login", "flask_wtf")
+NOT_OURS = ("flask_executor", "flask_login", "flask_wtf", "sseclient")
 """What blocks import to show how it goes together; they run where it is installed."""
 
 
@@ -95,7 +95,8 @@ def test_fields() -> None:
 def test_fields_of_the_task() -> None:
     task = part(".task").AsyncRouteTask(
         "id", "[Post]/", "view", part("").State.ABORTED, True, "ann", "http://localhost/", "POST", 1, 2, 3, 4,
-        progress=1.0, progress_message="half", result_json=b"1", error="Timeout", stopping=True,
+        progress=1.0, progress_message="half", result_json=b"1", error="Timeout", stopping=True, sse_group="view",
+        sse_url="/task/id/events",
     )  # fmt: skip
     assert missing(task.to_dict(), pages("docs/reference/task.rst")) == []
 

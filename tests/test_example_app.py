@@ -18,12 +18,13 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from example_app import create_app, csv_summary, people, primes, sleepers, table, trials
+from example_app import create_app, csv_summary, people, primes, server, sleepers, table, tour, trials
 from example_app.column import Column
 from example_app.extension import async_routes
 from example_app.secret import secret_key
 from flask_asyncroute import TaskAborted, testing
 from flask_asyncroute.runtime import runtime_of
+from tests.flow.streaming import messages
 
 PLANETS = Path(__file__).parent.parent / "example_app" / "static" / "planets.csv"
 
@@ -117,6 +118,78 @@ def test_primes_can_be_stopped(app: Flask, client: FlaskClient, finished: Callab
     start = client.post("/primes/1000000000")
     assert json_of(client.delete(start.headers["Location"]))["State"] == "Aborted"
     assert finished(start)["Error"] == "Aborted by the user"
+
+
+# The tour and its page
+
+
+@pytest.fixture
+def brief_tour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tour, "SECONDS", 0)
+
+
+@pytest.mark.usefixtures("brief_tour")
+def test_a_tour_is_followed_by_its_events(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+    start = client.post("/tour", data={"traveller": "<b>Ada</b>"})
+    assert finished(start)["State"] == "Completed"
+    stream = client.get(json_of(start)["Sse"]["Url"])
+    assert (stream.status_code, stream.mimetype) == (200, "text/event-stream")
+    found = list(messages([stream.data]))
+    assert found[0].name == "task.state"
+    visits = [message.data["text"] for message in found if message.name == "message"]
+    assert len(visits) == 8
+    assert visits[0] == "<b>Ada</b> visits Mercury: the smallest, and the fastest."
+    assert visits[3] == "<b>Ada</b> visits Mars: rocky."
+    assert visits[-1] == "<b>Ada</b> visits Neptune: computed first, then seen."
+    assert found[-1].name == "task.completed"
+    assert found[-1].data["Result"] == {"traveller": "<b>Ada</b>", "visited": 8, "last": "Neptune"}
+
+
+def test_a_tour_can_be_stopped(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+    start = client.post("/tour")
+    assert json_of(client.delete(start.headers["Location"]))["State"] == "Aborted"
+    assert finished(start)["Error"] == "Aborted by the user"
+
+
+def test_a_tour_of_a_long_name(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+    assert finished(client.post("/tour", data={"traveller": "x" * 41}))["Error"].startswith("400 Bad Request: A trav")
+
+
+def test_the_live_page_loads_nothing_but_its_own(client: FlaskClient) -> None:
+    answer = client.get("/live")
+    policy = answer.headers["Content-Security-Policy"]
+    assert "script-src 'self'; connect-src 'self';" in policy and "unsafe" not in policy
+    assert re.findall(r"<script[^>]*>(.*?)</script>", answer.text, re.DOTALL) == [""]
+    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", answer.text)
+    assert 'action="/tour"' in answer.text
+    assert 'href="/live"' in client.get("/").text
+
+
+def test_the_script_writes_text_and_no_html(client: FlaskClient) -> None:
+    with client.get("/static/live.js") as answer:
+        script = answer.text
+    assert "textContent" in script
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", script)
+    page = client.get("/live").text
+    wanted = set(re.findall(r'part\("(\w+)"\)', script))
+    assert wanted <= set(re.findall(r'\sid="(\w+)"', page))
+
+
+def test_the_live_page_under_a_path(client: FlaskClient) -> None:
+    page = client.get("/live", environ_overrides={"SCRIPT_NAME": "/demo"}).text
+    assert 'action="/demo/tour"' in page and 'src="/demo/static/live.js"' in page
+    start = client.post("/tour", environ_overrides={"SCRIPT_NAME": "/demo"})
+    assert json_of(start)["Sse"]["Url"] == f"{start.headers['Location']}/events"
+    assert start.headers["Location"].startswith("/demo/task/")
+    client.delete(start.headers["Location"].removeprefix("/demo"))
+
+
+def test_a_worker_of_gunicorn_begins_at_once(app: Flask) -> None:
+    class Worker:
+        wsgi = app
+
+    server.post_worker_init(Worker())
+    assert runtime_of(app).runner.store.newest() >= 0
 
 
 # CSV summary

@@ -219,9 +219,9 @@ def _held(runner: Runner, task: AsyncRouteTask, seconds: float, current: Request
     if "HTTP_IF_NONE_MATCH" in current.environ:
         if not current.if_none_match.contains_weak(etag):
             return task
-        held = hold(runner, task, seconds, lambda found: found.revision != revision)
+        held, _ = hold(runner, task, seconds, lambda found: found.revision != revision)
     else:
-        held = hold(runner, task, seconds, lambda found: found.state.is_terminal)
+        held, _ = hold(runner, task, seconds, lambda found: found.state.is_terminal)
     if held is None:
         raise unknown(task.id)
     return held

@@ -47,14 +47,15 @@ def preferred_wait(request: Request, longest: float) -> float | None:
 
 def hold(
     runner: Runner, task: AsyncRouteTask, seconds: float, is_enough: Callable[[AsyncRouteTask], bool]
-) -> AsyncRouteTask | None:
-    """Return a task once it is as wanted, or as it is when the time is up; None where it was removed.
-
-    Returns at once where no place is free.
+) -> tuple[AsyncRouteTask | None, bool]:
+    """Return a task once it is as wanted, or as it is when the time is up (None where it was removed), and whether the request
+    got what it asked for: not where no place was free, and it is answered at once.
     """
-    if seconds <= 0 or is_enough(task) or not runner.places.take():
-        return task
+    if seconds <= 0 or is_enough(task):
+        return task, True
+    if not runner.places.take():
+        return task, False
     try:
-        return runner.notifier.wait(task.id, is_enough, seconds)
+        return runner.notifier.wait(task.id, is_enough, seconds), True
     finally:
         runner.places.give_back()

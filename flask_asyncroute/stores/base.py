@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..delivery import Delivery
 from ..execution import ViewEvent
 from ..query import Condition, Position, Sort
 from ..snapshot import Body
@@ -20,6 +21,7 @@ from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
 from .events import Events
+from .outbox import Outbox
 
 AHEAD_US = 2_000_000
 LARGE_RESULT = 64 * 1024
@@ -115,11 +117,13 @@ class Workers(ABC):
 
     @abstractmethod
     def leave(self, name: str) -> None:
-        """List a worker no longer."""
+        """List a worker no longer, and let go of the callbacks that it holds: others send them."""
 
     @abstractmethod
     def owners(self) -> list[str]:
-        """Return the names under which tasks run, are Stopping, or wait for nobody else; whether they are listed or not."""
+        """Return the names under which tasks run, are Stopping, or wait for nobody else, or callbacks are being sent; whether
+        they are listed or not.
+        """
 
     @abstractmethod
     def held(self, name: str) -> list[str]:
@@ -143,6 +147,8 @@ class TaskStore(ABC):
 
     workers: Workers | None = None
     """Who else reads and writes the same tasks; None where no other process does."""
+    outbox: Outbox
+    """The callbacks of these tasks."""
 
     @property
     def is_shared(self) -> bool:
@@ -172,6 +178,7 @@ class TaskStore(ABC):
         grants: Collection[tuple[str, str]],
         key: StartKey | None = None,
         quota: int | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
         """Store a new task with its request, all or nothing.
 
@@ -180,6 +187,7 @@ class TaskStore(ABC):
         :param grants: each (kind, name) that may list the task beside its owner.
         :param key: kept until the task is removed; no two tasks are started with one.
         :param quota: how many unfinished tasks the user of this one may have, this one included; None: any number.
+        :param delivery: what is to be sent when the task has ended.
         :raises KeyTaken: where a task was started with a key of that name.
         :raises TooManyTasks: where the user has as many.
         :raises IdTaken: where a task has that id.
@@ -208,8 +216,8 @@ class TaskStore(ABC):
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         """Write ``values`` (by record field) and raise the revision, if the task is as expected; return the new record.
 
-        A terminal state takes the request and body out of the store; ``completed_us`` comes with it, and never before the
-        start. NotStarted begins a new run: what the last one has told stays among its events.
+        A terminal state takes the request and body out of the store and makes the task's callback due; ``completed_us`` comes
+        with it, and never before the start. NotStarted begins a new run: what the last one has told stays among its events.
 
         :return: None where the task is unknown or not as expected; nothing is written then.
         """
@@ -227,7 +235,7 @@ class TaskStore(ABC):
 
     @abstractmethod
     def delete(self, task_id: str, expect: Expect) -> bool:
-        """Remove a task that is as expected; return whether it did."""
+        """Remove a task that is as expected, and its callback with it; return whether it did."""
 
     @abstractmethod
     def query(
@@ -252,7 +260,7 @@ class TaskStore(ABC):
 
     @abstractmethod
     def outlived(self, now_us: int, limit: int) -> list[str]:
-        """Return ids of finished tasks whose retention is over and whose code has ended."""
+        """Return ids of finished tasks whose retention is over, whose code has ended, and whose callback is not pending."""
 
     @abstractmethod
     def news(self, since: int) -> News:

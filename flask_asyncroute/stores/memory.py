@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from ..delivery import PENDING, Delivery
 from ..errors import IdTaken, KeyTaken, TooManyTasks
 from ..execution import ViewEvent
 from ..query import Condition, Position, Sort, is_after, matches, ordered
@@ -28,6 +29,7 @@ from .base import (
 )
 from .events import Events
 from .memory_events import MemoryEvents
+from .memory_outbox import MemoryOutbox
 
 
 class MemoryTaskStore(TaskStore):
@@ -47,6 +49,7 @@ class MemoryTaskStore(TaskStore):
         self._versions = 0
         self._change = 0
         self._events = MemoryEvents()
+        self.outbox: MemoryOutbox = MemoryOutbox(self._lock, self._tasks, self._write)
         self._secret = os.urandom(32)
 
     def open(self) -> None:
@@ -63,6 +66,7 @@ class MemoryTaskStore(TaskStore):
         grants: Collection[tuple[str, str]],
         key: StartKey | None = None,
         quota: int | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
         with self._lock:
             if key is not None and key.name in self._keys:
@@ -76,6 +80,8 @@ class MemoryTaskStore(TaskStore):
             self._requests[task.id] = (request, body)
             self._waiting[task.id] = None
             self._unfinished.setdefault(task.user or "", set()).add(task.id)
+            if delivery is not None:
+                self.outbox.put(task.id, delivery)
             if grants:
                 self._grants[task.id] = frozenset(grants)
             if key is not None:
@@ -140,6 +146,7 @@ class MemoryTaskStore(TaskStore):
             self._keys.pop(self._key_names.pop(task_id, ""), None)
             self._drop_request(task_id)
             self._events.drop(task_id)
+            self.outbox.drop(task_id)
             return True
 
     def query(
@@ -175,7 +182,13 @@ class MemoryTaskStore(TaskStore):
     def outlived(self, now_us: int, limit: int) -> list[str]:
         with self._lock:
             tasks = [self._tasks[task_id] for task_id in self._finished]
-        fit = (task for task in tasks if not task.stopping and (task.completed_us or 0) + task.retention_us < now_us)
+        fit = (
+            task
+            for task in tasks
+            if not task.stopping
+            and task.callback_state not in PENDING
+            and (task.completed_us or 0) + task.retention_us < now_us
+        )
         return [task.id for task in islice(fit, limit)]
 
     def news(self, since: int) -> News:
@@ -245,6 +258,7 @@ class MemoryTaskStore(TaskStore):
             if changed.state.is_terminal:
                 self._settle(task)
                 self._drop_request(task.id)
+                self.outbox.make_due(task.id)
         return changed
 
     def _settle(self, task: AsyncRouteTask) -> None:

@@ -27,7 +27,11 @@ OLDER = (
     "ALTER TABLE asyncroute_tasks DROP COLUMN sse_group",
     "ALTER TABLE asyncroute_tasks DROP COLUMN sse_url",
     "ALTER TABLE asyncroute_tasks DROP COLUMN sse_result",
+    "ALTER TABLE asyncroute_tasks DROP COLUMN callback_json",
+    "ALTER TABLE asyncroute_tasks DROP COLUMN callback_state",
+    "ALTER TABLE asyncroute_tasks DROP COLUMN callback_attempts",
     "DROP TABLE asyncroute_events",
+    "DROP TABLE asyncroute_callbacks",
 )
 
 

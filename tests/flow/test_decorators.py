@@ -595,16 +595,6 @@ def test_executors_that_are_not_served_yet(make_flow: MakeFlow, executor_name: s
                 use()
 
 
-def test_a_callback_is_not_served_yet(make_flow: MakeFlow) -> None:
-    from flask_asyncroute import Callback
-
-    flow = make_flow()
-    flow.route(callback=Callback())(lambda: None)
-    for _ in range(2):
-        with pytest.raises(ConfigurationError, match="callback"):
-            flow.async_routes.start(flow.app)
-
-
 def test_an_app_wide_executor_that_is_not_served_yet(make_flow: MakeFlow) -> None:
     flow = make_flow(ASYNCROUTE_EXECUTOR="celery")
     flow.route("/fine", executor="thread", endpoint="fine")(lambda: None)

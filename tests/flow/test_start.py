@@ -46,12 +46,13 @@ def test_a_start_answers_202_with_the_task(flow: Flow, executor: Any, gate: thre
     assert began <= datetime.fromisoformat(task["CreationTime"]) <= datetime.now(UTC)
     assert (task["Url"], task["Method"]) == ("http://localhost/auth/asyncUsing", "PUT")
     assert response.headers["Location"] == f"/task/{task['Id']}"
+    assert task["Sse"] == {"Group": "/auth/asyncUsing", "Url": f"/task/{task['Id']}/events", "SendResult": False}
     if executor == "immediate":
         assert (task["State"], task["IsCompleted"]) == ("Completed", True)
         assert task["Result"] == {"InnerValue": 1}
         assert "Retry-After" not in response.headers
     else:
-        assert list(task) == ALWAYS, "a field that does not apply is left out"
+        assert list(task) == [*ALWAYS, "Sse"], "a field that does not apply is left out"
         assert (task["State"], task["IsCompleted"]) == ("NotStarted", False)
         assert int(response.headers["Retry-After"]) > 0
     ended = flow.ended(task)
@@ -246,20 +247,6 @@ def test_a58_a_method_cannot_be_overridden(flow: Flow, header: str) -> None:
     task = flow.run(headers={header: "DELETE"}, data={"_method": "DELETE"})
     assert (task["Method"], task["Result"]) == ("POST", "POST")
     assert flow.request("POST", f"/task/{task['Id']}", headers={header: "DELETE"}).status_code == 405
-
-
-# -- headers that later versions serve -----------------------------------------------------------------------------------
-
-
-@IN_MEMORY
-@pytest.mark.parametrize("prefer", ["wait=1", "respond-async, wait=10", "nonsense;;", ""])
-def test_prefer_is_ignored(flow: Flow, prefer: str) -> None:
-    @flow.route()
-    def work() -> None: ...
-
-    response = flow.request("POST", "/work", headers={"Prefer": prefer})
-    assert response.status_code == 202
-    assert "Preference-Applied" not in response.headers
 
 
 # -- negotiation -----------------------------------------------------------------------------------------------------------

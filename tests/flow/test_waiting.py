@@ -181,7 +181,8 @@ def test_waits_count_as_streams(serve: Callable[..., Flask], gate_of: Any, event
     eventually(lambda: someone_waits(app))
     began = time.monotonic()
     assert app.test_client().get(f"/task/{task_id}?wait=20").json["IsCompleted"] is False
-    assert start(app, Prefer="wait=20").status_code == 202
+    refused = start(app, Prefer="wait=20")
+    assert refused.status_code == 202 and "Preference-Applied" not in refused.headers
     assert time.monotonic() - began < 5
     gate_of(app).set()
     thread.join(5)

@@ -20,6 +20,7 @@ import pytest
 
 from example_app import trials
 from flask_asyncroute import testing
+from tests.flow.streaming import messages
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.rst"
@@ -63,6 +64,7 @@ def serving(folder: Path, log: Path, *command: str) -> Iterator[str]:
 
 
 GUNICORN = ("gunicorn", "--workers", "4", "--threads", "4", "--bind", "127.0.0.1:0", "--no-control-socket")
+HOOKS = ("--config", "python:example_app.server")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start the example application as `make demo` does, on a free port; give its address."""
     folder = tmp_path_factory.mktemp("server")
     factory = f"example_app:create_app(instance_path={str(folder / 'instance')!r})"
-    with serving(ROOT, folder / "log", *GUNICORN, factory) as address:
+    with serving(ROOT, folder / "log", *GUNICORN, *HOOKS, factory) as address:
         yield address
 
 
@@ -145,7 +147,7 @@ def started(printed: str) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.live
 def test_the_readme_commands(shell: Shell) -> None:
-    start, poll, stop, query, upload, process, permission = blocks_of(README, "sh")
+    start, poll, stop, query, upload, process, follow, permission = blocks_of(README, "sh")
 
     statuses, printed = shell.run(*start)
     head, task = started(printed)
@@ -180,6 +182,15 @@ def test_the_readme_commands(shell: Shell) -> None:
     assert shell.task(get)["State"] == "Running"
     assert shell.task(delete)["State"] == "Aborted"
 
+    keep, stream, wait = follow
+    assert shell.run(keep)[0] == [202]
+    statuses, printed = shell.run(stream)
+    assert statuses == [200]
+    found = list(messages([printed.encode()]))
+    assert [message.name for message in found].count("message") == 8
+    assert (found[-1].name, found[-1].data["State"]) == ("task.completed", "Completed")
+    assert shell.task(wait)["State"] == "Completed"
+
     assert [shell.run(line)[0] for line in permission] == [[202], [200], [403], [404], [200]]
 
 
@@ -201,6 +212,8 @@ def test_the_commands_on_the_page(shell: Shell) -> None:
         "A closure": [[202], [200], [409]],
         "Shared state": [[200], [202]],
         "Stop": [[202], [200]],
+        "Wait": [[202], [200], [200]],
+        "Follow": [[202], [200]],
         "A summary of a CSV file": [[200, 202]],
         "Prime numbers": [[202]],
         "Simple": [[200]],

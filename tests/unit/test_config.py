@@ -38,8 +38,7 @@ NOT_PATHS: list[Any] = [
 NOT_LISTS: list[Any] = [None, "get", 5, {"get"}, {"get": 1}]
 NOT_SECONDS: list[Any] = ["5", "", True, [], math.nan, math.inf, -1, timedelta(seconds=-1), 101 * 365 * 86400]
 NOT_SERVED = (
-    "CELERY", "MAX_WAIT", "MAX_STREAMS", "STREAM_AGE", "CALLBACK_ATTEMPTS",
-    "CALLBACK_SECRET", "CALLBACK_ALLOWED_HOSTS", "OPENAPI_PATH", "DOCS_PATH", "DASHBOARD_PATH",
+    "CELERY", "OPENAPI_PATH", "DOCS_PATH", "DASHBOARD_PATH",
 )  # fmt: skip
 
 BAD: dict[str, list[Any]] = {
@@ -57,7 +56,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "NAMESPACE": ["", 5, [], True, "x" * 256, b"x"],
     "CREATE_TABLES": NOT_BOOLEANS,
-    "OPERATIONS": [*NOT_LISTS, [], (), ["get", "get"], ["Get"], ["events"], ["get", "events"], ["get", "callback"], [5], [["get"]]],
+    "OPERATIONS": [*NOT_LISTS, [], (), ["get", "get"], ["Get"], ["get", "callback"], [5], [["get"]]],
     "URL_PREFIX": [value for value in NOT_PATHS if value != ""],
     "TASK_PATH": [*NOT_PATHS, "/tasks"],
     "TASKS_PATH": [*NOT_PATHS, "/task"],
@@ -76,6 +75,9 @@ BAD: dict[str, list[Any]] = {
         ["ftp://a.example"], ["https://"], ["https://a b"], [""], [5], ["https://a.example?x"], ["https://a.example\n"],
     ],
     "DRAIN": NOT_SECONDS,
+    "MAX_WAIT": [*NOT_SECONDS, None],
+    "MAX_STREAMS": [None, -1, 1.5, "2", True],
+    "STREAM_AGE": [*NOT_SECONDS, None, 0, 0.9],
     "HOUSEKEEPING_INTERVAL": [*NOT_SECONDS, None, 0, 0.09],
     "TIMEOUT": [*NOT_SECONDS[:-3], -2, 0],
     "CANCELLABLE": NOT_BOOLEANS,
@@ -87,7 +89,16 @@ BAD: dict[str, list[Any]] = {
     "INTERRUPT_AFTER": NOT_SECONDS,
     "ID_GENERATOR": [None, "uuid4", 5, str],
     "PERMISSION": [Access(), "anna", 5, True],
-    "CALLBACK": ["http://example.com", True, {}, Callback()],
+    "CALLBACK": ["http://example.com", True, {}, Callback],
+    "CALLBACK_ATTEMPTS": NOT_WHOLE,
+    "CALLBACK_SECRET": [
+        "", "secret", "whsec_", "whsec_secret", "!" * 40, 5, True, b"MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", [5], ["secret"], "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLa==",
+        ["MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "secret"], "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw secret", "whsec_whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "é" * 40,
+    ],
+    "CALLBACK_ALLOWED_HOSTS": [
+        None, "localhost", 5, [5], [""], ["*"], ["*.example.com"], ["http://a.example"], ["a.example:80"], ["10.0.0.1/8"], ["10.0.0.0/33"], ["127.1"], [b"x"],
+        ["a.example", None], {"a.example"}, ["a b"], ["0177.0.0.1"],
+    ],
     "SSE": ["False", "True", None, 0, 1, {}],
     "RESPONSE_TYPES": ["application/json", [], None, ["text/html"], ["application/json", "application/json"]],
     "RETENTION": [*NOT_SECONDS, None],
@@ -103,7 +114,7 @@ GOOD: dict[str, list[Any]] = {
     "APP": [None, "x", "x.y", "x:app", "x.y:create_app()", "x:create_app('a', b=5)", "été:app"],
     "NAMESPACE": ["x", "x" * 255, None],
     "CREATE_TABLES": [True, False],
-    "OPERATIONS": [["get"], ("query", "stop"), ["get", "stop", "query"]],
+    "OPERATIONS": [["get"], ("query", "stop"), ["get", "stop", "query"], ["events"]],
     "URL_PREFIX": ["", "/api", "/api/v1", "/a.b-c_d~e"],
     "TASK_PATH": ["/job", "/api/task"],
     "TASKS_PATH": ["/jobs", "/api/tasks"],
@@ -119,6 +130,9 @@ GOOD: dict[str, list[Any]] = {
     "LIST_ANONYMOUS": [True, False, None],
     "TRUSTED_ORIGINS": [[], ["https://a.example", "http://localhost:8000"]],
     "DRAIN": [0, 2.5, timedelta(seconds=3)],
+    "MAX_WAIT": [0, 2.5, timedelta(seconds=30)],
+    "MAX_STREAMS": [0, 2, 1000],
+    "STREAM_AGE": [1, 300, timedelta(minutes=5)],
     "HOUSEKEEPING_INTERVAL": [0.1, 30, timedelta(minutes=1)],
     "TIMEOUT": [5, None, -1, timedelta(hours=1)],
     "CANCELLABLE": [True, False],
@@ -130,7 +144,10 @@ GOOD: dict[str, list[Any]] = {
     "INTERRUPT_AFTER": [None, 0, 2.5, timedelta(seconds=1)],
     "ID_GENERATOR": [lambda: "x"],
     "PERMISSION": [None, Permission(), lambda: Permission()],
-    "CALLBACK": [None],
+    "CALLBACK": [None, Callback()],
+    "CALLBACK_ATTEMPTS": [1, 4, 100],
+    "CALLBACK_SECRET": [None, [], "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", ("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",) * 2, "A" * 43, "A" * 43 + "="],
+    "CALLBACK_ALLOWED_HOSTS": [[], ["localhost", "10.0.0.0/8", "10.1.2.3", "fd00::/8", "::1", "Bücher.Example."], ()],
     "SSE": [True, False],
     "RESPONSE_TYPES": [["application/xml"], ("application/json", "application/yaml")],
     "RETENTION": [0, 5.5, timedelta(days=7)],

@@ -239,7 +239,7 @@ def test_a_bad_sse_is_refused_by_name(given: dict[str, Any], label: str) -> None
         Sse(**given)
 
 
-@pytest.mark.parametrize("given", [{"executor": "celery"}, {"callback": Callback()}])
+@pytest.mark.parametrize("given", [{"executor": "celery"}])
 @pytest.mark.parametrize("way", ["task", "route"])
 def test_what_is_not_served_yet_is_an_error_at_first_use(make_app: MakeApp, given: dict[str, Any], way: str) -> None:
     app = make_app()

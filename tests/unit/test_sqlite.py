@@ -227,7 +227,11 @@ def test_f43_tables_of_an_older_version_are_upgraded(
         "ALTER TABLE asyncroute_tasks DROP COLUMN sse_group",
         "ALTER TABLE asyncroute_tasks DROP COLUMN sse_url",
         "ALTER TABLE asyncroute_tasks DROP COLUMN sse_result",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN callback_json",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN callback_state",
+        "ALTER TABLE asyncroute_tasks DROP COLUMN callback_attempts",
         "DROP TABLE asyncroute_events",
+        "DROP TABLE asyncroute_callbacks",
     )
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_CREATE_TABLES"):
         make_sqlite_store(create_tables=False).open()

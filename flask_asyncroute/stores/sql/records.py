@@ -36,12 +36,13 @@ def record_of(row: Any) -> AsyncRouteTask:
     """Return the record that a row of the columns in `tables.RECORD` makes."""
     (
         task_id, route, endpoint, state, cancellable, user, url, method, created, started, completed, expires, progress,
-        message, result, error, status, stopping, permission, timeout, retention, on_loss, body, owner, epoch, restarts, revision,
-        change, waiting_change, started_change, completed_change, sse_group, sse_url, sse_result,
+        message, result, error, status, stopping, permission, timeout, retention, on_loss, body, callback, callback_state,
+        callback_attempts, owner, epoch, restarts, revision, change, waiting_change, started_change, completed_change,
+        sse_group, sse_url, sse_result,
     ) = row  # fmt: skip
     return AsyncRouteTask(
         task_id, route, endpoint, _STATES[state], cancellable == 1, user or None, url, method, created, started, completed,
         expires, progress, message, result, error, status, stopping == 1, permission, timeout, retention, on_loss, body,
-        owner, epoch, restarts, revision, change, waiting_change, started_change, completed_change, sse_group, sse_url,
-        sse_result == 1,
+        callback, callback_state, callback_attempts, owner, epoch, restarts, revision, change, waiting_change, started_change,
+        completed_change, sse_group, sse_url, sse_result == 1,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import ColumnElement, CompilerElement
 
+from ...delivery import PENDING
 from ...states import State
 from ..base import AHEAD_US, Expect
 from .tables import RECORD, grants, namespaces, tasks
@@ -120,7 +121,7 @@ class Statements:
         self._deletes: dict[Shape, Statement] = {}
         self._finds: dict[Shape, Statement] = {}
         if dialect.name == "sqlite":
-            self._next_change: ColumnElement[int] = _change + 1
+            self.next_change: ColumnElement[int] = _change + 1
             raised: ColumnElement[int] = _change + 1
         else:
             raised = namespaces.c.change + 1
@@ -131,7 +132,7 @@ class Statements:
                 .returning(namespaces.c.change, _told)
                 .cte("counter")
             )
-            self._next_change = select(counter.c.change).scalar_subquery()
+            self.next_change = select(counter.c.change).scalar_subquery()
         self.note_removed = self.compiled(update(namespaces).where(_is_namespace).values(change=raised))
         """Before a task is removed: change numbers go on from here, even if it had the highest."""
         raised_by = raised - 1 + bindparam("count", type_=BigInteger)
@@ -156,7 +157,7 @@ class Statements:
         }
         return self.compiled(
             insert(tasks).values(
-                {"namespace": bindparam("ns"), **given, "change": self._next_change, "request": bindparam("request")}
+                {"namespace": bindparam("ns"), **given, "change": self.next_change, "request": bindparam("request")}
             ).inline()
         )  # fmt: skip
 
@@ -192,9 +193,9 @@ class Statements:
                 started_us=_started,
                 expires_us=_started + tasks.c.timeout_us,
                 revision=tasks.c.revision + 1,
-                change=self._next_change,
+                change=self.next_change,
                 waiting_change=_waiting_change,
-                started_change=self._next_change,
+                started_change=self.next_change,
             )
             .returning(*RECORD, tasks.c.request)
         )
@@ -215,7 +216,13 @@ class Statements:
     def outlived(self) -> Statement:
         return self.compiled(
             select(tasks.c.id)
-            .where(tasks.c.namespace == bindparam("ns"), tasks.c.outlived_us < bindparam("now"), tasks.c.stopping == 0)
+            .where(
+                tasks.c.namespace == bindparam("ns"),
+                tasks.c.outlived_us < bindparam("now"),
+                tasks.c.stopping == 0,
+                tasks.c.callback_state.is_(None)
+                | tasks.c.callback_state.not_in([literal_column(f"'{state}'") for state in PENDING]),
+            )
             .order_by(tasks.c.outlived_us)
             .limit(bindparam("most"))
         )
@@ -272,7 +279,7 @@ class Statements:
 
     def _update_of(self, fields: tuple[str, ...], shape: Shape) -> Statement:
         values: dict[str, Any] = {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in fields}
-        values.update(revision=tasks.c.revision + 1, change=self._next_change)
+        values.update(revision=tasks.c.revision + 1, change=self.next_change)
         if "state" in values:
             values.update(waiting_change=null(), started_change=null())
         if "completed_us" in values:
@@ -282,6 +289,6 @@ class Statements:
             values.update(
                 waiting_change=_waiting_change,
                 started_change=tasks.c.started_change,
-                completed_change=self._next_change,
+                completed_change=self.next_change,
             )
         return self.compiled(update(tasks).where(*_as_expected(shape)).values(values).returning(*RECORD))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
+from ...delivery import Delivery
 from ...errors import CommitUnknown, IdTaken
 from ...execution import ViewEvent
 from ...query import Condition, Position, Sort
@@ -22,6 +23,7 @@ from .cursors import TakeBack, one, run
 from .database import Cursor, Database, Duplicate
 from .event_log import EventLog
 from .namespace import Namespace
+from .outbox import SQLOutbox
 from .queries import Queries
 from .records import plain, record_of, row_of
 from .shared_values import SharedValues
@@ -48,7 +50,8 @@ class SQLTaskStore(TaskStore):
         self._changes = Changes(database, self._sql, self._event_log)
         self._values = SharedValues(self._sql)
         self._bodies = Bodies(self._sql)
-        self.workers = SQLWorkers(database, lambda: self._ns)
+        self.outbox: SQLOutbox = SQLOutbox(database, self._sql, lambda: self._ns)
+        self.workers = SQLWorkers(database, lambda: self._ns, self.outbox)
 
     @property
     def _ns(self) -> int:
@@ -63,11 +66,11 @@ class SQLTaskStore(TaskStore):
 
     def add(
         self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
-        key: StartKey | None = None, quota: int | None = None,
+        key: StartKey | None = None, quota: int | None = None, delivery: Delivery | None = None,
     ) -> None:  # fmt: skip
         try:
             self._surely(
-                lambda: self._add(task, request, body, grants, key, quota),
+                lambda: self._add(task, request, body, grants, key, quota, delivery),
                 lambda: _is_same_start(self.get(task.id), task) or None,
             )
         except Duplicate:
@@ -77,11 +80,11 @@ class SQLTaskStore(TaskStore):
 
     def _add(
         self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
-        key: StartKey | None, quota: int | None,
+        key: StartKey | None, quota: int | None, delivery: Delivery | None,
     ) -> bool:  # fmt: skip
         sql = self._sql
         values = sql.add.values(ns=self._ns, request=request, **row_of(task))
-        if body is None and not grants and key is None and quota is None:
+        if body is None and not grants and key is None and quota is None and delivery is None:
             self._database.write_one(sql.add.sql, values)
             return True
 
@@ -89,6 +92,8 @@ class SQLTaskStore(TaskStore):
             if key is not None or quota is not None:
                 self._terms.keep(cursor, self._ns, task, key, quota)
             cursor.execute(sql.add.sql, values)
+            if delivery is not None:
+                self.outbox.put(cursor, task.id, delivery)
             for kind, name in set(grants):
                 run(
                     cursor, sql.add_grant, namespace=self._ns, task_id=task.id, reader=queries.reader_key(kind, name),
@@ -159,6 +164,8 @@ class SQLTaskStore(TaskStore):
             self._move_grants(cursor, task)
             if task.body_size and task.state.is_terminal:
                 run(cursor, self._bodies.drop, ns=self._ns, task_id=task_id)
+            if task.callback_json is not None and task.state.is_terminal:
+                self.outbox.make_due(cursor, task_id)
             return task
 
         return self._unless_taken_back(step)
@@ -190,6 +197,7 @@ class SQLTaskStore(TaskStore):
                 raise TakeBack
             for drop in (sql.drop_grants, self._bodies.drop, self._terms.drop_key, self._event_log.drop):
                 run(cursor, drop, ns=self._ns, task_id=task_id)
+            self.outbox.drop(cursor, task_id)
             return True
 
         return self._unless_taken_back(remove) or False

@@ -70,6 +70,9 @@ tasks = Table(
     Column("retention_us", BigInteger, nullable=False),
     Column("on_loss", _text(16), nullable=False),
     Column("body_size", BigInteger, nullable=False),
+    Column("callback_json", LargeBinary),
+    Column("callback_state", _text(16)),
+    Column("callback_attempts", Integer, nullable=False, server_default="0"),
     Column("owner", _text(64)),
     Column("epoch", Integer, nullable=False),
     Column("restarts", Integer, nullable=False, server_default="0"),
@@ -163,6 +166,41 @@ keys = Table(
 )
 """One row for each task that was started with an ``Idempotency-Key``."""
 Index("asyncroute_key_task", keys.c.namespace, keys.c.task_id)
+
+callbacks = Table(
+    "asyncroute_callbacks",
+    metadata,
+    Column("namespace", Integer, primary_key=True, autoincrement=False),
+    Column("task_id", _text(128), primary_key=True),
+    Column("webhook_id", _text(64), nullable=False),
+    Column("url", _text(), nullable=False),
+    Column("host", _text(255), nullable=False),
+    Column("method", _text(32), nullable=False),
+    Column("content_type", _text(32), nullable=False),
+    Column("headers", LargeBinary, nullable=False),
+    Column("event_name", _text(), nullable=False),
+    Column("send_result", Integer, nullable=False),
+    Column("is_trusted", Integer, nullable=False),
+    Column("depth", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("due_us", BigInteger),
+    Column("holder", _text(64)),
+)
+"""The outbox: one row for each task with a callback. It is due from the task's end until it was sent or given up."""
+Index(
+    "asyncroute_callback_due",
+    callbacks.c.namespace,
+    callbacks.c.due_us,
+    sqlite_where=callbacks.c.due_us.is_not(None),
+    postgresql_where=callbacks.c.due_us.is_not(None),
+)
+Index(
+    "asyncroute_callback_holder",
+    callbacks.c.namespace,
+    callbacks.c.holder,
+    sqlite_where=callbacks.c.holder.is_not(None),
+    postgresql_where=callbacks.c.holder.is_not(None),
+)
 
 shared_values = Table(
     "asyncroute_values",

@@ -26,6 +26,15 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "CREATE INDEX asyncroute_key_task ON asyncroute_keys (namespace, task_id)",
     ),
     4: (
+        "ALTER TABLE asyncroute_tasks ADD COLUMN callback_json {bytes}",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN callback_state {text}",
+        "ALTER TABLE asyncroute_tasks ADD COLUMN callback_attempts INTEGER NOT NULL DEFAULT 0",
+        "CREATE TABLE asyncroute_callbacks (namespace INTEGER NOT NULL, task_id {text} NOT NULL, webhook_id {text} NOT NULL, "
+        "url {text} NOT NULL, host {text} NOT NULL, method {text} NOT NULL, content_type {text} NOT NULL, "
+        "headers {bytes} NOT NULL, event_name {text} NOT NULL, send_result INTEGER NOT NULL, is_trusted INTEGER NOT NULL, "
+        "depth INTEGER NOT NULL, attempts INTEGER NOT NULL, due_us BIGINT, holder {text}, PRIMARY KEY (namespace, task_id))",
+        "CREATE INDEX asyncroute_callback_due ON asyncroute_callbacks (namespace, due_us) WHERE due_us IS NOT NULL",
+        "CREATE INDEX asyncroute_callback_holder ON asyncroute_callbacks (namespace, holder) WHERE holder IS NOT NULL",
         "ALTER TABLE asyncroute_tasks ADD COLUMN waiting_change BIGINT",
         "ALTER TABLE asyncroute_tasks ADD COLUMN started_change BIGINT",
         "ALTER TABLE asyncroute_tasks ADD COLUMN completed_change BIGINT",

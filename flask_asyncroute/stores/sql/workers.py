@@ -12,19 +12,22 @@ from sqlalchemy.sql.elements import CompilerElement
 from ...states import State
 from ..base import Worker, Workers
 from .database import Cursor, Database
+from .outbox import SQLOutbox
 from .statements import Statement
-from .tables import tasks, workers
+from .tables import callbacks, tasks, workers
 
 
 class SQLWorkers(Workers):
     """Keeps a row for each worker.
 
     :param key: gives the namespace's key, which is known once the store is open.
+    :param outbox: of which a worker that leaves lets go.
     """
 
-    def __init__(self, database: Database, key: Callable[[], int]) -> None:
+    def __init__(self, database: Database, key: Callable[[], int], outbox: SQLOutbox) -> None:
         self._database = database
         self._key = key
+        self._outbox = outbox
         self.lock_path = database.lock_path
         is_worker = (workers.c.namespace == bindparam("ns")) & (workers.c.name == bindparam("worker"))
         runs = (tasks.c.namespace == bindparam("ns")) & (tasks.c.state == State.RUNNING.value)
@@ -47,7 +50,9 @@ class SQLWorkers(Workers):
         self._beat = self._compiled(update(workers).where(is_worker).values(beat=workers.c.beat + 1))
         listed = [workers.c[name] for name in ("name", "place", "number", "process", "endpoints", "beat")]
         self._listed = self._compiled(select(*listed).where(workers.c.namespace == bindparam("ns")))
-        self._owners = self._compiled(union(*(select(tasks.c.owner).where(part) for part in (runs, stops, bound))))
+        sends = (callbacks.c.namespace == bindparam("ns")) & callbacks.c.holder.is_not(None)
+        owners = [select(tasks.c.owner).where(part) for part in (runs, stops, bound)]
+        self._owners = self._compiled(union(*owners, select(callbacks.c.holder).where(sends)))
         self._held = self._compiled(union(*(select(tasks.c.id).where(part, is_held) for part in (runs, stops, bound))))
         self._wanted = self._compiled(select(tasks.c.endpoint).where(waits).distinct())
 
@@ -79,7 +84,11 @@ class SQLWorkers(Workers):
         ]
 
     def leave(self, name: str) -> None:
-        self._database.write_one(self._drop.sql, self._drop.values(ns=self._key(), worker=name))
+        def leave(cursor: Cursor) -> None:
+            self._outbox.let_go(cursor, name)
+            cursor.execute(self._drop.sql, self._drop.values(ns=self._key(), worker=name))
+
+        self._database.write(leave)
 
     def owners(self) -> list[str]:
         return [row[0] for row in self._rows(self._owners) if row[0] is not None]
