@@ -38,6 +38,9 @@ LONGEST_DELAY = 3600.0
 SPREAD = 0.2
 """By which part a delay is longer or shorter, so that not all come at once."""
 
+_CONTENT_TYPES = {name: f"{name}; charset=utf-8" for name in ("application/xml", "application/yaml")}
+"""Of those that do not say by themselves that they are UTF-8."""
+
 
 class Sender:
     """Makes the attempts of one process. Thread-safe.
@@ -132,10 +135,11 @@ class Sender:
         delivery = due.delivery
         try:
             body = body_of(due.task, delivery)
+            has_name = any(name.lower() == "user-agent" for name in delivery.headers)
             headers = {
+                **({} if has_name else {"User-Agent": "flask-asyncroute"}),
                 **delivery.headers,
-                "Content-Type": delivery.content_type,
-                "User-Agent": "flask-asyncroute",
+                "Content-Type": _CONTENT_TYPES.get(delivery.content_type, delivery.content_type),
                 DEPTH: str(delivery.depth),
                 **signature_headers(self._config.callback_secrets, delivery.webhook_id, now_us() // 1_000_000, body),
             }
