@@ -85,12 +85,15 @@ class Sender:
         with self._lock:
             room = MOST_THREADS - len(self._active)
         now = now_us()
-        if self.is_closing or room <= 0 or self._outbox.next_due(now) != AT_ONCE:
+        if self.is_closing:
             return
-        self._enter()
         if self._is_unsure:
+            # First: what this process holds is due for nobody.
             self._outbox.release(self._lifecycle.owner, keep=frozenset(self._active))
             self._is_unsure = False
+        if room <= 0 or self._outbox.next_due(now) != AT_ONCE:
+            return
+        self._enter()
         try:
             taken = self._outbox.claim(self._lifecycle.owner, now, room)
         except CommitUnknown:
