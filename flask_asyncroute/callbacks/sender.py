@@ -67,6 +67,7 @@ class Sender:
         self._lock = threading.Lock()
         self._active: set[str] = set()
         self._is_unsure = False
+        self._is_closed = False
         self.is_closing = False
         """Whether this process begins no more attempts."""
         # Weak, unlike other receivers: the signal must not keep this object, and with it the app, alive.
@@ -76,6 +77,11 @@ class Sender:
         """Look for what is due when a task has ended that has a callback. The receiver of `task_changed`."""
         if task.callback_state in PENDING and task.state.is_terminal and task.id not in self._active:
             self._look_soon()
+
+    def close(self) -> None:
+        """Begin no more attempts, and write nothing of those that are being made: others will make them again."""
+        self.is_closing = True
+        self._is_closed = True
 
     def look(self) -> None:
         """Begin the attempts that are due, as many as there are threads for.
@@ -121,6 +127,8 @@ class Sender:
                 self._active.discard(task_id)
             self._look_soon()
 
+        if self._is_closed:
+            return  # the store is closed too, and a write would open it again
         try:
             self._lifecycle.unwritten.write(task_id, settle, free)
         except Exception:
