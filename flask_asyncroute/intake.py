@@ -117,7 +117,7 @@ class Intake:
         assert callback is not None, "a delivery is made of one"
         return msgspec.json.encode(
             Shown(
-                url_field=callback.url,
+                url_field=callback.url_field,
                 method=delivery.method,
                 content_type=delivery.content_type,
                 send_result=delivery.send_result,

@@ -60,6 +60,11 @@ class Callback:
         optional(text)("Callback(event_name=…)", self.event_name)
 
     @property
+    def url_field(self) -> str:
+        """The URL as clients may see it: an address without its query, which may hold a secret."""
+        return self.url if expressions.parse(self.url).is_alone else self.url.partition("?")[0]
+
+    @property
     def is_trusted(self) -> bool:
         """Whether the developer alone says which server is called: no expression stands before the ``/`` after its name."""
         template = expressions.parse(self.url)

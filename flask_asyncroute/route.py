@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Request, Response, request
 
-from .errors import CannotStart, ConfigurationError, MethodNotAllowed, RequestRefused
+from .errors import CannotStart, ConfigurationError, MethodNotAllowed, RequestRefused, StoreUnavailable
 from .http.answers import task_answer
 from .http.negotiation import negotiate
 from .http.problems import problem_response
@@ -89,7 +89,10 @@ def _start(arguments: dict[str, Any]) -> Response:
     if "HTTP_PREFER" in current.environ:
         seconds = preferred_wait(current, config.max_wait)
         if seconds is not None:
-            held, is_applied = hold(runner, task, seconds, lambda found: found.state.is_terminal)
+            try:
+                held, is_applied = hold(runner, task, seconds, lambda found: found.state.is_terminal)
+            except StoreUnavailable:
+                held, is_applied = None, False  # it has started, and its client is to know of it
             task = held or task
             status = 200 if task.state.is_terminal else status
             if is_applied:

@@ -121,7 +121,9 @@ class Runner:
         self.housekeeper.start()
 
     def _look_for_callbacks(self) -> None:
-        # A process that keeps no house sends none either; those that do will find them.
+        # A process that keeps no house sends none either; those that do will find them, if there are any.
+        if not self.store.is_shared:
+            self.housekeeper.start()
         if self.housekeeper.is_running:
             self.housekeeper.call(self.sender.look)
 
@@ -133,7 +135,7 @@ class Runner:
     def close(self) -> None:
         """End the threads and close the store; tasks that run go on until they end."""
         drain.forget(self)
-        self.sender.is_closing = True
+        self.sender.close()
         self.timekeeper.close()
         self.housekeeper.close()
         self.lifecycle.unwritten.retry(math.inf)

@@ -119,7 +119,9 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
 
     def as_in(self, state: State) -> AsyncRouteTask:
         """Return the task as it was when it came to a state that it has been in since it last began to wait."""
-        if state is self.state:
+        if (
+            state is self.state and state is not State.RUNNING
+        ):  # what a run has reported since is no part of its beginning
             return self
         later = _AFTER_THE_START if state is State.RUNNING else _AFTER_THE_CREATION
         callback_state = None if self.callback_json is None else NOT_STARTED

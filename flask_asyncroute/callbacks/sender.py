@@ -38,6 +38,9 @@ LONGEST_DELAY = 3600.0
 SPREAD = 0.2
 """By which part a delay is longer or shorter, so that not all come at once."""
 
+_CONTENT_TYPES = {name: f"{name}; charset=utf-8" for name in ("application/xml", "application/yaml")}
+"""Of those that do not say by themselves that they are UTF-8."""
+
 
 class Sender:
     """Makes the attempts of one process. Thread-safe.
@@ -64,6 +67,7 @@ class Sender:
         self._lock = threading.Lock()
         self._active: set[str] = set()
         self._is_unsure = False
+        self._is_closed = False
         self.is_closing = False
         """Whether this process begins no more attempts."""
         # Weak, unlike other receivers: the signal must not keep this object, and with it the app, alive.
@@ -74,6 +78,11 @@ class Sender:
         if task.callback_state in PENDING and task.state.is_terminal and task.id not in self._active:
             self._look_soon()
 
+    def close(self) -> None:
+        """Begin no more attempts, and write nothing of those that are being made: others will make them again."""
+        self.is_closing = True
+        self._is_closed = True
+
     def look(self) -> None:
         """Begin the attempts that are due, as many as there are threads for.
 
@@ -82,15 +91,13 @@ class Sender:
         with self._lock:
             room = MOST_THREADS - len(self._active)
         now = now_us()
-        if self.is_closing or room <= 0:
+        if self.is_closing:
             return
         if self._is_unsure:
-            # Before it is asked what is due: what this process may hold is not.
-            with self._lock:
-                active = frozenset(self._active)
-            self._outbox.release(self._lifecycle.owner, keep=active)
+            # First: what this process holds is due for nobody.
+            self._outbox.release(self._lifecycle.owner, keep=frozenset(self._active))
             self._is_unsure = False
-        if self._outbox.next_due(now) != AT_ONCE:
+        if room <= 0 or self._outbox.next_due(now) != AT_ONCE:
             return
         self._enter()
         try:
@@ -127,6 +134,8 @@ class Sender:
                 self._active.discard(task_id)
             self._look_soon()
 
+        if self._is_closed:
+            return  # the store is closed too, and a write would open it again
         try:
             self._lifecycle.unwritten.write(task_id, settle, free)
         except Exception:
@@ -144,10 +153,11 @@ class Sender:
         delivery = due.delivery
         try:
             body = body_of(due.task, delivery)
+            has_name = any(name.lower() == "user-agent" for name in delivery.headers)
             headers = {
+                **({} if has_name else {"User-Agent": "flask-asyncroute"}),
                 **delivery.headers,
-                "Content-Type": delivery.content_type,
-                "User-Agent": "flask-asyncroute",
+                "Content-Type": _CONTENT_TYPES.get(delivery.content_type, delivery.content_type),
                 DEPTH: str(delivery.depth),
                 **signature_headers(self._config.callback_secrets, delivery.webhook_id, now_us() // 1_000_000, body),
             }

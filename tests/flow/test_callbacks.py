@@ -153,7 +153,7 @@ def test_terms_come_from_the_request(
     eventually(lambda: received)
     [sent] = received
     assert (sent.headers["X-Fixed"], sent.headers["X-Token"]) == ("1", "Bearer s3cret") and "X-None" not in sent.headers
-    assert sent.content_type == "application/xml" and b"<EventName>done</EventName>" in sent.get_data()
+    assert sent.mimetype == "application/xml" and b"<EventName>done</EventName>" in sent.get_data()
 
 
 @pytest.mark.parametrize("body", [{}, {"callbackUrl": None}])

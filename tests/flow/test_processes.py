@@ -14,6 +14,8 @@ from flask import Flask
 
 from flask_asyncroute import AsyncRoute, task_completed, task_failed, task_progressed, task_started
 from flask_asyncroute.errors import ConfigurationError
+from flask_asyncroute.runtime import runtime_of
+from flask_asyncroute.stores.events import PROGRESS, STATE
 from tests import child_app
 from tests.conftest import close_app, eventually_true
 from tests.flow.driving import Flow
@@ -76,7 +78,7 @@ def no_leaks() -> None:
 def is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in "ZX"
 
@@ -181,6 +183,15 @@ def test_progress_arrives_coalesced(child: Flow, hear: Callable[..., Any]) -> No
     took = time.monotonic() - began
     assert (task["Result"], task["Progress"], task["ProgressMessage"]) == (100, 100, "step 99999")
     assert len(heard) <= took * 10 + 2
+
+
+def test_events_of_a_child_are_stored_in_order(child: Flow) -> None:
+    task = child.run("/events")
+    events = runtime_of(child.app).runner.store.events(0, 5000, task["Id"]).events
+    sent = [event for event in events if event.name != STATE and event.name != PROGRESS]
+    assert [event.data for event in sent[-1000:-1]] == [b'{"n":%d}' % number for number in range(501, 1500)]
+    assert (sent[-1].name, sent[-1].data) == ("message", b'"bye"')
+    assert events[-1].name == STATE and task["State"] == "Completed"
 
 
 def test_progress_by_itself(child: Flow) -> None:

@@ -11,6 +11,7 @@ import pytest
 from flask import Flask
 
 from flask_asyncroute import AsyncRoute, State, current_task
+from flask_asyncroute.errors import StoreUnavailable
 from flask_asyncroute.runtime import runtime_of
 
 MakeApp = Callable[..., Flask]
@@ -217,3 +218,17 @@ def test_waits_end_with_the_server(serve: Callable[..., Flask], eventually: Even
     runtime_of(app).runner.notifier.end_waits()
     thread.join(5)
     assert (found[0].status_code, found[0].json["IsCompleted"]) == (200, False)
+
+
+def test_a_start_is_answered_though_the_store_cannot_be_waited_for(
+    serve: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = serve()
+    assert start(app, "/quick").status_code == 202
+
+    def fail(*args: Any) -> Any:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(runtime_of(app).runner.notifier, "wait", fail)
+    answer = start(app, Prefer="wait=5")
+    assert answer.status_code == 202 and "Preference-Applied" not in answer.headers
