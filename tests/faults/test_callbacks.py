@@ -12,9 +12,7 @@ from flask import Flask
 from flask_asyncroute import AsyncRoute, Callback, callback_sent
 from flask_asyncroute import runner as runner_module
 from flask_asyncroute.callbacks import attempt, sender
-from flask_asyncroute.errors import CommitUnknown, StoreUnavailable
 from flask_asyncroute.runtime import runtime_of
-from flask_asyncroute.stores.outbox import Outbox
 from prove.apps.calling import SECRET
 from prove.receivers import FLOOD, Receivers
 from tests.conftest import eventually_true
@@ -131,50 +129,6 @@ def test_f31_two_processes_take_no_callback_twice(
     assert len(ids) == len(set(ids)) == 40
     assert receivers.most_at_once <= 2
     assert senders == {app.name, other.name}, "both have sent some"
-
-
-class FaultyOutbox:
-    """Fails once, at one of its methods, before or after it has done what it was asked."""
-
-    def __init__(self, outbox: Outbox, name: str, how: str) -> None:
-        self._outbox = outbox
-        self._name = name
-        self._how = how
-        self.has_failed = False
-
-    def __getattr__(self, name: str) -> Any:
-        done = getattr(self._outbox, name)
-        if name != self._name or self.has_failed:
-            return done
-
-        def call(*arguments: Any, **more: Any) -> Any:
-            if self._how == "before":
-                self.has_failed = True
-                raise StoreUnavailable("A test wants it so.", retry_after=1)
-            result = done(*arguments, **more)
-            if result:
-                self.has_failed = True
-                raise CommitUnknown("A test wants it so.", retry_after=1)
-            return result
-
-        return call
-
-
-@pytest.mark.parametrize("how", ["before", "after"])
-@pytest.mark.parametrize("name", ["claim", "settle"])
-def test_a_store_that_fails_once_keeps_no_callback(
-    app: Flask, receivers: Receivers, monkeypatch: pytest.MonkeyPatch, name: str, how: str
-) -> None:
-    """Nothing else is due that would have anybody look again."""
-    runtime_of(app).prepare()
-    runner = runtime_of(app).runner
-    faulty = FaultyOutbox(runner.store.outbox, name, how)
-    monkeypatch.setattr(runner.sender, "_outbox", faulty)
-    ended, over = call(app, receivers.url("good"))
-    assert faulty.has_failed
-    assert (over["CallbackInfo"]["State"], over["CallbackInfo"]["Tentative"]) == ("Completed", 1)
-    assert {**ended, "CallbackInfo": 0} == {**over, "CallbackInfo": 0}
-    assert len({message.webhook_id for message in receivers.of(over["Id"])}) == 1
 
 
 def test_a_process_without_room_for_threads_keeps_no_callback(
