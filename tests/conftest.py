@@ -302,7 +302,7 @@ def new_sqlite_store(path: Path, namespace: str = "test", create_tables: bool = 
 
 
 def _threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name.startswith("asyncroute")}
+    return {thread for thread in threading.enumerate() if thread.is_alive() and thread.name.startswith("asyncroute")}
 
 
 def _join(threads: set[threading.Thread]) -> set[threading.Thread]:
