@@ -26,7 +26,7 @@ logger = logging.getLogger("flask_asyncroute")
 
 POLL_SECONDS = 0.05
 """How often a store is asked that tells nothing by itself."""
-REREAD_SECONDS = 1.0
+REREAD_SECONDS = 0.25
 """How often one is asked that does; also how soon an end of the server is noticed at the latest."""
 REST_SECONDS = 0.005
 """How long the watcher rests after it was told, so that many changes are read as one."""

@@ -26,7 +26,7 @@ from tests.flow.conftest import identity_of_header
 REQUESTS = int(os.environ.get("ASYNCROUTE_FUZZ", "600"))
 
 DECLARED: dict[str, set[int]] = {
-    "start": {202, 400, 401, 403, 404, 405, 406, 413, 501, 503},
+    "start": {202, 400, 401, 403, 404, 405, 406, 413, 422, 501, 503},
     "get": {200, 304, 400, 404, 405, 406},
     "result": {200, 400, 404, 405, 406, 409, 410, 500},
     "stop": {200, 204, 400, 403, 404, 405, 406, 409, 410, 423},

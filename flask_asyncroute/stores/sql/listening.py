@@ -83,6 +83,6 @@ class PostgreSQLListener:
     def _complain(self, error: Exception) -> None:
         if not self._closed.is_set():
             logger.warning(
-                "What other processes write cannot be listened to now; it is asked for once a second. (%s)",
+                "What other processes write cannot be listened to now; it is asked for four times a second. (%s)",
                 type(error).__name__,
             )
