@@ -89,6 +89,9 @@ def _rows(key: int, count: int, chance: random.Random) -> Iterator[tuple[dict[st
             "body_size": 0, "owner": None if state == "NotStarted" else "1-somewhere",
             "restarts": 0, "epoch": int(state != "NotStarted"),
             "revision": 3 if is_over else 2, "change": number + 1,
+            "waiting_change": None, "started_change": None, "completed_change": number + 1 if is_over else None,
+            "callback_json": None, "callback_state": None, "callback_attempts": 0,
+            "sse_group": "/archive", "sse_url": None, "sse_result": 0,
             "outlived_us": created + 100 * YEAR_US if is_over else None, "request": None,
         }  # fmt: skip
         grant = None
