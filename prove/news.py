@@ -20,6 +20,7 @@ TRIALS = 80
 MILLISECONDS = (30, 90)
 """How long a view takes, by chance: long enough for the other side to be waiting, and not in step with who looks for news."""
 HERE_MS = 5.0
+SHORT_ALLOWANCE = 2.0
 ELSEWHERE_MS = {"SQLite": 60.0, "PostgreSQL": 20.0}
 Tell = Callable[[int, bool], tuple[float, bool]]
 
@@ -27,6 +28,8 @@ Tell = Callable[[int, bool], tuple[float, bool]]
 def prove(share: float) -> str:
     """Time both ways on each store; return the medians."""
     trials = scaled(TRIALS, share, 4)
+    # The median of a handful varies by much.
+    allowance = 1.0 if share == 1.0 else SHORT_ALLOWANCE
     told = [f"{trials} trials each, median ms from the return of the view to the client"]
     told.append(figures("memory, one worker", "memory://", 1, trials, False, HERE_MS * allowance))
     for name, opened in sqlite_and_postgresql():
