@@ -167,8 +167,7 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         permission = self.permission
         if permission is not None:
             wire["Permission"] = permission.to_dict()
-        callback = self.callback
-        if callback is not None:
+        if self.callback_json is not None and (callback := self.callback) is not None:
             wire["CallbackSettings"] = callback.settings()
             wire["CallbackInfo"] = {
                 "State": self.callback_state,
