@@ -416,3 +416,24 @@ def test_a_store_that_fails_ends_a_stream(make_app: MakeApp, monkeypatch: pytest
     monkeypatch.setattr(runtime_of(served.app).runner.store, "events", fail)
     assert list(chunks) == [b"retry: 1000\n\n"]
     served.gate.set()
+
+
+@pytest.mark.parametrize("is_raised", [True, False])
+def test_a_stream_that_the_app_takes_away_gives_its_place_back(served: Served, is_raised: bool) -> None:
+    """An ``after_request`` function may fail, or answer with something else: nobody closes the stream's response then."""
+
+    @served.app.after_request
+    def instead(response: Any) -> Any:
+        if response.content_type != "text/event-stream":
+            return response
+        if is_raised:
+            raise RuntimeError("broken")
+        return served.app.response_class("another", 418)
+
+    served.app.testing = False
+    served.app.config["PROPAGATE_EXCEPTIONS"] = False
+    task_id = served.start("/work/0")
+    for _ in range(3):
+        answer = served.client.get(f"/task/{task_id}/events")
+        assert answer.status_code == (500 if is_raised else 418)
+    assert runtime_of(served.app).runner.places._left == 2
