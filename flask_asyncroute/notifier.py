@@ -93,15 +93,16 @@ class Notifier:
             if not self._is_polling:
                 self._since = self._store.news(-1).change
                 self._is_polling = True
-            self._watching += 1
             if self._thread is None:
-                when_gone(self, self._wake.set)
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=_watch, args=(weakref.ref(self), self._wake), name="asyncroute-watcher", daemon=True
                 )
-                self._thread.start()
-            elif self._watching == 1:
+                thread.start()  # where there is no room for it, the next who waits tries again
+                self._thread = thread
+                when_gone(self, self._wake.set)
+            elif self._watching == 0:
                 self._wake.set()
+            self._watching += 1
 
     def _end(self) -> None:
         with self._lock:

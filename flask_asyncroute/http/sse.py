@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -44,9 +44,7 @@ def task_events(runner: Runner, current: Request, task: AsyncRouteTask, caller: 
     )
     if task.state.is_terminal:
         return _answer(current, stream.whole())
-    if current.method == "HEAD" or not runner.places.take():
-        return _answer(current, (present(task), retry(FULL_RETRY_MS)))
-    return _held(runner, stream)
+    return _answer(current, _placed(runner, stream, present(task)))
 
 
 def group_events(runner: Runner, current: Request, caller: Caller | None) -> Response:
@@ -64,9 +62,7 @@ def group_events(runner: Runner, current: Request, caller: Caller | None) -> Res
     stream = Stream(
         runner, ids, None, group, since, _age(runner, current), may, _looking(runner, current, _may_list_task)
     )
-    if current.method == "HEAD" or not runner.places.take():
-        return _answer(current, (HEARTBEAT, retry(FULL_RETRY_MS)))
-    return _held(runner, stream)
+    return _answer(current, _placed(runner, stream, HEARTBEAT))
 
 
 _HEADERS = {
@@ -81,21 +77,20 @@ def _answer(current: Request, body: Iterable[bytes]) -> Response:
     return Response(() if current.method == "HEAD" else body, 200, _HEADERS, content_type=CONTENT_TYPE)
 
 
-def _held(runner: Runner, stream: Stream) -> Response:
-    response = Response(stream.follow(), 200, _HEADERS, content_type=CONTENT_TYPE)
-    # Not at the end of the generator: one that was never begun has none.
-    response.call_on_close(_once(runner.places.give_back))
-    return response
+def _placed(runner: Runner, stream: Stream, look: bytes) -> Iterator[bytes]:
+    """Yield a stream where there is a place for it, else ``look`` alone.
 
-
-def _once(function: Callable[[], None]) -> Callable[[], None]:
-    left = [function]
-
-    def call() -> None:
-        if left:
-            left.pop()()
-
-    return call
+    The place is taken when the server begins to send, not before: what the app's own functions do with a response until
+    then, failing or answering with another, must not cost one.
+    """
+    if not runner.places.take():
+        yield look
+        yield retry(FULL_RETRY_MS)
+        return
+    try:
+        yield from stream.follow()
+    finally:
+        runner.places.give_back()
 
 
 def _age(runner: Runner, current: Request) -> float:

@@ -96,7 +96,13 @@ class Stream:
                     return
                 if now >= look_at:
                     look_at = now + LOOK_AGAIN_SECONDS
-                    self.may_read = self.look_up()
+                    try:
+                        self.may_read = self.look_up()
+                    except Exception as error:
+                        # The app's own function refuses, or fails; the client, who comes back, is told so by itself.
+                        logger.warning("A stream of events ended early: %s", error)
+                        yield retry(RETRY_MS)
+                        return
                     if self.task is not None and not self._is_there(self.task.id):
                         return
                 if now >= beat_at:

@@ -23,10 +23,11 @@ class MemoryEvents:
 
     def put(self, task_id: str, epoch: int, change: int, sent: Sequence[ViewEvent]) -> int:
         """Add what a run has sent, under the numbers after ``change``, if it is new; return the last number."""
-        last = epoch, sent[-1].number
-        if self._last.get(task_id, (0, 0)) >= last:
+        last = self._last.get(task_id, (0, 0))
+        sent = [event for event in sent if (epoch, event.number) > last]
+        if not sent:
             return change
-        self._last[task_id] = last
+        self._last[task_id] = epoch, sent[-1].number
         kept = self._kept.setdefault(task_id, deque(maxlen=MAX_EVENTS))
         for number, event in enumerate(sent, change + 1):
             kept.append((number, event.name, event.data))

@@ -108,6 +108,16 @@ def test_a21_two_at_once_go_to_one_host(store: TaskStore, add: Callable[..., Non
     assert len(store.outbox.claim("you", NOW, 9)) == 1
 
 
+def test_a21_many_for_one_host_hide_none_for_others(store: TaskStore, add: Callable[..., None]) -> None:
+    many = [f"a{number}" for number in range(120)]
+    for task_id in many:
+        add(task_id, "victim")
+    add("b", "other")
+    end(store, *many, "b")
+    taken = store.outbox.claim("me", NOW, 9)
+    assert sorted(due.delivery.host for due in taken) == ["other", *["victim"] * PER_HOST]
+
+
 def test_a_claim_takes_no_more_than_it_may(store: TaskStore, add: Callable[..., None]) -> None:
     for number in range(5):
         add(f"t{number}", f"host{number}")

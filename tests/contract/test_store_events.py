@@ -237,3 +237,14 @@ def test_postgresql_reads_few_rows_for_events_before_it_has_statistics(
             made.close()
     reads = [int(found[1]) for line in plan if " on asyncroute_" in line and (found := re.search(r"loops=(\d+)", line))]
     assert reads and sum(reads) < 30, "\n".join(plan)
+
+
+def test_what_was_written_and_comes_again_with_more_is_there_once(store: TaskStore, add: Callable[..., None]) -> None:
+    """As where a commit was made, its answer was lost and the store was then away: the run sends all again, and more."""
+    add()
+    store.claim("task", "me", 1)
+    store.add_events("task", RUNNING, sent("a", "b"))
+    before = store.events(0, 100)
+    assert store.add_events("task", RUNNING, sent("a", "b", "c"))
+    assert told(store.events(0, 100).events)[2:] == [("task", "a"), ("task", "b"), ("task", "c")]
+    assert told(store.events(before.change, 100).events) == [("task", "c")]

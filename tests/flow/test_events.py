@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from flask import Flask, request
+from flask import Flask, abort, request
 
 from flask_asyncroute import Access, AsyncRoute, Permission, Sse, State, current_task
 from flask_asyncroute.http import streams
@@ -416,3 +416,51 @@ def test_a_store_that_fails_ends_a_stream(make_app: MakeApp, monkeypatch: pytest
     monkeypatch.setattr(runtime_of(served.app).runner.store, "events", fail)
     assert list(chunks) == [b"retry: 1000\n\n"]
     served.gate.set()
+
+
+@pytest.mark.parametrize("is_raised", [True, False])
+def test_a_stream_that_the_app_takes_away_gives_its_place_back(served: Served, is_raised: bool) -> None:
+    """An ``after_request`` function may fail, or answer with something else: nobody closes the stream's response then."""
+
+    @served.app.after_request
+    def instead(response: Any) -> Any:
+        if response.content_type != "text/event-stream":
+            return response
+        if is_raised:
+            raise RuntimeError("broken")
+        return served.app.response_class("another", 418)
+
+    served.app.testing = False
+    served.app.config["PROPAGATE_EXCEPTIONS"] = False
+    task_id = served.start("/work/0")
+    for _ in range(3):
+        answer = served.client.get(f"/task/{task_id}/events")
+        assert answer.status_code == (500 if is_raised else 418)
+    assert runtime_of(served.app).runner.places._left == 2
+
+
+def test_a_caller_that_the_app_refuses_meanwhile_ends_the_stream(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An identity loader may refuse by an exception, as of a token that has run out; the client then learns it itself."""
+    monkeypatch.setattr(streams, "LOOK_AGAIN_SECONDS", 0.05)
+    served = Served(make_app())
+    is_refused = threading.Event()
+
+    @served.async_routes.identity_loader
+    def who() -> Any:
+        if is_refused.is_set():
+            abort(401)
+        return {"id": "me"}
+
+    task_id = served.start("/owned")
+    stream = opened(served.client, f"/task/{task_id}/events")
+    chunks = stream.iter_encoded()
+    assert b"task.state" in next(chunks)
+    is_refused.set()
+    assert b"".join(chunks).endswith(b"retry: 1000\n\n")
+    assert "401" in caplog.text
+    stream.close()
+    served.gate.set()
+    assert served.client.get(f"/task/{task_id}/events").status_code == 401
+    assert runtime_of(served.app).runner.places._left == 2

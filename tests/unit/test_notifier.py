@@ -450,3 +450,31 @@ def test_a_notifier_that_is_dropped_ends_its_thread(
     eventually(lambda: (gc.collect(), reference() is None)[1])
     eventually(lambda: watchers() == [])
     signals.task_changed.send(app, task=None)
+
+
+def test_a_watcher_that_could_not_be_started_is_started_by_the_next(
+    make_notifier: MakeNotifier,
+    two_stores: tuple[TaskStore, TaskStore],
+    make_task: NewTask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process at its limit of threads has room again later; nobody may be deaf from then on."""
+    ours, theirs = two_stores
+    theirs.add(make_task("task"), b"", None, ())
+    notifier = make_notifier(ours)
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError):
+            notifier.wait("task", is_completed, 1)
+    assert notifier._watching == 0
+    timer = threading.Timer(
+        0.2, lambda: theirs.update("task", ANY_STATE, {"state": State.COMPLETED, "completed_us": 5})
+    )
+    timer.start()
+    found = notifier.wait("task", is_completed, 10)
+    timer.join()
+    assert found is not None and found.is_completed

@@ -55,8 +55,10 @@ class EventLog:
 
     def put(self, cursor: Cursor, ns: int, task_id: str, epoch: int, sent: Sequence[ViewEvent]) -> None:
         """Add what a run has sent, if it is new, under numbers of its own, and remove what is over the most."""
-        before = one(cursor, self._last, ns=ns, task_id=task_id)
-        if before is not None and tuple(before) >= (epoch, sent[-1].number):
+        last_epoch, last_number = one(cursor, self._last, ns=ns, task_id=task_id) or (0, 0)
+        # Some of them may be there: a run sends again what it does not know to be stored, with what it has sent since.
+        sent = [event for event in sent if (epoch, event.number) > (last_epoch, last_number)]
+        if not sent:
             return
         last = one(cursor, self._raise_change, ns=ns, count=len(sent))[0]
         for change, event in enumerate(sent, last - len(sent) + 1):

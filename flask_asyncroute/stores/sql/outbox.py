@@ -141,12 +141,16 @@ class SQLOutbox(Outbox):
             run(cursor, self._sql.lock_namespace, ns=ns)
             held = Counter(dict(run(cursor, self._held, ns=ns).fetchall()))
             taken: list[Due] = []
-            for task_id, host in run(cursor, self._due, ns=ns, now=now_us).fetchall():
-                if len(taken) == limit:
-                    break
-                if held[host] < PER_HOST:
-                    held[host] += 1
-                    taken.append(self._take(cursor, task_id, holder))
+            rows, before = PAGE, -1
+            # Again where hosts that have their share by now filled the page: others may be behind them.
+            while rows == PAGE and before < len(taken) < limit:
+                before = len(taken)
+                page = run(cursor, self._due, ns=ns, now=now_us).fetchall()
+                rows = len(page)
+                for task_id, host in page:
+                    if len(taken) < limit and held[host] < PER_HOST:
+                        held[host] += 1
+                        taken.append(self._take(cursor, task_id, holder))
             return taken
 
         return self._database.write(claim)
