@@ -37,10 +37,11 @@ class Loop(ABC):
         if self._thread is None:
             with self._lock:
                 if self._thread is None and not self._is_closed:
-                    when_gone(self, self._wake.set)
                     arguments = (weakref.ref(self), self._wake)
-                    self._thread = threading.Thread(target=_run, args=arguments, name=self._name, daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=_run, args=arguments, name=self._name, daemon=True)
+                    thread.start()  # where there is no room for it, the next call tries again
+                    self._thread = thread
+                    when_gone(self, self._wake.set)
 
     def wake(self) -> None:
         """Look at once for what is due: something has changed."""

@@ -11,6 +11,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -45,7 +46,9 @@ def _chained(handler: Callable[[int, FrameType | None], Any], then: Callable[[],
     def handle(number: int, frame: FrameType | None) -> Any:
         # Not here: a handler runs between two steps of whatever the main thread does, with the locks that it holds.
         # And not by threading.Thread, whose start takes a lock that all share.
-        _thread.start_new_thread(then, ())
+        # Where there is no room for it, the worker's own handler must run all the same.
+        with suppress(RuntimeError):
+            _thread.start_new_thread(then, ())
         return handler(number, frame)
 
     return handle

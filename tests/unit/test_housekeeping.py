@@ -574,3 +574,21 @@ def test_a_quiet_hour_costs_nothing(clock: Clock, make_keeper: MakeKeeper, caplo
         looks += 1
     assert looks <= 125
     assert caplog.text == ""
+
+
+def test_a_thread_that_could_not_be_begun_is_begun_by_the_next(
+    make_keeper: MakeKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process at its limit of threads has room again later."""
+    housekeeper = make_keeper().housekeeper
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError):
+            housekeeper.start()
+    assert not housekeeper.is_running
+    housekeeper.start()
+    assert housekeeper.call(lambda: None).wait(5)

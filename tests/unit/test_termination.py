@@ -71,3 +71,16 @@ def test_in_another_thread_nothing_is_done() -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == worker.handle
+
+
+def test_a_worker_without_room_for_a_thread_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker()
+    signal.signal(signal.SIGTERM, worker.handle)
+    termination.notice(lambda: None)
+
+    def start(*args: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(termination._thread, "start_new_thread", start)
+    signal.raise_signal(signal.SIGTERM)
+    assert worker.handled == [signal.SIGTERM] and termination.is_near()
