@@ -1,5 +1,5 @@
-"""A thread that does what is due and sleeps until something is: what `timekeeping`, `housekeeping` and `presence` have
-in common."""
+"""A thread that does what is due and sleeps until something is: what `timekeeping`, `housekeeping`, `presence` and
+`notifier` have in common."""
 
 from __future__ import annotations
 

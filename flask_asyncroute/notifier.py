@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from . import signals
 from .finalizers import when_gone
+from .loop import Loop
 from .stores.base import Listener, TaskStore
 from .task import AsyncRouteTask
 
@@ -38,7 +38,7 @@ IDLE_SECONDS = 60.0
 Hear = Callable[[AsyncRouteTask], None]
 
 
-class Notifier:
+class Notifier(Loop):
     """Passes on that tasks have changed. Thread-safe; one per process and app.
 
     :param hear: hears of every change that anybody makes while :meth:`watch` is in force.
@@ -48,19 +48,19 @@ class Notifier:
     def __init__(
         self, app: Flask, store: TaskStore, hear: Hear, is_server_ending: Callable[[], bool] = lambda: False
     ) -> None:
+        super().__init__("asyncroute-watcher")
         self._store = store
         self._hear = hear
         self._is_server_ending = is_server_ending
-        self._lock = threading.Lock()
+        self._who_waits = threading.Lock()
         self._waiting: dict[str | None, list[threading.Event]] = {}
         self._watching = 0
         self._is_polling = False
         self._since = 0
-        self._wake = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._idle_since: float | None = None
+        self._rested_at = 0.0
         self._listener: Listener | None = None
-        self._has_listener = False
-        self._is_closed = False
+        self._has_asked = False
         self.is_over = False
         """Whether nobody is to wait any more: this process is about to exit."""
         # Weak, unlike other receivers: the signals must not keep this object alive once its app is gone.
@@ -89,23 +89,26 @@ class Notifier:
             self._end()
 
     def _begin(self) -> None:
-        with self._lock:
-            if not self._is_polling:
-                self._since = self._store.news(-1).change
-                self._is_polling = True
-            if self._thread is None:
-                thread = threading.Thread(
-                    target=_watch, args=(weakref.ref(self), self._wake), name="asyncroute-watcher", daemon=True
-                )
-                thread.start()  # where there is no room for it, the next who waits tries again
-                self._thread = thread
-                when_gone(self, self._wake.set)
-            elif self._watching == 0:
-                self._wake.set()
+        with self._who_waits:
             self._watching += 1
+            is_first = self._watching == 1
+        try:
+            if not self._is_polling:
+                # Not under the lock, which whoever tells of news needs: the store may take its time.
+                newest = self._store.newest()
+                with self._who_waits:
+                    if not self._is_polling:
+                        self._since = newest
+                        self._is_polling = True
+            self.start()
+        except BaseException:
+            self._end()
+            raise
+        if is_first:
+            self.wake()
 
     def _end(self) -> None:
-        with self._lock:
+        with self._who_waits:
             self._watching -= 1
 
     @contextmanager
@@ -117,7 +120,7 @@ class Notifier:
         :raises StoreUnavailable: where the store cannot be read.
         """
         news = threading.Event()
-        with self._lock:
+        with self._who_waits:
             self._waiting.setdefault(task_id, []).append(news)
         try:
             self._begin()
@@ -126,7 +129,7 @@ class Notifier:
             finally:
                 self._end()
         finally:
-            with self._lock:
+            with self._who_waits:
                 events = self._waiting[task_id]
                 events.remove(news)
                 if not events:
@@ -153,7 +156,7 @@ class Notifier:
     def end_waits(self) -> None:
         """Have all who wait come to an end at once, now and from now on."""
         self.is_over = True
-        with self._lock:
+        with self._who_waits:
             for events in self._waiting.values():
                 for event in events:
                     event.set()
@@ -161,12 +164,7 @@ class Notifier:
     def close(self) -> None:
         """End the watcher thread, and all who wait."""
         self.end_waits()
-        with self._lock:  # not between the making of a thread and its start
-            self._is_closed = True
-            thread = self._thread
-        self._wake.set()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(5)
+        super().close()
         if self._listener is not None:
             self._listener.close()
 
@@ -180,15 +178,15 @@ class Notifier:
 
     def _tell(self, task_id: str) -> None:
         if task_id in self._waiting or None in self._waiting:
-            with self._lock:
+            with self._who_waits:
                 for event in (*self._waiting.get(task_id, ()), *self._waiting.get(None, ())):
                     event.set()
 
     def _poll(self) -> None:
         """Pass on what is new; called by the watcher thread alone."""
-        if not self._has_listener:
-            self._has_listener = True
+        if not self._has_asked:
             self._listener = self._store.listen(self._wake.set)
+            self._has_asked = True
             if self._listener is not None:
                 when_gone(self, self._listener.close)
         news = self._store.news(self._since)
@@ -198,41 +196,27 @@ class Notifier:
         for task_id in news.sent:
             self._tell(task_id)
 
-    def _step(self, idle_since: float | None) -> tuple[float, float | None]:
-        """Do what is due; return how long to sleep and since when nobody has been waiting."""
+    def _step(self) -> float:
         if not self.is_over and self._is_server_ending():
             self.end_waits()
-        with self._lock:
-            if self._is_closed:
-                return 0.0, idle_since
+        now = time.monotonic()
+        with self._who_waits:
             if self._watching:
-                idle_since = None
-            elif idle_since is None:
-                idle_since = time.monotonic()
-            elif time.monotonic() - idle_since >= LINGER_SECONDS:
+                self._idle_since = None
+            elif self._idle_since is None:
+                self._idle_since = now
+            elif now - self._idle_since >= LINGER_SECONDS:
                 self._is_polling = False
             if not self._is_polling:
-                return IDLE_SECONDS, idle_since
+                return IDLE_SECONDS
         if not self._store.is_shared:
-            return REREAD_SECONDS, idle_since  # all that is written is written here
+            return REREAD_SECONDS  # all that is written is written here
+        if self._listener is not None and now < self._rested_at:
+            return self._rested_at - now
         try:
             self._poll()
         except Exception:
             logger.exception("The watcher could not read what is new; it tries again.")
-            return 1.0, idle_since
-        return POLL_SECONDS if self._listener is None else REREAD_SECONDS, idle_since
-
-
-def _watch(reference: weakref.ref[Notifier], wake: threading.Event) -> None:
-    """Run the watcher thread. It holds its notifier weakly, so that an app that is dropped ends it."""
-    idle_since: float | None = None
-    while True:
-        wake.clear()
-        notifier = reference()
-        if notifier is None or notifier._is_closed:
-            return
-        seconds, idle_since = notifier._step(idle_since)
-        has_listener = notifier._listener is not None
-        del notifier
-        if wake.wait(seconds) and has_listener:
-            time.sleep(REST_SECONDS)
+            return 1.0
+        self._rested_at = time.monotonic() + REST_SECONDS
+        return POLL_SECONDS if self._listener is None else REREAD_SECONDS

@@ -314,11 +314,11 @@ def test_a_store_that_cannot_be_read_at_the_beginning_is_an_error_of_who_waits(
     ours.add(make_task(), b"", None, ())
     notifier = make_notifier(ours)
 
-    def fail(since: int) -> News:
+    def fail() -> int:
         raise StoreUnavailable("not now")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ours, "news", fail)
+        patched.setattr(ours, "newest", fail)
         with pytest.raises(StoreUnavailable):
             notifier.wait("task", is_completed, 5)
     assert notifier._waiting == {}
@@ -416,11 +416,11 @@ def test_close_is_not_overheard_by_a_thread_about_to_rest(
     looked, closing = threading.Event(), threading.Event()
     step = Notifier._step
 
-    def late_step(self: Notifier, idle_since: float | None) -> tuple[float, float | None]:
-        if idle_since is not None:
+    def late_step(self: Notifier) -> float:
+        if self._idle_since is not None:
             looked.set()
             closing.wait(5)
-        return step(self, idle_since)
+        return step(self)
 
     monkeypatch.setattr(Notifier, "_step", late_step)
     notifier.watch()
@@ -478,3 +478,48 @@ def test_a_watcher_that_could_not_be_started_is_started_by_the_next(
     found = notifier.wait("task", is_completed, 10)
     timer.join()
     assert found is not None and found.is_completed
+
+
+def test_a_store_that_takes_its_time_keeps_nobody_from_telling(
+    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who begins to wait reads the store; what is written meanwhile is told to those who wait already."""
+    notifier = make_notifier(two_stores[0])
+    asked, answered = threading.Event(), threading.Event()
+
+    def newest() -> int:
+        asked.set()
+        assert answered.wait(10)
+        return 0
+
+    monkeypatch.setattr(two_stores[0], "newest", newest)
+    late = threading.Thread(target=lambda: notifier.wait("slow", is_completed, 0.01))
+    late.start()
+    assert asked.wait(5)
+    told = threading.Thread(target=notifier._tell, args=("slow",))
+    told.start()
+    told.join(5)
+    is_told = not told.is_alive()
+    answered.set()
+    late.join(5)
+    told.join(5)
+    assert is_told
+
+
+def test_a_store_that_cannot_be_listened_to_is_asked_for_it_again(
+    two_stores: tuple[TaskStore, TaskStore],
+    make_notifier: MakeNotifier,
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Eventually,
+) -> None:
+    asked: list[int] = []
+
+    def listen(heard: Callable[[], None]) -> None:
+        asked.append(1)
+        if len(asked) == 1:
+            raise StoreUnavailable("not now")
+
+    monkeypatch.setattr(two_stores[0], "listen", listen)
+    notifier = make_notifier(two_stores[0])
+    with notifier.following("task"):
+        eventually(lambda: len(asked) == 2)
