@@ -138,6 +138,10 @@ class Dispatcher:
                 )
             if not current.cancellable:
                 raise NotCancellable("This task cannot be stopped: its route does not allow it.", task_id=current.id)
+            run = self.running.get(task.id)
+            if run is not None:
+                # What its view has sent before is to be there; from then on nothing is taken.
+                self._lifecycle.write_events(run[0])
             aborted = self._lifecycle.abort(current, STOPPED)
             if aborted is not None:
                 return aborted

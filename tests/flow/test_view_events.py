@@ -90,6 +90,29 @@ def test_events_of_coroutines(app: Flask) -> None:
     assert sent_by(app, task_id) == [("a", b"[1]"), ("b", b"null")]
 
 
+def test_a_stop_keeps_what_was_sent_before_it(app: Flask, gate: threading.Event) -> None:
+    """Though nobody has come to store it."""
+    async_routes = AsyncRoute(app)
+    sent, may_send = threading.Event(), threading.Event()
+
+    @async_routes.route("/work", methods=["PUT"])
+    def work() -> None:
+        may_send.wait(10)
+        current_task.send_event("last word")
+        sent.set()
+        gate.wait(10)
+
+    task_id = started(app, "/work")
+    runner = runtime_of(app).runner
+    assert runner.notifier.wait(task_id, lambda task: task.state is State.RUNNING, 10)
+    runner.housekeeper.close()
+    may_send.set()
+    assert sent.wait(10)
+    assert sent_by(app, task_id) == []
+    assert app.test_client().delete(f"/task/{task_id}").status_code == 200
+    assert sent_by(app, task_id) == [("message", b'"last word"')]
+
+
 @pytest.mark.parametrize(
     "name", ["", " ", "task.state", "task.x", "a\nb", "a\rb", "a\0b", "x" * 256, 7, None, "\ud800", " a", "a "]
 )
