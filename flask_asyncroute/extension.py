@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
-from flask import Blueprint, Flask, current_app, request, request_started
+from flask import Blueprint, Flask, request, request_started
 from werkzeug.routing import Rule
 
-from . import checks, drain, options, signals, termination
+from . import checks, drain, options, termination
 from .capture import note_request
 from .dispatcher import unknown
-from .errors import CallbackRefused, ConfigurationError, TaskUnfinished
+from .errors import ConfigurationError
 from .http.operations import make_blueprint
 from .intake import ID_PATTERN
 from .query import NEWEST_FIRST, parse_mapping, position_of
@@ -258,25 +258,15 @@ class AsyncRoute:
         :raises TaskUnfinished: while the task has not ended.
         :raises CallbackRefused: where the task has no callback.
         """
-        from .callbacks.resolving import literal_headers
-
-        runner = current_runtime().runner
         task = self.get(task_id)
         if task is None:
             raise unknown(task_id)
-        if task.callback_json is None:
-            raise CallbackRefused("This task has no callback: its request had no URL for one.", task_id=task_id)
-        if not task.is_completed:
-            raise TaskUnfinished(
-                "The callback is sent when the task has ended; it still runs or waits.", task_id=task_id
-            )
+        runner = current_runtime().runner
         route = runner.routes.get(task.endpoint)
-        callback = None if route is None else route.options.callback
-        changed = runner.store.outbox.redeliver(task_id, {} if callback is None else literal_headers(callback))
-        if changed is None:
+        renewed = runner.sender.redeliver(task, None if route is None else route.options.callback)
+        if renewed is None:
             raise unknown(task_id)
-        signals.send_fact(signals.task_changed, current_app._get_current_object(), logger, task=changed)  # type: ignore[attr-defined]
-        return changed
+        return renewed
 
     def _add(self, app: Flask, rule: _Rule) -> None:
         added = self._added.setdefault(app, set())

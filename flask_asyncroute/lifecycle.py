@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from blinker import NamedSignal
 
 from . import context, signals
-from .delivery import Delivery
+from .delivery import PENDING, Delivery
 from .errors import CommitUnknown, StoreUnavailable
 from .execution import Execution
 from .snapshot import Body
@@ -71,7 +71,7 @@ class Lifecycle:
             if key is None:
                 self.unwritten.keep(task.id, lambda: self._uncreate(task))
             raise
-        self._tell(signals.task_created, task)
+        self.tell(signals.task_created, task)
 
     def claim(self, task_id: str) -> Claim | None:
         """Take a waiting task for this process: NotStarted → Running. None where somebody else was first."""
@@ -83,7 +83,7 @@ class Lifecycle:
             self.unwritten.keep(task_id, lambda: self._unclaim(task_id, now))
             raise
         if claim is not None:
-            self._tell(signals.task_started, claim.task)
+            self.tell(signals.task_started, claim.task)
         return claim
 
     def finish(self, execution: Execution, state: State, values: dict[str, Any]) -> AsyncRouteTask | None:
@@ -191,14 +191,14 @@ class Lifecycle:
             execution.return_report()
             raise
         if task is not None:
-            self._tell(signals.task_progressed, task)
+            self.tell(signals.task_progressed, task)
 
     def _step(self, task_id: str, expect: Expect, state: State, values: dict[str, Any]) -> AsyncRouteTask | None:
         if state not in _FINISHED or any(state not in TRANSITIONS[before] for before in expect.states):
             raise ValueError(f"There is no step from {' or '.join(expect.states)} to {state}.")
         task = self._store.update(task_id, expect, {"state": state, "completed_us": now_us(), **values})
         if task is not None:
-            self._tell(_FINISHED[state], task)
+            self.tell(_FINISHED[state], task)
         return task
 
     def _uncreate(self, task: AsyncRouteTask) -> None:
@@ -222,19 +222,26 @@ class Lifecycle:
         """Write what is no fact for the app's receivers, but news for whoever waits."""
         task = self._store.update(task_id, expect, values)
         if task is not None:
-            self._tell(None, task)
+            self.tell(None, task)
         return task
 
-    def _tell(self, fact: NamedSignal | None, task: AsyncRouteTask) -> None:
+    def tell(self, fact: NamedSignal | None, task: AsyncRouteTask, **more: Any) -> None:
+        """Send what is in the store by now: to who waits for news, to who sends callbacks, and to the app's receivers.
+
+        :param fact: what has happened; None: nothing that the app's receivers are told of.
+        :param more: what they are told beside the task.
+        """
         if signals.task_changed.receivers:
             signals.send_fact(signals.task_changed, self._app, logger, task=task)
+        if task.callback_state in PENDING and task.state.is_terminal:
+            signals.send_fact(signals.callback_pending, self._app, logger, task=task)
         if fact is None:
             return
         is_end = task.state.is_terminal and fact in _FINISHED.values()
         if fact.receivers or (is_end and signals.task_finished.receivers):
             try:
                 with context.in_app(self._app):
-                    signals.send_fact(fact, self._app, logger, task=task)
+                    signals.send_fact(fact, self._app, logger, task=task, **more)
                     if is_end:
                         signals.send_fact(signals.task_finished, self._app, logger, task=task)
             except Exception:

@@ -32,6 +32,9 @@ callback_failed = _namespace.signal("callback-failed", "The callback of a task w
 task_changed = _namespace.signal(
     "task-changed", "Any of the facts above, for our own notifier: id, revision and state."
 )
+callback_pending = _namespace.signal(
+    "callback-pending", "A task has changed that has ended and whose callback is yet to be sent; for our own sender."
+)
 events_written = _namespace.signal("events-written", "Events of a view are in the store; for our own notifier.")
 progress_reported = _namespace.signal(
     "progress-reported", "A request: write this progress down. Answered by the lifecycle."

@@ -10,16 +10,14 @@ import logging
 import random
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from blinker import NamedSignal
-
-from .. import context, signals
+from .. import signals
 from ..config import Config
-from ..delivery import COMPLETED, FAILED, PENDING, RUNNING
-from ..errors import CommitUnknown
+from ..delivery import COMPLETED, FAILED, RUNNING
+from ..errors import CallbackRefused, CommitUnknown, TaskUnfinished
 from ..lifecycle import Lifecycle
+from ..options import Callback
 from ..stores.outbox import AT_ONCE, Due, Outbox
 from ..task import AsyncRouteTask, now_us
 
@@ -58,7 +56,6 @@ class Sender:
         enter: Callable[[], None],
         look_soon: Callable[[], object],
     ) -> None:
-        self._app = app
         self._config = config
         self._outbox = outbox
         self._lifecycle = lifecycle
@@ -71,12 +68,32 @@ class Sender:
         self.is_closing = False
         """Whether this process begins no more attempts."""
         # Weak, unlike other receivers: the signal must not keep this object, and with it the app, alive.
-        signals.task_changed.connect(self.on_task_changed, sender=app)
+        signals.callback_pending.connect(self.on_callback_pending, sender=app)
 
-    def on_task_changed(self, sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
-        """Look for what is due when a task has ended that has a callback. The receiver of `task_changed`."""
-        if task.callback_state in PENDING and task.state.is_terminal and task.id not in self._active:
+    def on_callback_pending(self, sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
+        """Look for what is due. The receiver of `callback_pending`."""
+        if task.id not in self._active:
             self._look_soon()
+
+    def redeliver(self, task: AsyncRouteTask, callback: Callback | None) -> AsyncRouteTask | None:
+        """Have the callback of a finished task sent once more; return the task as it is then, None where it was removed.
+
+        :param callback: of its route, where that is still there.
+        :raises TaskUnfinished: while it has not ended.
+        :raises CallbackRefused: where it has no callback.
+        """
+        from .resolving import literal_headers
+
+        if task.callback_json is None:
+            raise CallbackRefused("This task has no callback: its request had no URL for one.", task_id=task.id)
+        if not task.is_completed:
+            raise TaskUnfinished(
+                "The callback is sent when the task has ended; it still runs or waits.", task_id=task.id
+            )
+        renewed = self._outbox.redeliver(task.id, {} if callback is None else literal_headers(callback))
+        if renewed is not None:
+            self._lifecycle.tell(None, renewed)
+        return renewed
 
     def close(self) -> None:
         """Begin no more attempts, and write nothing of those that are being made: others will make them again."""
@@ -111,7 +128,7 @@ class Sender:
     def _begin(self, due: Due) -> None:
         with self._lock:
             self._active.add(due.task.id)
-        signals.send_fact(signals.task_changed, self._app, logger, task=due.task)
+        self._lifecycle.tell(None, due.task)
         try:
             threading.Thread(target=self._send, args=(due,), name="asyncroute-callback", daemon=True).start()
         except RuntimeError:
@@ -170,25 +187,15 @@ class Sender:
             return Outcome(False, reason=f"it could not be made: {type(error).__name__}")
 
     def _tell(self, task: AsyncRouteTask, outcome: Outcome) -> None:
-        signals.send_fact(signals.task_changed, self._app, logger, task=task)
-        if task.callback_state == COMPLETED:
-            self._send_fact(signals.callback_sent, task, outcome)
-        elif task.callback_state == FAILED:
+        fact = {COMPLETED: signals.callback_sent, FAILED: signals.callback_failed}.get(task.callback_state or "")
+        if fact is signals.callback_failed:
             logger.warning(
                 "The callback of task %s has failed after %d attempts: %s.",
-                task.id,
-                task.callback_attempts,
-                outcome.reason,
-            )
-            self._send_fact(signals.callback_failed, task, outcome)
-        else:
+                task.id, task.callback_attempts, outcome.reason,
+            )  # fmt: skip
+        elif fact is None:
             logger.info("An attempt at the callback of task %s failed: %s.", task.id, outcome.reason)
-
-    def _send_fact(self, fact: NamedSignal, task: AsyncRouteTask, outcome: Outcome) -> None:
-        if fact.receivers:
-            tell = partial(signals.send_fact, fact, self._app, logger, task=task)
-            with context.in_app(self._app):
-                tell(status=outcome.status, reason=outcome.reason)
+        self._lifecycle.tell(fact, task, status=outcome.status, reason=outcome.reason)
 
 
 def _next(attempts: int, outcome: Outcome, most: int) -> tuple[str, int | None]:
