@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable
 
 from . import expressions, web_address
+from .encoding import MEDIA_TYPES
 from .errors import ConfigurationError
 from .expressions import BadExpression, Template, is_token
-
-CONTENT_TYPES = ("application/json", "application/xml", "application/yaml")
 
 _NO_METHODS = frozenset({"CONNECT", "GET", "HEAD", "OPTIONS", "TRACE"})
 _OURS = frozenset(
@@ -45,8 +44,8 @@ def content_type_of(text: str) -> str:
     :raises ValueError: for another one.
     """
     kind = text.strip().lower()
-    if kind not in CONTENT_TYPES:
-        raise ValueError(f"{text[:60]!r} is none of {', '.join(CONTENT_TYPES)}")
+    if kind not in MEDIA_TYPES:
+        raise ValueError(f"{text[:60]!r} is none of {', '.join(MEDIA_TYPES)}")
     return kind
 
 

@@ -81,9 +81,9 @@ def in_app(app: Flask) -> Iterator[None]:
 def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
     """Push a request as it was once more, without its body, to ask who makes it.
 
-    :param environ: the plain values of its WSGI environ.
+    :param environ: see `capture.plain_environ`.
     """
-    with app.request_context({**environ, "wsgi.input": empty(), "wsgi.errors": sys.stderr, "CONTENT_LENGTH": "0"}):
+    with app.request_context({**environ, "wsgi.input": empty(), "wsgi.errors": sys.stderr}):
         yield
 
 

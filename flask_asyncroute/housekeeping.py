@@ -94,18 +94,17 @@ class Housekeeper(Loop):
 
     def _report(self, execution: Execution) -> float:
         """Write what one run has to tell, its events at once and its progress when it is time to; return when to look again."""
-        now = time.monotonic()
-        due = max(execution.reported_at + REPORT_SECONDS, self._report_after)
-        if execution.has_events:
-            due = self._report_after
-        elif not execution.has_report:
+        if not execution.has_events and not execution.has_report:
             return math.inf
+        now = time.monotonic()
+        progress_at = execution.reported_at + REPORT_SECONDS if execution.has_report else math.inf
+        due = self._report_after if execution.has_events else max(progress_at, self._report_after)
         if due > now:
             return due
         try:
             self._lifecycle.write_events(execution)
-            if not execution.has_report or execution.reported_at + REPORT_SECONDS > now:
-                return execution.reported_at + REPORT_SECONDS if execution.has_report else math.inf
+            if progress_at > now:
+                return progress_at
             execution.reported_at = now
             signals.progress_reported.send(self._app, execution=execution)
         except StoreUnavailable as error:

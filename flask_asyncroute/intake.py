@@ -75,10 +75,9 @@ class Intake:
         route, current = self.route, self.current
         options = route.options
         method = current.method
-        rule = current.url_rule
         owner = None if self.caller is None else self.caller.id
         task_id = _new_id(route)
-        group = None if options.sse is None else options.sse.group or (rule.rule if rule is not None else current.path)
+        group = None if options.sse is None else (options.sse.group or self._rule)[:MAX_NAME]
         return AsyncRouteTask(
             id=task_id,
             async_route_id=self.name(),
@@ -95,7 +94,7 @@ class Intake:
             on_loss=options.on_loss,
             body_size=0 if self.body is None else self.body.size,
             owner=worker if options.is_bound else None,
-            sse_group=None if group is None else group[:MAX_NAME],
+            sse_group=group,
             sse_url=None
             if group is None or "events" not in config.operations
             else events_path(config, current.root_path, task_id),
@@ -104,13 +103,14 @@ class Intake:
             callback_state=None if self.delivery is None else NOT_STARTED,
         )
 
+    @property
+    def _rule(self) -> str:
+        rule = self.current.url_rule
+        return rule.rule if rule is not None else self.current.path
+
     def name(self) -> str:
         """Return the task's ``AsyncRouteId``."""
-        rule = self.current.url_rule
-        method = self.current.method.capitalize()
-        return (self.route.options.name or f"[{method}]{rule.rule if rule is not None else self.current.path}")[
-            :MAX_NAME
-        ]
+        return (self.route.options.name or f"[{self.current.method.capitalize()}]{self._rule}")[:MAX_NAME]
 
     def _shown(self, delivery: Delivery) -> bytes:
         callback = self.route.options.callback

@@ -13,10 +13,9 @@ from typing import Any
 from . import callback_terms, checks, expressions
 from .callback_terms import content_type_of, header_value, method_of
 from .checks import Check, boolean, optional, refuse, text
+from .encoding import MEDIA_TYPES
 from .errors import ConfigurationError
 from .permissions import Permission
-
-RESPONSE_TYPES = callback_terms.CONTENT_TYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +159,7 @@ DEFAULTED: dict[str, Check] = {
     "permission": optional(permission),
     "callback": optional(callback),
     "sse": sse,
-    "response_types": checks.some_of(*RESPONSE_TYPES),
+    "response_types": checks.some_of(*MEDIA_TYPES),
     "retention": checks.retention_time,
     "on_loss": checks.one_of("abort", "restart"),
 }

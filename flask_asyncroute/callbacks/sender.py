@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import signals
 from ..config import Config
 from ..delivery import COMPLETED, FAILED, RUNNING
+from ..encoding import CONTENT_TYPES
 from ..errors import CallbackRefused, CommitUnknown, TaskUnfinished
 from ..lifecycle import Lifecycle
 from ..options import Callback
@@ -35,9 +36,6 @@ DELAYS = (0.0, 5.0, 30.0, 120.0)
 LONGEST_DELAY = 3600.0
 SPREAD = 0.2
 """By which part a delay is longer or shorter, so that not all come at once."""
-
-_CONTENT_TYPES = {name: f"{name}; charset=utf-8" for name in ("application/xml", "application/yaml")}
-"""Of those that do not say by themselves that they are UTF-8."""
 
 
 class Sender:
@@ -174,7 +172,7 @@ class Sender:
             headers = {
                 **({} if has_name else {"User-Agent": "flask-asyncroute"}),
                 **delivery.headers,
-                "Content-Type": _CONTENT_TYPES.get(delivery.content_type, delivery.content_type),
+                "Content-Type": CONTENT_TYPES[delivery.content_type],
                 DEPTH: str(delivery.depth),
                 **signature_headers(self._config.callback_secrets, delivery.webhook_id, now_us() // 1_000_000, body),
             }

@@ -15,10 +15,8 @@ from flask import Response
 from werkzeug.datastructures import Headers
 from werkzeug.http import parse_list_header, parse_options_header
 
-from ..encoding import clean_text, encode_json, encode_xml, encode_yaml
+from ..encoding import CONTENT_TYPES, clean_text, encode_json, encode_xml, encode_yaml
 from ..errors import NotAcceptable
-
-MEDIA_TYPES = ("application/json", "application/xml", "application/yaml")
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "application/json": (),
@@ -30,14 +28,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Under which other names a client may ask for a type. The answer carries the type's own name."""
 
-_CONTENT_TYPES = {
-    "application/json": "application/json",
-    "application/xml": "application/xml; charset=utf-8",
-    "application/yaml": "application/yaml; charset=utf-8",
-    "application/problem+json": "application/problem+json",
-    "application/problem+xml": "application/problem+xml; charset=utf-8",
-}
-"""JSON is UTF-8 by its RFC 8259 and has no charset parameter."""
+NO_STORE = "no-store"
+VARY = "Accept, Authorization, Cookie"
+"""Of every answer, streams included: it is for whoever asked, and for nobody after."""
 
 _WEIGHT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 """Wider than RFC 9110: Java's own client sends ``*; q=.2`` where it is not told otherwise."""
@@ -87,10 +80,10 @@ def render(
         body = encode_yaml(document) if media_type == "application/yaml" else encode_xml(document, root)
     fields = Headers()
     add = fields.add  # one by one: half the time of a list given to Headers
-    add("Content-Type", _CONTENT_TYPES[media_type])
+    add("Content-Type", CONTENT_TYPES[media_type])
     add("Content-Length", str(len(body)))
-    add("Cache-Control", "no-store")
-    add("Vary", "Accept, Authorization, Cookie")
+    add("Cache-Control", NO_STORE)
+    add("Vary", VARY)
     for name, value in headers or ():
         add(name, value)
     return Response([body], status, fields)

@@ -11,6 +11,7 @@ from flask import Blueprint, Flask, Request, Response, has_request_context, requ
 from flask.blueprints import BlueprintSetupState
 
 from ..dispatcher import unknown
+from ..encoding import MEDIA_TYPES
 from ..errors import NotPermitted, RequestRefused, TaskFailed, TaskFinished, TaskUnfinished
 from ..permissions import Caller, may_read, may_write
 from ..query import open_cursor, position_of, seal_cursor
@@ -21,7 +22,7 @@ from ..stores.base import Readers
 from ..task import AsyncRouteTask, now_us
 from . import asking
 from .answers import document_of, etag_of, task_answer
-from .negotiation import MEDIA_TYPES, negotiate, render
+from .negotiation import negotiate, render
 from .problems import problem_response
 from .sse import CONTENT_TYPE, group_events, task_events
 from .waiting import asked_wait, hold

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from flask import Flask, Request, Response, current_app
 
 from .. import context
+from ..capture import plain_environ
 from ..errors import InvalidRequest, TaskNotFound
 from ..names import is_name
 from ..permissions import Caller, may_list, may_read
@@ -17,6 +18,7 @@ from ..task import AsyncRouteTask
 from .asking import arguments
 from .event_ids import EventIds
 from .frames import HEARTBEAT, present, retry
+from .negotiation import NO_STORE, VARY
 from .streams import MayRead, Stream
 
 CONTENT_TYPE = "text/event-stream"
@@ -66,8 +68,8 @@ def group_events(runner: Runner, current: Request, caller: Caller | None) -> Res
 
 
 _HEADERS = {
-    "Cache-Control": "no-store",
-    "Vary": "Accept, Authorization, Cookie",
+    "Cache-Control": NO_STORE,
+    "Vary": VARY,
     # nginx and those that follow it would keep what is sent until there is more of it.
     "X-Accel-Buffering": "no",
 }
@@ -119,7 +121,7 @@ def _looking(
 ) -> Callable[[], MayRead]:
     """Return what looks the caller up again, in the request as it was."""
     app = cast(Flask, current_app._get_current_object())  # type: ignore[attr-defined]
-    environ: dict[str, Any] = {key: value for key, value in current.environ.items() if type(value) in (str, int, bool)}
+    environ = plain_environ(current)
 
     def look() -> MayRead:
         with context.again(app, environ):

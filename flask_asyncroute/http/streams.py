@@ -56,12 +56,11 @@ class Stream:
         assert self.task is not None
         if self.since is None:
             yield present(self.task)
-        since = self.since or 0
-        is_over = False
-        while not is_over:
-            data, since, is_over, has_more = self._read(since)
-            yield data
-            is_over = is_over or not has_more
+        since, has_more = self.since or 0, True
+        while has_more:
+            data, since, _, has_more = self._read(since)
+            if data:
+                yield data
 
     def follow(self) -> Iterator[bytes]:
         """Yield what there is, then what comes, until the task ends, the time is up or the server exits."""

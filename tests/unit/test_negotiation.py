@@ -13,9 +13,10 @@ from flask import Flask, request, session
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flask_asyncroute.encoding import MEDIA_TYPES
 from flask_asyncroute.errors import NotAcceptable
 from flask_asyncroute.http import negotiation
-from flask_asyncroute.http.negotiation import ALIASES, MEDIA_TYPES, etag_suffix, negotiate, render
+from flask_asyncroute.http.negotiation import ALIASES, etag_suffix, negotiate, render
 
 JSON, XML, YAML = MEDIA_TYPES
 CHROME = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
