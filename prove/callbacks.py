@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import tempfile
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from . import check, scaled
 from .apps.calling import ATTEMPTS
 from .apps.crowd import read_journal
 from .client import send
+from .crew import Crew
 from .databases import sqlite_and_postgresql
 from .exits import a_worker
 from .losses import START, patiently
@@ -40,10 +40,11 @@ KINDS = ("good",) * 26 + ("late", "busy", "gone", "moved", "hang", "drip", "head
 ENDS = ("TERM", "HUP", "KILL", "KILL")
 
 
-class Load:
+class Load(Crew):
     """Starts tasks that call back until it is told to end; keeps those that were acknowledged."""
 
     def __init__(self, port: int, receivers: Receivers) -> None:
+        super().__init__(CLIENTS)
         self.kinds: dict[str, str] = {}
         """Of the receiver, by the id of the task."""
         self.unanswered = 0
@@ -51,20 +52,8 @@ class Load:
         self._port = port
         self._receivers = receivers
         self._chance = random.Random(7)
-        self._end = threading.Event()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CLIENTS)]
 
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         deck: list[str] = []
         while not self._end.wait(RATE_SECONDS):
             # All of them come soon, also in a short trial.

@@ -17,6 +17,7 @@ from statistics import median
 
 from . import check, scaled
 from .client import send
+from .crew import Crew
 from .losses import START
 from .server import Server, gunicorn
 
@@ -135,30 +136,19 @@ def patiently(port: int, path: str) -> None:
         time.sleep(0.02)
 
 
-class Clients:
+class Clients(Crew):
     """Send one request after the other, each on a connection of its own, and count those that fail."""
 
     def __init__(self, port: int, method: str, path: str) -> None:
+        super().__init__(CLIENTS)
         self.sent = 0
         self.failed = 0
         self._port = port
         self._method = method
         self._path = path
         self._lock = threading.Lock()
-        self._end = threading.Event()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CLIENTS)]
 
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         while not self._end.wait(0.01):
             try:
                 is_well = send(self._port, self._method, self._path).status < 400

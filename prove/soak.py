@@ -9,7 +9,6 @@ import os
 import random
 import sqlite3
 import tempfile
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from . import check, scaled
 from .client import Connection
+from .crew import Crew
 from .losses import START
 from .server import Server, gunicorn
 
@@ -46,26 +46,15 @@ class Sample:
     rows: int
 
 
-class Clients:
+class Clients(Crew):
     """Start tasks at a steady rate and follow each to its end."""
 
     def __init__(self, port: int, rate: float) -> None:
+        super().__init__(CLIENTS)
         self.ends: Counter[str] = Counter()
         self.errors: list[str] = []
         self._port = port
         self._pause = CLIENTS / rate
-        self._end = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(CLIENTS)]
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join()
 
     def _run(self, number: int) -> None:
         chance = random.Random(number)

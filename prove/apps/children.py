@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flask import Flask, Response
+from flask import Flask
 
 from flask_asyncroute import AsyncRoute, current_task
+
+from .naming import name_process
 
 CRASHES = ("exit", "SIGKILL", "SIGSEGV", "SIGABRT", "C")
 MARK = struct.Struct("d")
@@ -35,14 +37,7 @@ def create_app(folder: str) -> Flask:
         path.with_suffix(".new").write_text(" ".join(map(str, pids)))
         path.with_suffix(".new").rename(path)
 
-    @app.after_request
-    def name_process(response: Response) -> Response:
-        response.headers["X-Pid"] = str(os.getpid())
-        return response
-
-    @app.get("/pid")
-    def pid() -> dict[str, int]:
-        return {"pid": os.getpid()}
+    name_process(app)
 
     @app.put("/crash/<kind>")
     @async_routes.task(executor="process", max_workers=2)

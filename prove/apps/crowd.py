@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flask import Flask, Response
+from flask import Flask
 
 from flask_asyncroute import AsyncRoute, AsyncRouteTask, current_task, task_finished
+
+from .naming import name_process
 
 STEP = 0.005
 """Seconds between two looks whether to stop."""
@@ -38,14 +40,7 @@ def create_app(folder: str, **config: Any) -> Flask:
         finally:
             os.close(number)
 
-    @app.after_request
-    def name_process(response: Response) -> Response:
-        response.headers["X-Pid"] = str(os.getpid())
-        return response
-
-    @app.get("/pid")
-    def pid() -> dict[str, int]:
-        return {"pid": os.getpid()}
+    name_process(app)
 
     @app.put("/work/<int:milliseconds>")
     @async_routes.task(max_workers=8)

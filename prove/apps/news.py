@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flask import Flask, Response
+from flask import Flask
 
 from flask_asyncroute import AsyncRoute, Sse, current_task
+
+from .naming import name_process
 
 PAGE = """<!doctype html>
 <title>waiting</title>
@@ -41,14 +43,7 @@ def create_app(folder: str, **config: Any) -> Flask:
     app.extensions["crowd"] = async_routes
     gate = Path(folder) / "open"
 
-    @app.after_request
-    def name_process(response: Response) -> Response:
-        response.headers["X-Pid"] = str(os.getpid())
-        return response
-
-    @app.get("/pid")
-    def pid() -> dict[str, int]:
-        return {"pid": os.getpid()}
+    name_process(app)
 
     @app.get("/page/<task_id>")
     def page(task_id: str) -> str:

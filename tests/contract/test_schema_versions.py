@@ -13,26 +13,7 @@ from flask_asyncroute.stores.opening import make_store
 from flask_asyncroute.stores.sql.upgrades import VERSION
 from flask_asyncroute.task import AsyncRouteTask
 from tests.conftest import engine_of, new_postgresql_database
-
-OLDER = (
-    "ALTER TABLE asyncroute_namespaces RENAME COLUMN change TO removed_change",
-    "DROP INDEX asyncroute_task_stopping",
-    "DROP INDEX asyncroute_task_bound",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
-    "DROP TABLE asyncroute_workers",
-    "DROP TABLE asyncroute_keys",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN waiting_change",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN started_change",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN completed_change",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN sse_group",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN sse_url",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN sse_result",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN callback_json",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN callback_state",
-    "ALTER TABLE asyncroute_tasks DROP COLUMN callback_attempts",
-    "DROP TABLE asyncroute_events",
-    "DROP TABLE asyncroute_callbacks",
-)
+from tests.older_schema import OLDER
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
 from flask_asyncroute.stores.sql.store import SQLTaskStore
 from flask_asyncroute.stores.sql.upgrades import VERSION
 from flask_asyncroute.task import AsyncRouteTask
+from tests.older_schema import OLDER
 
 NewTask = Callable[..., AsyncRouteTask]
 NewStore = Callable[..., TaskStore]
@@ -215,23 +216,7 @@ def test_f43_tables_of_an_older_version_are_upgraded(
     set_version(
         sqlite_path,
         1,
-        "ALTER TABLE asyncroute_namespaces RENAME COLUMN change TO removed_change",
-        "DROP INDEX asyncroute_task_stopping",
-        "DROP INDEX asyncroute_task_bound",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN restarts",
-        "DROP TABLE asyncroute_workers",
-        "DROP TABLE asyncroute_keys",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN waiting_change",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN started_change",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN completed_change",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN sse_group",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN sse_url",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN sse_result",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN callback_json",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN callback_state",
-        "ALTER TABLE asyncroute_tasks DROP COLUMN callback_attempts",
-        "DROP TABLE asyncroute_events",
-        "DROP TABLE asyncroute_callbacks",
+        *OLDER,
     )
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_CREATE_TABLES"):
         make_sqlite_store(create_tables=False).open()
