@@ -139,13 +139,12 @@ class RequestSource:
 
 def _form_of(data: bytes, kind: str, parameters: dict[str, str]) -> dict[str, str]:
     """Return the fields of a form, the first of each name; files are none."""
-    parser = FormDataParser(max_form_memory_size=MAX_BODY, silent=False)
+    # Files in memory, which the whole body is: a temporary one would have to be closed, also where the rest cannot be read.
+    parser = FormDataParser(lambda *about, **more: io.BytesIO(), max_form_memory_size=MAX_BODY, silent=False)
     try:
-        _, form, files = parser.parse(io.BytesIO(data), kind, len(data), parameters)
+        _, form, _ = parser.parse(io.BytesIO(data), kind, len(data), parameters)
     except (ValueError, HTTPException):
         raise CallbackRefused("The callback is taken from the body, which is no form as it says.") from None
-    for file in files.values():
-        file.close()
     return form.to_dict()
 
 

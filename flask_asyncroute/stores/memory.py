@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from ..delivery import PENDING, Delivery
 from ..errors import IdTaken, KeyTaken, TooManyTasks
 from ..execution import ViewEvent
+from ..finalizers import when_gone
 from ..query import Condition, Position, Sort, is_after, matches, ordered
 from ..snapshot import Body
 from ..start_key import StartKey
@@ -51,6 +52,8 @@ class MemoryTaskStore(TaskStore):
         self._events = MemoryEvents()
         self.outbox: MemoryOutbox = MemoryOutbox(self._lock, self._tasks, self._write)
         self._secret = os.urandom(32)
+        # Bodies of tasks that wait are files; they go with the store, which nobody closes for good.
+        when_gone(self, _close_bodies, self._requests)
 
     def open(self) -> None:
         """There is nothing to open."""
@@ -277,6 +280,12 @@ class MemoryTaskStore(TaskStore):
         if task.user is None:
             return readers.anonymous
         return task.user == readers.user or not self._grants.get(task.id, frozenset()).isdisjoint(readers.granted)
+
+
+def _close_bodies(requests: Mapping[str, tuple[bytes, Body | None]]) -> None:
+    for _, body in requests.values():
+        if body is not None:
+            body.close()
 
 
 def _is_as_expected(task: AsyncRouteTask, expect: Expect) -> bool:

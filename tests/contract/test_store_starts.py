@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from flask_asyncroute.snapshot import Body
 from flask_asyncroute.start_key import StartKey
 from flask_asyncroute.states import TERMINAL, State
 from flask_asyncroute.stores.base import Expect, TaskStore
+from flask_asyncroute.stores.opening import make_store
 from flask_asyncroute.task import AsyncRouteTask
 
 NewTask = Callable[..., AsyncRouteTask]
@@ -204,3 +206,16 @@ def test_a70_of_many_at_once_no_more_than_the_quota_are_stored(store: TaskStore,
 
     assert at_once(16, add) == ["stored"] * 3 + ["too many"] * 13
     assert len(all_ids(store)) == 3
+
+
+def test_memory_that_is_dropped_closes_the_bodies_of_tasks_that_wait(
+    make_task: Callable[..., AsyncRouteTask], eventually: Callable[..., Any]
+) -> None:
+    """A large one is a file, which Python complains of that is collected open."""
+    store = make_store("memory://", "", "test", True)
+    body = Body([b"x" * 300_000])
+    file = body.open()
+    store.add(make_task(body_size=300_000), b"", body, ())
+    del store, body
+    gc.collect()
+    eventually(lambda: file.closed)
