@@ -68,9 +68,9 @@ def give_back(current: Request, captured: Snapshot, body: Body | None) -> None:
     current.__dict__["stream"] = io.BytesIO(captured.body or b"") if body is None else body.open()
 
 
-def plain_environ(current: Request) -> dict[str, Any]:
+def plain_environ(environ: Mapping[str, Any]) -> dict[str, Any]:
     """Return what there is to keep of a request's environ: its plain values, without those that tell of its body."""
-    return {key: value for key, value in current.environ.items() if type(value) in _KEPT and key not in _DROPPED}
+    return {key: value for key, value in environ.items() if type(value) in _KEPT and key not in _DROPPED}
 
 
 def capture(
@@ -83,7 +83,7 @@ def capture(
     :param drop: lower-case names of headers and cookies that must not be stored.
     :raises RequestRefused: for a body that is too large or incomplete, or a session or argument that cannot be stored.
     """
-    environ = plain_environ(current)
+    environ = plain_environ(current.environ)
     if drop:
         _drop_names(environ, drop)
     body = None

@@ -17,7 +17,7 @@ from ..runner import Runner
 from ..task import AsyncRouteTask
 from .asking import arguments
 from .event_ids import EventIds
-from .frames import HEARTBEAT, present, retry
+from .frames import retry
 from .negotiation import NO_STORE, VARY
 from .streams import MayRead, Stream
 
@@ -46,7 +46,7 @@ def task_events(runner: Runner, current: Request, task: AsyncRouteTask, caller: 
     )
     if task.state.is_terminal:
         return _answer(current, stream.whole())
-    return _answer(current, _placed(runner, stream, present(task)))
+    return _answer(current, _placed(runner, stream))
 
 
 def group_events(runner: Runner, current: Request, caller: Caller | None) -> Response:
@@ -64,7 +64,7 @@ def group_events(runner: Runner, current: Request, caller: Caller | None) -> Res
     stream = Stream(
         runner, ids, None, group, since, _age(runner, current), may, _looking(runner, current, _may_list_task)
     )
-    return _answer(current, _placed(runner, stream, HEARTBEAT))
+    return _answer(current, _placed(runner, stream))
 
 
 _HEADERS = {
@@ -79,14 +79,14 @@ def _answer(current: Request, body: Iterable[bytes]) -> Response:
     return Response(() if current.method == "HEAD" else body, 200, _HEADERS, content_type=CONTENT_TYPE)
 
 
-def _placed(runner: Runner, stream: Stream, look: bytes) -> Iterator[bytes]:
-    """Yield a stream where there is a place for it, else ``look`` alone.
+def _placed(runner: Runner, stream: Stream) -> Iterator[bytes]:
+    """Yield a stream where there is a place for it, else its beginning alone.
 
     The place is taken when the server begins to send, not before: what the app's own functions do with a response until
     then, failing or answering with another, must not cost one.
     """
     if not runner.places.take():
-        yield look
+        yield stream.beginning()
         yield retry(FULL_RETRY_MS)
         return
     try:
@@ -121,10 +121,10 @@ def _looking(
 ) -> Callable[[], MayRead]:
     """Return what looks the caller up again, in the request as it was."""
     app = cast(Flask, current_app._get_current_object())  # type: ignore[attr-defined]
-    environ = plain_environ(current)
+    environ = current.environ  # the server holds it as long as the stream; a copy would be one more of each
 
     def look() -> MayRead:
-        with context.again(app, environ):
+        with context.again(app, plain_environ(environ)):
             return partial(may, runner, runner.dispatcher.caller())
 
     return look

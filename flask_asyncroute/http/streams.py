@@ -51,11 +51,15 @@ class Stream:
     may_read: MayRead
     look_up: Callable[[], MayRead]
 
+    def beginning(self) -> bytes:
+        """Return what a client is given first that has nothing yet: the task as it is; of a group a sign of life."""
+        return HEARTBEAT if self.task is None else present(self.task)
+
     def whole(self) -> Iterator[bytes]:
         """Yield all that there is of a finished task."""
         assert self.task is not None
         if self.since is None:
-            yield present(self.task)
+            yield self.beginning()
         since, has_more = self.since or 0, True
         while has_more:
             data, since, _, has_more = self._read(since)
@@ -80,7 +84,7 @@ class Stream:
         with self.runner.notifier.following(None if self.task is None else self.task.id) as news:
             if since is None:
                 since = self.runner.store.newest() if self.task is None else 0
-                yield HEARTBEAT if self.task is None else present(self.task)
+                yield self.beginning()
             while True:
                 news.clear()
                 data, since, is_over, has_more = self._read(since)
