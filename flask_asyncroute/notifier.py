@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 from . import signals
 from .finalizers import when_gone
@@ -38,6 +37,48 @@ IDLE_SECONDS = 60.0
 Hear = Callable[[AsyncRouteTask], None]
 
 
+class Follower:
+    """One who waits for news, while it is used as a context manager: ``clear`` it, read the store, ``wait``, and so on.
+
+    A lock that is free where there is news: a `threading.Event` would be a kilobyte more for each stream. One thread waits.
+    """
+
+    __slots__ = ("_news", "_notifier", "_task_id")
+
+    def __init__(self, notifier: Notifier, task_id: str | None) -> None:
+        self._notifier = notifier
+        self._task_id = task_id
+        self._news = threading.Lock()
+
+    def __enter__(self) -> Self:
+        """Begin.
+
+        :raises StoreUnavailable: where the store cannot be read.
+        """
+        self._notifier._add(self, self._task_id)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End."""
+        self._notifier._remove(self, self._task_id)
+
+    def clear(self) -> None:
+        """Forget what was told so far."""
+        self._news.acquire(blocking=False)
+
+    def wait(self, seconds: float | None) -> bool:
+        """Wait until there is something new since the last `clear` or wait; return whether there is.
+
+        :param seconds: at most so many; None: without end.
+        """
+        return self._news.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
+
+    def tell(self) -> None:
+        """Have it know that there is something new. By one thread at a time."""
+        if self._news.locked():
+            self._news.release()
+
+
 class Notifier(Loop):
     """Passes on that tasks have changed. Thread-safe; one per process and app.
 
@@ -53,7 +94,7 @@ class Notifier(Loop):
         self._hear = hear
         self._is_server_ending = is_server_ending
         self._who_waits = threading.Lock()
-        self._waiting: dict[str | None, list[threading.Event]] = {}
+        self._waiting: dict[str | None, set[Follower]] = {}
         self._watching = 0
         self._is_polling = False
         self._since = 0
@@ -111,29 +152,32 @@ class Notifier(Loop):
         with self._who_waits:
             self._watching -= 1
 
-    @contextmanager
-    def following(self, task_id: str | None = None) -> Iterator[threading.Event]:
-        """Give an event that is set whenever there is something new: of one task, or of any (None).
+    def following(self, task_id: str | None = None) -> Follower:
+        """Return what is told whenever there is something new: of one task, or of any (None).
 
-        It is set too when nobody is to wait any more (:attr:`is_over`). Clear it, read the store, wait for it, and so on.
-
-        :raises StoreUnavailable: where the store cannot be read.
+        It is told too when nobody is to wait any more (:attr:`is_over`).
         """
-        news = threading.Event()
+        return Follower(self, task_id)
+
+    def _add(self, follower: Follower, task_id: str | None) -> None:
         with self._who_waits:
-            self._waiting.setdefault(task_id, []).append(news)
+            self._waiting.setdefault(task_id, set()).add(follower)
         try:
             self._begin()
-            try:
-                yield news
-            finally:
-                self._end()
-        finally:
-            with self._who_waits:
-                events = self._waiting[task_id]
-                events.remove(news)
-                if not events:
-                    del self._waiting[task_id]
+        except BaseException:
+            self._forget(follower, task_id)
+            raise
+
+    def _remove(self, follower: Follower, task_id: str | None) -> None:
+        self._end()
+        self._forget(follower, task_id)
+
+    def _forget(self, follower: Follower, task_id: str | None) -> None:
+        with self._who_waits:
+            followers = self._waiting[task_id]
+            followers.remove(follower)
+            if not followers:
+                del self._waiting[task_id]
 
     def wait(
         self, task_id: str, is_enough: Callable[[AsyncRouteTask], bool], timeout: float | None
@@ -157,9 +201,9 @@ class Notifier(Loop):
         """Have all who wait come to an end at once, now and from now on."""
         self.is_over = True
         with self._who_waits:
-            for events in self._waiting.values():
-                for event in events:
-                    event.set()
+            for followers in self._waiting.values():
+                for follower in followers:
+                    follower.tell()
 
     def close(self) -> None:
         """End the watcher thread, and all who wait."""
@@ -179,8 +223,8 @@ class Notifier(Loop):
     def _tell(self, task_id: str) -> None:
         if task_id in self._waiting or None in self._waiting:
             with self._who_waits:
-                for event in (*self._waiting.get(task_id, ()), *self._waiting.get(None, ())):
-                    event.set()
+                for follower in (*self._waiting.get(task_id, ()), *self._waiting.get(None, ())):
+                    follower.tell()
 
     def _poll(self) -> None:
         """Pass on what is new; called by the watcher thread alone."""

@@ -17,7 +17,7 @@ from ..runner import Runner
 from ..task import AsyncRouteTask
 from .asking import arguments
 from .event_ids import EventIds
-from .frames import retry
+from .frames import HEARTBEAT, present, retry
 from .negotiation import NO_STORE, VARY
 from .streams import MayRead, Stream
 
@@ -41,9 +41,8 @@ def task_events(runner: Runner, current: Request, task: AsyncRouteTask, caller: 
     if task.state.is_terminal and task.completed_change is not None and (since or 0) >= task.completed_change:
         return Response(status=204, headers=_HEADERS)
     may = partial(_may_read_task, runner, caller)
-    stream = Stream(
-        runner, ids, task, None, since, _age(runner, current), may, _looking(runner, current, _may_read_task)
-    )
+    looking = _looking(runner, current, _may_read_task)
+    stream = Stream(runner, ids, task.id, None, since, present(task), task.change, _age(runner, current), may, looking)
     if task.state.is_terminal:
         return _answer(current, stream.whole())
     return _answer(current, _placed(runner, stream))
@@ -61,9 +60,8 @@ def group_events(runner: Runner, current: Request, caller: Caller | None) -> Res
     since = _last(current, ids, runner, None)
     may = partial(_may_list_task, runner, caller)
     group = groups[0] if groups else None
-    stream = Stream(
-        runner, ids, None, group, since, _age(runner, current), may, _looking(runner, current, _may_list_task)
-    )
+    looking = _looking(runner, current, _may_list_task)
+    stream = Stream(runner, ids, None, group, since, HEARTBEAT, 0, _age(runner, current), may, looking)
     return _answer(current, _placed(runner, stream))
 
 
@@ -86,7 +84,7 @@ def _placed(runner: Runner, stream: Stream) -> Iterator[bytes]:
     then, failing or answering with another, must not cost one.
     """
     if not runner.places.take():
-        yield stream.beginning()
+        yield stream.beginning
         yield retry(FULL_RETRY_MS)
         return
     try:

@@ -17,7 +17,7 @@ from ..runner import Runner
 from ..stores.events import PROGRESS, STATE, Event
 from ..task import AsyncRouteTask
 from .event_ids import EventIds
-from .frames import HEARTBEAT, frame, present, retry
+from .frames import HEARTBEAT, frame, retry
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -33,33 +33,32 @@ MayRead = Callable[[AsyncRouteTask], bool]
 
 @dataclass(slots=True)
 class Stream:
-    """What one client is sent. Of one thread.
+    """What one client is sent. Of one thread. There may be hundreds, so it holds no more than it needs.
 
-    :param task: the one whose stream it is; None: that of a group.
+    :param task_id: of the task whose stream it is; None: that of a group.
     :param group: all tasks of this group; None: of all groups.
     :param since: the change number of the last event that the client has; None: it begins.
+    :param beginning: what a client is given first that has nothing yet.
+    :param known: the change number of the task as `beginning` tells of it.
     :param seconds: until it ends by itself.
     :param look_up: returns, looked up again, whether the caller may read a task.
     """
 
     runner: Runner
     ids: EventIds
-    task: AsyncRouteTask | None
+    task_id: str | None
     group: str | None
     since: int | None
+    beginning: bytes
+    known: int
     seconds: float
     may_read: MayRead
     look_up: Callable[[], MayRead]
 
-    def beginning(self) -> bytes:
-        """Return what a client is given first that has nothing yet: the task as it is; of a group a sign of life."""
-        return HEARTBEAT if self.task is None else present(self.task)
-
     def whole(self) -> Iterator[bytes]:
         """Yield all that there is of a finished task."""
-        assert self.task is not None
         if self.since is None:
-            yield self.beginning()
+            yield self.beginning
         since, has_more = self.since or 0, True
         while has_more:
             data, since, _, has_more = self._read(since)
@@ -81,15 +80,17 @@ class Stream:
         look_at = now + LOOK_AGAIN_SECONDS
         beat_at = now + HEARTBEAT_SECONDS
         since = self.since
-        with self.runner.notifier.following(None if self.task is None else self.task.id) as news:
+        with self.runner.notifier.following(self.task_id) as news:
             if since is None:
-                since = self.runner.store.newest() if self.task is None else 0
-                yield self.beginning()
+                since = self.runner.store.newest() if self.task_id is None else 0
+                yield self.beginning
+                self.beginning = b""
             while True:
                 news.clear()
                 data, since, is_over, has_more = self._read(since)
                 if data:
                     yield data
+                    del data  # not to be held until the next
                     beat_at = time.monotonic() + HEARTBEAT_SECONDS
                 if is_over:
                     return
@@ -106,7 +107,7 @@ class Stream:
                         logger.warning("A stream of events ended early: %s", error)
                         yield retry(RETRY_MS)
                         return
-                    if self.task is not None and not self._is_there(self.task.id):
+                    if self.task_id is not None and not self._is_there(self.task_id):
                         return
                 if now >= beat_at:
                     beat_at = now + HEARTBEAT_SECONDS
@@ -118,15 +119,14 @@ class Stream:
         """Return the next events as they are sent, the number they go up to, whether the task's end is among them, and
         whether there is more already.
         """
-        task_id = None if self.task is None else self.task.id
-        found = self.runner.store.events(since, PAGE, task_id, self.group)
+        found = self.runner.store.events(since, PAGE, self.task_id, self.group)
         fit = [event for event in found.events if not self._is_known(event) and self.may_read(event.task)]
-        is_over = task_id is not None and any(_is_end(event) for event in found.events)
+        is_over = self.task_id is not None and any(_is_end(event) for event in found.events)
         return b"".join(frame(event, self.ids) for event in fit), found.change, is_over, len(found.events) == PAGE
 
     def _is_known(self, event: Event) -> bool:
         """Return whether a client that has just been given the task as it is knows of this by that."""
-        if self.task is None or self.since is not None or event.change > self.task.change:
+        if self.task_id is None or self.since is not None or event.change > self.known:
             return False
         return event.name in (STATE, PROGRESS) and not _is_end(event)
 
