@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from flask import Response
@@ -17,6 +17,9 @@ from werkzeug.http import parse_list_header, parse_options_header
 
 from ..encoding import CONTENT_TYPES, clean_text, encode_json, encode_xml, encode_yaml
 from ..errors import NotAcceptable
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "application/json": (),
@@ -31,6 +34,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
 NO_STORE = "no-store"
 VARY = "Accept, Authorization, Cookie"
 """Of every answer, streams included: it is for whoever asked, and for nobody after."""
+
+_URLS = ("location", "content-location")
+_PLAIN_URL = re.compile(r"[A-Za-z0-9_./?=&-]*")
+"""In which nothing has to be escaped."""
 
 _WEIGHT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 """Wider than RFC 9110: Java's own client sends ``*; q=.2`` where it is not told otherwise."""
@@ -86,7 +93,21 @@ def render(
     add("Vary", VARY)
     for name, value in headers or ():
         add(name, value)
-    return Response([body], status, fields)
+    return _Answer([body], status, fields)
+
+
+class _Answer(Response):
+    def get_wsgi_headers(self, environ: WSGIEnvironment) -> Headers:
+        # Werkzeug copies them here, for a URL that must be made one, and for a length that is missing or must not be sent.
+        # Most answers have none of that, and the copy would be an eighth of what a start takes.
+        has_length = False
+        if self.status_code in (200, 202):
+            for name, value in self.headers:
+                key = name.lower()
+                has_length = has_length or key == "content-length"
+                if key in _URLS and not _PLAIN_URL.fullmatch(value):
+                    return super().get_wsgi_headers(environ)
+        return self.headers if has_length else super().get_wsgi_headers(environ)
 
 
 def etag_suffix(media_type: str) -> str:

@@ -175,6 +175,25 @@ class TestRender:
         assert "Set-Cookie" in answer.headers
         assert answer.headers.getlist("Vary") == ["Accept, Authorization, Cookie"]
 
+    @pytest.mark.parametrize("status", [200, 202, 404])
+    def test_what_the_app_does_with_an_answer_is_sent(self, status):
+        """Such as a hook that makes it smaller, or sends the client elsewhere."""
+        app = Flask(__name__)
+        app.add_url_rule("/", view_func=lambda: render(DOCUMENT, JSON, "AsyncRouteTask", status))
+
+        @app.after_request
+        def change(answer):
+            answer.response = [b"{}"]
+            del answer.headers["Content-Length"]
+            answer.headers["content-location"] = "/é/"
+            answer.location = "/a b"
+            return answer
+
+        answer = app.test_client().get("/")
+        assert answer.headers["Content-Length"] == "2"
+        assert answer.headers.getlist("Content-Location") == ["/%C3%A9/"]
+        assert answer.headers.getlist("Location") == ["/a%20b"]
+
     def test_head_has_the_length_and_no_body(self, client):
         answer = client.head("/task/1")
         assert answer.data == b""
