@@ -238,7 +238,7 @@ def test_a_change_of_another_process_ends_a_wait(
     ours.add(make_task(), b"", None, ())
     notifier = make_notifier(ours)
     waiter = Waiter(notifier)
-    eventually(lambda: notifier._watching)
+    eventually(lambda: notifier._is_polling)
     before = time.monotonic()
     aborted = abort(theirs)
     assert waiter.join() == aborted
@@ -288,7 +288,7 @@ def test_f21_a_store_that_cannot_be_read_for_a_while_ends_no_watching(
     ours.add(make_task(), b"", None, ())
     notifier = make_notifier(ours)
     waiter = Waiter(notifier)
-    eventually(lambda: notifier._watching)
+    eventually(lambda: notifier._is_polling)
     failed = threading.Event()
 
     def fail(since: int) -> News:
@@ -346,7 +346,7 @@ def test_a_listener_that_raises_keeps_nobody_from_hearing(
 
     notifier = make_notifier(ours, listen)
     waiter = Waiter(notifier, timeout=3)
-    eventually(lambda: notifier._watching)
+    eventually(lambda: notifier._is_polling)
     pause, news = threading.Event(), ours.news
     with pytest.MonkeyPatch.context() as patched:
         # Have all three come in one look.
