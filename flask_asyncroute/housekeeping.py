@@ -59,7 +59,7 @@ class Housekeeper(Loop):
         self._dispatcher = dispatcher
         self._report_after = 0.0
         """When the store is to be tried again with progress; there is no hurry with it."""
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[_Call] = deque()
         self._jobs = [Job(interval, self._sweep), *jobs]
 
     def call(self, work: Callable[[], None]) -> threading.Event:
@@ -67,26 +67,19 @@ class Housekeeper(Loop):
 
         Where there is no thread it is done here and now.
         """
-        done = threading.Event()
-
-        def do() -> None:
-            try:
-                work()
-            finally:
-                done.set()
-
+        call = _Call(work)
         if self.is_running:
-            self._calls.append(do)
+            self._calls.append(call)
             self.wake()
         else:
-            do()
-        return done
+            call()
+        return call.done
 
     def _step(self) -> float:
         """Do what is due; return in how many seconds to look again."""
         works: list[Callable[[], float]] = []
         works += [partial(self._report, execution) for execution, _ in list(self._dispatcher.running.values())]
-        works += [partial(self._do, self._calls.popleft()) for _ in range(len(self._calls))]
+        works += [self._calls.popleft().do for _ in range(len(self._calls))]
         works.append(lambda: self._lifecycle.unwritten.retry(time.monotonic()))
         works += [job.do for job in self._jobs]
         due = min([time.monotonic() + LONGEST_SLEEP, *(work() for work in works)])
@@ -117,14 +110,6 @@ class Housekeeper(Loop):
             return now + 1.0
         return math.inf
 
-    @staticmethod
-    def _do(work: Callable[[], None]) -> float:
-        try:
-            work()
-        except Exception:
-            logger.exception("Housekeeping (%s) failed.", getattr(work, "__name__", work))
-        return math.inf
-
     def _sweep(self) -> None:
         """Remove tasks whose retention is over."""
         while True:
@@ -133,6 +118,27 @@ class Housekeeper(Loop):
                 self._lifecycle.purge(task_id)
             if len(outlived) < PAGE:
                 return
+
+
+class _Call:
+    """Work that is done once."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self.done = threading.Event()
+
+    def __call__(self) -> None:
+        try:
+            self._work()
+        finally:
+            self.done.set()
+
+    def do(self) -> float:
+        try:
+            self()
+        except Exception:
+            logger.exception("Housekeeping (%s) failed.", _name(self._work))
+        return math.inf
 
 
 class Job:
@@ -149,6 +155,11 @@ class Job:
             try:
                 self.work()
             except Exception:
-                logger.exception("Housekeeping (%s) failed; it is tried again.", self.work.__name__)
+                logger.exception("Housekeeping (%s) failed; it is tried again.", _name(self.work))
             self.due = time.monotonic() + self.seconds
         return self.due
+
+
+def _name(work: Callable[[], None]) -> str:
+    """Return the name of a function, of a partial that of what it calls."""
+    return str(getattr(getattr(work, "func", work), "__name__", work))

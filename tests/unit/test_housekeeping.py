@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -448,6 +449,19 @@ def test_a_sweep_that_fails_is_logged_and_tried_again(
 
 
 # --- the thread -------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_fails_is_logged_by_its_name_and_is_over(
+    make_keeper: MakeKeeper, caplog: pytest.LogCaptureFixture
+) -> None:
+    def settle_up(account: str) -> None:
+        raise ValueError(account)
+
+    keeper = make_keeper()
+    keeper.start()
+    assert keeper.call(partial(settle_up, "empty")).wait(5)
+    keeper.close()
+    assert "Housekeeping (settle_up) failed." in caplog.text and "ValueError: empty" in caplog.text
 
 
 def test_the_thread_starts_once_and_when_asked(make_keeper: MakeKeeper) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
-from sqlalchemy import bindparam, case, delete, func, insert, literal_column, null, select, update
+from sqlalchemy import bindparam, delete, func, insert, literal_column, null, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from ...delivery import NOT_STARTED, PENDING, RUNNING, Delivery
@@ -61,8 +61,9 @@ class SQLOutbox(Outbox):
         )  # fmt: skip
         self._make_due = compiled(update(callbacks).where(is_row).values(due_us=AT_ONCE))
         self._drop = compiled(delete(callbacks).where(is_row))
-        self._first = compiled(
-            select(func.min(case((is_due, literal_column(str(AT_ONCE))), else_=callbacks.c.due_us))).where(waits)
+        # Either end of the index, however many there are.
+        self._ends = compiled(
+            select(*(select(end(callbacks.c.due_us)).where(waits).scalar_subquery() for end in (func.min, func.max)))
         )
         self._held = compiled(
             select(callbacks.c.host, func.count()).where(in_namespace, is_held).group_by(callbacks.c.host)
@@ -130,8 +131,10 @@ class SQLOutbox(Outbox):
         run(cursor, self._drop, ns=self._key(), task_id=task_id)
 
     def next_due(self, now_us: int) -> int | None:
-        row = self._database.fetch_one(self._first.sql, self._first.values(ns=self._key(), now=now_us))
-        return None if row is None or row[0] is None else int(row[0])
+        first, last = self._database.fetch_one(self._ends.sql, self._ends.values(ns=self._key()))
+        if first is None:
+            return None
+        return AT_ONCE if first <= now_us or last > now_us + LONGEST_US else int(first)
 
     def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
         ns = self._key()
