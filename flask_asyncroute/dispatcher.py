@@ -36,6 +36,7 @@ from .lifecycle import Lifecycle
 from .pace import Pace
 from .permissions import Caller
 from .registry import Route
+from .removal import seconds_since_end
 from .start_key import StartKey
 from .states import State
 from .stores.base import TaskStore
@@ -168,7 +169,7 @@ class Dispatcher:
             return
         if run is not None:
             execution, executor = run
-            execution.ask_to_stop()
+            execution.ask_to_stop(ago=seconds_since_end(task))
             if task.stopping:
                 executor.abandon(task.id)
             return

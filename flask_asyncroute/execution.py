@@ -88,10 +88,11 @@ class Execution:
         self.epoch = epoch
         self.deadline = None if seconds is None else time.monotonic() + seconds
 
-    def ask_to_stop(self, within: float = math.inf) -> bool:
+    def ask_to_stop(self, within: float = math.inf, ago: float = 0.0) -> bool:
         """Ask the view to stop; return whether this was the first time. What can be cancelled is, at once.
 
         :param within: seconds after which to interrupt at the latest, where that is done at all.
+        :param ago: seconds since the task was stopped; the view has so much less until it is interrupted.
         """
         with self._lock:
             is_first = not self.stop.is_set()
@@ -102,7 +103,7 @@ class Execution:
             self._climb = None
             cancel = self._cancel
             if cancel is None and self._interrupt_after is not None:
-                self.interrupt_at = time.monotonic() + min(self._interrupt_after, within)
+                self.interrupt_at = time.monotonic() + max(min(self._interrupt_after, within) - ago, 0.0)
         if cancel is not None:
             cancel()
         self._wake()

@@ -252,10 +252,10 @@ class AsyncRoute:
         """Have the callback of a finished task sent once more, with the same ``webhook-id``; return the task.
 
         Its attempts are counted anew. Header values that came from the request are gone with the last attempt; those that
-        the route gives literally are sent again. One that is being sent at this moment is left as it is.
+        the route gives literally are sent again.
 
         :raises TaskNotFound: for an unknown id.
-        :raises TaskUnfinished: while the task has not ended.
+        :raises TaskUnfinished: while the task has not ended, or its callback is being sent at this moment.
         :raises CallbackRefused: where the task has no callback.
         """
         task = self.get(task_id)

@@ -21,6 +21,7 @@ from .errors import StoreUnavailable
 from .execution import Execution
 from .lifecycle import Lifecycle
 from .loop import Loop
+from .removal import HEARD_SECONDS
 from .stores.base import TaskStore
 from .task import now_us
 
@@ -34,6 +35,7 @@ REPORT_SECONDS = 0.1
 LONGEST_SLEEP = 30.0
 STORE_RETRY_SECONDS = 1.0
 PAGE = 500
+HEARD_US = int(HEARD_SECONDS * 1_000_000)
 
 
 class Housekeeper(Loop):
@@ -113,7 +115,7 @@ class Housekeeper(Loop):
     def _sweep(self) -> None:
         """Remove tasks whose retention is over."""
         while True:
-            outlived = self._store.outlived(now_us(), PAGE)
+            outlived = self._store.outlived(now_us() - HEARD_US, PAGE)
             for task_id in outlived:
                 self._lifecycle.purge(task_id)
             if len(outlived) < PAGE:
@@ -142,18 +144,27 @@ class _Call:
 
 
 class Job:
-    """Work that is done every so many seconds; it may raise, and is then done again at its time."""
+    """Work that is done every so many seconds; it may raise, and is then done again at its time.
+
+    That the store is away is logged once, until the work is done again: it is known by then, and may last.
+    """
 
     def __init__(self, seconds: float, work: Callable[[], None]) -> None:
         self.seconds = seconds
         self.work = work
         self.due = time.monotonic() + seconds
+        self._is_held_up = False
 
     def do(self) -> float:
         """Do it, if it is time to; return when the next is."""
         if self.due <= time.monotonic():
             try:
                 self.work()
+                self._is_held_up = False
+            except StoreUnavailable as error:
+                if not self._is_held_up:
+                    logger.error("Housekeeping (%s) waits for the store: %s", _name(self.work), error)
+                self._is_held_up = True
             except Exception:
                 logger.exception("Housekeeping (%s) failed; it is tried again.", _name(self.work))
             self.due = time.monotonic() + self.seconds

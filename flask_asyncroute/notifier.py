@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from . import signals
+from .errors import StoreUnavailable
 from .finalizers import when_gone
 from .loop import Loop
 from .stores.base import Listener, TaskStore
@@ -102,6 +103,8 @@ class Notifier(Loop):
         self._rested_at = 0.0
         self._listener: Listener | None = None
         self._has_asked = False
+        self._is_held_up = False
+        """Whether the store is away, which is logged once."""
         self.is_over = False
         """Whether nobody is to wait any more: this process is about to exit."""
         # Weak, unlike other receivers: the signals must not keep this object alive once its app is gone.
@@ -259,6 +262,14 @@ class Notifier(Loop):
             return self._rested_at - now
         try:
             self._poll()
+            self._is_held_up = False
+        except StoreUnavailable as error:
+            if not self._is_held_up:
+                logger.error(
+                    "The watcher waits for the store, and hears nothing of other processes until then: %s", error
+                )
+            self._is_held_up = True
+            return 1.0
         except Exception:
             logger.exception("The watcher could not read what is new; it tries again.")
             return 1.0

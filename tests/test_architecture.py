@@ -32,6 +32,7 @@ ROOMS = """
     stores
     presence unwritten
     lifecycle state
+    removal
     notifier scheduler
     executors
     callbacks

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import signals
 from ..config import Config
-from ..delivery import COMPLETED, FAILED, RUNNING
+from ..delivery import COMPLETED, FAILED, NOT_STARTED, RUNNING
 from ..encoding import CONTENT_TYPES
 from ..errors import CallbackRefused, CommitUnknown, TaskUnfinished
 from ..lifecycle import Lifecycle
@@ -77,7 +77,7 @@ class Sender:
         """Have the callback of a finished task sent once more; return the task as it is then, None where it was removed.
 
         :param callback: of its route, where that is still there.
-        :raises TaskUnfinished: while it has not ended.
+        :raises TaskUnfinished: while it has not ended, or its callback is being sent.
         :raises CallbackRefused: where it has no callback.
         """
         from .resolving import literal_headers
@@ -89,6 +89,8 @@ class Sender:
                 "The callback is sent when the task has ended; it still runs or waits.", task_id=task.id
             )
         renewed = self._outbox.redeliver(task.id, {} if callback is None else literal_headers(callback))
+        if renewed is not None and renewed.callback_state != NOT_STARTED:
+            raise TaskUnfinished("The callback is being sent at this moment; try again in a minute.", task_id=task.id)
         if renewed is not None:
             self._lifecycle.tell(None, renewed)
         return renewed

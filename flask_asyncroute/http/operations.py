@@ -15,6 +15,7 @@ from ..encoding import MEDIA_TYPES
 from ..errors import NotPermitted, RequestRefused, TaskFailed, TaskFinished, TaskUnfinished
 from ..permissions import Caller, may_read, may_write
 from ..query import open_cursor, position_of, seal_cursor
+from ..removal import purge
 from ..runner import Runner
 from ..runtime import EXTENSION, current_runtime, runtime_of
 from ..states import State
@@ -155,20 +156,8 @@ def stop(runner: Runner, task_id: str | None) -> Response:
         raise NotPermitted("You may read this task and not stop it.", task_id=task.id)
     if not is_purge:
         return task_answer(runner.dispatcher.stop(task), runner.dispatcher.pace, media_type)
-    if not runner.lifecycle.purge(task.id):
-        current = runner.store.get(task.id)
-        if current is None:
-            raise unknown(task.id)
-        raise TaskUnfinished(
-            "Only a task whose code has ended can be removed: "
-            + (
-                "its code is still stopping."
-                if current.is_completed
-                else f"its State is {current.state}; stop it first."
-            ),
-            task_id=task.id,
-            retry_after=1,
-        )
+    if not purge(runner.store, runner.lifecycle, task):
+        raise unknown(task.id)
     return render(b"", media_type, "", 204)
 
 

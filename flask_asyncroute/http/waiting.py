@@ -16,8 +16,8 @@ from ..runner import Runner
 from ..task import AsyncRouteTask
 from .asking import arguments
 
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
-_WHOLE_SECONDS = re.compile(r"[0-9]{1,9}")
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?")
+_WHOLE_SECONDS = re.compile(r"[0-9]+")
 
 
 def asked_wait(request: Request, longest: float) -> float:

@@ -111,7 +111,6 @@ def test_a49_a_body_cut_short(echo: Flow, arrived: int, is_terminated: bool, con
     assert echo.query() == []
 
 
-@pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning")  # Werkzeug's own
 @pytest.mark.parametrize("is_terminated", [True, False])
 @pytest.mark.parametrize("read", ["form", "data", "get_json", "get_data"])
 @pytest.mark.parametrize("content_type", [BOUNDARY, "application/x-www-form-urlencoded", "application/octet-stream"])
@@ -176,7 +175,6 @@ FORMS = [(BOUNDARY, PART), ("application/x-www-form-urlencoded", b"a=1&b=2222222
 @who_asks
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize(("content_type", "data"), FORMS)
-@pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning")  # Werkzeug's own
 def test_a49_a_body_cut_short_that_our_own_asking_has_read(
     make_flow: MakeFlow, asked: str, read: str, content_type: str, data: bytes
 ) -> None:

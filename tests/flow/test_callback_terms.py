@@ -374,12 +374,43 @@ def test_a_body_over_one_mebibyte(make_flow: MakeFlow, receiver: Receiver) -> No
 
 
 @pytest.mark.parametrize(
-    "data", [b"{", b"nonsense", b"[" * 100_000, b'{"callbackUrl": "\xff"}', b'{"callbackUrl": NaN}']
+    "data", [b"{", b"nonsense", b"[" * 100_000, b'{"callbackUrl": "\xff"}', b"9" * 5000, b'{"callbackUrl": 1e9']
 )
 def test_a45_a_body_that_is_no_json(make_flow: MakeFlow, data: bytes) -> None:
     flow = make_flow()
     flow.route(callback=Callback())(lambda: None)
     assert "JSON" in refused(flow, data=data, content_type="application/json")
+
+
+@pytest.mark.parametrize(
+    "document", ['{"name": "\\ud800"%s}', '{"x": NaN%s}', '{"x": 1e999%s}', '\ufeff{"x": 1%s}', '{"x": 1, "x": 2%s}']
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_what_flask_takes_for_json_is_taken(
+    make_flow: MakeFlow, receiver: Receiver, document: str, encoding: str
+) -> None:
+    """What is odd is in a field that the callback is not about."""
+    if encoding == "utf-16":
+        document = document.removeprefix("\ufeff")  # it puts one there by itself
+    flow = make_flow(ASYNCROUTE_CALLBACK_ALLOWED_HOSTS=["127.0.0.0/8"])
+
+    @flow.route(callback=Callback())
+    def work() -> Any:
+        return sorted(request.get_json())
+
+    for more in "", f', "callbackUrl": "{receiver.url}"':
+        task = flow.start(data=(document % more).encode(encoding), content_type="application/json")
+        assert flow.ended(task)["State"] == "Completed"
+        assert ("CallbackSettings" in task) == bool(more)
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"callbackUrl": NaN}', b'{"callbackUrl": "http://a.example/\\ud800"}', b'{"callbackUrl": "\\udfff"}']
+)
+def test_an_oddity_in_the_url_is_refused(make_flow: MakeFlow, data: bytes) -> None:
+    flow = make_flow()
+    flow.route(callback=Callback())(lambda: None)
+    assert "URL" in refused(flow, data=data, content_type="application/json")
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,22 @@ def test_what_cannot_be_sent_once_more_says_why(make_served: Callable[..., Flask
             async_routes.redeliver("unknown")
 
 
+def test_one_that_is_being_sent_is_not_sent_once_more(
+    make_served: Callable[..., Flask], httpserver: HTTPServer, eventually: Eventually, gate: Any
+) -> None:
+    """Nothing would come of it: what the attempt leads to is written over it."""
+    httpserver.expect_request("/slow").respond_with_handler(
+        lambda request: Response(status=204 if gate.wait(10) else 500)
+    )
+    app = make_served(Callback())
+    task_id = start(app, callbackUrl=httpserver.url_for("/slow")).json["Id"]
+    eventually(lambda: info(app, task_id)["State"] == "Running")
+    with app.app_context(), pytest.raises(TaskUnfinished, match="is being sent"):
+        routes_of(app).redeliver(task_id)
+    gate.set()
+    eventually(lambda: info(app, task_id)["State"] == "Completed")
+
+
 def test_one_that_has_not_ended_is_not_sent(make_app: MakeApp, gate: Any) -> None:
     app = make_app(ASYNCROUTE_STORE="memory://")
     async_routes = AsyncRoute(app)

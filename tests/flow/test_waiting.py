@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from flask import Flask
 from flask_asyncroute import AsyncRoute, State, current_task
 from flask_asyncroute.errors import StoreUnavailable
 from flask_asyncroute.runtime import runtime_of
+
+from .streaming import read, told
 
 MakeApp = Callable[..., Flask]
 Eventually = Callable[..., Any]
@@ -34,7 +37,7 @@ def serve(make_app: MakeApp, gate_of: Callable[[Flask], threading.Event]) -> Cal
         async_routes = AsyncRoute(app)
         gate = gate_of(app)
 
-        @async_routes.route("/work", methods=["PUT"], max_workers=8)
+        @async_routes.route("/work", methods=["PUT"], max_workers=8, sse=True)
         def work() -> str:
             gate.wait(20)
             current_task.set_progress(50, "half")
@@ -126,9 +129,10 @@ def test_when_the_time_is_up_the_task_is_told_as_it_is(serve: Callable[..., Flas
 def test_no_wait_is_longer_than_the_app_allows(serve: Callable[..., Flask]) -> None:
     app = serve(ASYNCROUTE_MAX_WAIT=0.1)
     began = time.monotonic()
-    answer = start(app, Prefer="wait=999999999")
-    assert answer.status_code == 202
-    app.test_client().get(f"/task/{answer.json['Id']}?wait=999999999")
+    answer = start(app, Prefer=f"wait={'9' * 400}")
+    assert answer.status_code == 202 and answer.headers["Preference-Applied"] == "wait=0"
+    for seconds in ("999999999", "9" * 400, f"0.{'9' * 400}"):
+        app.test_client().get(f"/task/{answer.json['Id']}?wait={seconds}")
     assert time.monotonic() - began < 5
 
 
@@ -208,6 +212,34 @@ def test_a_task_that_is_removed_meanwhile_is_unknown(
         assert runner.notifier.wait(task_id, lambda task: task.state is State.COMPLETED, 5)
     eventually(lambda: runner.lifecycle.purge(task_id))
     assert client.get(f"/task/{task_id}?wait=1").status_code == 404
+
+
+@pytest.mark.parametrize("way", ["wait", "stream"])
+def test_a_purge_right_after_a_stop_hides_the_end_from_nobody_elsewhere(
+    serve: Callable[..., Flask],
+    gate_of: Any,
+    eventually: Eventually,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """Whoever follows in another process reads that the task ended before it is gone."""
+    monkeypatch.setattr("flask_asyncroute.notifier.POLL_SECONDS", 0.2)
+    ours, theirs = (serve(f"sqlite:///{tmp_path}/shared.db") for _ in range(2))
+    task_id = start(theirs).json["Id"]
+    client = theirs.test_client()
+    eventually(lambda: client.get(f"/task/{task_id}").json["State"] == "Running")
+    reading = {
+        "wait": lambda: ours.test_client().get(f"/task/{task_id}?wait=20").json["State"],
+        "stream": lambda: told(read(ours.test_client(), f"/task/{task_id}/events"))[-1],
+    }
+    thread, found = in_background(reading[way])
+    eventually(lambda: runtime_of(ours).runner.notifier._is_polling)
+    assert client.delete(f"/task/{task_id}").status_code == 200
+    gate_of(theirs).set()
+    eventually(lambda: client.delete(f"/task/{task_id}?purge=true").status_code == 204)
+    thread.join(10)
+    assert found == ["Aborted"]
 
 
 def test_waits_end_with_the_server(serve: Callable[..., Flask], eventually: Eventually) -> None:

@@ -301,7 +301,7 @@ def test_f21_a_store_that_cannot_be_read_for_a_while_ends_no_watching(
         abort(theirs)
     ended = waiter.join()
     assert ended is not None and ended.is_completed
-    assert "tries again" in caplog.text
+    assert "The watcher waits for the store" in caplog.text and "not now" in caplog.text
 
 
 def test_a_store_that_cannot_be_read_at_the_beginning_is_an_error_of_who_waits(
