@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -232,6 +233,22 @@ def test_streams_over_http(tmp_path: Path, eventually: Eventually) -> None:
         with Connection(server.port) as connection:
             for method, status in (("HEAD", 200), ("GET", 200), ("GET", 200)):
                 assert connection.send(method, path).status == status
+
+
+def test_the_client_on_the_page_follows_a_task_through_two_streams(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first ends after a second, in the middle; what the view sends is printed once each."""
+    pytest.importorskip("sseclient")
+    page = Path("docs/howto/following.rst").read_text("utf-8")
+    names: dict[str, Any] = {}
+    (source,) = [block for block in page.split(".. code-block:: python") if "import SSEClient" in block]
+    exec(textwrap.dedent(source.partition("*What a view says.*")[0]), names)
+    with serve(tmp_path, "--threads", "4", stream_age=1) as server:
+        started = send(server.port, "PUT", "/burst/thread/990").json()
+        done = names["follow"](f"http://127.0.0.1:{server.port}/task/{started['Id']}/events")
+    assert done["State"] == "Completed"
+    assert capsys.readouterr().out.count("step {") == 990
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
