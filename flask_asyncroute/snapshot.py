@@ -202,12 +202,14 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
 
 
 def _parameter(key: str, text: str | None) -> str:
-    """Return a parameter of a Content-Disposition; what a quoted text cannot hold unchanged goes by RFC 2231."""
+    """Return a parameter of a Content-Disposition, quoted as browsers do (WHATWG HTML, "multipart/form-data"); what that
+    cannot hold unchanged goes by RFC 2231, which several Werkzeug take the outer quotation marks from.
+    """
     if text is None:
         return ""
-    if '"' in text or "%" in text or not text.isprintable():
+    if "%22" in text or not text.isprintable():
         return f"; {key}*=UTF-8''{quote(text, safe='', errors='surrogatepass')}"
-    escaped = text.replace("\\", "\\\\")
+    escaped = text.replace("\\", "\\\\").replace('"', "%22")
     return f'; {key}="{escaped}"'
 
 
