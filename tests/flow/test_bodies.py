@@ -5,6 +5,7 @@ A server may mark its input as terminated (gunicorn does): Werkzeug then takes w
 
 from __future__ import annotations
 
+import gc
 import io
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,19 @@ MakeFlow = Callable[..., Flow]
 CSV = b"a;b\n" * 10_000
 BOUNDARY = "multipart/form-data; boundary=B"
 PART = b'--B\r\nContent-Disposition: form-data; name="f"; filename="x"\r\n\r\n%s\r\n--B--\r\n' % CSV
+
+
+@pytest.fixture
+def left_open() -> Iterator[None]:
+    """Collect what is left open while the warning of it is expected, and not in whichever test comes later."""
+    yield
+    gc.collect()
+
+
+def leaves_files_open(test: Callable[..., None]) -> Callable[..., None]:
+    """Expect of a test that Werkzeug leaves the file of a form's part open where the rest of the form cannot be read."""
+    ignored = pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning")
+    return ignored(pytest.mark.usefixtures("left_open")(test))
 
 
 class Input(io.RawIOBase):
@@ -111,6 +125,7 @@ def test_a49_a_body_cut_short(echo: Flow, arrived: int, is_terminated: bool, con
     assert echo.query() == []
 
 
+@leaves_files_open
 @pytest.mark.parametrize("is_terminated", [True, False])
 @pytest.mark.parametrize("read", ["form", "data", "get_json", "get_data"])
 @pytest.mark.parametrize("content_type", [BOUNDARY, "application/x-www-form-urlencoded", "application/octet-stream"])
@@ -175,6 +190,7 @@ FORMS = [(BOUNDARY, PART), ("application/x-www-form-urlencoded", b"a=1&b=2222222
 @who_asks
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize(("content_type", "data"), FORMS)
+@leaves_files_open
 def test_a49_a_body_cut_short_that_our_own_asking_has_read(
     make_flow: MakeFlow, asked: str, read: str, content_type: str, data: bytes
 ) -> None:

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from flask import abort
+from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_asyncroute import Access, Permission, current_task
 from tests.flow.driving import Flow, assert_not_cached, loaded, problem
@@ -215,7 +216,7 @@ def test_a31_like_is_no_regular_expression(flow: Flow, tasks: dict[str, Any]) ->
     )
     begun = time.monotonic()
     flow.ids("filter[Error][LIKE]=" + "*a" * 8)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 0.2
     problem(flow.request("GET", "/tasks?filter[Error][LIKE]=" + "*a" * 9), 400, "invalid-query")
 
 
@@ -581,12 +582,14 @@ def test_a35_a38_floods_are_refused_fast(make_flow: MakeFlow, query: str) -> Non
     flow.request("GET", "/tasks")
     took = []
     for _ in range(3):
+        environ = EnvironBuilder(path="/tasks", query_string=query).get_environ()
+        # The app alone: a test client that quotes such a query takes longer than it does.
         begun = time.thread_time()
-        response = flow.request("GET", f"/tasks?{query}")
+        body, status, _ = run_wsgi_app(flow.app, environ, buffered=True)
         took.append(time.thread_time() - begun)
-    assert response.status_code == (200 if set(query) == {"&"} else 400)
-    assert min(took) < 0.3, took
-    assert len(response.data) < 5000
+    assert status[:3] == ("200" if set(query) == {"&"} else "400")
+    assert min(took) < 0.1, took
+    assert len(b"".join(body)) < 5000
 
 
 def test_a38_a_query_string_over_64_kib(make_flow: MakeFlow) -> None:
@@ -622,7 +625,7 @@ def test_a39_a45_a46_a48_bodies_that_are_refused(make_flow: MakeFlow, body: byte
         found = problem(flow.request("POST", path, data=body, content_type="application/json"), 400, "invalid-query")
         assert culprit in found["detail"], found["detail"]
         assert len(found["detail"]) < 700 and found["detail"].isprintable()
-    assert time.thread_time() - begun < 1
+    assert time.thread_time() - begun < 0.3
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_a31_nothing_blows_up() -> None:
     start = time.thread_time()
     for pattern in ("a*" * 8 + "b", "a?" * 8 + "b", "a" * 100 + "*" + "a" * 100 + "?" * 6 + "b", "*?" * 4 + "b"):
         assert not found(task, "Error", "LIKE", pattern)
-    assert time.thread_time() - start < 0.5
+    assert time.thread_time() - start < 0.1
 
 
 def test_like_on_state_and_method() -> None:
