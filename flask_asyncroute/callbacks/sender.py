@@ -89,10 +89,11 @@ class Sender:
                 "The callback is sent when the task has ended; it still runs or waits.", task_id=task.id
             )
         renewed = self._outbox.redeliver(task.id, {} if callback is None else literal_headers(callback))
-        if renewed is not None and renewed.callback_state != NOT_STARTED:
+        if renewed is None:
+            return None
+        if renewed.callback_state != NOT_STARTED:
             raise TaskUnfinished("The callback is being sent at this moment; try again in a minute.", task_id=task.id)
-        if renewed is not None:
-            self._lifecycle.tell(None, renewed)
+        self._lifecycle.tell(None, renewed)
         return renewed
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from prove.exits import by_hup
 from prove.following import Stream
 from prove.losses import START
 from prove.server import Server, gunicorn
+from tests.test_docs import blocks
 
 pytestmark = pytest.mark.live
 
@@ -240,10 +240,9 @@ def test_the_client_on_the_page_follows_a_task_through_two_streams(
 ) -> None:
     """The first ends after a second, in the middle; what the view sends is printed once each."""
     pytest.importorskip("sseclient")
-    page = Path("docs/howto/following.rst").read_text("utf-8")
     names: dict[str, Any] = {}
-    (source,) = [block for block in page.split(".. code-block:: python") if "import SSEClient" in block]
-    exec(textwrap.dedent(source.partition("*What a view says.*")[0]), names)
+    (source,) = [block.values[0] for block in blocks() if "import SSEClient" in block.values[0]]
+    exec(source, names)
     with serve(tmp_path, "--threads", "4", stream_age=1) as server:
         started = send(server.port, "PUT", "/burst/thread/990").json()
         done = names["follow"](f"http://127.0.0.1:{server.port}/task/{started['Id']}/events")
