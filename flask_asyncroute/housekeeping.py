@@ -82,8 +82,9 @@ class Housekeeper(Loop):
         works: list[Callable[[], float]] = []
         works += [partial(self._report, execution) for execution, _ in list(self._dispatcher.running.values())]
         works += [self._calls.popleft().do for _ in range(len(self._calls))]
-        works.append(lambda: self._lifecycle.unwritten.retry(time.monotonic()))
-        works += [job.do for job in self._jobs]
+        for job in self._jobs:
+            # Before each: a view that computes leaves a job little of the processor, and an outcome must not wait for all.
+            works += [lambda: self._lifecycle.unwritten.retry(time.monotonic()), job.do]
         due = min([time.monotonic() + LONGEST_SLEEP, *(work() for work in works)])
         return max(due - time.monotonic(), 0.0)
 

@@ -385,6 +385,19 @@ def test_jobs_come_at_their_intervals(clock: Clock, make_keeper: MakeKeeper) -> 
     assert [at for name, at in calls if name == "seldom"] == [2, 4]
 
 
+def test_an_outcome_waits_for_one_job_and_not_for_all(clock: Clock, make_keeper: MakeKeeper) -> None:
+    """Beside a view that computes, each of them takes long."""
+    done: list[str] = []
+
+    def end_a_task() -> None:
+        keeper.lifecycle.unwritten.keep("task", lambda: done.append("outcome"))
+
+    keeper = make_keeper(jobs=[Job(1.0, end_a_task), Job(1.0, lambda: done.append("job"))])
+    clock.now += 1
+    keeper._step()
+    assert done == ["outcome", "job"]
+
+
 # --- what fails -------------------------------------------------------------------------------------------------------
 
 
