@@ -324,6 +324,28 @@ def test_remaining_counts_down(flow: Flow) -> None:
     assert flow.still(flow.start())["Error"] == "Timeout"
 
 
+@pytest.mark.parametrize("ending", ["return", "raise", "check"])
+def test_a_view_that_sees_by_the_clock_that_its_time_is_up_has_timed_out(
+    make_flow: MakeFlow, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Before anybody else has noticed, and whatever it does then."""
+    monkeypatch.setattr("flask_asyncroute.dispatcher.Dispatcher.expire", lambda dispatcher, execution: None)
+    flow = make_flow()
+
+    @flow.route(timeout=0.05)
+    def work() -> Any:
+        while not current_task.stop_requested:
+            time.sleep(0)
+        if ending == "raise":
+            raise ValueError("no")
+        if ending == "check":
+            current_task.check()
+        return {"Done": True}
+
+    found = flow.ended(flow.start())
+    assert (found["State"], found["Error"]) == ("Aborted", "Timeout")
+
+
 def test_time_is_counted_from_the_start_of_execution(flow: Flow, gate: threading.Event) -> None:
     @flow.route(timeout=0.4, max_workers=1)
     def work() -> str:
