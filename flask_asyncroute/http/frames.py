@@ -29,6 +29,11 @@ def present(task: AsyncRouteTask) -> bytes:
     return _frame(STATE, encode_json(wire))
 
 
+def position(change: int, ids: EventIds) -> bytes:
+    """Return what gives a client the id of what comes next and nothing else: a block without data is no event."""
+    return b"id: %s\n\n" % ids.seal(change, "").encode()
+
+
 def retry(milliseconds: int) -> bytes:
     """Return what tells a client when to come back once the stream has ended."""
     return b"retry: %d\n\n" % milliseconds

@@ -17,7 +17,7 @@ from ..runner import Runner
 from ..task import AsyncRouteTask
 from .asking import arguments
 from .event_ids import EventIds
-from .frames import HEARTBEAT, present, retry
+from .frames import position, present, retry
 from .negotiation import NO_STORE, VARY
 from .streams import MayRead, Stream
 
@@ -57,11 +57,13 @@ def group_events(runner: Runner, current: Request, caller: Caller | None) -> Res
     if len(groups) > 1 or not all(is_name(group) for group in groups):
         raise InvalidRequest("group takes one name of at most 255 characters.")
     ids = EventIds(runner.store.secret())
-    since = _last(current, ids, runner, None)
+    last = _last(current, ids, runner, None)
+    since = runner.store.newest() if last is None else last
     may = partial(_may_list_task, runner, caller)
     group = groups[0] if groups else None
     looking = _looking(runner, current, _may_list_task)
-    stream = Stream(runner, ids, None, group, since, HEARTBEAT, 0, _age(runner, current), may, looking)
+    # With an id from the start: who is cut off before the first event, or finds no place, misses nothing.
+    stream = Stream(runner, ids, None, group, since, position(since, ids), 0, _age(runner, current), may, looking)
     return _answer(current, _placed(runner, stream))
 
 

@@ -37,8 +37,9 @@ class Stream:
 
     :param task_id: of the task whose stream it is; None: that of a group.
     :param group: all tasks of this group; None: of all groups.
-    :param since: the change number of the last event that the client has; None: it begins.
-    :param beginning: what a client is given first that has nothing yet.
+    :param since: the change number of the last event that the client has, of a group that after which it follows; None: it
+        begins with all of a task.
+    :param beginning: what comes first, but for who resumes the stream of a task.
     :param known: the change number of the task as `beginning` tells of it.
     :param seconds: until it ends by itself.
     :param look_up: returns, looked up again, whether the caller may read a task.
@@ -81,10 +82,10 @@ class Stream:
         beat_at = now + HEARTBEAT_SECONDS
         since = self.since
         with self.runner.notifier.following(self.task_id) as news:
-            if since is None:
-                since = self.runner.store.newest() if self.task_id is None else 0
+            if since is None or self.task_id is None:
                 yield self.beginning
                 self.beginning = b""
+            since = since or 0
             while True:
                 news.clear()
                 data, since, is_over, has_more = self._read(since)

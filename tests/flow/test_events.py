@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from tests.flow.streaming import Message, messages, opened, read, told
 
 MakeApp = Callable[..., Flask]
 Eventually = Callable[..., Any]
+POSITION = re.compile(rb"id: (\S{32})\n\n")
+"""What the stream of a group begins with."""
 
 
 class Served:
@@ -180,7 +183,7 @@ def test_a_group_is_told_only_what_comes(served: Served) -> None:
     answer = opened(served.client, "/tasks/events?group=full")
     stream = messages(answer.iter_encoded())
     chunks = answer.iter_encoded()
-    assert next(chunks) == b":\n\n"
+    assert POSITION.fullmatch(next(chunks)), "an id, and no event"
     task_id = served.start("/full")
     found: list[Message] = []
     for message in messages(chunks):
@@ -197,6 +200,24 @@ def test_a_group_is_told_only_what_comes(served: Served) -> None:
     again.close()
 
 
+@pytest.mark.parametrize("has_place", [True, False])
+def test_a_group_is_resumed_from_before_its_first_event(served: Served, has_place: bool) -> None:
+    """By who was cut off before one came, and by who found no place."""
+    if not has_place:
+        runtime_of(served.app).runner.places._left = 0
+    answer = opened(served.client, "/tasks/events?group=full")
+    first = POSITION.fullmatch(next(answer.iter_encoded()))
+    answer.close()
+    runtime_of(served.app).runner.places._left = 2
+    task_id = served.start("/full")
+    served.end(task_id)
+    assert first is not None
+    again = opened(served.client, "/tasks/events?group=full", first[1].decode())
+    rest = messages(again.iter_encoded())
+    assert told(next(rest) for _ in range(3)) == ["NotStarted", "Running", "Completed"]
+    again.close()
+
+
 def test_groups_default_to_the_rule(served: Served) -> None:
     task_id = served.start("/work/0")
     assert served.last["Sse"] == {"Group": "/work/<int:count>", "Url": f"/task/{task_id}/events", "SendResult": False}
@@ -207,6 +228,7 @@ def test_a_group_that_nobody_is_in_is_silent(served: Served, monkeypatch: pytest
     answer = opened(served.client, "/tasks/events?group=nobody")
     chunks = answer.iter_encoded()
     served.end(served.start("/full"))
+    assert POSITION.fullmatch(next(chunks))
     assert [next(chunks) for _ in range(3)] == [b":\n\n"] * 3
     answer.close()
 
