@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import re
 import threading
 import time
 import weakref
@@ -60,6 +61,11 @@ def eventually_true(condition: Callable[[], Any], seconds: float = 5.0, interval
             raise AssertionError(f"{_source(condition)} was not true within {seconds} s.")
         pause.wait(interval)
     return value
+
+
+def label(value: Any) -> str:
+    """Return what a value is called in the names of tests: the same in each run, unlike the addresses of objects."""
+    return re.sub(r" at 0x[0-9a-f]+", "", ascii(value))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from flask import Blueprint, Response, abort, g, request
 from flask.views import MethodView, View
 
 from flask_asyncroute import AsyncRoute, ConfigurationError, NoCurrentTask, current_task
+from tests.conftest import label
 from tests.flow.driving import IN_MEMORY, Flow, problem
 
 MakeFlow = Callable[..., Flow]
@@ -199,7 +200,7 @@ def test_decorators_above_may_pass_json(make_flow: MakeFlow, value: Any) -> None
         object(), {1}, b"x", datetime(2026, 1, 1), uuid.UUID(int=1), 1j, float("nan"), float("inf"), {1: 2}, {None: 1}, {"a": object()}, [{1}],
         "\ud800", lambda: 1, {"a": (1, 2)}, Response(),
     ],
-    ids=lambda value: ascii(value)[:30],
+    ids=lambda value: label(value)[:30],
 )  # fmt: skip
 def test_decorators_above_may_pass_nothing_else(make_flow: MakeFlow, value: Any) -> None:
     flow = make_flow()
@@ -433,7 +434,7 @@ def test_an_async_route_made_async_again(make_flow: MakeFlow) -> None:
         def b() -> None: ...
 
 
-@pytest.mark.parametrize("thing", [5, "view", None, object(), [], functools.partial(print), MethodView], ids=repr)
+@pytest.mark.parametrize("thing", [5, "view", None, object(), [], functools.partial(print), MethodView], ids=label)
 def test_what_is_no_view_function(make_flow: MakeFlow, thing: Any) -> None:
     flow = make_flow()
     with pytest.raises((ConfigurationError, TypeError)):
@@ -832,7 +833,7 @@ def test_task_above_the_route_with_a_decorator_between(make_flow: MakeFlow) -> N
 async def load_nothing() -> None: ...
 
 
-@pytest.mark.parametrize("function", [load_nothing, 5, None, int], ids=repr)
+@pytest.mark.parametrize("function", [load_nothing, 5, None, int], ids=label)
 def test_functions_that_cannot_be_called_plainly(function: Any) -> None:
     """They would be called without being awaited, and whatever came of it be taken for an answer."""
     async_routes = AsyncRoute()

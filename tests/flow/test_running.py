@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from flask_asyncroute import TaskAborted, current_task
+from tests.conftest import label
 from tests.flow.driving import Flow, problem
 
 MakeFlow = Callable[..., Flow]
@@ -521,7 +522,7 @@ def test_a71_progress_is_clipped_and_never_goes_back(make_flow: MakeFlow, values
     assert flow.result() == seen
 
 
-@pytest.mark.parametrize("value", [None, "5", True, b"5", [], object()], ids=repr)
+@pytest.mark.parametrize("value", [None, "5", True, b"5", [], object()], ids=label)
 def test_a71_progress_that_is_no_number_raises(make_flow: MakeFlow, value: Any) -> None:
     flow = make_flow()
     flow.route()(lambda: current_task.set_progress(value))

@@ -16,6 +16,7 @@ import yaml
 from flask import request
 
 from flask_asyncroute import Access, Permission
+from tests.conftest import label
 from tests.flow.driving import IN_MEMORY, Flow, assert_not_cached, loaded, problem
 
 MakeFlow = Callable[..., Flow]
@@ -410,7 +411,7 @@ class Person:
         ({"id": "x" * 255}, "x" * 255),
         ({"id": "é\U0001f600 \n"}, "é\U0001f600 \n"),
     ],
-    ids=repr,
+    ids=label,
 )
 def test_identities(flow: Flow, identity: Any, user: str | None) -> None:
     flow.async_routes.identity_loader(lambda: identity)
@@ -442,7 +443,7 @@ def test_an_identity_that_is_none_starts_nothing(flow: Flow, identity: Any) -> N
 
 
 @pytest.mark.parametrize("kind", ["groups", "roles", "scopes"])
-@pytest.mark.parametrize("held", [5, True, {"a": 1}.items], ids=repr)
+@pytest.mark.parametrize("held", [5, True, {"a": 1}.items], ids=label)
 def test_an_identity_with_something_else_than_names(make_flow: MakeFlow, kind: str, held: Any) -> None:
     """Whatever the app's loader returns: an answer that says what is wrong with it, and no exception of ours."""
     flow = make_flow()
@@ -529,7 +530,7 @@ def test_ids_of_the_app(flow: Flow, good: str) -> None:
         ["a"],
         object(),
     ],
-    ids=ascii,
+    ids=label,
 )
 def test_a_bad_id_starts_nothing(flow: Flow, bad: Any, caplog: pytest.LogCaptureFixture) -> None:
     @flow.route(id_generator=lambda: bad)

@@ -94,7 +94,7 @@ def test_streams_and_waits_end_with_their_worker(
 ) -> None:
     if worker_class == "gevent":
         pytest.importorskip("gevent")
-    options = ["--worker-class", worker_class, "--threads", "8"]
+    options = ["--worker-class", worker_class, "--threads", "8", "--keep-alive", "1"]
     if how is by_max_requests:
         options += ["--max-requests", "60"]
     with serve(tmp_path, *options, store=store) as server, ExitStack() as streams:

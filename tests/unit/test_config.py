@@ -14,6 +14,7 @@ from flask import Flask
 from flask_asyncroute import Access, AsyncRoute, Callback, ConfigurationError, Permission, config, options
 from flask_asyncroute.config import KEYS, Config
 from flask_asyncroute.runtime import runtime_of
+from tests.conftest import label
 
 MakeApp = Callable[..., Flask]
 
@@ -166,7 +167,7 @@ def test_every_key_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=repr
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=label
 )
 def test_a_bad_value_is_refused_by_name(make_app: MakeApp, name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=rf"ASYNCROUTE_{name}\b") as refused:
@@ -176,7 +177,7 @@ def test_a_bad_value_is_refused_by_name(make_app: MakeApp, name: str, value: Any
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in GOOD.items() for value in values], ids=repr
+    ("name", "value"), [(name, value) for name, values in GOOD.items() for value in values], ids=label
 )
 def test_a_good_value_is_taken(make_app: MakeApp, name: str, value: Any) -> None:
     read(make_app(), name, value)

@@ -14,6 +14,7 @@ from flask import Flask
 from flask_asyncroute import Access, AsyncRoute, Callback, ConfigurationError, Permission, Sse, config, options
 from flask_asyncroute.registry import Route
 from flask_asyncroute.runtime import runtime_of
+from tests.conftest import label
 
 MakeApp = Callable[..., Flask]
 
@@ -123,7 +124,7 @@ def test_every_option_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=repr
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=label
 )
 def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=rf"\b{name}=") as refused:
@@ -132,7 +133,7 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "kept"), [(name, *pair) for name, pairs in GOOD.items() for pair in pairs], ids=repr
+    ("name", "value", "kept"), [(name, *pair) for name, pairs in GOOD.items() for pair in pairs], ids=label
 )
 def test_a_good_value_is_kept(name: str, value: Any, kept: Any) -> None:
     assert options.checked({name: value}) == {name: kept}

@@ -551,6 +551,29 @@ def test_f21_threads_that_work_while_the_file_is_deleted(
     connection.close()
 
 
+def test_f21_a_file_deleted_while_a_connection_is_opened_is_not_made_beside_what_is_left_of_it(
+    store: TaskStore, make_task: NewTask, sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite would make one of its own, and take the log of the deleted one for its."""
+    store.add(make_task("old"), b"", None, ())
+    database = store._database
+    identity = file.StoreFile.identity
+
+    def deleted_after(self: file.StoreFile) -> file.Identity:
+        found = identity(self)
+        remove_file(sqlite_path, beside=False)
+        return found
+
+    monkeypatch.setattr(file.StoreFile, "identity", deleted_after)
+    with pytest.raises(StoreUnavailable):
+        database.connect()
+    assert not sqlite_path.exists()
+    monkeypatch.undo()
+    database._file._look_at = 0.0
+    store.open()
+    assert store.get("old") is None
+
+
 def test_f21_a_file_that_may_not_be_made_anew_is_unavailable(
     make_sqlite_store: NewStore, sqlite_path: Path, caplog: pytest.LogCaptureFixture, eventually: Callable[..., object]
 ) -> None:

@@ -161,9 +161,11 @@ class SQLiteDatabase(Database):
             found = self._file.make() if self._file.opened is None else self._file.identity()
             if found != (wanted or self._file.opened or found):
                 raise FileNotFoundError("the file was deleted or replaced")
+            # Never made here: whoever makes the file takes away first what a deleted one has left beside it.
             connection = sqlite3.connect(
-                self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256
-            )
+                f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None,
+                check_same_thread=False, cached_statements=256,
+            )  # fmt: skip
             try:
                 _use_log(connection)
                 connection.execute(f"PRAGMA synchronous={self._synchronous}")
