@@ -63,7 +63,7 @@ def main() -> int:
     given = parser.parse_args()
     if not 0 < given.share <= 1:
         parser.error("--share is over 0 and at most 1")
-    failed = 0
+    failed: list[str] = []
     chosen = given.only or list(PROOFS)
     for name in chosen:
         began = time.monotonic()
@@ -73,9 +73,10 @@ def main() -> int:
             verdict, figures = "FAILED", str(broken)
         except Exception:
             verdict, figures = "FAILED", traceback.format_exc()
-        failed += verdict == "FAILED"
+        if verdict == "FAILED":
+            failed.append(name)
         print(f"{name:16} {verdict} {time.monotonic() - began:6.1f} s  {figures}", flush=True)
-    print(f"{len(chosen) - failed} passed, {failed} failed")
+    print(f"{len(chosen) - len(failed)} passed, {len(failed)} failed{': ' * bool(failed)}{', '.join(failed)}")
     return 1 if failed else 0
 
 
