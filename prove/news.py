@@ -31,7 +31,9 @@ def prove(share: float) -> str:
     trials = scaled(TRIALS, share, 4)
     # The median of a handful varies by much.
     allowance = slowness() * (1.0 if share == 1.0 else SHORT_ALLOWANCE)
-    told = [f"{trials} trials each, bounds of {allowance:.2f} times, median ms from the return of the view to the client"]
+    told = [
+        f"{trials} trials each, bounds of {allowance:.2f} times, median ms from the return of the view to the client"
+    ]
     told.append(figures("memory, one worker", "memory://", 1, trials, False, HERE_MS * allowance))
     for name, opened in sqlite_and_postgresql():
         with opened as url:
