@@ -194,7 +194,7 @@ def test_f40_a_client_that_never_reads_costs_little(tmp_path: Path, eventually: 
     """What it does not take is left in the store, and the view that sends it is not held up."""
     count = 900
     with serve(tmp_path, "--threads", "4", before=QUICK, max_streams=1) as server:
-        (pid,) = server.workers()
+        (pid,) = eventually(server.workers)
         task_id = running(server.port, eventually, f"/flood/{count}")
         with socket.create_connection(("127.0.0.1", server.port)) as asleep:
             asleep.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
