@@ -9,8 +9,10 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,7 @@ from flask_asyncroute.stores.sql.sqlite import SQLiteDatabase
 from flask_asyncroute.stores.sql.store import SQLTaskStore
 from flask_asyncroute.stores.sql.upgrades import VERSION
 from flask_asyncroute.task import AsyncRouteTask
+from tests.conftest import new_sqlite_store
 from tests.older_schema import OLDER
 
 NewTask = Callable[..., AsyncRouteTask]
@@ -572,6 +575,57 @@ def test_f21_a_file_deleted_while_a_connection_is_opened_is_not_made_beside_what
     database._file._look_at = 0.0
     store.open()
     assert store.get("old") is None
+
+
+def test_f21_nobody_makes_the_file_while_a_connection_to_the_deleted_one_is_opened(
+    store: TaskStore, sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That connection would take the log of the new file for its own. It is given up at once, since all wait for it."""
+    monkeypatch.setattr(file, "LOCK_SECONDS", 0.05)
+    use_log = sqlite._use_log
+    tried = []
+
+    def deleted_meanwhile(connection: sqlite3.Connection) -> None:
+        remove_file(sqlite_path, beside=False)
+        with pytest.raises(TimeoutError, match="the folder"):
+            file.StoreFile(sqlite_path).make()
+        tried.append(sqlite_path.exists())
+        use_log(connection)
+
+    monkeypatch.setattr(sqlite, "_use_log", deleted_meanwhile)
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        store._database.connect()
+    assert time.monotonic() - began < sqlite.BUSY_SECONDS / 2
+    assert tried == [False]
+
+
+def test_f21_a_file_put_in_place_while_its_forerunner_is_read(
+    store: TaskStore, make_task: NewTask, sqlite_path: Path, tmp_path: Path
+) -> None:
+    """What the forerunner left beside it goes, since SQLite would cut it short under the reader's hands."""
+    backup = tmp_path / "backup.db"
+    other = new_sqlite_store(backup)
+    other.open()
+    other.add(make_task("kept"), b"", None, ())
+    other.close()
+    for number in range(50):
+        store.add(make_task(f"t{number}"), b"", None, ())
+
+    def read(cursor: Cursor) -> list[Any]:
+        first = cursor.execute("SELECT id FROM asyncroute_tasks LIMIT 1").fetchall()
+        backup.replace(sqlite_path)
+        store._database._file._look_at = 0.0
+        store.open()
+        assert store.get("kept") is not None
+        return first + cursor.execute("SELECT id FROM asyncroute_tasks").fetchall()
+
+    assert len(store._database.read(read)) == 51
+    store.add(make_task("new"), b"", None, ())
+    assert {task.id for task in store.query((), NEWEST_FIRST, 9, None, None)} == {"kept", "new"}
+    connection = sqlite3.connect(sqlite_path)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
 
 
 def test_f21_a_file_that_may_not_be_made_anew_is_unavailable(

@@ -1,4 +1,9 @@
-"""The SQLite file as a file: made for its owner's eyes only, and whether it is still the one that was opened."""
+"""The SQLite file as a file: made for its owner's eyes only, and whether it is still the one that was opened.
+
+SQLite opens a file, its log and its shared memory one after the other, each by its name, and between two threads of one
+process no lock of its own tells them apart. Were the file made anew in between, one would read the log of the other, and
+memory that is in use would be cut short. So who makes it has the folder alone, and who opens it has nobody make it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,8 @@ if sys.platform != "win32":
 
 LOOK_SECONDS = 0.5
 """Between two looks whether the file is still the same."""
+LOCK_SECONDS = 5.0
+"""How long others may take to make the file, or to open it."""
 
 Identity = tuple[int, int]
 """What tells a file from one that has been put in its place: device and inode."""
@@ -26,17 +33,25 @@ class StoreFile:
         self.path = path
         self.opened: Identity | None = None
         """Which file is in use."""
+        self._beside: dict[Path, Identity | None] = {
+            path.with_name(path.name + suffix): None for suffix in ("-wal", "-shm")
+        }
+        """Where SQLite keeps log and memory, and which files those of the one in use are."""
         self._look_at = 0.0
 
     def make(self) -> Identity:
-        """Make the file, where there is none; return which it is."""
-        if not self.path.exists():
+        """Make the file, where there is none; return which it is.
+
+        Log and memory of one that is gone go first: SQLite would take them for this one's.
+        """
+        if self._is_gone(_find(self.path)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone_in(self.path.parent):
-                if not self.path.exists():
-                    # What lies beside it belonged to one that was deleted. SQLite would take it for this one's.
-                    for suffix in ("-wal", "-shm"):
-                        self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+            with _locked(self.path.parent, is_alone=True):
+                found = _find(self.path)
+                for path, known in self._beside.items():
+                    if found is None or (self._is_gone(found) and known is not None and known == _find(path)):
+                        path.unlink(missing_ok=True)
+                if found is None:
                     os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         return self.identity()
 
@@ -44,6 +59,17 @@ class StoreFile:
         """Take note that this file is in use from here on."""
         self.opened = file
         self._look_at = time.monotonic() + LOOK_SECONDS
+
+    @contextmanager
+    def kept(self) -> Iterator[Identity]:
+        """Give which file is there, to be opened meanwhile; nobody makes it anew."""
+        with _locked(self.path.parent, is_alone=False):
+            yield self.identity()
+            self._beside = {path: _find(path) for path in self._beside}
+
+    def _is_gone(self, found: Identity | None) -> bool:
+        """Return whether there is no file, or another than the one in use."""
+        return found is None or self.opened not in (None, found)
 
     def is_replaced(self) -> bool:
         """Return whether another file, or none, is in the place of the one in use; looks twice a second at most."""
@@ -64,15 +90,32 @@ class StoreFile:
         return found.st_dev, found.st_ino
 
 
+def _find(path: Path) -> Identity | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out that do this too. Windows does not let go of files that are open, and needs it less."""
+def _locked(folder: Path, is_alone: bool) -> Iterator[None]:
+    """Keep others out, or only those who want to be alone. Windows does not let go of files that are open, and needs it less."""
     if sys.platform == "win32":
         yield
         return
+    kind = fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH
+    deadline = time.monotonic() + LOCK_SECONDS
     number = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(number, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"others have the folder {folder} locked") from None
+                time.sleep(0.005)
         yield
     finally:
         os.close(number)

@@ -158,27 +158,34 @@ class SQLiteDatabase(Database):
         :param wanted: to this file; None: to the one that is in use, or to whichever there is before any is.
         """
         try:
-            found = self._file.make() if self._file.opened is None else self._file.identity()
-            if found != (wanted or self._file.opened or found):
-                raise FileNotFoundError("the file was deleted or replaced")
-            # Never made here: whoever makes the file takes away first what a deleted one has left beside it.
-            connection = sqlite3.connect(
-                f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None,
-                check_same_thread=False, cached_statements=256,
-            )  # fmt: skip
-            try:
-                _use_log(connection)
-                connection.execute(f"PRAGMA synchronous={self._synchronous}")
-                connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-            except BaseException:
-                connection.close()
-                raise
+            if self._file.opened is None:
+                self._file.make()
+            with self._file.kept() as found:
+                if found != (wanted or self._file.opened or found):
+                    raise FileNotFoundError("the file was deleted or replaced")
+                # Made by nobody else than who also takes away what a deleted one has left.
+                connection = sqlite3.connect(
+                    f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None,
+                    check_same_thread=False, cached_statements=256,
+                )  # fmt: skip
+                try:
+                    _use_log(connection)
+                    connection.execute(f"PRAGMA synchronous={self._synchronous}")
+                    connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+                except BaseException:
+                    connection.close()
+                    raise
             return connection
         except (OSError, sqlite3.Error) as error:
             raise self.unavailable(error) from error
 
     def remedy(self, error: BaseException) -> str:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CANTOPEN if isinstance(error, OSError) else 0)
+        if isinstance(error, TimeoutError):
+            code = sqlite3.SQLITE_BUSY
+        elif isinstance(error, OSError):
+            code = sqlite3.SQLITE_CANTOPEN
+        else:
+            code = getattr(error, "sqlite_errorcode", 0)
         return _REMEDIES.get(code & 0xFF, "Look at the file and its disk.")
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -240,8 +247,8 @@ def _use_log(connection: sqlite3.Connection) -> None:
         try:
             connection.execute("PRAGMA journal_mode=WAL").fetchone()
             return
-        except sqlite3.OperationalError:
-            if time.monotonic() >= deadline:
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
                 raise
             time.sleep(0.01)
 
