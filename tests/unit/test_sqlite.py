@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,43 @@ for number in range(rounds):
     os.close(start_writer)
     for _ in range(count):
         os.wait()
+"""
+
+
+WORKERS = """
+import sys, threading
+from pathlib import Path
+sys.path.insert(0, ".")
+from flask_asyncroute.errors import StoreUnavailable
+from flask_asyncroute.query import NEWEST_FIRST
+from flask_asyncroute.stores.sql import file
+from tests.conftest import new_sqlite_store, new_task
+
+file.LOOK_SECONDS = 0.0
+store = new_sqlite_store(Path(sys.argv[1]))
+is_over = threading.Event()
+
+def work(number):
+    done = 0
+    while not is_over.is_set():
+        done += 1
+        name = f"{sys.argv[2]}-{number}-{done}"
+        try:
+            store.open()
+            store.add(new_task(name), b"", None, ())
+            store.claim(name, "me", 1_700_000_000_000_000)
+            store.query((), NEWEST_FIRST, 5, None, None)
+        except StoreUnavailable:
+            pass
+
+threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+for thread in threads:
+    thread.start()
+sys.stdin.read()
+is_over.set()
+for thread in threads:
+    thread.join()
+print("over")
 """
 
 
@@ -552,6 +590,46 @@ def test_f21_threads_that_work_while_the_file_is_deleted(
     connection = sqlite3.connect(sqlite_path)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
+
+
+def test_f21_processes_that_work_while_the_file_is_deleted_and_replaced(
+    sqlite_path: Path, tmp_path: Path, eventually: Callable[..., object]
+) -> None:
+    """However that is done, no process ends by it, and the last file is whole."""
+    command = [sys.executable, "-c", WORKERS, str(sqlite_path)]
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    workers = [subprocess.Popen([*command, str(number)], **pipes) for number in range(3)]
+
+    def is_used() -> bool:
+        try:
+            with closing(sqlite3.connect(f"file:{sqlite_path}?mode=ro", uri=True)) as connection:
+                return connection.execute("SELECT count(*) FROM asyncroute_tasks").fetchone()[0] >= 20
+        except sqlite3.OperationalError:
+            return False
+
+    try:
+        for number in range(40):
+            eventually(is_used, 20)
+            if number % 3 == 2:
+                backup = tmp_path / "backup.db"
+                store = new_sqlite_store(backup)
+                store.open()
+                store.close()
+                backup.replace(sqlite_path)
+            else:
+                remove_file(sqlite_path, beside=number % 3 == 1)
+        eventually(is_used, 20)
+    finally:
+        told = [worker.communicate() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 3
+    assert [output for output, _ in told] == ["over\n"] * 3, told
+    with closing(sqlite3.connect(sqlite_path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def test_f21_a_file_deleted_while_a_connection_is_opened_is_not_made_beside_what_is_left_of_it(
