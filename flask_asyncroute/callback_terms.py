@@ -39,11 +39,11 @@ def method_of(text: str) -> str:
 
 
 def content_type_of(text: str) -> str:
-    """Return one of the three content types.
+    """Return one of the three content types. Parameters are left out: what is sent is UTF-8, and says so where it must.
 
     :raises ValueError: for another one.
     """
-    kind = text.strip().lower()
+    kind = text.partition(";")[0].strip().lower()
     if kind not in MEDIA_TYPES:
         raise ValueError(f"{text[:60]!r} is none of {', '.join(MEDIA_TYPES)}")
     return kind

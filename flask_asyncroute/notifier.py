@@ -7,6 +7,7 @@ It hears of local changes by signal, asks the store for the others, and changes 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,8 @@ LINGER_SECONDS = 2.0
 """How long the watcher goes on after the last one who was waiting: somebody else will wait soon."""
 IDLE_SECONDS = 60.0
 """How often an idle watcher looks whether its app is still there."""
+PARTING_SECONDS = 0.5
+"""How long a client may take for what it is being sent when nobody is to wait any more."""
 
 Hear = Callable[[AsyncRouteTask], None]
 
@@ -42,14 +45,19 @@ class Follower:
     """One who waits for news, while it is used as a context manager: ``clear`` it, read the store, ``wait``, and so on.
 
     A lock that is free where there is news: a `threading.Event` would be a kilobyte more for each stream. One thread waits.
+
+    :param hang_up: ends the connection to its client; called while it is sent something and does not take it in time.
     """
 
-    __slots__ = ("_news", "_notifier", "_task_id")
+    __slots__ = ("_hang_up", "_news", "_notifier", "_task_id", "must_be_sent_by")
 
-    def __init__(self, notifier: Notifier, task_id: str | None) -> None:
+    def __init__(self, notifier: Notifier, task_id: str | None, hang_up: Callable[[], None] | None) -> None:
         self._notifier = notifier
         self._task_id = task_id
         self._news = threading.Lock()
+        self._hang_up = hang_up
+        self.must_be_sent_by: float | None = None
+        """While something is sent to its client: by when (monotonic) that has to have taken it."""
 
     def __enter__(self) -> Self:
         """Begin.
@@ -79,6 +87,11 @@ class Follower:
         if self._news.locked():
             self._news.release()
 
+    def hang_up_if_late(self, now: float) -> None:
+        """End the connection where its client takes too long: the thread that sends is stuck until then."""
+        if self._hang_up is not None and self.must_be_sent_by is not None and now >= self.must_be_sent_by:
+            self._hang_up()
+
 
 class Notifier(Loop):
     """Passes on that tasks have changed. Thread-safe; one per process and app.
@@ -107,6 +120,8 @@ class Notifier(Loop):
         """Whether the store is away, which is logged once."""
         self.is_over = False
         """Whether nobody is to wait any more: this process is about to exit."""
+        self._over_at = math.inf
+        self._late_at = 0.0
         # Weak, unlike other receivers: the signals must not keep this object alive once its app is gone.
         signals.task_changed.connect(self.on_task_changed, sender=app)
         signals.events_written.connect(self.on_events_written, sender=app)
@@ -155,12 +170,14 @@ class Notifier(Loop):
         with self._who_waits:
             self._watching -= 1
 
-    def following(self, task_id: str | None = None) -> Follower:
+    def following(self, task_id: str | None = None, hang_up: Callable[[], None] | None = None) -> Follower:
         """Return what is told whenever there is something new: of one task, or of any (None).
 
         It is told too when nobody is to wait any more (:attr:`is_over`).
+
+        :param hang_up: see :class:`Follower`.
         """
-        return Follower(self, task_id)
+        return Follower(self, task_id, hang_up)
 
     def _add(self, follower: Follower, task_id: str | None) -> None:
         with self._who_waits:
@@ -203,6 +220,7 @@ class Notifier(Loop):
     def end_waits(self) -> None:
         """Have all who wait come to an end at once, now and from now on."""
         self.is_over = True
+        self._over_at = min(self._over_at, time.monotonic())
         with self._who_waits:
             for followers in self._waiting.values():
                 for follower in followers:
@@ -243,10 +261,23 @@ class Notifier(Loop):
         for task_id in news.sent:
             self._tell(task_id)
 
+    def _hang_up_on_late_ones(self, now: float) -> None:
+        """End the connections of clients that do not take what they are sent, since a thread of the server is stuck with each."""
+        if now < self._late_at:
+            return
+        self._late_at = now + REREAD_SECONDS
+        # Once nobody is to wait, whoever is being sent something has had its time.
+        by = math.inf if now - self._over_at >= PARTING_SECONDS else now
+        with self._who_waits:
+            for followers in self._waiting.values():
+                for follower in followers:
+                    follower.hang_up_if_late(by)
+
     def _step(self) -> float:
         if not self.is_over and self._is_server_ending():
             self.end_waits()
         now = time.monotonic()
+        self._hang_up_on_late_ones(now)
         with self._who_waits:
             if self._watching:
                 self._idle_since = None

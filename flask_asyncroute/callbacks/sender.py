@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("flask_asyncroute")
 
-MOST_THREADS = 8
-"""Attempts that one process makes at once."""
+MOST_THREADS = 32
+"""Attempts that one process makes at once; each host that hangs keeps two of them busy."""
 DELAYS = (0.0, 5.0, 30.0, 120.0)
 """Seconds before each attempt; after these each waits twice as long as the one before."""
 LONGEST_DELAY = 3600.0

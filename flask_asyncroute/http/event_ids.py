@@ -25,7 +25,7 @@ class EventIds:
     """
 
     def __init__(self, key: bytes) -> None:
-        self._key = key
+        self.key = key
 
     def seal(self, change: int, task_id: str) -> str:
         """Return the id of the event of a task with this change number."""
@@ -58,4 +58,4 @@ class EventIds:
         return bytes(a ^ b for a, b in zip(content, mask, strict=False))
 
     def _digest(self, use: bytes, data: bytes, size: int) -> bytes:
-        return hashlib.blake2b(data, digest_size=size, key=self._key, person=use).digest()
+        return hashlib.blake2b(data, digest_size=size, key=self.key, person=use).digest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 from ..encoding import encode_json
 from ..stores.events import PROGRESS, STATE, Event
 from ..task import AsyncRouteTask
@@ -30,8 +32,11 @@ def present(task: AsyncRouteTask) -> bytes:
 
 
 def position(change: int, ids: EventIds) -> bytes:
-    """Return what gives a client the id of what comes next and nothing else: a block without data is no event."""
-    return b"id: %s\n\n" % ids.seal(change, "").encode()
+    """Return what gives a client the id of what comes next and nothing else: a block without data is no event.
+
+    Another one each time, so that two that are alike do not tell that nobody has done anything in between.
+    """
+    return b"id: %s\n\n" % ids.seal(change, secrets.token_hex(8)).encode()
 
 
 def retry(milliseconds: int) -> bytes:

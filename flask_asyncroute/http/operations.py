@@ -26,7 +26,7 @@ from .answers import document_of, etag_of, task_answer
 from .negotiation import negotiate, render
 from .problems import problem_response
 from .sse import CONTENT_TYPE, group_events, task_events
-from .waiting import asked_wait, hold
+from .waiting import asked_wait, hold, may_change
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -114,7 +114,7 @@ def get(runner: Runner, task_id: str | None) -> Response:
     seconds = asked_wait(current, runner.config.max_wait)
     task, _ = _readable(runner, task_id, current)
     etag = etag_of(task, media_type)
-    if seconds and not task.state.is_terminal:
+    if seconds:
         task = _held(runner, task, seconds, current, etag)
         etag = etag_of(task, media_type)
     if "HTTP_IF_NONE_MATCH" in current.environ and current.if_none_match.contains_weak(etag):
@@ -207,7 +207,7 @@ def _held(runner: Runner, task: AsyncRouteTask, seconds: float, current: Request
     """Return a task once it has ended or, where the client knows the present revision, once anything has changed."""
     revision = task.revision
     if "HTTP_IF_NONE_MATCH" in current.environ:
-        if not current.if_none_match.contains_weak(etag):
+        if not may_change(task) or not current.if_none_match.contains_weak(etag):
             return task
         held, _ = hold(runner, task, seconds, lambda found: found.revision != revision)
     else:

@@ -15,6 +15,7 @@ from ..names import is_name
 from ..permissions import Caller, may_list, may_read
 from ..runner import Runner
 from ..task import AsyncRouteTask
+from . import connection
 from .asking import arguments
 from .event_ids import EventIds
 from .frames import position, present, retry
@@ -42,9 +43,10 @@ def task_events(runner: Runner, current: Request, task: AsyncRouteTask, caller: 
         return Response(status=204, headers=_HEADERS)
     may = partial(_may_read_task, runner, caller)
     looking = _looking(runner, current, _may_read_task)
-    stream = Stream(runner, ids, task.id, None, since, present(task), task.change, _age(runner, current), may, looking)
+    age, hang_up = _age(runner, current), connection.hanging_up(current.environ)
+    stream = Stream(runner, ids, task.id, None, since, present(task), task.change, age, may, looking, hang_up)
     if task.state.is_terminal:
-        return _answer(current, stream.whole())
+        return _answer(current, stream.follow())
     return _answer(current, _placed(runner, stream))
 
 
@@ -63,7 +65,8 @@ def group_events(runner: Runner, current: Request, caller: Caller | None) -> Res
     group = groups[0] if groups else None
     looking = _looking(runner, current, _may_list_task)
     # With an id from the start: who is cut off before the first event, or finds no place, misses nothing.
-    stream = Stream(runner, ids, None, group, since, position(since, ids), 0, _age(runner, current), may, looking)
+    age, hang_up = _age(runner, current), connection.hanging_up(current.environ)
+    stream = Stream(runner, ids, None, group, since, position(since, ids), 0, age, may, looking, hang_up)
     return _answer(current, _placed(runner, stream))
 
 

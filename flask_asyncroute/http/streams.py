@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import AsyncRouteError
+from ..notifier import Follower
 from ..runner import Runner
 from ..stores.events import PROGRESS, STATE, Event
 from ..task import AsyncRouteTask
@@ -24,7 +25,12 @@ logger = logging.getLogger("flask_asyncroute")
 HEARTBEAT_SECONDS = 10.0
 LOOK_AGAIN_SECONDS = 30.0
 """How often the caller is looked up again."""
-PAGE = 100
+LATE_SECONDS = 2 * HEARTBEAT_SECONDS
+"""How long a client may take for one piece before it counts as gone."""
+PAGE = 20
+"""Events that are read at once; each may hold a result of a mebibyte."""
+PIECE = 64 * 1024
+"""Bytes that are sent at once, or one event that is larger."""
 RETRY_MS = 1000
 """When a client is to come back whose stream was ended for its age, or with the server."""
 
@@ -43,6 +49,7 @@ class Stream:
     :param known: the change number of the task as `beginning` tells of it.
     :param seconds: until it ends by itself.
     :param look_up: returns, looked up again, whether the caller may read a task.
+    :param hang_up: ends the connection to the client; None where the server does not show it.
     """
 
     runner: Runner
@@ -55,75 +62,79 @@ class Stream:
     seconds: float
     may_read: MayRead
     look_up: Callable[[], MayRead]
-
-    def whole(self) -> Iterator[bytes]:
-        """Yield all that there is of a finished task."""
-        if self.since is None:
-            yield self.beginning
-        since, has_more = self.since or 0, True
-        while has_more:
-            data, since, _, has_more = self._read(since)
-            if data:
-                yield data
+    hang_up: Callable[[], None] | None
 
     def follow(self) -> Iterator[bytes]:
         """Yield what there is, then what comes, until the task ends, the time is up or the server exits."""
         try:
-            yield from self._follow()
+            with self.runner.notifier.following(self.task_id, self.hang_up) as news:
+                for piece in self._follow(news):
+                    news.must_be_sent_by = time.monotonic() + LATE_SECONDS
+                    yield piece
+                    news.must_be_sent_by = None
         except AsyncRouteError as error:
             # What was sent was sent; the client comes back for the rest.
             logger.warning("A stream of events ended early: %s", error)
             yield retry(RETRY_MS)
 
-    def _follow(self) -> Iterator[bytes]:
+    def _follow(self, news: Follower) -> Iterator[bytes]:
         now = time.monotonic()
         ends_at = now + self.seconds
         look_at = now + LOOK_AGAIN_SECONDS
         beat_at = now + HEARTBEAT_SECONDS
-        since = self.since
-        with self.runner.notifier.following(self.task_id) as news:
-            if since is None or self.task_id is None:
-                yield self.beginning
-                self.beginning = b""
-            since = since or 0
-            while True:
-                news.clear()
-                data, since, is_over, has_more = self._read(since)
-                if data:
-                    yield data
-                    del data  # not to be held until the next
-                    beat_at = time.monotonic() + HEARTBEAT_SECONDS
-                if is_over:
-                    return
-                now = time.monotonic()
-                if now >= ends_at or self.runner.notifier.is_over:
+        if self.since is None or self.task_id is None:
+            yield self.beginning
+            self.beginning = b""
+        since = self.since or 0
+        while True:
+            news.clear()
+            found = self.runner.store.events(since, PAGE, self.task_id, self.group)
+            # A file that was put in place of the store's, new or from a backup: its numbers say nothing about ours.
+            is_another_store = found.change < since or self.runner.store.secret() != self.ids.key
+            is_over = self.task_id is not None and any(map(_is_end, found.events))
+            has_more = len(found.events) == PAGE
+            since = found.change
+            for piece in self._pieces(found.events):
+                yield piece
+                beat_at = time.monotonic() + HEARTBEAT_SECONDS
+                del piece  # nor held until the next
+            del found
+            if is_over:
+                return
+            now = time.monotonic()
+            if now >= ends_at or self.runner.notifier.is_over or is_another_store:
+                yield retry(RETRY_MS)
+                return
+            if now >= look_at:
+                look_at = now + LOOK_AGAIN_SECONDS
+                try:
+                    self.may_read = self.look_up()
+                except Exception as error:
+                    # The app's own function refuses, or fails; the client, who comes back, is told so by itself.
+                    logger.warning("A stream of events ended early: %s", error)
                     yield retry(RETRY_MS)
                     return
-                if now >= look_at:
-                    look_at = now + LOOK_AGAIN_SECONDS
-                    try:
-                        self.may_read = self.look_up()
-                    except Exception as error:
-                        # The app's own function refuses, or fails; the client, who comes back, is told so by itself.
-                        logger.warning("A stream of events ended early: %s", error)
-                        yield retry(RETRY_MS)
-                        return
-                    if self.task_id is not None and not self._is_there(self.task_id):
-                        return
-                if now >= beat_at:
-                    beat_at = now + HEARTBEAT_SECONDS
-                    yield HEARTBEAT
-                if not has_more:
-                    news.wait(max(min(ends_at, look_at, beat_at) - time.monotonic(), 0.0))
+                if self.task_id is not None and not self._is_there(self.task_id):
+                    return
+            if now >= beat_at:
+                beat_at = now + HEARTBEAT_SECONDS
+                yield HEARTBEAT
+            if not has_more:
+                news.wait(max(min(ends_at, look_at, beat_at) - time.monotonic(), 0.0))
 
-    def _read(self, since: int) -> tuple[bytes, int, bool, bool]:
-        """Return the next events as they are sent, the number they go up to, whether the task's end is among them, and
-        whether there is more already.
-        """
-        found = self.runner.store.events(since, PAGE, self.task_id, self.group)
-        fit = [event for event in found.events if not self._is_known(event) and self.may_read(event.task)]
-        is_over = self.task_id is not None and any(_is_end(event) for event in found.events)
-        return b"".join(frame(event, self.ids) for event in fit), found.change, is_over, len(found.events) == PAGE
+    def _pieces(self, events: Sequence[Event]) -> Iterator[bytes]:
+        """Yield what the client is sent of these events, as many in a piece as fit."""
+        piece = b""
+        for event in events:
+            if self._is_known(event) or not self.may_read(event.task):
+                continue
+            data = frame(event, self.ids)
+            if piece and len(piece) + len(data) > PIECE:
+                yield piece
+                piece = b""
+            piece += data
+        if piece:
+            yield piece
 
     def _is_known(self, event: Event) -> bool:
         """Return whether a client that has just been given the task as it is knows of this by that."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from flask import Request
 from werkzeug.http import parse_list_header
 
+from ..delivery import PENDING
 from ..errors import InvalidRequest
 from ..runner import Runner
 from ..task import AsyncRouteTask
@@ -44,6 +45,11 @@ def preferred_wait(request: Request, longest: float) -> float | None:
         if name.strip().lower() == "wait" and _WHOLE_SECONDS.fullmatch(value.strip().strip('"')):
             return min(float(value.strip().strip('"')), longest)
     return None
+
+
+def may_change(task: AsyncRouteTask) -> bool:
+    """Return whether a task will go on changing by itself: until its code and its callback have come to their ends too."""
+    return not task.state.is_terminal or task.stopping or task.callback_state in PENDING
 
 
 def hold(

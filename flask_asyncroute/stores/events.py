@@ -31,7 +31,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """What happened since a change number, in order, and the number up to which that is all."""
+    """What happened since a change number, in order, and the number up to which that is all.
+
+    That one is lower where there is another store by now, whose numbers began anew.
+    """
 
     change: int
     events: Sequence[Event]

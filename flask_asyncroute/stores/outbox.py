@@ -44,7 +44,8 @@ class Outbox(ABC):
 
     @abstractmethod
     def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
-        """Take up to ``limit`` callbacks that are due, the longest due first, and return them with their tasks.
+        """Take up to ``limit`` callbacks that are due, and return them with their tasks: first those that need not wait, then the
+        longest due.
 
         At most :data:`PER_HOST` of one host are held at once, over all processes. A callback that was NotStarted is Running.
         """

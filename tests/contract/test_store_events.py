@@ -15,6 +15,7 @@ from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import Expect, TaskStore
 from flask_asyncroute.stores.events import MAX_EVENTS, PROGRESS, STATE, Event
 from flask_asyncroute.stores.opening import make_store
+from flask_asyncroute.stores.sql.store import SQLTaskStore
 from flask_asyncroute.task import AsyncRouteTask
 from tests.conftest import eventually_true, new_postgresql_database
 
@@ -196,6 +197,38 @@ def test_news_tell_whose_views_have_sent_something(store: TaskStore, add: Callab
     news = store.news(since)
     assert (list(news.sent), list(news.tasks), news.change) == (["task"], [], since + 2)
     assert list(store.news(news.change).sent) == []
+
+
+def test_an_event_that_is_written_while_news_are_read_is_news(
+    store: TaskStore, add: Callable[..., None], make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two statements of the reading, and though what came after it is among them already."""
+    if not isinstance(store, SQLTaskStore):
+        pytest.skip("a memory store reads all of it at once")
+    add()
+    store.claim("task", "me", 1)
+    fetch_all = store._database.fetch_all
+    for write_before in range(3):
+        since = store.news(-1).change
+        store.add(make_task(f"first-{write_before}"), b"", None, ())
+        calls = 0
+
+        def between(*statement: Any, write_before: int = write_before) -> Any:
+            nonlocal calls
+            if calls == write_before:
+                store.add_events("task", RUNNING, [ViewEvent("step", b"1", write_before + 1)])
+                store.add(make_task(f"then-{write_before}"), b"", None, ())
+            calls += 1
+            return fetch_all(*statement)
+
+        monkeypatch.setattr(store._database, "fetch_all", between)
+        news = store.news(since)
+        monkeypatch.undo()
+        if calls <= write_before:
+            break
+        told = [*news.sent, *store.news(news.change).sent]
+        assert "task" in told
+    assert write_before == 2, "there were two statements"
 
 
 def test_whoever_listens_hears_of_every_kind_of_write(store: TaskStore, add: Callable[..., None]) -> None:

@@ -312,6 +312,15 @@ def test_terms_that_do_not_fit(make_flow: MakeFlow, field: str, value: str) -> N
     refused(flow, json={"x": value})
 
 
+def test_parameters_of_a_content_type_are_left_out(make_flow: MakeFlow, receiver: Receiver) -> None:
+    """Most clients send one with theirs; what is sent is UTF-8."""
+    flow = make_flow()
+    flow.route(callback=Callback(receiver.url, content_type="$request.header.Content-Type"))(lambda: None)
+    flow.start(data="{}", content_type="application/json; charset=utf-8")
+    (taken,) = receiver.taken()
+    assert taken.headers["Content-Type"] == "application/json"
+
+
 def test_a_missing_method_or_content_type_is_the_default(make_flow: MakeFlow, receiver: Receiver) -> None:
     flow = make_flow()
     flow.route(callback=Callback(receiver.url, method="$request.body#/m", content_type="$request.body#/c"))(
@@ -561,7 +570,7 @@ def test_permission_and_callback_go_together(make_flow: MakeFlow, receiver: Rece
     assert flow.get(task, status=404, headers={"X-User": "bert"})["status"] == 404
 
 
-def test_a_receiver_in_flask(make_flow: MakeFlow, receiver: Receiver) -> None:
+def test_a19_a_receiver_in_flask(make_flow: MakeFlow, receiver: Receiver) -> None:
     """The way that the guide shows: verify, look whether the id was seen, answer at once."""
     flow = make_flow(ASYNCROUTE_CALLBACK_SECRET=SECRET)
     flow.route(callback=Callback(receiver.url))(lambda: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,11 @@ class Served:
             self.gate.wait(20)
             current_task.send_event("bye")
             return "done"
+
+        @self.async_routes.route("/large/<int:count>", methods=["PUT"])
+        def large(count: int) -> None:
+            for number in range(count):
+                current_task.send_event({"n": number, "filling": "x" * 20_000}, "step")
 
         @self.async_routes.route("/full", methods=["PUT"], sse=Sse(group="full", send_result=True))
         def full() -> list[int]:
@@ -422,12 +428,15 @@ def test_streams_end_with_the_server(served: Served) -> None:
     served.gate.set()
 
 
-def test_a_store_that_fails_ends_a_stream(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_store_that_fails_ends_a_stream(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, has_ended: bool) -> None:
     from flask_asyncroute.errors import StoreUnavailable
 
     served = Served(make_app())
     task_id = served.start("/work/0")
     served.running(task_id)
+    if has_ended:
+        served.end(task_id)
     answer = opened(served.client, f"/task/{task_id}/events")
     chunks = answer.iter_encoded()
     next(chunks)
@@ -438,6 +447,55 @@ def test_a_store_that_fails_ends_a_stream(make_app: MakeApp, monkeypatch: pytest
     monkeypatch.setattr(runtime_of(served.app).runner.store, "events", fail)
     assert list(chunks) == [b"retry: 1000\n\n"]
     served.gate.set()
+
+
+def test_f21_the_stream_of_a_group_ends_where_its_store_is_replaced(
+    make_app: MakeApp, tmp_path: Path, eventually: Eventually
+) -> None:
+    """The numbers of the new one begin anew: what happens there would not be after what the client has."""
+    path = tmp_path / "there.db"
+    served = Served(make_app(ASYNCROUTE_STORE=f"sqlite:///{path}"))
+    for _ in range(3):
+        served.end(served.start("/full"))
+    threaded = {"wsgi.multithread": True}  # else it would end for its age
+    chunks = served.client.get("/tasks/events", environ_overrides=threaded, buffered=False).iter_encoded()
+    next(chunks)
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+        path.with_name(name).unlink()
+    eventually(lambda: served.client.put("/full").status_code == 202 and path.exists())
+    thread = threading.Thread(target=lambda: rest.extend(chunks), daemon=True)
+    rest: list[bytes] = []
+    thread.start()
+    thread.join(10)
+    assert rest == [b"retry: 1000\n\n"]
+    again = opened(served.client, "/tasks/events")
+    chunks = again.iter_encoded()
+    next(chunks)
+    task_id = served.start("/full")
+    assert task_id.encode() in next(chunks)
+    again.close()
+
+
+def test_a_group_s_first_id_does_not_tell_whether_anything_was_written(served: Served) -> None:
+    """Two that are alike would: also of tasks that the caller may not see."""
+    firsts = set()
+    for _ in range(2):
+        answer = opened(served.client, "/tasks/events")
+        firsts.add(next(iter(answer.iter_encoded())))
+        answer.close()
+    assert len(firsts) == 2
+
+
+def test_f40_large_events_are_sent_piece_by_piece(served: Served) -> None:
+    """So that what waits for a slow client is one of them, not all that there are."""
+    task_id = served.start("/large/40")
+    served.end(task_id)
+    answer = opened(served.client, f"/task/{task_id}/events")
+    pieces = list(answer.iter_encoded())
+    answer.close()
+    assert [message.data["n"] for message in messages(pieces) if message.name == "step"] == list(range(40))
+    assert max(map(len, pieces)) <= streams.PIECE
+    assert len(pieces) < 40, "small ones go together"
 
 
 @pytest.mark.parametrize("is_raised", [True, False])

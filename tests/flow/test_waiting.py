@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_asyncroute import AsyncRoute, State, current_task
+from flask_asyncroute import AsyncRoute, Callback, State, current_task
 from flask_asyncroute.errors import StoreUnavailable
 from flask_asyncroute.runtime import runtime_of
 
@@ -41,6 +41,14 @@ def serve(make_app: MakeApp, gate_of: Callable[[Flask], threading.Event]) -> Cal
         def work() -> str:
             gate.wait(20)
             current_task.set_progress(50, "half")
+            return "done"
+
+        @async_routes.route("/deaf", methods=["PUT"], interrupt_after=None)
+        def deaf() -> None:
+            gate.wait(20)
+
+        @async_routes.route("/calls", methods=["PUT"], callback=Callback("http://127.0.0.1:1/nobody/"))
+        def calls() -> str:
             return "done"
 
         @async_routes.route("/quick", methods=["PUT"])
@@ -102,6 +110,41 @@ def test_with_if_none_match_a_get_is_held_until_anything_changes(
     gate_of(app).set()
     thread.join(5)
     assert found[0].status_code == 200 and found[0].headers["ETag"] != seen.headers["ETag"]
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_with_if_none_match_a_get_is_held_until_an_aborted_task_s_code_has_ended(
+    serve: Callable[..., Flask], eventually: Eventually, store: str, gate_of: Any
+) -> None:
+    """The State is final, and the task still changes."""
+    app = serve(store)
+    client = app.test_client()
+    task_id = start(app, "/deaf").json["Id"]
+    eventually(lambda: client.get(f"/task/{task_id}").json["State"] == "Running")
+    assert client.delete(f"/task/{task_id}").json["Stopping"]
+    seen = {"If-None-Match": client.get(f"/task/{task_id}").headers["ETag"]}
+    thread, found = in_background(lambda: app.test_client().get(f"/task/{task_id}?wait=20", headers=seen))
+    eventually(lambda: someone_waits(app))
+    gate_of(app).set()
+    thread.join(5)
+    assert found[0].status_code == 200 and "Stopping" not in found[0].json
+    seen = {"If-None-Match": found[0].headers["ETag"]}
+    assert client.get(f"/task/{task_id}?wait=20", headers=seen).status_code == 304, "at once: nothing will change"
+
+
+def test_with_if_none_match_a_get_is_held_while_a_callback_is_pending(
+    serve: Callable[..., Flask], eventually: Eventually
+) -> None:
+    app = serve()
+    client = app.test_client()
+    task_id = start(app, "/calls").json["Id"]
+    eventually(lambda: client.get(f"/task/{task_id}").json["CallbackInfo"].get("Tentative") == 1)
+    answer = client.get(f"/task/{task_id}")
+    assert (answer.json["State"], answer.json["CallbackInfo"]["State"]) == ("Completed", "Running")
+    began = time.monotonic()
+    seen = {"If-None-Match": answer.headers["ETag"]}
+    assert client.get(f"/task/{task_id}?wait=0.3", headers=seen).status_code == 304
+    assert time.monotonic() - began >= 0.3
 
 
 def test_what_has_changed_already_is_told_at_once(serve: Callable[..., Flask], eventually: Eventually) -> None:

@@ -11,8 +11,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def test_streams_of_a_sync_worker_end_before_it_is_killed(tmp_path: Path, eventu
 
 
 BEATS = 0.5
-QUICK = f"from flask_asyncroute.http import streams\nstreams.HEARTBEAT_SECONDS = {BEATS}"
+QUICK = f"from flask_asyncroute.http import streams\nstreams.HEARTBEAT_SECONDS = {BEATS}\nstreams.LATE_SECONDS = {2 * BEATS}"
 
 
 @pytest.mark.parametrize("with_reset", [False, True])
@@ -208,6 +208,57 @@ def test_f40_a_client_that_never_reads_costs_little(tmp_path: Path, eventually: 
         with Stream(server.port, f"/task/{task_id}/events") as stream:
             sent = [message.short for message in stream.messages() if message.name == "step"]
         assert sent == list(range(count)), "who reads gets all of it"
+
+
+@contextmanager
+def asleep(port: int, task_id: str) -> Iterator[None]:
+    """Ask for the events of a task, and take none that come."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        client.sendall(f"GET /task/{task_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        client.recv(1, socket.MSG_PEEK)
+        yield
+
+
+def flooded(port: int, eventually: Eventually) -> str:
+    """Return a task that has ended, with more events than all buffers between here and there hold."""
+    task_id = str(send(port, "PUT", "/flood/300").json()["Id"])
+    eventually(lambda: send(port, "GET", f"/task/{task_id}").json()["State"] == "Completed", 60, 0.05)
+    return task_id
+
+
+def test_f40_a_client_that_never_reads_frees_its_thread_within_two_heartbeats(
+    tmp_path: Path, eventually: Eventually
+) -> None:
+    """Of a task that runs, and of one that has ended, whose stream needs no place."""
+    with serve(tmp_path, "--threads", "4", before=QUICK, max_streams=1) as server:
+        task_id = running(server.port, eventually, "/flood/300")
+        with asleep(server.port, task_id):
+            eventually(lambda: places(server.port) == 0, 10, 0.01)
+            eventually(lambda: places(server.port) == 1, 60, 0.05)
+        eventually(lambda: send(server.port, "GET", f"/task/{task_id}").json()["State"] == "Completed", 60, 0.05)
+        with ExitStack() as clients:
+            for _ in range(4):
+                clients.enter_context(asleep(server.port, task_id))
+            # All four threads are taken, so this is answered when one is free again.
+            assert send(server.port, "GET", f"/task/{task_id}").status == 200
+        assert "Traceback" not in server.output()
+
+
+@pytest.mark.parametrize("worker_class", ["gthread", "gevent"])
+def test_f40_a_client_that_never_reads_holds_up_no_exit(
+    tmp_path: Path, eventually: Eventually, worker_class: str
+) -> None:
+    if worker_class == "gevent":
+        pytest.importorskip("gevent")
+    with serve(tmp_path, "-k", worker_class, "--threads", "4", "--keep-alive", "1") as server:
+        (pid,) = eventually(server.workers)
+        with asleep(server.port, flooded(server.port, eventually)):
+            began = by_term(server, pid)
+            eventually(lambda: pid not in server.workers(), 20)
+            assert time.monotonic() - began <= OUT_SECONDS
+        assert "Traceback" not in server.output()
 
 
 def resident_kib(pid: int) -> int:

@@ -41,9 +41,10 @@ class Changes:
             since = 0  # Another database is in its place: all of it is new.
         if 0 <= since < change:
             written, news = self._event_log.written, self._sql.news
-            sent = [row[0] for row in self._database.fetch_all(written.sql, written.values(ns=ns, since=since))]
             rows = self._database.fetch_all(news.sql, news.values(ns=ns, since=since, most=NEWS_PAGE))
             tasks = [record_of(row) for row in rows]
+            # After them: what has a number below any of theirs is committed by now.
+            sent = [row[0] for row in self._database.fetch_all(written.sql, written.values(ns=ns, since=since))]
             if len(tasks) == NEWS_PAGE:
                 return News(tasks[-1].change, tasks, sent)
             change = max(change, tasks[-1].change if tasks else 0)
@@ -56,7 +57,7 @@ class Changes:
         change = self.newest(ns)
         rows = self._database.fetch_all(*self._event_log.read(ns, since, most, task_id, group))
         found = [self._event_log.event_of(row) for row in rows]
-        last = found[-1].change if found else since
+        last = found[-1].change if found else 0
         return Events(last if len(found) == most else max(change, last), found)
 
     def newest(self, ns: int) -> int:
