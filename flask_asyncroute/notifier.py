@@ -82,8 +82,11 @@ class Follower:
         """
         return self._news.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
 
-    def tell(self) -> None:
-        """Have it know that there is something new. By one thread at a time."""
+    def tell(self, task: AsyncRouteTask | None = None) -> None:
+        """Have it know that there is something new. By one thread at a time.
+
+        :param task: as it is now, where that is what is new.
+        """
         if self._news.locked():
             self._news.release()
 
@@ -91,6 +94,22 @@ class Follower:
         """End the connection where its client takes too long: the thread that sends is stuck until then."""
         if self._hang_up is not None and self.must_be_sent_by is not None and now >= self.must_be_sent_by:
             self._hang_up()
+
+
+class _Waiter(Follower):
+    """One who waits for a task to be as wanted, and is content with what was told of it; a stream keeps no record."""
+
+    __slots__ = ("told",)
+
+    def __init__(self, notifier: Notifier, task_id: str) -> None:
+        super().__init__(notifier, task_id, None)
+        self.told: AsyncRouteTask | None = None
+
+    def tell(self, task: AsyncRouteTask | None = None) -> None:
+        # Two threads that have written one after the other may tell of it the other way round.
+        if task is not None and (self.told is None or task.change > self.told.change):
+            self.told = task
+        super().tell()
 
 
 class Notifier(Loop):
@@ -208,10 +227,10 @@ class Notifier(Loop):
         Holds no lock and no connection meanwhile.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self.following(task_id) as news:
+        with _Waiter(self, task_id) as news:
             while True:
                 news.clear()
-                task = self._store.get(task_id)
+                task = news.told or self._store.get(task_id)
                 if task is None or is_enough(task) or self.is_over:
                     return task
                 if not news.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
@@ -239,13 +258,13 @@ class Notifier(Loop):
         except Exception:
             # Nobody else must miss this change, or one that came with it.
             logger.exception("A change of task %s could not be acted upon.", task.id)
-        self._tell(task.id)
+        self._tell(task.id, task)
 
-    def _tell(self, task_id: str) -> None:
+    def _tell(self, task_id: str, task: AsyncRouteTask | None = None) -> None:
         if task_id in self._waiting or None in self._waiting:
             with self._who_waits:
                 for follower in (*self._waiting.get(task_id, ()), *self._waiting.get(None, ())):
-                    follower.tell()
+                    follower.tell(task)
 
     def _poll(self) -> None:
         """Pass on what is new; called by the watcher thread alone."""

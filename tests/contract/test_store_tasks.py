@@ -14,6 +14,7 @@ from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.snapshot import CHUNK, Body
 from flask_asyncroute.states import TERMINAL, UNFINISHED, State
 from flask_asyncroute.stores.base import Expect, Readers, TaskStore
+from flask_asyncroute.stores.sql.store import SQLTaskStore
 from flask_asyncroute.task import AsyncRouteTask
 
 NewTask = Callable[..., AsyncRouteTask]
@@ -369,3 +370,20 @@ def bring_to(store: TaskStore, make_task: NewTask, state: State) -> None:
     store.claim("task", "me", CREATED)
     if state is not State.RUNNING:
         assert store.update("task", RUNNING, {"state": state, "completed_us": CREATED}) is not None
+
+
+def test_the_way_of_a_plain_task_is_a_statement_for_each_step(
+    store: TaskStore, make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No transaction of several, whose lock others would wait for: most tasks have a row of their own and nothing else."""
+    if not isinstance(store, SQLTaskStore):
+        pytest.skip("a memory store has no statements")
+    written: list[str] = []
+    write_one = store._database.write_one
+    monkeypatch.setattr(store._database, "write", lambda work: pytest.fail("a transaction of several statements"))
+    monkeypatch.setattr(store._database, "write_one", lambda *args: (written.append("one"), write_one(*args))[1])
+    store.add(make_task("plain"), b"{}", None, ())
+    assert store.claim("plain", "me", CREATED) is not None
+    assert store.update("plain", RUNNING, {"progress": 50.0}) is not None
+    assert store.update("plain", RUNNING, {"state": State.COMPLETED, "completed_us": CREATED + 1}) is not None
+    assert len(written) == 4

@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from flask_asyncroute.errors import StoreUnavailable
+from flask_asyncroute.permissions import Access, Permission
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.snapshot import Body
 from flask_asyncroute.states import TERMINAL, State
-from flask_asyncroute.stores.base import Expect, TaskStore
+from flask_asyncroute.stores.base import Claim, Expect, TaskStore
 from flask_asyncroute.stores.opening import make_store
 from flask_asyncroute.task import AsyncRouteTask
 from tests.conftest import close_app, engine_of, eventually_true, new_postgresql_database, new_task
@@ -29,6 +31,7 @@ from tests.flow.driving import Flow
 COMMIT = b"COMMIT\x00"
 """What the driver sends; READ COMMITTED is something else."""
 T0 = 1_700_000_000_000_000
+SHARED = {"permission_json": msgspec.json.encode(Permission(Access(groups=("g",))))}
 ROOT = Path(__file__).parent.parent.parent
 
 CREATORS = """
@@ -122,9 +125,10 @@ def store(proxy_url: str) -> Iterator[TaskStore]:
     """Give a store that goes through the proxy, with a task in each state that a call may want."""
     made = make_store(proxy_url, "", "test", True)
     made.open()
-    for name in ("waiting", "running", "stopping", "ended"):
-        made.add(new_task(name, user="anna"), b"{}", None, [("groups", "g")])
-        if name != "waiting":
+    for name in ("waiting", "running", "stopping", "ended", "waiting-shared", "running-shared"):
+        shared = SHARED if name.endswith("shared") else {}
+        made.add(new_task(name, user="anna", **shared), b"{}", None, [("groups", "g")])
+        if not name.startswith("waiting"):
             assert made.claim(name, "me", T0) is not None
     ended = {"state": State.ABORTED, "completed_us": T0, "error": "x"}
     assert made.update("stopping", Expect((State.RUNNING,)), {**ended, "stopping": True}) is not None
@@ -143,9 +147,23 @@ def direct(postgresql_url: str, store: TaskStore) -> Iterator[TaskStore]:
     made.close()
 
 
-def _completed(store: TaskStore) -> AsyncRouteTask | None:
+def _completed(store: TaskStore, task_id: str) -> AsyncRouteTask | None:
     values = {"state": State.COMPLETED, "completed_us": T0 + 1, "result_json": b"1"}
-    return store.update("running", Expect((State.RUNNING,), "me", 1), values)
+    return store.update(task_id, Expect((State.RUNNING,), "me", 1), values)
+
+
+def _is_claimed(made: Claim | None, direct: TaskStore, task_id: str) -> bool:
+    return (
+        made is not None
+        and made.request == b"{}"
+        and made.task == direct.get(task_id)
+        and made.task.epoch == 1
+        and made.task.revision == 2
+    )
+
+
+def _has_ended(made: AsyncRouteTask | None, direct: TaskStore, task_id: str) -> bool:
+    return made is not None and made == direct.get(task_id) and made.revision == 3
 
 
 def _size_of_body(store: TaskStore, task_id: str) -> int:
@@ -167,15 +185,17 @@ WRITES: dict[str, tuple[Callable[[TaskStore], Any], Callable[[Any, TaskStore], b
     ),
     "claim": (
         lambda store: store.claim("waiting", "me", T0 + 1),
-        lambda made, direct: (
-            made is not None
-            and made.request == b"{}"
-            and made.task == direct.get("waiting")
-            and made.task.epoch == 1
-            and made.task.revision == 2
-        ),
+        lambda made, direct: _is_claimed(made, direct, "waiting"),
     ),
-    "end": (_completed, lambda made, direct: made is not None and made == direct.get("running") and made.revision == 3),
+    "claim with readers": (
+        lambda store: store.claim("waiting-shared", "me", T0 + 1),
+        lambda made, direct: _is_claimed(made, direct, "waiting-shared"),
+    ),
+    "end": (lambda store: _completed(store, "running"), lambda made, direct: _has_ended(made, direct, "running")),
+    "end with readers": (
+        lambda store: _completed(store, "running-shared"),
+        lambda made, direct: _has_ended(made, direct, "running-shared"),
+    ),
     "progress": (
         lambda store: store.update("running", Expect((State.RUNNING,), "me", 1), {"progress": 5.0}),
         lambda made, direct: made is not None and made == direct.get("running") and made.revision == 3,
@@ -197,7 +217,7 @@ WRITES: dict[str, tuple[Callable[[TaskStore], Any], Callable[[Any, TaskStore], b
         lambda made, direct: made is True and direct.read_value("key") is None,
     ),
 }
-ALONE = ("add", "progress", "release")
+ALONE = ("add", "claim", "end", "progress", "release")
 """Those that are a single statement, which is its own commit."""
 
 
@@ -257,7 +277,7 @@ def test_f22_a_connection_that_breaks_in_a_read(store: TaskStore, proxy: Proxy, 
 
 def test_f22_a_commit_that_cannot_be_looked_up(store: TaskStore, direct: TaskStore, proxy: Proxy) -> None:
     """The server is gone with the commit under way: nobody knows, until it is back."""
-    call, is_right = WRITES["end"]
+    call, _ = WRITES["end with readers"]
 
     def cut(data: bytes) -> str | None:
         if COMMIT in data:
@@ -270,9 +290,9 @@ def test_f22_a_commit_that_cannot_be_looked_up(store: TaskStore, direct: TaskSto
         call(store)
     proxy.cut = lambda data: None
     proxy.come_back()
-    eventually_true(lambda: direct.get("running").state is State.COMPLETED)  # type: ignore[union-attr]
+    eventually_true(lambda: direct.get("running-shared").state is State.COMPLETED)  # type: ignore[union-attr]
     assert call(store) is None, "a write that comes late loses against itself"
-    assert direct.get("running") == store.get("running")
+    assert direct.get("running-shared") == store.get("running-shared")
 
 
 def test_f22_backends_that_are_terminated_are_replaced(

@@ -183,6 +183,22 @@ def test_every_one_of_many_who_wait_hears(
     assert notifier._waiting == {}
 
 
+def test_what_is_told_too_late_makes_nobody_forget_the_newer(
+    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+) -> None:
+    """Two threads write one after the other, and the first is the last to tell of it. None of them is read again."""
+    notifier = make_notifier(store)
+    store.add(make_task(), b"{}", None, ())
+    waiter = Waiter(notifier)
+    eventually(lambda: "task" in notifier._waiting)
+    before = store.get("task")
+    assert before is not None
+    aborted = abort(store)
+    notifier.on_task_changed(app, aborted)
+    notifier.on_task_changed(app, before)
+    assert waiter.join() == aborted
+
+
 def test_a_change_while_a_wait_begins_is_not_missed(
     app: Flask, make_notifier: MakeNotifier, make_task: NewTask
 ) -> None:

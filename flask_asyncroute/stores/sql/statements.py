@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Text,
+    and_,
     bindparam,
     case,
     cast,
@@ -102,6 +103,11 @@ _is_grant_of_task = (grants.c.namespace == bindparam("ns")) & (grants.c.task_id 
 _started = case((tasks.c.created_us > bindparam("now"), tasks.c.created_us), else_=bindparam("now"))
 
 
+_is_plain = and_(
+    tasks.c.permission_json.is_(None), tasks.c.callback_json.is_(None), tasks.c.body_size == literal_column("0")
+)
+"""Whether no row of another table goes along with a task from state to state, so that one statement is all that is needed."""
+
 _UNKNOWN_AT_FIRST = {"waiting_change", "started_change", "completed_change"}
 """Columns that are empty in a new task."""
 _waiting_change = func.coalesce(tasks.c.waiting_change, tasks.c.change)
@@ -117,7 +123,7 @@ class Statements:
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        self._updates: dict[tuple[tuple[str, ...], Shape], Statement] = {}
+        self._updates: dict[tuple[tuple[str, ...], Shape, bool], Statement] = {}
         self._deletes: dict[Shape, Statement] = {}
         self._finds: dict[Shape, Statement] = {}
         if dialect.name == "sqlite":
@@ -183,9 +189,17 @@ class Statements:
 
     @cached_property
     def claim(self) -> Statement:
+        return self._claim(_is_task())
+
+    @cached_property
+    def claim_plain(self) -> Statement:
+        """Claim a task of which no other table has anything."""
+        return self._claim(_is_task(), _is_plain)
+
+    def _claim(self, *where: ColumnElement[bool]) -> Statement:
         return self.compiled(
             update(tasks)
-            .where(_is_task(), tasks.c.state == State.NOT_STARTED.value)
+            .where(*where, tasks.c.state == State.NOT_STARTED.value)
             .values(
                 state=State.RUNNING.value,
                 owner=bindparam("new_owner"),
@@ -253,9 +267,12 @@ class Statements:
         """What is checked before it is written is checked after this: nobody else writes until the commit."""
         return self.compiled(select(namespaces.c.key).where(_is_namespace).with_for_update())
 
-    def update_of(self, fields: tuple[str, ...], expect: Expect) -> Statement:
-        """Return the compare-and-set that writes these record fields, named ``new_<field>``, and gives the record back."""
-        key = (fields, _shape(expect))
+    def update_of(self, fields: tuple[str, ...], expect: Expect, is_plain: bool = False) -> Statement:
+        """Return the compare-and-set that writes these record fields, named ``new_<field>``, and gives the record back.
+
+        :param is_plain: only of a task of which no other table has anything.
+        """
+        key = (fields, _shape(expect), is_plain)
         statement = self._updates.get(key)
         if statement is None:
             statement = self._updates[key] = self._update_of(*key)
@@ -277,7 +294,7 @@ class Statements:
             statement = self._finds[shape] = self.compiled(select(tasks.c.id).where(*_as_expected(shape)))
         return statement
 
-    def _update_of(self, fields: tuple[str, ...], shape: Shape) -> Statement:
+    def _update_of(self, fields: tuple[str, ...], shape: Shape, is_plain: bool) -> Statement:
         values: dict[str, Any] = {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in fields}
         values.update(revision=tasks.c.revision + 1, change=self.next_change)
         if "state" in values:
@@ -291,4 +308,5 @@ class Statements:
                 started_change=tasks.c.started_change,
                 completed_change=self.next_change,
             )
-        return self.compiled(update(tasks).where(*_as_expected(shape)).values(values).returning(*RECORD))
+        where = [*_as_expected(shape), *([_is_plain] if is_plain else [])]
+        return self.compiled(update(tasks).where(*where).values(values).returning(*RECORD))
