@@ -1,5 +1,5 @@
 """Who is waiting for news of a task, in this process: told at once of what is written here, and by one watcher thread of
-what other processes write. What the news are, whoever is told reads from the store.
+what other processes write. Who waits for a task is given it; who follows events reads them from the store.
 
 It hears of local changes by signal, asks the store for the others, and changes nothing itself.
 """
