@@ -17,8 +17,9 @@ from .task import now_us
 
 logger = logging.getLogger("flask_asyncroute")
 
-GAP_SECONDS = 5.0
-"""Where nobody could look for so long, the store or this process stood still, and silence says nothing of others."""
+GAP_SECONDS = 15.0
+"""Where nobody could look for so long, the store or this process stood still, and silence says nothing of others. Less than the
+lease by more than a beat, and more than a look takes where each call of the store takes seconds."""
 CONFIRM_SECONDS = 0.4
 """A lock that is free for so long is not one that was dropped by mistake: its owner would have it again, see `presence`."""
 ROUTE_GONE_SECONDS = 3600.0
@@ -49,6 +50,9 @@ class Census:
         """Settle what workers that are gone have left."""
         self._presence.enter()
         listed = {worker.name: worker for worker in self._workers.listed()}
+        if self._presence.name not in listed:
+            # As in a file that was put in the place of the store's; without its row this process would be found by the lease.
+            self._presence.beat_soon()
         for name in self._workers.owners():
             # One that was taken for dead, or whose row was lost, may live; it enters again with its next beat.
             listed.setdefault(name, Worker(name, "", 0, "", frozenset(), beat=-1))
@@ -73,7 +77,7 @@ class Census:
         gone = [endpoint for endpoint, since in self._unlisted.items() if now - since >= ROUTE_GONE_SECONDS]
         if gone:
             logger.warning("No worker has had the endpoints %s for an hour; their tasks are aborted.", ", ".join(gone))
-        while gone and (waiting := self._store.waiting(gone, now_us(), PAGE)):
+        while gone and (waiting := self._store.waiting(dict.fromkeys(gone, PAGE), now_us())):
             for task_id, _ in waiting:
                 task = self._store.get(task_id)
                 if task is not None and task.state is State.NOT_STARTED:

@@ -273,7 +273,7 @@ class Dispatcher:
             executor.submit(task.id)
         except Exception as error:
             logger.exception("The executor of endpoint %s did not take a task.", route.endpoint)
-            self._lifecycle.withdraw(task)
+            self._lifecycle.unwritten.write(task.id, lambda: self._lifecycle.withdraw(task))
             raise QueueFull("This server's executor does not take the task. Try again.", retry_after=5) from error
         return task
 

@@ -15,6 +15,7 @@ import multiprocessing.util  # noqa: F401
 import os
 import time
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -52,23 +53,41 @@ def forget(runner: Runner) -> None:
     _runners.discard(runner)
 
 
-def drain(runner: Runner, seconds: float) -> None:
-    """Start nothing more, let what runs go on for ``seconds``, then settle the rest: Aborted or, as its route wants it,
-    waiting again. Tasks that wait stay as they are, for other processes.
+def drain(seconds: Mapping[Runner, float]) -> None:
+    """Start nothing more, let what runs go on for a time, then settle the rest: Aborted or, as its route wants it, waiting
+    again. Tasks that wait stay as they are, for other processes.
 
-    Returns within ``seconds`` and 1.5 more, whatever the store does: it is the housekeeper that waits for that.
+    All runners at once: it returns within the longest time and 1.5 seconds more, however many there are and whatever their
+    stores do, since it is the housekeepers that wait for those.
+
+    :param seconds: for which the runs of each runner may go on.
     """
-    runner.dispatcher.is_closing = True
-    runner.sender.is_closing = True
-    waiting = [task_id for executor in runner.executors for task_id in executor.discard_waiting()]
-    if not runner.dispatcher.wait_idle(seconds):
+    began = time.monotonic()
+    runners = list(seconds)
+    waiting: dict[Runner, list[str]] = {}
+    for runner in runners:
+        runner.dispatcher.is_closing = True
+        runner.sender.is_closing = True
+    for runner in runners:
+        waiting[runner] = [task_id for executor in runner.executors for task_id in executor.discard_waiting()]
+    late = [runner for runner in runners if not _is_idle_by(runner, began + seconds[runner])]
+    for runner in late:
         for execution in _unended(runner):
             execution.is_shutting_down = True
             execution.ask_to_stop(INTERRUPT_SECONDS)
         runner.housekeeper.call(partial(_abort, runner))
-        runner.dispatcher.wait_idle(GRACE_SECONDS)
-    if not runner.housekeeper.call(partial(_settle, runner, waiting)).wait(SETTLE_SECONDS):
+    deadline = time.monotonic() + GRACE_SECONDS
+    for runner in late:
+        _is_idle_by(runner, deadline)
+    settled = [runner.housekeeper.call(partial(_settle, runner, waiting[runner])) for runner in runners]
+    deadline = time.monotonic() + SETTLE_SECONDS
+    if not all([event.wait(max(deadline - time.monotonic(), 0.0)) for event in settled]):
         logger.error("The store did not answer in time at the exit; what is not settled others will find lost.")
+
+
+def _is_idle_by(runner: Runner, deadline: float) -> bool:
+    """Wait until nothing runs any more; return whether that was so before the deadline."""
+    return runner.dispatcher.wait_idle(max(deadline - time.monotonic(), 0.0))
 
 
 def _unended(runner: Runner) -> list[Execution]:
@@ -130,16 +149,12 @@ def _at_exit() -> None:
 
     The time counts from when the exit was known: a server may have taken seconds since, to part from its clients.
     """
-    runners = list(_runners)
     end_waits()
-    began = time.monotonic() if _began_at is None else _began_at
-    for runner in runners:
-        runner.dispatcher.is_closing = True
-    for runner in runners:
-        try:
-            drain(runner, max(runner.config.drain - (time.monotonic() - began), 0.0))
-        except Exception:
-            logger.exception("The tasks of this process could not be drained; others will find them lost.")
+    spent = 0.0 if _began_at is None else time.monotonic() - _began_at
+    try:
+        drain({runner: max(runner.config.drain - spent, 0.0) for runner in list(_runners)})
+    except Exception:
+        logger.exception("The tasks of this process could not be drained; others will find them lost.")
 
 
 def _after_fork() -> None:

@@ -149,6 +149,16 @@ class Lifecycle:
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
         return self._step(execution.task_id, expect, State.ABORTED, {"error": error, "stopping": True})
 
+    def forsake(self, task_id: str) -> None:
+        """Abort a task that only this process can run, and could not; as soon as the store can be written."""
+
+        def abort() -> None:
+            task = self._store.get(task_id)
+            if task is not None and not task.state.is_terminal:
+                self._step(task_id, Expect((task.state,), task.owner, task.epoch), State.ABORTED, {"error": LOST})
+
+        self.unwritten.keep(task_id, abort)
+
     def release(self, execution: Execution) -> None:
         """Write that the code of an aborted task has ended."""
         expect = Expect((State.ABORTED,), self.owner, execution.epoch, stopping=True)

@@ -78,6 +78,11 @@ class Presence(Loop):
             if self.lock_file is not None:
                 self.lock_file.release(self._number)
 
+    def beat_soon(self) -> None:
+        """Say that this process lives at the next look, and list it again where its row is gone."""
+        self._beat_at = 0.0
+        self.wake()
+
     def assert_lock(self) -> None:
         """Hold the lock, also where something in this process has read the file, and dropped the lock as it closed it."""
         if self.lock_file is not None:

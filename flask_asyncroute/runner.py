@@ -200,21 +200,21 @@ class Runner:
         """Submit tasks that have waited for over a second to executors with a free place."""
         if self.dispatcher.is_closing:
             return
-        free: dict[str, int] = {}
-        for route in self.routes.values():
-            if not route.options.is_bound:
-                room = self.executor_of(route).free()
-                if room:
-                    free[route.endpoint] = room
-        if not free:
+        room = {
+            route.pool: self.executor_of(route).room() for route in self.routes.values() if not route.options.is_bound
+        }
+        most = {route.endpoint: room[route.pool] for route in self.routes.values() if room.get(route.pool)}
+        if not most:
             return
-        for task_id, endpoint in self.store.waiting(free, now_us() - TAKEOVER_AFTER_US, sum(free.values())):
-            executor = self.executor_of(self.routes[endpoint])
-            if executor.free() and not executor.holds(task_id):
+        for task_id, endpoint in self.store.waiting(most, now_us() - TAKEOVER_AFTER_US):
+            route = self.routes[endpoint]
+            executor = self.executor_of(route)
+            if room[route.pool] and not executor.holds(task_id):
                 try:
                     executor.reserve()
                 except QueueFull:
                     continue
+                room[route.pool] -= 1
                 executor.submit(task_id)
 
 

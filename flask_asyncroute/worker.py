@@ -42,10 +42,10 @@ def run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
     except TaskAborted:
         # It was raised for the view and arrived after it; the outcome is written already or will be found missing.
         logger.warning("The interruption of task %s came after its end.", task_id)
-    except AsyncRouteError as error:
-        logger.error("Task %s could not be run: %s", task_id, error)
-    except Exception:
-        logger.exception("Task %s could not be run.", task_id)
+    except Exception as error:
+        logger.error("Task %s could not be run: %s", task_id, error, exc_info=not isinstance(error, AsyncRouteError))
+        if executor.is_bound:
+            runner.lifecycle.forsake(task_id)
 
 
 def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:

@@ -17,6 +17,8 @@ Run = Callable[["TaskExecutor", str], None]
 """Runs the task with this id for an executor, and returns when its code has ended; never raises an Exception."""
 
 RUN = "flask_asyncroute.worker:run"
+AHEAD = 20
+"""How many tasks of others may wait here, beside those that start at once."""
 
 
 class TaskExecutor(ABC):
@@ -27,6 +29,8 @@ class TaskExecutor(ABC):
     :param queue_size: how many more may wait.
     """
 
+    is_bound = False
+    """Whether its tasks belong to this process: nobody else can run them."""
     interrupt_after: float | None = None
     """Seconds from asking a run to stop until :meth:`interrupt` may be called; None: never."""
 
@@ -67,6 +71,13 @@ class TaskExecutor(ABC):
             self.unreserve()
             raise
         future.add_done_callback(lambda _: self._futures.pop(task_id, None))
+
+    def room(self) -> int:
+        """Return how many tasks of others may be submitted now: none while no place is free, else more than would start at
+        once, so that places which are free again soon do not wait for the next look; half of the queue is left to starts.
+        """
+        free = self.free()
+        return free + min(AHEAD, self._queue_size // 2) if free else 0
 
     def free(self) -> int:
         """Return how many tasks would start at once if they were submitted now."""

@@ -17,6 +17,8 @@ _adapters: weakref.WeakValueDictionary[int, FutureTaskExecutor] = weakref.WeakVa
 class FutureTaskExecutor(TaskExecutor):
     """Hands each task to ``executor.submit``. How many run at once is the executor's affair; only the sum is bounded."""
 
+    is_bound = True
+
     def __init__(self, executor: Executor, run: Run, max_workers: int, queue_size: int) -> None:
         super().__init__(run, max_workers, queue_size)
         self._executor = executor

@@ -11,6 +11,8 @@ from .base import TaskExecutor
 class ImmediateTaskExecutor(TaskExecutor):
     """Returns from :meth:`submit` when the task has ended. Each request brings its own thread, so nothing ever waits."""
 
+    is_bound = True
+
     def reserve(self) -> None:
         """There is always a place."""
 

@@ -8,7 +8,7 @@ where it may have done it all the same, as `CommitUnknown`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,6 +142,17 @@ class Listener(Protocol):
         ...
 
 
+def oldest(waiting: Iterable[tuple[str, str]], most: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the first of (id, endpoint) in order, as many of each endpoint as ``most`` says."""
+    left = dict(most)
+    found = []
+    for task_id, endpoint in waiting:
+        if left.get(endpoint, 0) > 0:
+            left[endpoint] -= 1
+            found.append((task_id, endpoint))
+    return found
+
+
 class TaskStore(ABC):
     """Keeps the tasks, their requests and the shared values of one namespace."""
 
@@ -253,9 +264,11 @@ class TaskStore(ABC):
         """
 
     @abstractmethod
-    def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
-        """Return (id, endpoint) of the oldest tasks of these endpoints that are NotStarted since before ``before_us``; also of
-        those from after :data:`AHEAD_US` later, when a clock was ahead that has been set back.
+    def waiting(self, most: Mapping[str, int], before_us: int) -> list[tuple[str, str]]:
+        """Return (id, endpoint) of tasks that are NotStarted since before ``before_us``, the oldest first; also of those from
+        after :data:`AHEAD_US` later, when a clock was ahead that has been set back.
+
+        :param most: of which endpoints, and how many of each.
         """
 
     @abstractmethod

@@ -27,6 +27,7 @@ from .base import (
     News,
     Readers,
     TaskStore,
+    oldest,
 )
 from .events import Events
 from .memory_events import MemoryEvents
@@ -171,16 +172,14 @@ class MemoryTaskStore(TaskStore):
         )
         return [_without_large_result(task) for task in islice(found, limit)]
 
-    def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
+    def waiting(self, most: Mapping[str, int], before_us: int) -> list[tuple[str, str]]:
         with self._lock:
             tasks = [self._tasks[task_id] for task_id in self._waiting]
         fit = [
-            task
-            for task in tasks
-            if task.endpoint in endpoints and not before_us <= task.created_us <= before_us + AHEAD_US
+            task for task in tasks if task.endpoint in most and not before_us <= task.created_us <= before_us + AHEAD_US
         ]
         fit.sort(key=lambda task: task.created_us)
-        return [(task.id, task.endpoint) for task in islice(fit, limit)]
+        return oldest(((task.id, task.endpoint) for task in fit), most)
 
     def outlived(self, now_us: int, limit: int) -> list[str]:
         with self._lock:

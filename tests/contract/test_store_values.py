@@ -170,7 +170,7 @@ def test_namespaces_of_one_file_know_nothing_of_each_other(
         return [
             two.get("task"), two.claim("task", "me", T0), two.update("task", Expect(tuple(State)), {"error": "x"}),
             two.delete("task", Expect(tuple(State))), two.query((), NEWEST_FIRST, 9, None, None),
-            two.query((), NEWEST_FIRST, 9, None, anybody), two.waiting(["work"], 2 * T0, 9),
+            two.query((), NEWEST_FIRST, 9, None, anybody), two.waiting({"work": 9}, 2 * T0),
             two.outlived(2 * T0, 9), two.body("task").size, list(two.news(before.change).tasks), two.news(-1).change,
             two.read_value("k"), list(two.value_keys()), two.write_value("k", None, None),
         ]  # fmt: skip

@@ -99,7 +99,7 @@ def test_a_task_that_is_put_back_waits_as_before(store: TaskStore, make_task: Ne
         *[None] * 3,
         1,
     )
-    assert store.waiting(["work"], 2 * T0, 9) == [("task", "work")]
+    assert store.waiting({"work": 9}, 2 * T0) == [("task", "work")]
     assert store.claim("task", "they", T0 + 5) is not None
     again = store.get("task")
     assert again is not None

@@ -233,7 +233,7 @@ class LifeCycle(RuleBasedStateMachine):
 
     @invariant()
     def what_waits_is_what_is_not_started(self) -> None:
-        waiting = {task_id for task_id, _ in self.store.waiting(["work"], self.now + 1, 99)}
+        waiting = {task_id for task_id, _ in self.store.waiting({"work": 99}, self.now + 1)}
         assert waiting == {task_id for task_id, model in self.models.items() if model.state is State.NOT_STARTED}
 
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -248,6 +249,51 @@ def test_f19_a_claim_that_fails_leaves_the_task_waiting(make_faulty: MakeFaulty,
     is_failing.clear()
     assert flow.ended(task, 6)["State"] == "Completed"
     assert runs == [task["Id"]]
+
+
+@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_f19_a_claim_that_fails_ends_a_task_that_only_this_process_can_run(
+    make_faulty: MakeFaulty, how: str, is_inside: bool
+) -> None:
+    """Nobody else would ever take it: one that runs inside its request, or on an Executor of the app's own."""
+    is_failing = threading.Event()
+    is_failing.set()
+    flow = make_faulty(lambda name: how if name == "claim" and is_failing.is_set() else None)
+    runs = []
+    with ThreadPoolExecutor(1) as pool:
+
+        @flow.route(executor="immediate" if is_inside else pool)
+        def work() -> Any:
+            runs.append(current_task.id)
+
+        task = flow.start()
+        ended = flow.ended(task, 6)
+        is_failing.clear()
+        assert flow.ended(flow.start(), 6)["State"] == "Completed", "others go on"
+    assert (ended["State"], ended["Error"], ended.get("Stopping")) == ("Aborted", "Worker lost", None)
+    assert task["Id"] not in runs
+
+
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+def test_f19_a_start_that_no_executor_takes_is_withdrawn_when_the_store_is_back(make_faulty: MakeFaulty) -> None:
+    """Its client was told 503: nothing of it may run, or be seen, later."""
+    fault = Down("delete")
+    flow = make_faulty(fault)
+    runs = []
+    pool = ThreadPoolExecutor(1)
+
+    @flow.route(executor=pool)
+    def work() -> Any:
+        runs.append(current_task.id)
+
+    pool.shutdown()
+    fault.is_down = True
+    flow.start(status=503)
+    assert fault.refused
+    fault.is_down = False
+    eventually_true(lambda: not flow.query(), 6)
+    assert runs == []
 
 
 @pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)

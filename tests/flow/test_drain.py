@@ -6,7 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from flask import Flask
 from flask_asyncroute import AsyncRoute, TaskAborted, current_task
 from flask_asyncroute.drain import drain
 from flask_asyncroute.errors import StoreUnavailable
+from flask_asyncroute.executors.threads import ThreadTaskExecutor
 from flask_asyncroute.runner import Runner
 from flask_asyncroute.runtime import runtime_of
 
@@ -114,14 +116,14 @@ def test_nothing_runs(place: Place) -> None:
     assert place.runner.dispatcher.wait_idle(5)
     assert place.listed() == [place.runner.lifecycle.owner]
     began = time.monotonic()
-    drain(place.runner, 20)
+    drain({place.runner: 20})
     assert time.monotonic() - began < 1
     assert place.listed() == []
 
 
 def test_what_ends_in_its_time_is_left_alone(place: Place) -> None:
     task_id = place.begin("/held")
-    leaving = threading.Thread(target=drain, args=(place.runner, 20))
+    leaving = threading.Thread(target=drain, args=({place.runner: 20},))
     leaving.start()
     place.go.set()
     leaving.join(5)
@@ -134,7 +136,7 @@ def test_what_does_not_end_is_aborted(place: Place) -> None:
     """Its view is asked first, and interrupted soon, whatever the route's ``interrupt_after``."""
     task_id = place.begin("/loop")
     began = time.monotonic()
-    drain(place.runner, 0.1)
+    drain({place.runner: 0.1})
     assert 0.1 <= time.monotonic() - began < 2
     found = place.task(task_id)
     assert (found["State"], found["Error"], found.get("Stopping")) == ("Aborted", "Server shutdown", None)
@@ -150,7 +152,7 @@ def test_a_view_that_returns_when_asked_has_not_completed(place: Place) -> None:
         return "half of it"
 
     task_id = place.begin("/partly")
-    drain(place.runner, 0)
+    drain({place.runner: 0})
     found = place.task(task_id)
     assert (found["State"], found["Error"]) == ("Aborted", "Server shutdown")
     assert "Result" not in found
@@ -159,7 +161,7 @@ def test_a_view_that_returns_when_asked_has_not_completed(place: Place) -> None:
 def test_what_does_not_hear_is_left_to_the_exit(place: Place, eventually: Eventually) -> None:
     """The code ends with the process, a moment after the drain: nothing is said to be stopping for ever."""
     task_id = place.begin("/held")
-    drain(place.runner, 0)
+    drain({place.runner: 0})
     found = place.task(task_id)
     assert (found["State"], found["Error"], found.get("Stopping")) == ("Aborted", "Server shutdown", None)
     place.go.set()
@@ -170,7 +172,7 @@ def test_what_does_not_hear_is_left_to_the_exit(place: Place, eventually: Eventu
 @pytest.mark.parametrize("path", ["/polite", "/obstinate"])
 def test_what_is_to_be_restarted_waits_again(place: Place, path: str) -> None:
     task_id = place.begin(path)
-    drain(place.runner, 0)
+    drain({place.runner: 0})
     found = place.task(task_id)
     assert found["State"] == "NotStarted"
     assert not {"StartingTime", "ExpireTime", "Progress", "Error"} & found.keys()
@@ -185,7 +187,7 @@ def test_what_is_to_be_restarted_waits_again(place: Place, path: str) -> None:
 def test_a_coroutine_is_cancelled(place: Place) -> None:
     task_id = place.begin("/coroutine")
     began = time.monotonic()
-    drain(place.runner, 0)
+    drain({place.runner: 0})
     assert time.monotonic() - began < 0.9
     assert place.task(task_id)["Error"] == "Server shutdown"
 
@@ -195,7 +197,7 @@ def test_what_waits_stays_and_is_run_by_the_next(
 ) -> None:
     running = place.begin("/single")
     waiting = [place.start("/single") for _ in range(3)]
-    drain(place.runner, 0)
+    drain({place.runner: 0})
     place.go.set()
     assert place.runner.dispatcher.wait_idle(5)
     assert place.task(running)["Error"] == "Server shutdown"
@@ -205,6 +207,32 @@ def test_what_waits_stays_and_is_run_by_the_next(
     following.go = place.go
     following.client.get("/task/none")
     eventually(lambda: all(following.task(task_id)["State"] == "Completed" for task_id in waiting), 10)
+
+
+def test_f02_a_backlog_of_one_route_keeps_no_other_waiting(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """What a process has left begins at once where there is a place, and goes on as places are free again."""
+
+    def make(**config: Any) -> tuple[Flask, list[str]]:
+        app, ran = make_app(**config), []
+        routes = AsyncRoute(app)
+        for path in ("/many", "/one"):
+            routes.route(path, methods=["PUT"], max_workers=2, endpoint=path[1:])(lambda: ran.append(current_task.id))
+        return app, ran
+
+    app, _ = make()
+    with monkeypatch.context() as idle:
+        idle.setattr(ThreadTaskExecutor, "_start", lambda self, task_id: Future())
+        left = [app.test_client().put("/many").json["Id"] for _ in range(60)]
+        last = app.test_client().put("/one").json["Id"]
+    runtime_of(app).close()
+    app, ran = make(instance_path=app.instance_path)
+    app.test_client().get("/task/none")
+    eventually(lambda: last in ran, 10)
+    assert len(ran) < 45, "the other route had places all along"
+    eventually(lambda: set(ran) == {*left, last}, 10)
+    assert len(ran) == 61
 
 
 def test_what_waits_for_an_executor_of_the_app_is_aborted(place: Place) -> None:
@@ -219,7 +247,7 @@ def test_what_waits_for_an_executor_of_the_app_is_aborted(place: Place) -> None:
 
         running = place.begin("/own")
         waiting = place.start("/own")
-        drain(place.runner, 0)
+        drain({place.runner: 0})
         assert {place.task(task_id)["Error"] for task_id in (running, waiting)} == {"Server shutdown"}
         place.go.set()
 
@@ -230,7 +258,7 @@ def test_a_start_that_slips_in_is_left_to_others(place: Place, monkeypatch: pyte
     create = place.runner.lifecycle.create
 
     def create_late(*given: Any) -> None:
-        drain(place.runner, 0)
+        drain({place.runner: 0})
         create(*given)
 
     monkeypatch.setattr(place.runner.lifecycle, "create", create_late)
@@ -262,7 +290,7 @@ def test_a_store_that_is_away(place: Place, monkeypatch: pytest.MonkeyPatch, cap
     with monkeypatch.context() as away:
         away.setattr(place.runner.store, "update", fail)
         began = time.monotonic()
-        drain(place.runner, 0)
+        drain({place.runner: 0})
         assert time.monotonic() - began < 3
         assert "Not all tasks could be settled at the exit" in caplog.text
         assert place.listed() == [place.runner.lifecycle.owner]
@@ -273,8 +301,26 @@ def test_tasks_in_memory_have_their_time_too(make_app: Callable[..., Flask], gat
     place = Place(make_app(ASYNCROUTE_STORE="memory://"))
     place.go = gate
     task_id = place.begin("/held")
-    leaving = threading.Thread(target=drain, args=(place.runner, 20))
+    leaving = threading.Thread(target=drain, args=({place.runner: 20},))
     leaving.start()
     gate.set()
     leaving.join(5)
     assert place.task(task_id)["State"] == "Completed"
+
+
+def test_f04_apps_of_one_process_share_the_time(
+    make_app: Callable[..., Flask], tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither code that does not end nor stores that do not answer add up."""
+    places = [Place(make_app(instance_path=str(tmp_path / str(number)))) for number in range(4)]
+    is_back = threading.Event()
+    for place in places:
+        place.go = gate
+        place.begin("/held")
+        monkeypatch.setattr(place.runner.store, "update", lambda *given: is_back.wait(20) and None)
+    began = time.monotonic()
+    drain({place.runner: 0.1 for place in places})
+    took = time.monotonic() - began
+    is_back.set()
+    gate.set()
+    assert took < 0.1 + 1.5 + 0.5

@@ -196,6 +196,32 @@ def test_a_worker_of_another_host_lives_while_it_beats(
     assert state(store, "task") == ("Aborted", "Worker lost")
 
 
+def test_f24_a_worker_of_another_host_is_found_though_each_look_takes_seconds(
+    make_office: Callable[[str], Office], store: TaskStore, make_task: NewTask, clock: Clock
+) -> None:
+    mine = make_office("1-mine")
+    assert store.workers is not None
+    store.workers.enter(ELSEWHERE)
+    store.add(make_task(), b"", None, ())
+    assert store.claim("task", ELSEWHERE.name, now_us()) is not None
+    for _ in range(5):
+        clock.now += 8
+        mine.census.look()
+    assert state(store, "task") == ("Aborted", "Worker lost")
+
+
+def test_f21_a_worker_whose_row_is_gone_is_listed_again_at_once(
+    make_office: Callable[[str], Office], store: TaskStore, eventually: Eventually
+) -> None:
+    """As where the file of the store is another: a kill before the next beat would be found by the lease alone."""
+    mine = make_office("1-mine")
+    assert store.workers is not None
+    mine.presence.enter()
+    store.workers.leave("1-mine")
+    mine.census.look()
+    eventually(lambda: [worker.name for worker in store.workers.listed()] == ["1-mine"])
+
+
 def test_f32_nobody_is_gone_because_time_has_passed_unseen(
     make_office: Callable[[str], Office], store: TaskStore, make_task: NewTask, clock: Clock,
     monkeypatch: pytest.MonkeyPatch,

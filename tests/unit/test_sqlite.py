@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from flask_asyncroute import metadata
-from flask_asyncroute.errors import ConfigurationError, StoreUnavailable
+from flask_asyncroute.errors import ConfigurationError, IdTaken, StoreUnavailable
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.snapshot import Body
 from flask_asyncroute.start_key import StartKey
@@ -431,7 +431,7 @@ def test_f21_a_file_that_becomes_corrupt_is_unavailable(
         lambda: store.query((), NEWEST_FIRST, 9, None, None),
         lambda: store.add(make_task("new"), b"", None, ()),
         lambda: store.news(0),
-        lambda: store.waiting(["work"], 2 * T0, 9),
+        lambda: store.waiting({"work": 9}, 2 * T0),
     ]
     for call in calls:
         caplog.clear()
@@ -924,3 +924,120 @@ def test_a70_a_quota_is_counted_in_the_index_of_the_user(store: TaskStore, sqlit
     steps = " ".join(row[3] for row in plan.fetchall())
     connection.close()
     assert "INDEX asyncroute_task_user (namespace=? AND user=? AND state=?)" in steps
+
+
+def test_f21_a_log_that_others_have_opened_is_left_alone(
+    make_sqlite_store: NewStore, sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both look at the new file while it is locked, and fail; then one is first. The other must not take its log for an old one."""
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.1)
+    first, second = make_sqlite_store(), make_sqlite_store()
+    for store in (first, second):
+        store.open()
+    remove_file(sqlite_path)
+    sqlite_path.touch(0o600)
+    for store in (first, second):
+        store._database._file._look_at = 0.0
+    with closing(sqlite3.connect(sqlite_path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode=WAL")
+        other.execute("BEGIN IMMEDIATE")
+        for store in (first, second):
+            with pytest.raises(StoreUnavailable):
+                store.open()
+        other.execute("ROLLBACK")
+    first.open()
+    assert first.write_value("key", b"1", None)
+    second.open()
+    found = second.read_value("key")
+    assert found is not None and found == first.read_value("key")
+
+
+def test_f21_a_newer_file_is_refused_again_and_again(
+    make_sqlite_store: NewStore, sqlite_path: Path, make_task: NewTask
+) -> None:
+    """An older release meets the file of a newer one, in which that works: it must not touch it."""
+    ours = make_sqlite_store()
+    ours.open()
+    remove_file(sqlite_path)
+    newer = new_sqlite_store(sqlite_path)
+    newer.open()
+    newer.add(make_task("theirs"), b"", None, ())
+    with closing(sqlite3.connect(sqlite_path)) as connection, connection:
+        connection.execute("UPDATE asyncroute_schema SET version = version + 1")
+    for _ in range(3):
+        ours._database._file._look_at = 0.0
+        with pytest.raises(StoreUnavailable):
+            ours.open()
+    assert newer.get("theirs") is not None
+    newer.close()
+    with closing(sqlite3.connect(sqlite_path)) as connection:
+        assert connection.execute("SELECT count(*) FROM asyncroute_tasks").fetchone() == (1,)
+
+
+def test_f21_a_write_on_its_way_to_a_replaced_file_reaches_no_other_app(
+    make_sqlite_store: NewStore, sqlite_path: Path, make_task: NewTask, eventually: Callable[..., object]
+) -> None:
+    """Whichever app is the first to make itself at home in the new one."""
+    one, two = make_sqlite_store("one"), make_sqlite_store("two")
+    for store in (one, two):
+        store.open()
+    outcome: list[str] = []
+
+    def start() -> None:
+        try:
+            two.add(make_task("late"), b"", None, ())
+            outcome.append("stored")
+        except (IdTaken, StoreUnavailable) as error:
+            outcome.append(type(error).__name__)
+
+    with two._database._write_lock:
+        starting = threading.Thread(target=start)
+        starting.start()
+        remove_file(sqlite_path)
+        for store in (one, two):
+            store._database._file._look_at = 0.0
+        opening = threading.Thread(target=two.open)
+        opening.start()
+        eventually(sqlite_path.exists)
+        one.open()
+    starting.join(10)
+    opening.join(10)
+    assert one.get("late") is None
+    assert outcome and (outcome != ["stored"] or two.get("late") is not None)
+
+
+def test_f21_a_file_behind_a_link(tmp_path: Path, make_task: NewTask) -> None:
+    """One that points to nothing yet, and one whose file is deleted later."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "app").mkdir()
+    link, file = tmp_path / "app" / "there.db", tmp_path / "data" / "real.db"
+    link.symlink_to(file)
+    store = new_sqlite_store(link)
+    for _ in range(2):
+        store.open()
+        store.add(make_task(), b"", None, ())
+        assert file.exists() and link.is_symlink()
+        assert [path.name for path in link.parent.iterdir()] == [link.name], "all else is beside the file"
+        remove_file(file)
+        store._database._file._look_at = 0.0
+    store.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is none")
+def test_f36_a_fork_while_a_connection_is_opened_locks_nobody_out(sqlite_path: Path) -> None:
+    """The copy has the folder's lock as well, for as long as it lives."""
+    sqlite_path.parent.mkdir()
+    with file._locked(sqlite_path.parent, is_alone=False):
+        stay, let = os.pipe()
+        copy = os.fork()
+        if copy == 0:
+            os.close(let)
+            os.read(stay, 1)
+            os._exit(0)
+    try:
+        with file._locked(sqlite_path.parent, is_alone=True):
+            pass
+    finally:
+        os.close(let)
+        os.close(stay)
+        os.waitpid(copy, 0)

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -36,7 +36,8 @@ class StoreFile:
         self._beside: dict[Path, Identity | None] = {
             path.with_name(path.name + suffix): None for suffix in ("-wal", "-shm")
         }
-        """Where SQLite keeps log and memory, and which files those of the one in use are."""
+        """Where SQLite keeps log and memory, and which files those of the one in use are. Of no other file: what others have
+        opened meanwhile is theirs."""
         self._look_at = 0.0
 
     def make(self) -> Identity:
@@ -57,6 +58,8 @@ class StoreFile:
 
     def use(self, file: Identity) -> None:
         """Take note that this file is in use from here on."""
+        if self.opened != file:
+            self._beside = dict.fromkeys(self._beside)
         self.opened = file
         self._look_at = time.monotonic() + LOOK_SECONDS
 
@@ -64,8 +67,10 @@ class StoreFile:
     def kept(self) -> Iterator[Identity]:
         """Give which file is there, to be opened meanwhile; nobody makes it anew."""
         with _locked(self.path.parent, is_alone=False):
-            yield self.identity()
-            self._beside = {path: _find(path) for path in self._beside}
+            found = self.identity()
+            yield found
+            if found == self.opened == _find(self.path):
+                self._beside = {path: _find(path) for path in self._beside}
 
     def _is_gone(self, found: Identity | None) -> bool:
         """Return whether there is no file, or another than the one in use."""
@@ -118,4 +123,7 @@ def _locked(folder: Path, is_alone: bool) -> Iterator[None]:
                 time.sleep(0.005)
         yield
     finally:
+        # Not by closing alone: a copy of this process that was forked meanwhile holds the same lock.
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_UN)
         os.close(number)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 
 from ...errors import ConfigurationError
 from . import schema
 from .database import Cursor, Database
 from .statements import Statements
+
+MAX_KEY = 2**31 - 1
 
 
 class Namespace:
@@ -52,7 +55,10 @@ class Namespace:
         row = self._row(cursor)
         if row is None:
             add = self._sql.add_namespace
-            cursor.execute(add.sql, add.values(name=self._name, secret=os.urandom(32)))
+            # By chance, not counted: a write that was on its way to a file that has been replaced finds no namespace in the
+            # new one, where it could else meet another app's.
+            key = secrets.randbelow(MAX_KEY) + 1
+            cursor.execute(add.sql, add.values(key=key, name=self._name, secret=os.urandom(32)))
             row = self._row(cursor)
             assert row is not None, "it was just added"
         return row

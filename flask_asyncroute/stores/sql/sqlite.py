@@ -54,6 +54,8 @@ class SQLiteDatabase(Database):
             raise ConfigurationError(
                 f"SQLite {sqlite3.sqlite_version} is too old for ASYNCROUTE_STORE; {'.'.join(map(str, MINIMUM))} is needed."
             )
+        # Where the file is, and not where a link to it is: that is where SQLite keeps the log, and where it can be made.
+        path = path.resolve()
         self.path = path
         self._file = StoreFile(path)
         self.label = str(path)

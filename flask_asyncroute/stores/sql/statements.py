@@ -259,7 +259,9 @@ class Statements:
     @cached_property
     def add_namespace(self) -> Statement:
         return self.compiled(
-            insert(namespaces).values(name=bindparam("name"), change=0, secret=bindparam("secret")).inline()
+            insert(namespaces).values(
+                key=bindparam("key"), name=bindparam("name"), change=0, secret=bindparam("secret")
+            )
         )
 
     @cached_property

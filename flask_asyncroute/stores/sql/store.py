@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ...delivery import Delivery
@@ -14,7 +13,7 @@ from ...snapshot import Body
 from ...start_key import StartKey
 from ...states import State
 from ...task import AsyncRouteTask
-from ..base import Claim, Expect, Listener, News, Readers, TaskStore
+from ..base import Claim, Expect, Listener, News, Readers, TaskStore, oldest
 from ..events import Events
 from . import queries
 from .bodies import Bodies
@@ -240,11 +239,11 @@ class SQLTaskStore(TaskStore):
 
         return self._database.read(read)
 
-    def waiting(self, endpoints: Collection[str], before_us: int, limit: int) -> list[tuple[str, str]]:
+    def waiting(self, most: Mapping[str, int], before_us: int) -> list[tuple[str, str]]:
         self.open()
         statement = self._sql.waiting
         rows = self._database.fetch_all(statement.sql, statement.values(ns=self._ns, before=before_us))
-        return list(islice(((row[0], row[1]) for row in rows if row[1] in endpoints), limit))
+        return oldest(((row[0], row[1]) for row in rows), most)
 
     def outlived(self, now_us: int, limit: int) -> list[str]:
         return self._ids(self._sql.outlived, now=now_us, most=limit)
