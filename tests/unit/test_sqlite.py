@@ -926,6 +926,11 @@ def test_a70_a_quota_is_counted_in_the_index_of_the_user(store: TaskStore, sqlit
     assert "INDEX asyncroute_task_user (namespace=? AND user=? AND state=?)" in steps
 
 
+def log_of(path: Path) -> int:
+    """Return which file the log is."""
+    return path.with_name(f"{path.name}-wal").stat().st_ino
+
+
 def test_f21_a_log_that_others_have_opened_is_left_alone(
     make_sqlite_store: NewStore, sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -945,9 +950,11 @@ def test_f21_a_log_that_others_have_opened_is_left_alone(
             with pytest.raises(StoreUnavailable):
                 store.open()
         other.execute("ROLLBACK")
-    first.open()
-    assert first.write_value("key", b"1", None)
-    second.open()
+        first.open()
+        assert first.write_value("key", b"1", None)
+        log = log_of(sqlite_path)
+        second.open()
+        assert log_of(sqlite_path) == log
     found = second.read_value("key")
     assert found is not None and found == first.read_value("key")
 
@@ -964,10 +971,12 @@ def test_f21_a_newer_file_is_refused_again_and_again(
     newer.add(make_task("theirs"), b"", None, ())
     with closing(sqlite3.connect(sqlite_path)) as connection, connection:
         connection.execute("UPDATE asyncroute_schema SET version = version + 1")
+    log = log_of(sqlite_path)
     for _ in range(3):
         ours._database._file._look_at = 0.0
         with pytest.raises(StoreUnavailable):
             ours.open()
+        assert log_of(sqlite_path) == log
     assert newer.get("theirs") is not None
     newer.close()
     with closing(sqlite3.connect(sqlite_path)) as connection:
