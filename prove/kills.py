@@ -42,7 +42,7 @@ def prove(share: float) -> str:
                 for connection in workers:
                     connection.__exit__(None, None, None)
             check("Traceback" not in server.output(), server.output())
-    # What depends on who else computes is judged by its faster half, the rest by the slowest.
+    # What depends on who else computes is judged by its fastest quarter, the rest by the slowest.
     # Of a handful of starts not even a quarter need have had the processor to themselves.
     allowance = 1.0 if share == 1.0 else SHORT_ALLOWANCE
     check(_usual(starts) <= START_SECONDS * allowance, f"starts took {_ms(starts)}")

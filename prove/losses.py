@@ -130,24 +130,26 @@ def kill_workers(server: Server, cycles: int) -> Kills:
             time.sleep(0.01)
         time.sleep(chance.uniform(0.2, 1.5))
         victim = chance.choice(living)
-        children = descendants(victim)
+        started = descendants(victim)
         kills.at[victim] = killed_at = time.monotonic()
         os.kill(victim, signal.SIGKILL)
-        while any(is_alive(pid) for pid in children):
+        while any(is_alive(pid) for pid in started):
             check(time.monotonic() < killed_at + 10, "children of a killed worker live on")
             time.sleep(0.002)
-        if children:
+        if started:
             kills.children.append(time.monotonic() - killed_at)
     return kills
 
 
+def children(pid: int) -> list[int]:
+    """Return the children of a process (Linux)."""
+    listed = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for one in listed for child in one.read_text("ascii").split()]
+
+
 def descendants(pid: int) -> list[int]:
-    """Return the children of a process, and theirs (Linux)."""
-    found = []
-    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, listed.read_text("ascii").split()):
-            found += [child, *descendants(child)]
-    return found
+    """Return the children of a process, and theirs."""
+    return [other for child in children(pid) for other in (child, *descendants(child))]
 
 
 def is_alive(pid: int) -> bool:
