@@ -10,12 +10,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from . import signals
 from .errors import StoreUnavailable
 from .finalizers import when_gone
+from .followers import Follower, Waiter
 from .loop import Loop
 from .stores.base import Listener, TaskStore
 from .task import AsyncRouteTask
@@ -39,77 +41,6 @@ PARTING_SECONDS = 0.5
 """How long a client may take for what it is being sent when nobody is to wait any more."""
 
 Hear = Callable[[AsyncRouteTask], None]
-
-
-class Follower:
-    """One who waits for news, while it is used as a context manager: ``clear`` it, read the store, ``wait``, and so on.
-
-    A lock that is free where there is news: a `threading.Event` would be a kilobyte more for each stream. One thread waits.
-
-    :param hang_up: ends the connection to its client; called while it is sent something and does not take it in time.
-    """
-
-    __slots__ = ("_hang_up", "_news", "_notifier", "_task_id", "must_be_sent_by")
-
-    def __init__(self, notifier: Notifier, task_id: str | None, hang_up: Callable[[], None] | None) -> None:
-        self._notifier = notifier
-        self._task_id = task_id
-        self._news = threading.Lock()
-        self._hang_up = hang_up
-        self.must_be_sent_by: float | None = None
-        """While something is sent to its client: by when (monotonic) that has to have taken it."""
-
-    def __enter__(self) -> Self:
-        """Begin.
-
-        :raises StoreUnavailable: where the store cannot be read.
-        """
-        self._notifier._add(self, self._task_id)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """End."""
-        self._notifier._remove(self, self._task_id)
-
-    def clear(self) -> None:
-        """Forget what was told so far."""
-        self._news.acquire(blocking=False)
-
-    def wait(self, seconds: float | None) -> bool:
-        """Wait until there is something new since the last `clear` or wait; return whether there is.
-
-        :param seconds: at most so many; None: without end.
-        """
-        return self._news.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
-
-    def tell(self, task: AsyncRouteTask | None = None) -> None:
-        """Have it know that there is something new. By one thread at a time.
-
-        :param task: as it is now, where that is what is new.
-        """
-        if self._news.locked():
-            self._news.release()
-
-    def hang_up_if_late(self, now: float) -> None:
-        """End the connection where its client takes too long: the thread that sends is stuck until then."""
-        if self._hang_up is not None and self.must_be_sent_by is not None and now >= self.must_be_sent_by:
-            self._hang_up()
-
-
-class _Waiter(Follower):
-    """One who waits for a task to be as wanted, and is content with what was told of it; a stream keeps no record."""
-
-    __slots__ = ("told",)
-
-    def __init__(self, notifier: Notifier, task_id: str) -> None:
-        super().__init__(notifier, task_id, None)
-        self.told: AsyncRouteTask | None = None
-
-    def tell(self, task: AsyncRouteTask | None = None) -> None:
-        # Two threads that have written one after the other may tell of it the other way round.
-        if task is not None and (self.told is None or task.change > self.told.change):
-            self.told = task
-        super().tell()
 
 
 class Notifier(Loop):
@@ -189,14 +120,19 @@ class Notifier(Loop):
         with self._who_waits:
             self._watching -= 1
 
-    def following(self, task_id: str | None = None, hang_up: Callable[[], None] | None = None) -> Follower:
-        """Return what is told whenever there is something new: of one task, or of any (None).
+    @contextmanager
+    def telling(self, follower: Follower, task_id: str | None = None) -> Iterator[None]:
+        """Tell ``follower`` meanwhile whenever there is something new: of one task, or of any (None); and when nobody is to
+        wait any more (:attr:`is_over`).
 
-        It is told too when nobody is to wait any more (:attr:`is_over`).
-
-        :param hang_up: see :class:`Follower`.
+        :raises StoreUnavailable: where the store cannot be read.
         """
-        return Follower(self, task_id, hang_up)
+        self._add(follower, task_id)
+        try:
+            yield
+        finally:
+            self._end()
+            self._forget(follower, task_id)
 
     def _add(self, follower: Follower, task_id: str | None) -> None:
         with self._who_waits:
@@ -206,10 +142,6 @@ class Notifier(Loop):
         except BaseException:
             self._forget(follower, task_id)
             raise
-
-    def _remove(self, follower: Follower, task_id: str | None) -> None:
-        self._end()
-        self._forget(follower, task_id)
 
     def _forget(self, follower: Follower, task_id: str | None) -> None:
         with self._who_waits:
@@ -227,7 +159,8 @@ class Notifier(Loop):
         Holds no lock and no connection meanwhile.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        with _Waiter(self, task_id) as news:
+        news = Waiter()
+        with self.telling(news, task_id):
             while True:
                 news.clear()
                 task = news.told or self._store.get(task_id)

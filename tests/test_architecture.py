@@ -26,7 +26,7 @@ ROOMS = """
     checks callback_terms
     options
     config delivery task query snapshot registry store_url app_path allowed_hosts
-    execution outcome pace places locations
+    execution followers outcome pace places locations
     current
     capture context identity start_key intake
     stores

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import AsyncRouteError
-from ..notifier import Follower
+from ..followers import Follower
 from ..runner import Runner
 from ..stores.events import PROGRESS, STATE, Event
 from ..task import AsyncRouteTask
@@ -67,7 +67,8 @@ class Stream:
     def follow(self) -> Iterator[bytes]:
         """Yield what there is, then what comes, until the task ends, the time is up or the server exits."""
         try:
-            with self.runner.notifier.following(self.task_id, self.hang_up) as news:
+            news = Follower(self.hang_up)
+            with self.runner.notifier.telling(news, self.task_id):
                 for piece in self._follow(news):
                     news.must_be_sent_by = time.monotonic() + LATE_SECONDS
                     yield piece

@@ -142,17 +142,6 @@ class Listener(Protocol):
         ...
 
 
-def oldest(waiting: Iterable[tuple[str, str]], most: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return the first of (id, endpoint) in order, as many of each endpoint as ``most`` says."""
-    left = dict(most)
-    found = []
-    for task_id, endpoint in waiting:
-        if left.get(endpoint, 0) > 0:
-            left[endpoint] -= 1
-            found.append((task_id, endpoint))
-    return found
-
-
 class TaskStore(ABC):
     """Keeps the tasks, their requests and the shared values of one namespace."""
 

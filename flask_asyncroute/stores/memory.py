@@ -19,6 +19,7 @@ from ..snapshot import Body
 from ..start_key import StartKey
 from ..states import State
 from ..task import AsyncRouteTask
+from .backlog import oldest
 from .base import (
     AHEAD_US,
     LARGE_RESULT,
@@ -27,7 +28,6 @@ from .base import (
     News,
     Readers,
     TaskStore,
-    oldest,
 )
 from .events import Events
 from .memory_events import MemoryEvents

@@ -15,6 +15,7 @@ from flask import Flask
 from flask_asyncroute import notifier as module
 from flask_asyncroute import signals
 from flask_asyncroute.errors import StoreUnavailable
+from flask_asyncroute.followers import Follower
 from flask_asyncroute.lifecycle import Lifecycle
 from flask_asyncroute.notifier import Notifier
 from flask_asyncroute.states import State
@@ -537,5 +538,5 @@ def test_a_store_that_cannot_be_listened_to_is_asked_for_it_again(
 
     monkeypatch.setattr(two_stores[0], "listen", listen)
     notifier = make_notifier(two_stores[0])
-    with notifier.following("task"):
+    with notifier.telling(Follower(), "task"):
         eventually(lambda: len(asked) == 2)

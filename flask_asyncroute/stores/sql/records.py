@@ -8,6 +8,7 @@ from msgspec.structs import astuple
 
 from ...states import State
 from ...task import AsyncRouteTask
+from ..base import Claim
 
 _STATES = {state.value: state for state in State}
 
@@ -46,3 +47,13 @@ def record_of(row: Any) -> AsyncRouteTask:
         callback, callback_state, callback_attempts, owner, epoch, restarts, revision, change, waiting_change, started_change,
         completed_change, sse_group, sse_url, sse_result == 1,
     )  # fmt: skip
+
+
+def claim_of(row: Any) -> Claim | None:
+    """Return the claim that the columns of a record and the request make; None for no row."""
+    return None if row is None else Claim(record_of(row[:-1]), row[-1])
+
+
+def is_same_start(found: AsyncRouteTask | None, task: AsyncRouteTask) -> bool:
+    """Return whether a task that was found is the one that was to be stored."""
+    return found is not None and (found.created_us, found.url, found.user) == (task.created_us, task.url, task.user)

@@ -13,7 +13,8 @@ from ...snapshot import Body
 from ...start_key import StartKey
 from ...states import State
 from ...task import AsyncRouteTask
-from ..base import Claim, Expect, Listener, News, Readers, TaskStore, oldest
+from ..backlog import oldest
+from ..base import Claim, Expect, Listener, News, Readers, TaskStore
 from ..events import Events
 from . import queries
 from .bodies import Bodies
@@ -24,7 +25,7 @@ from .event_log import EventLog
 from .namespace import Namespace
 from .outbox import SQLOutbox
 from .queries import Queries
-from .records import plain, record_of, row_of
+from .records import claim_of, is_same_start, plain, record_of, row_of
 from .shared_values import SharedValues
 from .statements import CHANNEL, Statement, Statements, expectation
 from .terms import Terms
@@ -70,7 +71,7 @@ class SQLTaskStore(TaskStore):
         try:
             self._surely(
                 lambda: self._add(task, request, body, grants, key, quota, delivery),
-                lambda: _is_same_start(self.get(task.id), task) or None,
+                lambda: is_same_start(self.get(task.id), task) or None,
             )
         except Duplicate:
             raise IdTaken(f"A task with the id {task.id!r} exists.") from None
@@ -116,26 +117,23 @@ class SQLTaskStore(TaskStore):
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         def look() -> Claim | None:
             statement = self._sql.claimed
-            row = self._database.fetch_one(statement.sql, statement.values(ns=self._ns, task_id=task_id))
-            task = None if row is None else record_of(row[:-1])
-            is_ours = task is not None and task.owner == owner and task.started_us == max(now_us, task.created_us)
-            return Claim(task, row[-1]) if task is not None and is_ours else None
+            found = claim_of(self._database.fetch_one(statement.sql, statement.values(ns=self._ns, task_id=task_id)))
+            started_us = None if found is None else max(now_us, found.task.created_us)
+            return found if found and (found.task.owner, found.task.started_us) == (owner, started_us) else None
 
-        def plain_claim() -> Claim | None:
-            statement = self._sql.claim_plain
-            values = statement.values(ns=self._ns, task_id=task_id, new_owner=owner, now=now_us)
-            row = self._database.write_one(statement.sql, values)
-            return None if row is None else Claim(record_of(row[:-1]), row[-1])
+        def claim() -> Claim | None:
+            given = {"ns": self._ns, "task_id": task_id, "new_owner": owner, "now": now_us}
+            at_once = self._sql.claim_plain
+            found = claim_of(self._database.write_one(at_once.sql, at_once.values(**given)))
+            return found or self._database.write(lambda cursor: claim_with_rows(cursor, given))
 
-        def claim(cursor: Cursor) -> Claim | None:
-            row = one(cursor, self._sql.claim, ns=self._ns, task_id=task_id, new_owner=owner, now=now_us)
-            if row is None:
-                return None
-            task = record_of(row[:-1])
-            self._move_grants(cursor, task)
-            return Claim(task, row[-1])
+        def claim_with_rows(cursor: Cursor, given: dict[str, Any]) -> Claim | None:
+            found = claim_of(one(cursor, self._sql.claim, **given))
+            if found is not None:
+                self._move_grants(cursor, found.task)
+            return found
 
-        return self._surely(lambda: plain_claim() or self._database.write(claim), look)
+        return self._surely(claim, look)
 
     def body(self, task_id: str) -> Body:
         return self._database.read(lambda cursor: self._bodies.read(cursor, self._ns, task_id))
@@ -317,7 +315,3 @@ class SQLTaskStore(TaskStore):
     def _move_grants(self, cursor: Cursor, task: AsyncRouteTask) -> None:
         if task.permission_json is not None:
             run(cursor, self._sql.move_grants, ns=self._ns, task_id=task.id, new_state=task.state.value)
-
-
-def _is_same_start(found: AsyncRouteTask | None, task: AsyncRouteTask) -> bool:
-    return found is not None and (found.created_us, found.url, found.user) == (task.created_us, task.url, task.user)
