@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .database import Cursor, Rows
-from .statements import Statement
+from .statement import Statement
 
 
 class TakeBack(Exception):

@@ -21,7 +21,8 @@ from ..events import MAX_EVENTS, PROGRESS, STATE, Event
 from .cursors import one, run
 from .database import Cursor
 from .records import record_of
-from .statements import Statement, Statements
+from .statement import Statement
+from .statements import Statements
 from .tables import RECORD, events, tasks
 
 TRIM_EVERY = 100

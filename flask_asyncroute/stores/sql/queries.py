@@ -18,7 +18,7 @@ from sqlalchemy.sql.selectable import FromClause, Select
 from ...query import ESCAPE, FIELDS, Condition, Operator, Position, Sort, sql_like
 from ...states import TERMINAL, State
 from ..base import LARGE_RESULT, Readers
-from .statements import Statement
+from .statement import Statement
 from .tables import RECORD, grants, tasks
 
 MOST_RANGES = 40

@@ -1,13 +1,8 @@
-"""Statements of SQLAlchemy Core, compiled once for each dialect, for plain driver cursors.
-
-Running a Core statement the usual way costs several times what the database takes. Here it is compiled to SQL text once,
-and only its values change; columns hold plain types, so nothing has to be converted on the way.
-"""
+"""The statements for tasks and namespaces, each written once with SQLAlchemy's Core."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -31,24 +26,8 @@ from sqlalchemy.sql.elements import ColumnElement, CompilerElement
 from ...delivery import PENDING
 from ...states import State
 from ..base import AHEAD_US, Expect
+from .statement import Statement
 from .tables import RECORD, grants, namespaces, tasks
-
-
-class Statement:
-    """SQL text and the order of its parameters. Every value is named with `bindparam` or fixed in the statement."""
-
-    def __init__(self, clause: CompilerElement, dialect: Dialect) -> None:
-        compiled: Any = clause.compile(dialect=dialect)
-        self.sql = str(compiled)
-        names: list[str] = list(compiled.positiontup or ())
-        # One more name, so that it gives a tuple for a single one too.
-        self._in_order = itemgetter(*names, "")
-        self._fixed: dict[str, Any] = {name: value for name, value in compiled.params.items() if value is not None}
-
-    def values(self, **given: Any) -> tuple[Any, ...]:
-        """Return the parameters in the order that :attr:`sql` has them."""
-        given[""] = None
-        return self._in_order({**self._fixed, **given} if self._fixed else given)[:-1]  # type: ignore[no-any-return]
 
 
 def _is_task() -> ColumnElement[bool]:

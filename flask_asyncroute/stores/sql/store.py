@@ -27,7 +27,8 @@ from .outbox import SQLOutbox
 from .queries import Queries
 from .records import claim_of, is_same_start, plain, record_of, row_of
 from .shared_values import SharedValues
-from .statements import CHANNEL, Statement, Statements, expectation
+from .statement import Statement
+from .statements import CHANNEL, Statements, expectation
 from .terms import Terms
 from .workers import SQLWorkers
 

@@ -14,7 +14,8 @@ from ...start_key import StartKey
 from ...states import UNFINISHED
 from ...task import AsyncRouteTask
 from .database import Cursor
-from .statements import Statement, Statements
+from .statement import Statement
+from .statements import Statements
 from .tables import RECORD, keys, tasks
 
 

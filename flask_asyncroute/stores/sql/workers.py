@@ -13,7 +13,7 @@ from ...states import State
 from ..base import Worker, Workers
 from .database import Cursor, Database
 from .outbox import SQLOutbox
-from .statements import Statement
+from .statement import Statement
 from .tables import callbacks, tasks, workers
 
 
