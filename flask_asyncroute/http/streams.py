@@ -91,7 +91,9 @@ class Stream:
             news.clear()
             found = self.runner.store.events(since, PAGE, self.task_id, self.group)
             # A file that was put in place of the store's, new or from a backup: its numbers say nothing about ours.
-            is_another_store = found.change < since or self.runner.store.secret() != self.ids.key
+            if found.change < since or self.runner.store.secret() != self.ids.key:
+                yield retry(RETRY_MS)
+                return
             is_over = self.task_id is not None and any(map(_is_end, found.events))
             has_more = len(found.events) == PAGE
             since = found.change
@@ -103,7 +105,7 @@ class Stream:
             if is_over:
                 return
             now = time.monotonic()
-            if now >= ends_at or self.runner.notifier.is_over or is_another_store:
+            if now >= ends_at or self.runner.notifier.is_over:
                 yield retry(RETRY_MS)
                 return
             if now >= look_at:
