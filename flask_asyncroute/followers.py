@@ -45,21 +45,26 @@ class Follower:
 
     def hang_up_if_late(self, now: float) -> None:
         """End the connection where its client takes too long: the thread that sends is stuck until then."""
-        if self._hang_up is not None and self.must_be_sent_by is not None and now >= self.must_be_sent_by:
+        by = self.must_be_sent_by  # once: the thread that sends may be through at any moment
+        if self._hang_up is not None and by is not None and now >= by:
             self._hang_up()
 
 
 class Waiter(Follower):
-    """One who waits for a task to be as wanted, and is content with what was told of it; a stream keeps no record."""
+    """One who waits for a task to be as wanted, and may `take` what was told of it; a stream keeps no record."""
 
-    __slots__ = ("told",)
+    __slots__ = ("_told",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: AsyncRouteTask | None = None
+        self._told: AsyncRouteTask | None = None
 
     def tell(self, task: AsyncRouteTask | None = None) -> None:
-        # Two threads that have written one after the other may tell of it the other way round.
-        if task is not None and (self.told is None or task.change > self.told.change):
-            self.told = task
+        # Of more than one, which may come the other way round, the store knows how the task is now.
+        self._told = task if self._news.locked() else None
         super().tell()
+
+    def take(self) -> AsyncRouteTask | None:
+        """Return the task as it was told since the last wait; None: only the store knows. After each `wait`."""
+        told, self._told = self._told, None
+        return told

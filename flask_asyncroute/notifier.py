@@ -161,13 +161,16 @@ class Notifier(Loop):
         deadline = None if timeout is None else time.monotonic() + timeout
         news = Waiter()
         with self.telling(news, task_id):
-            while True:
-                news.clear()
-                task = news.told or self._store.get(task_id)
-                if task is None or is_enough(task) or self.is_over:
-                    return task
+            news.clear()
+            task = self._store.get(task_id)
+            while task is not None and not is_enough(task) and not self.is_over:
                 if not news.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
                     return self._store.get(task_id)
+                told = news.take()
+                # What is told late may be older than what is known; and a store that was put in place of this one has
+                # numbers of its own.
+                task = told if told is not None and told.change > task.change else self._store.get(task_id)
+            return task
 
     def end_waits(self) -> None:
         """Have all who wait come to an end at once, now and from now on."""
@@ -226,6 +229,20 @@ class Notifier(Loop):
                     follower.hang_up_if_late(by)
 
     def _step(self) -> float:
+        try:
+            return self._watch()
+        except StoreUnavailable as error:
+            if not self._is_held_up:
+                logger.error(
+                    "The watcher waits for the store, and hears nothing of other processes until then: %s", error
+                )
+            self._is_held_up = True
+        except Exception:
+            logger.exception("The watcher could not read what is new; it tries again.")
+        return 1.0
+
+    def _watch(self) -> float:
+        """Do what is due; return in how many seconds to look again."""
         if not self.is_over and self._is_server_ending():
             self.end_waits()
         now = time.monotonic()
@@ -243,18 +260,7 @@ class Notifier(Loop):
             return REREAD_SECONDS  # all that is written is written here
         if self._listener is not None and now < self._rested_at:
             return self._rested_at - now
-        try:
-            self._poll()
-            self._is_held_up = False
-        except StoreUnavailable as error:
-            if not self._is_held_up:
-                logger.error(
-                    "The watcher waits for the store, and hears nothing of other processes until then: %s", error
-                )
-            self._is_held_up = True
-            return 1.0
-        except Exception:
-            logger.exception("The watcher could not read what is new; it tries again.")
-            return 1.0
+        self._poll()
+        self._is_held_up = False
         self._rested_at = time.monotonic() + REST_SECONDS
         return POLL_SECONDS if self._listener is None else REREAD_SECONDS

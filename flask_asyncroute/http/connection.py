@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,7 +27,12 @@ def hanging_up(environ: Mapping[str, Any]) -> Callable[[], None] | None:
 
 
 def _hang_up(connection: Any) -> None:
-    with suppress(OSError):
-        # By another object for the same connection: that of the server may be one of gevent or of TLS, which is in use.
-        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+    # ValueError: it is closed already.
+    with suppress(OSError, ValueError):
+        # By another object for the same connection: that of the server may be one of gevent or of TLS, which is in use. No
+        # duplicate, for which there may be no descriptor left.
+        same = socket.socket(fileno=connection.fileno())
+        try:
             same.shutdown(socket.SHUT_RDWR)
+        finally:
+            same.detach()

@@ -43,9 +43,11 @@ def task_events(runner: Runner, current: Request, task: AsyncRouteTask, caller: 
         return Response(status=204, headers=_HEADERS)
     may = partial(_may_read_task, runner, caller)
     looking = _looking(runner, current, _may_read_task)
-    age, hang_up = _age(runner, current), connection.hanging_up(current.environ)
-    stream = Stream(runner, ids, task.id, None, since, present(task), task.change, age, may, looking, hang_up)
-    if task.state.is_terminal:
+    has_ended, age, hang_up = task.state.is_terminal, _age(runner, current), connection.hanging_up(current.environ)
+    stream = Stream(
+        runner, ids, task.id, None, since, present(task), task.change, has_ended, age, may, looking, hang_up
+    )
+    if has_ended:
         return _answer(current, stream.follow())
     return _answer(current, _placed(runner, stream))
 
@@ -66,7 +68,7 @@ def group_events(runner: Runner, current: Request, caller: Caller | None) -> Res
     looking = _looking(runner, current, _may_list_task)
     # With an id from the start: who is cut off before the first event, or finds no place, misses nothing.
     age, hang_up = _age(runner, current), connection.hanging_up(current.environ)
-    stream = Stream(runner, ids, None, group, since, position(since, ids), 0, age, may, looking, hang_up)
+    stream = Stream(runner, ids, None, group, since, position(since, ids), 0, False, age, may, looking, hang_up)
     return _answer(current, _placed(runner, stream))
 
 

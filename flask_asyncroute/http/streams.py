@@ -2,7 +2,7 @@
 
 `sse` makes one for a request; the server's thread iterates over it. It reads the store whenever it is told that there is
 something new, from where it was: so it is never behind what it has sent, needs no queue of its own, and its client may be
-as slow as it likes. It holds no connection of the store, no lock and no context meanwhile.
+slow. It holds no connection of the store, no lock and no context meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import AsyncRouteError
 from ..followers import Follower
@@ -27,10 +27,10 @@ LOOK_AGAIN_SECONDS = 30.0
 """How often the caller is looked up again."""
 LATE_SECONDS = 2 * HEARTBEAT_SECONDS
 """How long a client may take for one piece before it counts as gone."""
-PAGE = 20
-"""Events that are read at once; each may hold a result of a mebibyte."""
+PAGE = 100
+"""Events that are read at once; each may hold 64 KiB."""
 PIECE = 64 * 1024
-"""Bytes that are sent at once, or one event that is larger."""
+"""Bytes that are sent at once, at most."""
 RETRY_MS = 1000
 """When a client is to come back whose stream was ended for its age, or with the server."""
 
@@ -47,6 +47,7 @@ class Stream:
         begins with all of a task.
     :param beginning: what comes first, but for who resumes the stream of a task.
     :param known: the change number of the task as `beginning` tells of it.
+    :param has_ended: whether its task has, so that nothing is to be waited for.
     :param seconds: until it ends by itself.
     :param look_up: returns, looked up again, whether the caller may read a task.
     :param hang_up: ends the connection to the client; None where the server does not show it.
@@ -59,6 +60,7 @@ class Stream:
     since: int | None
     beginning: bytes
     known: int
+    has_ended: bool
     seconds: float
     may_read: MayRead
     look_up: Callable[[], MayRead]
@@ -66,19 +68,26 @@ class Stream:
 
     def follow(self) -> Iterator[bytes]:
         """Yield what there is, then what comes, until the task ends, the time is up or the server exits."""
+        news = Follower(self.hang_up)
         try:
-            news = Follower(self.hang_up)
             with self.runner.notifier.telling(news, self.task_id):
-                for piece in self._follow(news):
-                    news.must_be_sent_by = time.monotonic() + LATE_SECONDS
-                    yield piece
-                    news.must_be_sent_by = None
+                for data in self._follow(news):
+                    for start in range(0, len(data), PIECE):
+                        news.must_be_sent_by = time.monotonic() + LATE_SECONDS
+                        yield data[start : start + PIECE]
+                        news.must_be_sent_by = None
+                    del data  # it may be large, and what comes next may take its time
         except AsyncRouteError as error:
-            # What was sent was sent; the client comes back for the rest.
-            logger.warning("A stream of events ended early: %s", error)
-            yield retry(RETRY_MS)
+            yield _ended_early(error)
 
     def _follow(self, news: Follower) -> Iterator[bytes]:
+        try:
+            yield from self._what_comes(news)
+        except AsyncRouteError as error:
+            # Here, where it counts as sent: this client may not read either.
+            yield _ended_early(error)
+
+    def _what_comes(self, news: Follower) -> Iterator[bytes]:
         now = time.monotonic()
         ends_at = now + self.seconds
         look_at = now + LOOK_AGAIN_SECONDS
@@ -100,9 +109,9 @@ class Stream:
             for piece in self._pieces(found.events):
                 yield piece
                 beat_at = time.monotonic() + HEARTBEAT_SECONDS
-                del piece  # nor held until the next
+                del piece
             del found
-            if is_over:
+            if is_over or (self.has_ended and not has_more):
                 return
             now = time.monotonic()
             if now >= ends_at or self.runner.notifier.is_over:
@@ -114,8 +123,7 @@ class Stream:
                     self.may_read = self.look_up()
                 except Exception as error:
                     # The app's own function refuses, or fails; the client, who comes back, is told so by itself.
-                    logger.warning("A stream of events ended early: %s", error)
-                    yield retry(RETRY_MS)
+                    yield _ended_early(error)
                     return
                 if self.task_id is not None and not self._is_there(self.task_id):
                     return
@@ -131,6 +139,12 @@ class Stream:
         for event in events:
             if self._is_known(event) or not self.may_read(event.task):
                 continue
+            if _is_end(event) and event.task.sse_result:
+                # Only now, one at a time: each may be large.
+                whole = self.runner.store.get(event.task.id)
+                if whole is None or whole.completed_change != event.change:
+                    continue  # it was removed, or there is another store
+                event = replace(event, task=whole)
             data = frame(event, self.ids)
             if piece and len(piece) + len(data) > PIECE:
                 yield piece
@@ -148,6 +162,12 @@ class Stream:
     def _is_there(self, task_id: str) -> bool:
         task = self.runner.store.get(task_id)
         return task is not None and self.may_read(task)
+
+
+def _ended_early(error: Exception) -> bytes:
+    """Log it; return what has the client come back for the rest. What was sent was sent."""
+    logger.warning("A stream of events ended early: %s", error)
+    return retry(RETRY_MS)
 
 
 def _is_end(event: Event) -> bool:

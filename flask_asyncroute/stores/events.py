@@ -18,8 +18,7 @@ class Event:
 
     :param change: its number; that of progress stands for all progress up to it.
     :param name: :data:`STATE`, :data:`PROGRESS`, or that of a view's event.
-    :param task: as it was then at a change of state that has no ``data``, else as it is now; with its result only at the
-        end, and only where its `Sse` sends it.
+    :param task: as it was then at a change of state that has no ``data``, else as it is now; without its result.
     :param data: what the view has sent, or the task object of a run that was lost, as JSON.
     """
 

@@ -50,10 +50,10 @@ class MemoryEvents:
         return [task_id for task_id, kept in self._kept.items() if kept and kept[-1][0] > since]
 
     def since(self, since: int, tasks: Sequence[AsyncRouteTask]) -> list[Event]:
-        """Return what happened to these tasks after a number, in order."""
+        """Return what happened to these tasks after a number, in order; the tasks without their results."""
         found: list[Event] = []
         for whole in tasks:
-            task = whole if whole.sse_result else replace(whole, result_json=None)
+            task = replace(whole, result_json=None)
             waiting = task.change if task.state is State.NOT_STARTED else task.waiting_change
             for change, state in (
                 (waiting, State.NOT_STARTED),
@@ -66,5 +66,5 @@ class MemoryEvents:
                 found.append(Event(task.change, PROGRESS, task))
             for change, name, data in self._kept.get(task.id, ()):
                 if change > since:
-                    found.append(Event(change, name, replace(task, result_json=None), data))
+                    found.append(Event(change, name, task, data))
         return sorted(found, key=lambda event: event.change)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from flask import Flask, abort, request
 
 from flask_asyncroute import Access, AsyncRoute, Permission, Sse, State, current_task
+from flask_asyncroute.followers import Follower
 from flask_asyncroute.http import streams
 from flask_asyncroute.http.event_ids import EventIds
 from flask_asyncroute.runtime import runtime_of
@@ -54,6 +57,10 @@ class Served:
         @self.async_routes.route("/full", methods=["PUT"], sse=Sse(group="full", send_result=True))
         def full() -> list[int]:
             return [1, 2]
+
+        @self.async_routes.route("/huge", methods=["PUT"], sse=Sse(send_result=True))
+        def huge() -> str:
+            return "x" * 600_000
 
         @self.async_routes.route("/fails", methods=["PUT"])
         def fails() -> None:
@@ -496,6 +503,86 @@ def test_f40_large_events_are_sent_piece_by_piece(served: Served) -> None:
     assert [message.data["n"] for message in messages(pieces) if message.name == "step"] == list(range(40))
     assert max(map(len, pieces)) <= streams.PIECE
     assert len(pieces) < 40, "small ones go together"
+
+
+def test_f40_a_large_result_is_sent_in_pieces(served: Served) -> None:
+    """A client that reads slowly, but reads, gets on with each, and so gets all of it in the end."""
+    task_id = served.start("/huge")
+    served.end(task_id)
+    answer = opened(served.client, f"/task/{task_id}/events")
+    pieces = list(answer.iter_encoded())
+    assert list(messages(pieces))[-1].data["Result"] == "x" * 600_000
+    assert max(map(len, pieces)) <= streams.PIECE
+
+
+def test_what_was_sent_is_not_held(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_id = served.start("/work/3")
+    served.running(task_id)
+    answer = opened(served.client, f"/task/{task_id}/events")
+    held: set[str] = set()
+    wait = Follower.wait
+
+    def look(follower: Follower, seconds: float | None) -> bool:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_filename == streams.__file__:
+                held.update(name for name in ("data", "piece", "found") if name in frame.f_locals)
+            frame = frame.f_back
+        served.gate.set()
+        return wait(follower, seconds)
+
+    monkeypatch.setattr(Follower, "wait", look)
+    assert len(list(messages(answer.iter_encoded()))) > 4
+    assert served.gate.is_set()
+    assert not held
+
+
+def test_the_stream_of_a_finished_task_waits_for_nothing(served: Served) -> None:
+    """It has no place, so it must hold its thread no longer than to send; also where the task is removed meanwhile."""
+    task_id = served.start("/work/2")
+    served.end(task_id)
+    threaded = {"wsgi.multithread": True}  # else it would end for its age
+    answer = served.client.get(f"/task/{task_id}/events", environ_overrides=threaded, buffered=False)
+    chunks = answer.iter_encoded()
+    next(chunks)
+    assert served.client.delete(f"/task/{task_id}?purge=true").status_code == 204
+    thread = threading.Thread(target=lambda: list(chunks), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_result_that_is_gone_by_now_is_left_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are read one by one when their turn has come; the task may be removed by then."""
+    task_id = served.start("/full")
+    served.end(task_id)
+    store = runtime_of(served.app).runner.store
+    answer = opened(served.client, f"/task/{task_id}/events")
+    chunks = answer.iter_encoded()
+    next(chunks)
+    monkeypatch.setattr(store, "get", lambda asked: None)
+    assert not [message for message in messages(list(chunks)) if message.name == "task.completed"]
+
+
+def test_f40_what_a_stream_says_at_last_has_its_time_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its store fails, it tells its client when to come back; one that does not read would hold the thread by that."""
+    from flask_asyncroute.errors import StoreUnavailable
+
+    task_id = served.start("/work/0")
+    served.running(task_id)
+    runner = runtime_of(served.app).runner
+    answer = opened(served.client, f"/task/{task_id}/events")
+    chunks = answer.iter_encoded()
+    next(chunks)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(runner.store, "events", fail)
+    assert next(chunks) == b"retry: 1000\n\n"
+    (follower,) = (follower for followers in runner.notifier._waiting.values() for follower in followers)
+    assert follower.must_be_sent_by is not None
+    answer.close()
 
 
 @pytest.mark.parametrize("is_raised", [True, False])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import sqlite3
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,7 +190,7 @@ def test_every_one_of_many_who_wait_hears(
 def test_what_is_told_too_late_makes_nobody_forget_the_newer(
     app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
 ) -> None:
-    """Two threads write one after the other, and the first is the last to tell of it. None of them is read again."""
+    """Two threads write one after the other, and the first is the last to tell of it."""
     notifier = make_notifier(store)
     store.add(make_task(), b"{}", None, ())
     waiter = Waiter(notifier)
@@ -198,6 +201,87 @@ def test_what_is_told_too_late_makes_nobody_forget_the_newer(
     notifier.on_task_changed(app, aborted)
     notifier.on_task_changed(app, before)
     assert waiter.join() == aborted
+
+
+def test_late_news_are_no_answer_to_who_knows_more(
+    store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+) -> None:
+    """Who has written may be held up before it tells; meanwhile a client has read what was written after that."""
+    store.add(make_task(), b"{}", None, ())
+    old = store.claim("task", "owner", 1)
+    known = store.update("task", ANY_STATE, {"progress": 50.0})
+    assert old is not None and known is not None
+    notifier = make_notifier(store)
+    looks: list[AsyncRouteTask] = []
+
+    def is_another(task: AsyncRouteTask) -> bool:
+        looks.append(task)
+        return task.revision != known.revision
+
+    thread = threading.Thread(target=notifier.wait, args=("task", is_another, 10))
+    thread.start()
+    eventually(lambda: looks)
+    notifier._publish(old.task)
+    eventually(lambda: len(looks) > 1)
+    store.update("task", ANY_STATE, {"progress": 60.0})
+    notifier._tell("task")
+    thread.join(10)
+    assert [task.revision for task in looks] == [known.revision, known.revision, known.revision + 1]
+
+
+def test_late_news_hide_no_end(
+    store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told between the registration and the first look may be older than what that look finds."""
+    store.add(make_task(), b"{}", None, ())
+    old = store.claim("task", "owner", 1)
+    assert old is not None
+    aborted = abort(store)
+    notifier = make_notifier(store)
+    begin = notifier._begin
+
+    def begin_slowly() -> None:
+        begin()
+        notifier._publish(old.task)
+
+    monkeypatch.setattr(notifier, "_begin", begin_slowly)
+    waiter = Waiter(notifier, timeout=5)
+    assert waiter.join() == aborted
+    assert waiter.took < 4
+
+
+def test_f21_a_wait_outlives_a_backup_that_is_put_in_place(
+    make_sqlite_store: NewStore,
+    sqlite_path: Path,
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    eventually: Eventually,
+) -> None:
+    """Its numbers are lower than those of what was told before."""
+    store = make_sqlite_store()
+    store.open()
+    store.add(make_task(), b"{}", None, ())
+    store.claim("task", "owner", 1)
+    backup = sqlite_path.with_name("backup.db")
+    with closing(sqlite3.connect(sqlite_path)) as here, closing(sqlite3.connect(backup)) as there:
+        here.backup(there)
+    notifier = make_notifier(store)
+    waiter = Waiter(notifier, timeout=10)
+    eventually(lambda: notifier._is_polling)
+    for progress in range(20):
+        newest = store.update("task", ANY_STATE, {"progress": float(progress)})
+    assert newest is not None
+    eventually(lambda: notifier._since == newest.change)
+    for name in (f"{sqlite_path.name}-wal", f"{sqlite_path.name}-shm"):
+        sqlite_path.with_name(name).unlink(missing_ok=True)
+    backup.replace(sqlite_path)
+    eventually(lambda: notifier._since < newest.change)
+    other = make_sqlite_store()
+    other.open()
+    abort(other)
+    ended = waiter.join()
+    assert ended is not None and ended.state is State.ABORTED
+    assert waiter.took < 8
 
 
 def test_a_change_while_a_wait_begins_is_not_missed(

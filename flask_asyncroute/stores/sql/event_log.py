@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import LargeBinary, bindparam, case, cast, delete, func, insert, literal_column, null, select, union_all
+from sqlalchemy import LargeBinary, bindparam, cast, delete, func, insert, literal_column, null, select, union_all
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.selectable import Select
 
@@ -102,7 +102,7 @@ class EventLog:
 
 
 def _happened(of_task: bool, of_group: bool) -> Select[Any]:
-    """Return what gives all events after a number, each with its task as that is now; those of large results without."""
+    """Return what gives all events after a number, each with its task as that is now, without its result."""
     changed = [tasks.c.namespace == bindparam("ns"), tasks.c.change > bindparam("since")]
     of_events: list[ColumnElement[bool]] = [
         events.c.namespace == bindparam("ns"),
@@ -135,11 +135,7 @@ def _happened(of_task: bool, of_group: bool) -> Select[Any]:
     # For itself, and before the tasks are joined: while a new database has no statistics yet, PostgreSQL would look for the
     # events anew beside each task that there is.
     found = union_all(*parts).cte("happened").prefix_with("MATERIALIZED", dialect="postgresql")
-    is_end = (found.c.name == tasks.c.state) & (tasks.c.sse_result == 1)
-    record = [
-        case((is_end, column), else_=null()).label("result_json") if column.name == "result_json" else column
-        for column in RECORD
-    ]
+    record = [null().label("result_json") if column.name == "result_json" else column for column in RECORD]
     listed = (
         select(found.c.number, found.c.name, found.c.data, *record)
         .join_from(found, tasks, (tasks.c.namespace == bindparam("ns")) & (tasks.c.id == found.c.task_id))
