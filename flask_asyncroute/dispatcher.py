@@ -177,10 +177,11 @@ class Dispatcher:
         if route is not None:
             self._executor_of(route).discard(task.id)
 
-    def begin(self, execution: Execution, executor: TaskExecutor) -> None:
-        """Count a run as one of this process."""
+    def begin(self, execution: Execution, executor: TaskExecutor) -> bool:
+        """Count a run as one of this process; return whether it may go on: not where the task has one that is not over."""
         with self._ended:
-            self.running[execution.task_id] = (execution, executor)
+            run = execution, executor
+            return self.running.setdefault(execution.task_id, run) is run
 
     def end(self, execution: Execution) -> None:
         """Count a run no longer."""

@@ -74,7 +74,7 @@ def drain(seconds: Mapping[Runner, float]) -> None:
     for runner in late:
         for execution in _unended(runner):
             execution.is_shutting_down = True
-            execution.ask_to_stop(INTERRUPT_SECONDS)
+            _ask_to_stop(execution)
         runner.housekeeper.call(partial(_abort, runner))
     deadline = time.monotonic() + GRACE_SECONDS
     for runner in late:
@@ -95,9 +95,17 @@ def _unended(runner: Runner) -> list[Execution]:
     return [execution for execution, _ in list(runner.dispatcher.running.values()) if not execution.is_over]
 
 
+def _ask_to_stop(execution: Execution) -> None:
+    try:
+        execution.ask_to_stop(INTERRUPT_SECONDS)
+    except Exception:
+        # What cancels it may fail; nothing else that runs here must miss its end for that.
+        logger.exception("Task %s could not be asked to stop.", execution.task_id)
+
+
 def _abort(runner: Runner) -> None:
-    """Abort what is not to be run again; where the store is away, it is tried again at the end."""
-    with suppress(AsyncRouteError):
+    """Abort what is not to be run again; where that fails, as without the store, it is tried again at the end."""
+    with suppress(Exception):
         for execution in _unended(runner):
             runner.lifecycle.cut_short(execution, is_over=False)
 
@@ -116,8 +124,12 @@ def _settle(runner: Runner, waiting: list[str]) -> None:
                 runner.lifecycle.abort(task, SHUT_DOWN)
         if runner.presence is not None and runner.lifecycle.unwritten.is_empty:
             runner.presence.leave()
-    except AsyncRouteError as error:
-        logger.error("Not all tasks could be settled at the exit; others will find them lost. (%s)", error)
+    except Exception as error:
+        # Of this one: the process may have other runners.
+        known = isinstance(error, AsyncRouteError)
+        logger.error(
+            "Not all tasks could be settled at the exit; others will find them lost. (%s)", error, exc_info=not known
+        )
 
 
 def end_waits() -> None:

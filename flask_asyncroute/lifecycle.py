@@ -149,13 +149,13 @@ class Lifecycle:
         expect = Expect((State.RUNNING,), self.owner, execution.epoch)
         return self._step(execution.task_id, expect, State.ABORTED, {"error": error, "stopping": True})
 
-    def forsake(self, task_id: str) -> None:
-        """Abort a task that only this process can run, and could not; as soon as the store can be written."""
+    def forsake(self, task_id: str, error: str) -> None:
+        """Abort a task that only this process can run, and does not; as soon as the store can be written."""
 
         def abort() -> None:
             task = self._store.get(task_id)
             if task is not None and not task.state.is_terminal:
-                self._step(task_id, Expect((task.state,), task.owner, task.epoch), State.ABORTED, {"error": LOST})
+                self._step(task_id, Expect((task.state,), task.owner, task.epoch), State.ABORTED, {"error": error})
 
         self.unwritten.keep(task_id, abort)
 

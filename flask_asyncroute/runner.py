@@ -197,7 +197,7 @@ class Runner:
         )
 
     def _take_over(self) -> None:
-        """Submit tasks that have waited for over a second to executors with a free place."""
+        """Submit tasks that have waited for over a second to executors with a free place, and a few more for the next ones."""
         if self.dispatcher.is_closing:
             return
         room = {

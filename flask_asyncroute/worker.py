@@ -23,6 +23,7 @@ from .errors import AsyncRouteError, ConfigurationError, ResultError, TaskAborte
 from .execution import Execution
 from .executors import interruption
 from .executors.base import TaskExecutor
+from .lifecycle import LOST, SHUT_DOWN
 from .outcome import Outcome, failed
 from .registry import Route
 from .runner import Runner
@@ -45,18 +46,22 @@ def run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
     except Exception as error:
         logger.error("Task %s could not be run: %s", task_id, error, exc_info=not isinstance(error, AsyncRouteError))
         if executor.is_bound:
-            runner.lifecycle.forsake(task_id)
+            runner.lifecycle.forsake(task_id, LOST)
 
 
 def _run(runner: Runner, executor: TaskExecutor, task_id: str) -> None:
     execution = Execution(task_id, executor.interrupt_after, runner.wake)
-    runner.dispatcher.begin(execution, executor)
+    if not runner.dispatcher.begin(execution, executor):
+        return
     is_settled = False
     try:
         runner.notifier.watch()
         try:
             if runner.dispatcher.is_closing:
-                return  # it goes on waiting, for another process
+                # It goes on waiting for another process, if there can be one.
+                if executor.is_bound:
+                    runner.lifecycle.forsake(task_id, SHUT_DOWN)
+                return
             runner.enter()
             claim = runner.lifecycle.claim(task_id)
             if claim is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from ..execution import Execution
 from ..outcome import Outcome
 from ..snapshot import Body
 from ..stores.base import Claim
+
+logger = logging.getLogger("flask_asyncroute")
 
 Run = Callable[["TaskExecutor", str], None]
 """Runs the task with this id for an executor, and returns when its code has ended; never raises an Exception."""
@@ -40,7 +43,8 @@ class TaskExecutor(ABC):
         self._queue_size = queue_size
         self._lock = threading.Lock()
         self._taken = 0
-        self._futures: dict[str, Future[None]] = {}
+        self._futures: dict[str, Future[None] | None] = {}
+        """What waits or runs here; None: it is just being handed over."""
 
     def reserve(self) -> None:
         """Take a place for one task; give it back with :meth:`unreserve` or use it with :meth:`submit`.
@@ -61,13 +65,20 @@ class TaskExecutor(ABC):
             self._taken -= 1
 
     def submit(self, task_id: str) -> None:
-        """Run a task as soon as there is room, on a place that was reserved; returns at once.
+        """Run a task as soon as there is room, on a place that was reserved; returns at once. One that is here already, since
+        its start took so long that it was taken over, is not run twice: the place is given back.
 
         :raises RuntimeError: where no more tasks are taken; the place is given back.
         """
+        with self._lock:
+            if task_id in self._futures:
+                self._taken -= 1
+                return
+            self._futures[task_id] = None
         try:
             future = self._futures[task_id] = self._start(task_id)
         except BaseException:
+            self._futures.pop(task_id)
             self.unreserve()
             raise
         future.add_done_callback(lambda _: self._futures.pop(task_id, None))
@@ -91,7 +102,12 @@ class TaskExecutor(ABC):
         """Take a task that need not run any more out of the queue, if it has not begun; return whether it did."""
         with self._lock:
             future = self._futures.get(task_id)
-            if future is None or not future.cancel():
+            try:
+                if future is None or not future.cancel():
+                    return False
+            except Exception:
+                # An app's own Executor has futures of its own.
+                logger.exception("Task %s could not be taken out of the queue of its executor.", task_id)
                 return False
             self._taken -= 1
             return True

@@ -7,7 +7,6 @@ forks carry over no locks, connections or signal handlers of a web server. It mu
 from __future__ import annotations
 
 import atexit
-import errno
 import fcntl
 import gc
 import logging
@@ -154,8 +153,6 @@ class _Server:
 
     def _start(self, descriptors: list[int]) -> None:
         try:
-            if len(descriptors) < 3:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             pid = _fork()
         except OSError as error:
             logger.error("A child process could not be started: %s", error)

@@ -183,8 +183,18 @@ def test_a_task_is_claimed_once(store: TaskStore, make_task: NewTask) -> None:
     store.add(make_task(), b"", None, ())
     assert store.claim("task", "one", CREATED) is not None
     before = store.get("task")
+    newest = store.newest()
     assert store.claim("task", "two", CREATED) is None
     assert store.get("task") == before
+    assert store.newest() == newest, "who changes nothing takes no number, and wakes nobody"
+
+
+def test_a_change_that_finds_another_state_takes_no_number(store: TaskStore, make_task: NewTask) -> None:
+    store.add(make_task(), b"", None, ())
+    newest = store.newest()
+    for values in ({"progress": 1.0}, {"state": State.COMPLETED, "completed_us": CREATED}):
+        assert store.update("task", Expect((State.RUNNING,), "me", 1), values) is None
+    assert store.newest() == newest
 
 
 def test_f18_an_aborted_task_is_not_claimed(store: TaskStore, make_task: NewTask) -> None:

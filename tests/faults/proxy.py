@@ -28,6 +28,10 @@ class Proxy:
     def go(self) -> None:
         """Be gone: break all connections off, and refuse new ones."""
         self.is_refusing = True
+        self.break_off()
+
+    def break_off(self) -> None:
+        """Break off the connections that there are."""
         for end in list(self._sockets):
             _break_off(end)
 

@@ -256,6 +256,38 @@ def test_f22_a_connection_that_breaks_within_a_transaction(
     assert is_right(made, direct), made
 
 
+def while_it_waits(proxy: Proxy, url: str, call: Callable[[], Any]) -> Any:
+    """Call; break the connection while the server waits for the lock that orders all writes, and have it go on when the
+    second try has joined it. A server does not notice that its client is gone: it does what it was told, later.
+    """
+    told: list[Any] = []
+    waiters = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    with engine_of(url).connect() as other, engine_of(url).connect() as plain:
+        looker = plain.execution_options(isolation_level="AUTOCOMMIT")
+        other.execute(text("SELECT 1 FROM asyncroute_namespaces FOR UPDATE"))
+        thread = threading.Thread(target=lambda: told.append(call()))
+        thread.start()
+        eventually_true(lambda: looker.execute(waiters).scalar() == 1)
+        proxy.break_off()
+        eventually_true(lambda: looker.execute(waiters).scalar() == 2)
+        other.rollback()
+    thread.join(10)
+    (made,) = told
+    return made
+
+
+@pytest.mark.parametrize("name", ["add", "claim", "end", "release"])
+def test_f22_a_connection_that_breaks_while_the_server_waits(
+    store: TaskStore, direct: TaskStore, proxy: Proxy, postgresql_url: str, name: str
+) -> None:
+    """The second try finds that there is nothing to do any more, and that it was this very call that did it."""
+    call, is_right = WRITES[name]
+    made = while_it_waits(proxy, postgresql_url, lambda: call(store))
+    assert is_right(made, direct), made
+
+
 @pytest.mark.parametrize("how", ["before", "after"])
 def test_f22_a_connection_that_breaks_in_a_read(store: TaskStore, proxy: Proxy, how: str) -> None:
     reads: list[Callable[[], Any]] = [

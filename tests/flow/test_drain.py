@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,48 @@ def test_what_waits_for_an_executor_of_the_app_is_aborted(place: Place) -> None:
         drain({place.runner: 0})
         assert {place.task(task_id)["Error"] for task_id in (running, waiting)} == {"Server shutdown"}
         place.go.set()
+
+
+def test_one_that_cannot_be_settled_keeps_no_other_from_it(
+    make_app: Callable[..., Flask], tmp_path: Path, gate: threading.Event
+) -> None:
+    """Neither an Executor of the app nor what cancels a run is ours: both may fail, in one app of several."""
+
+    class Broken(Executor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return Unreachable()
+
+    class Unreachable(Future[None]):
+        def cancel(self) -> bool:
+            raise RuntimeError("the cluster is gone")
+
+    def fail() -> None:
+        raise RuntimeError("its loop is closed")
+
+    broken, good = (Place(make_app(instance_path=str(tmp_path / name))) for name in ("broken", "good"))
+    broken.go = good.go = gate
+    broken.app.put("/own")(broken.routes.task(executor=Broken())(lambda: None))
+    broken.start("/own")
+    ids = [(place, place.begin("/held")) for place in (broken, good)]
+    execution, _ = broken.runner.dispatcher.running[ids[0][1]]
+    execution.cancel_with(fail)
+    drain({broken.runner: 0, good.runner: 0})
+    assert [place.task(task_id)["Error"] for place, task_id in ids] == ["Server shutdown"] * 2
+
+
+def test_a_start_that_slips_in_and_that_nobody_else_can_run_is_aborted(
+    place: Place, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.app.put("/now")(place.routes.task(executor="immediate")(lambda: None))
+    create = place.runner.lifecycle.create
+
+    def create_late(*given: Any) -> None:
+        drain({place.runner: 0})
+        create(*given)
+
+    monkeypatch.setattr(place.runner.lifecycle, "create", create_late)
+    task_id = place.start("/now")
+    eventually(lambda: place.task(task_id).get("Error") == "Server shutdown")
 
 
 def test_a_start_that_slips_in_is_left_to_others(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

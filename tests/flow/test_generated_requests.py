@@ -273,10 +273,10 @@ def target(request: pytest.FixtureRequest, make_module_app: Callable[..., Flask]
     def add(rule: str, view: Callable[..., Any], **more: Any) -> None:
         async_routes.route(rule, endpoint=rule, **{**options, **more})(view)
 
-    add("/done", lambda: {"a": [1, "é\x00"]}, id_generator=lambda: "done")
-    add("/failed", lambda: 1 / 0, id_generator=lambda: "failed")
-    add("/private", lambda: 1, id_generator=lambda: "private", permission=Permission(read=Access(groups=["g"])))
-    add("/fixed", lambda: None, id_generator=lambda: "fixed", cancellable=False)
+    add("/stock/done", lambda: {"a": [1, "é\x00"]}, id_generator=lambda: "done")
+    add("/stock/failed", lambda: 1 / 0, id_generator=lambda: "failed")
+    add("/stock/private", lambda: 1, id_generator=lambda: "private", permission=Permission(read=Access(groups=["g"])))
+    add("/stock/fixed", lambda: None, id_generator=lambda: "fixed", cancellable=False)
     add("/work", read_all)
     add("/plain/<int:n>", lambda n: n)
     add("/named/<name>", lambda name: name, methods=["PUT", "POST"])
@@ -284,12 +284,12 @@ def target(request: pytest.FixtureRequest, make_module_app: Callable[..., Flask]
 
 
 def restock(app: Flask) -> None:
-    """Start the tasks that requests are about, where one of them has purged it."""
+    """Start the tasks that requests are about, where one of them has purged it. No request may: their ids are taken."""
     client = app.test_client()
     for task_id in ("done", "failed", "private", "fixed"):
         if client.get(f"/task/{task_id}", headers={"X-User": "root;roles=admin"}).status_code == 404:
             owner = {"X-User": "anna"} if task_id in ("private", "fixed") else {}
-            assert client.post(f"/{task_id}", headers=owner).status_code == 202
+            assert client.post(f"/stock/{task_id}", headers=owner).status_code == 202
 
 
 def read_all() -> Any:

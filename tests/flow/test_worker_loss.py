@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 from flask import Flask
 
 from flask_asyncroute import AsyncRoute, TaskAborted, current_task
+from flask_asyncroute.execution import Execution
+from flask_asyncroute.executors.immediate import ImmediateTaskExecutor
 from flask_asyncroute.runtime import runtime_of
+from flask_asyncroute.signals import task_created
 from tests.flow.driving import Flow
 
 Eventually = Callable[..., Any]
@@ -172,3 +176,52 @@ def test_a_task_that_waits_for_an_executor_of_the_app_belongs_to_its_process(
     flow.still(waiting)
     assert flow.get(waiting)["Error"] == "Worker lost"
     assert "first short" not in ran
+
+
+def test_a_task_that_was_taken_over_during_its_start_is_run_once(
+    make_runner: Callable[..., Flow], eventually: Eventually
+) -> None:
+    """A start may take its time between the store and the executor, as where the app's receivers do: it is taken over by
+    then, and what comes second must not be what is known of its run.
+    """
+    flow = make_runner()
+    begun, told = threading.Event(), threading.Event()
+
+    @flow.route(max_workers=2)
+    def work() -> None:
+        begun.set()
+        try:
+            while True:
+                time.sleep(0.001)
+        except TaskAborted:
+            told.set()
+            raise
+
+    def wait(sender: Flask, **extra: Any) -> None:
+        assert begun.wait(10)
+
+    with task_created.connected_to(wait, flow.app):
+        task = flow.start()
+    runner = runtime_of(flow.app).runner
+    assert task["Id"] in runner.dispatcher.running
+    (executor,) = runner.executors
+    assert executor.holds(task["Id"])
+    assert executor.free() == 1, "one place, not two"
+    assert flow.client.delete(f"/task/{task['Id']}").status_code == 200
+    assert told.wait(5)
+    eventually(lambda: executor.free() == 2)
+
+
+def test_a_task_whose_outcome_is_not_stored_yet_is_not_begun_again(make_runner: Callable[..., Flow]) -> None:
+    """It counts as running here; a second run would take that from it."""
+    flow = make_runner()
+    flow.request("GET", "/task/none")
+    dispatcher = runtime_of(flow.app).runner.dispatcher
+    first, second = (Execution("task", None, lambda: None) for _ in range(2))
+    executor = ImmediateTaskExecutor(lambda executor, task_id: None, 1, 1)
+    assert dispatcher.begin(first, executor)
+    assert not dispatcher.begin(second, executor)
+    dispatcher.end(second)
+    assert dispatcher.running["task"] == (first, executor)
+    dispatcher.end(first)
+    assert not dispatcher.running

@@ -2,7 +2,8 @@
 
 The engine's pool lends the connections; statements go to the driver as text. A single statement is a transaction by itself
 (AUTOCOMMIT); others are READ COMMITTED, so that a compare-and-set that had to wait looks again. No connection is tried out
-before it is used: one that turns out to be lost takes all others of the pool along, and what it was wanted for is done again.
+before it is used: one that turns out to be lost takes all others of the pool along, and what it was wanted for is done again,
+but for a commit that may have happened, of which `store` finds out.
 """
 
 from __future__ import annotations

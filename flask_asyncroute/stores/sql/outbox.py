@@ -108,7 +108,7 @@ class SQLOutbox(Outbox):
             "callback_state": bindparam("new_state") if state is None else state,
             "callback_attempts": attempts,
             "revision": tasks.c.revision + 1,
-            "change": self._sql.next_change,
+            "change": self._sql.next_change(),
         }
         return self._sql.compiled(update(tasks).where(is_task).values(values).returning(*RECORD))
 

@@ -167,7 +167,7 @@ class SQLiteDatabase(Database):
                     raise FileNotFoundError("the file was deleted or replaced")
                 # Made by nobody else than who also takes away what a deleted one has left.
                 connection = sqlite3.connect(
-                    f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None,
+                    f"{self.path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None,
                     check_same_thread=False, cached_statements=256,
                 )  # fmt: skip
                 try:

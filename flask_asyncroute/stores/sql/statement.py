@@ -6,12 +6,31 @@ and only its values change; columns hold plain types, so nothing has to be conve
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
 from operator import itemgetter
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import CompilerElement
+
+T = TypeVar("T")
+
+
+class made_once(Generic[T]):  # noqa: N801 - it is used as a decorator
+    """A property that keeps what it gave first. `functools.cached_property` does so under a lock of the whole class before
+    Python 3.12: a process that is forked while another thread holds it would wait for ever. Made twice it does no harm.
+    """
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        made = instance.__dict__[self._name] = self._make(instance)
+        return made
 
 
 class Statement:
@@ -24,7 +43,7 @@ class Statement:
         self._clause = clause
         self._dialect = dialect
 
-    @cached_property
+    @made_once
     def _compiled(self) -> tuple[str, itemgetter[Any], dict[str, Any]]:
         """The text, what puts named values in its order, and the values that are fixed."""
         compiled: Any = self._clause.compile(dialect=self._dialect)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -26,7 +26,7 @@ from sqlalchemy.sql.elements import ColumnElement, CompilerElement
 from ...delivery import PENDING
 from ...states import State
 from ..base import AHEAD_US, Expect
-from .statement import Statement
+from .statement import Statement, made_once
 from .tables import RECORD, grants, namespaces, tasks
 
 
@@ -97,7 +97,7 @@ class Statements:
 
     Change numbers are in the order of commits. SQLite has one writer at a time, so the next is one more than the highest;
     elsewhere the namespace's counter row is raised by the same statement that uses the number: its lock, held until the
-    commit, is the order.
+    commit, is the order. A statement that would change nothing takes no number, waits for nobody and wakes nobody.
     """
 
     def __init__(self, dialect: Dialect) -> None:
@@ -105,19 +105,7 @@ class Statements:
         self._updates: dict[tuple[tuple[str, ...], Shape, bool], Statement] = {}
         self._deletes: dict[Shape, Statement] = {}
         self._finds: dict[Shape, Statement] = {}
-        if dialect.name == "sqlite":
-            self.next_change: ColumnElement[int] = _change + 1
-            raised: ColumnElement[int] = _change + 1
-        else:
-            raised = namespaces.c.change + 1
-            counter = (
-                update(namespaces)
-                .where(_is_namespace)
-                .values(change=raised)
-                .returning(namespaces.c.change, _told)
-                .cte("counter")
-            )
-            self.next_change = select(counter.c.change).scalar_subquery()
+        raised: ColumnElement[int] = _change + 1 if dialect.name == "sqlite" else namespaces.c.change + 1
         self.note_removed = self.compiled(update(namespaces).where(_is_namespace).values(change=raised))
         """Before a task is removed: change numbers go on from here, even if it had the highest."""
         raised_by = raised - 1 + bindparam("count", type_=BigInteger)
@@ -131,54 +119,75 @@ class Statements:
         """Return a statement for this dialect."""
         return Statement(clause, self._dialect)
 
-    @cached_property
+    def next_change(self, where: Sequence[ColumnElement[bool]] = ()) -> ColumnElement[int]:
+        """Return the number for a statement that changes a task; one object for all of a statement.
+
+        :param where: which task is changed; none where there is one in any case.
+        """
+        if self._dialect.name == "sqlite":
+            return _change + 1
+        if_any = (
+            [select(literal_column("1")).select_from(tasks).where(*where).correlate(None).exists()] if where else []
+        )
+        counter = (
+            update(namespaces)
+            .where(_is_namespace, *if_any)
+            .values(change=namespaces.c.change + 1)
+            .returning(namespaces.c.change, _told)
+            .cte("counter")
+        )
+        return select(counter.c.change).scalar_subquery()
+
+    @made_once
     def change(self) -> Statement:
         return self.compiled(select(_change))
 
-    @cached_property
+    @made_once
     def add(self) -> Statement:
         given: dict[str, Any] = {
             column.name: bindparam(column.name) for column in RECORD if column.name not in _UNKNOWN_AT_FIRST
         }
         return self.compiled(
             insert(tasks).values(
-                {"namespace": bindparam("ns"), **given, "change": self.next_change, "request": bindparam("request")}
+                {"namespace": bindparam("ns"), **given, "change": self.next_change(), "request": bindparam("request")}
             ).inline()
         )  # fmt: skip
 
-    @cached_property
+    @made_once
     def add_grant(self) -> Statement:
         return self.compiled(insert(grants).values({column.name: bindparam(column.name) for column in grants.columns}))
 
-    @cached_property
+    @made_once
     def get(self) -> Statement:
         return self.compiled(select(*RECORD).where(_is_task()))
 
-    @cached_property
+    @made_once
     def drop_grants(self) -> Statement:
         return self.compiled(delete(grants).where(_is_grant_of_task))
 
-    @cached_property
+    @made_once
     def move_grants(self) -> Statement:
         return self.compiled(update(grants).where(_is_grant_of_task).values(state=bindparam("new_state")))
 
-    @cached_property
+    @made_once
     def claimed(self) -> Statement:
         return self.compiled(select(*RECORD, tasks.c.request).where(_is_task()))
 
-    @cached_property
+    @made_once
     def claim(self) -> Statement:
         return self._claim(_is_task())
 
-    @cached_property
+    @made_once
     def claim_plain(self) -> Statement:
         """Claim a task of which no other table has anything."""
         return self._claim(_is_task(), _is_plain)
 
-    def _claim(self, *where: ColumnElement[bool]) -> Statement:
+    def _claim(self, *which: ColumnElement[bool]) -> Statement:
+        where = [*which, tasks.c.state == State.NOT_STARTED.value]
+        change = self.next_change(where)
         return self.compiled(
             update(tasks)
-            .where(*where, tasks.c.state == State.NOT_STARTED.value)
+            .where(*where)
             .values(
                 state=State.RUNNING.value,
                 owner=bindparam("new_owner"),
@@ -186,14 +195,14 @@ class Statements:
                 started_us=_started,
                 expires_us=_started + tasks.c.timeout_us,
                 revision=tasks.c.revision + 1,
-                change=self.next_change,
+                change=change,
                 waiting_change=_waiting_change,
-                started_change=self.next_change,
+                started_change=change,
             )
             .returning(*RECORD, tasks.c.request)
         )
 
-    @cached_property
+    @made_once
     def waiting(self) -> Statement:
         return self.compiled(
             select(tasks.c.id, tasks.c.endpoint)
@@ -205,7 +214,7 @@ class Statements:
             .order_by(tasks.c.created_us)
         )
 
-    @cached_property
+    @made_once
     def outlived(self) -> Statement:
         return self.compiled(
             select(tasks.c.id)
@@ -220,7 +229,7 @@ class Statements:
             .limit(bindparam("most"))
         )
 
-    @cached_property
+    @made_once
     def news(self) -> Statement:
         return self.compiled(
             select(*RECORD)
@@ -229,13 +238,13 @@ class Statements:
             .limit(bindparam("most"))
         )
 
-    @cached_property
+    @made_once
     def namespace(self) -> Statement:
         return self.compiled(
             select(namespaces.c.key, namespaces.c.secret).where(namespaces.c.name == bindparam("name"))
         )
 
-    @cached_property
+    @made_once
     def add_namespace(self) -> Statement:
         return self.compiled(
             insert(namespaces).values(
@@ -243,7 +252,7 @@ class Statements:
             )
         )
 
-    @cached_property
+    @made_once
     def lock_namespace(self) -> Statement:
         """What is checked before it is written is checked after this: nobody else writes until the commit."""
         return self.compiled(select(namespaces.c.key).where(_is_namespace).with_for_update())
@@ -276,8 +285,10 @@ class Statements:
         return statement
 
     def _update_of(self, fields: tuple[str, ...], shape: Shape, is_plain: bool) -> Statement:
+        where = [*_as_expected(shape), *([_is_plain] if is_plain else [])]
+        change = self.next_change(where)
         values: dict[str, Any] = {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in fields}
-        values.update(revision=tasks.c.revision + 1, change=self.next_change)
+        values.update(revision=tasks.c.revision + 1, change=change)
         if "state" in values:
             values.update(waiting_change=null(), started_change=null())
         if "completed_us" in values:
@@ -287,7 +298,6 @@ class Statements:
             values.update(
                 waiting_change=_waiting_change,
                 started_change=tasks.c.started_change,
-                completed_change=self.next_change,
+                completed_change=change,
             )
-        where = [*_as_expected(shape), *([_is_plain] if is_plain else [])]
         return self.compiled(update(tasks).where(*where).values(values).returning(*RECORD))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ...delivery import Delivery
-from ...errors import CommitUnknown, IdTaken
+from ...errors import IdTaken
 from ...execution import ViewEvent
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
@@ -19,6 +19,7 @@ from ..events import Events
 from . import queries
 from .bodies import Bodies
 from .changes import Changes
+from .commits import surely
 from .cursors import TakeBack, one, run
 from .database import Cursor, Database, Duplicate
 from .event_log import EventLog
@@ -70,7 +71,7 @@ class SQLTaskStore(TaskStore):
         key: StartKey | None = None, quota: int | None = None, delivery: Delivery | None = None,
     ) -> None:  # fmt: skip
         try:
-            self._surely(
+            surely(
                 lambda: self._add(task, request, body, grants, key, quota, delivery),
                 lambda: is_same_start(self.get(task.id), task) or None,
             )
@@ -126,7 +127,13 @@ class SQLTaskStore(TaskStore):
             given = {"ns": self._ns, "task_id": task_id, "new_owner": owner, "now": now_us}
             at_once = self._sql.claim_plain
             found = claim_of(self._database.write_one(at_once.sql, at_once.values(**given)))
-            return found or self._database.write(lambda cursor: claim_with_rows(cursor, given))
+            if found is not None:
+                return found
+            # Mostly somebody else was first: then there is nothing to lock anything for.
+            task = self.get(task_id)
+            if task is None or task.state is not State.NOT_STARTED:
+                return None
+            return self._database.write(lambda cursor: claim_with_rows(cursor, given))
 
         def claim_with_rows(cursor: Cursor, given: dict[str, Any]) -> Claim | None:
             found = claim_of(one(cursor, self._sql.claim, **given))
@@ -134,7 +141,7 @@ class SQLTaskStore(TaskStore):
                 self._move_grants(cursor, found.task)
             return found
 
-        return self._surely(claim, look)
+        return surely(claim, look)
 
     def body(self, task_id: str) -> Body:
         return self._database.read(lambda cursor: self._bodies.read(cursor, self._ns, task_id))
@@ -145,7 +152,7 @@ class SQLTaskStore(TaskStore):
             is_ours = task is not None and all(getattr(task, name) == value for name, value in values.items())
             return task if is_ours else None
 
-        return self._surely(lambda: self._update(task_id, expect, values), look)
+        return surely(lambda: self._update(task_id, expect, values), look)
 
     def _update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         state = values.get("state")
@@ -192,10 +199,10 @@ class SQLTaskStore(TaskStore):
             return True
 
         # Written twice it is there once.
-        return self._surely(lambda: self._database.write(add), lambda: None)
+        return surely(lambda: self._database.write(add), lambda: None)
 
     def delete(self, task_id: str, expect: Expect) -> bool:
-        return self._surely(lambda: self._delete(task_id, expect), lambda: True if self.get(task_id) is None else None)
+        return surely(lambda: self._delete(task_id, expect), lambda: True if self.get(task_id) is None else None)
 
     def _delete(self, task_id: str, expect: Expect) -> bool:
         sql = self._sql
@@ -281,7 +288,7 @@ class SQLTaskStore(TaskStore):
         def write(cursor: Cursor) -> bool:
             return self._values.write(cursor, self._ns, key, value, version, new_version)
 
-        return self._surely(lambda: self._database.write(write), look)
+        return surely(lambda: self._database.write(write), look)
 
     def value_keys(self) -> Iterable[str]:
         return self._ids(self._values.keys)
@@ -292,17 +299,6 @@ class SQLTaskStore(TaskStore):
 
     def forget(self) -> None:
         self._database.forget()
-
-    def _surely(self, write: Callable[[], T], look: Callable[[], T | None]) -> T:
-        """Write; where it cannot be known whether that happened, look, and write again if it did not.
-
-        :param look: returns what ``write`` would have, or None where it has not happened.
-        """
-        try:
-            return write()
-        except CommitUnknown:
-            found = look()
-            return write() if found is None else found
 
     def _unless_taken_back(self, work: Callable[[Cursor], T]) -> T | None:
         try:
