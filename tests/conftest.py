@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, default_int_handler, getsignal
+from signal import signal as handle
 from typing import Any
 
 import flask
@@ -33,6 +35,10 @@ from flask_asyncroute.stores.opening import make_store
 
 LEAK_SECONDS = 5.0
 """How long a thread may take to end once its app is closed."""
+
+# A shell has what it starts in the background ignore interrupts, and the servers that tests start would inherit that.
+if getsignal(SIGINT) is SIG_IGN:
+    handle(SIGINT, default_int_handler)
 
 settings.register_profile("laptop", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
