@@ -71,23 +71,21 @@ class Stream:
         news = Follower(self.hang_up)
         try:
             with self.runner.notifier.telling(news, self.task_id):
-                for data in self._follow(news):
-                    for start in range(0, len(data), PIECE):
-                        news.must_be_sent_by = time.monotonic() + LATE_SECONDS
-                        yield data[start : start + PIECE]
-                        news.must_be_sent_by = None
-                    del data  # it may be large, and what comes next may take its time
+                try:
+                    for data in self._follow(news):
+                        for start in range(0, len(data), PIECE):
+                            news.must_be_sent_by = time.monotonic() + LATE_SECONDS
+                            yield data[start : start + PIECE]
+                            news.must_be_sent_by = None
+                        del data  # it may be large, and what comes next may take its time
+                except AsyncRouteError as error:
+                    # Here, where it can be hung up on: this client may not read either.
+                    news.must_be_sent_by = time.monotonic() + LATE_SECONDS
+                    yield _ended_early(error)
         except AsyncRouteError as error:
             yield _ended_early(error)
 
     def _follow(self, news: Follower) -> Iterator[bytes]:
-        try:
-            yield from self._what_comes(news)
-        except AsyncRouteError as error:
-            # Here, where it counts as sent: this client may not read either.
-            yield _ended_early(error)
-
-    def _what_comes(self, news: Follower) -> Iterator[bytes]:
         now = time.monotonic()
         ends_at = now + self.seconds
         look_at = now + LOOK_AGAIN_SECONDS
