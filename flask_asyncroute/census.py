@@ -103,10 +103,8 @@ class Census:
 
     def _bury(self, worker: Worker) -> None:
         held = self._workers.held(worker.name)
-        for task_id in held:
-            task = self._store.get(task_id)
-            if task is not None and task.owner == worker.name:
-                self._lifecycle.lose(task)
+        for task in held:
+            self._lifecycle.lose(task)
         self._workers.leave(worker.name)
         if held:
             logger.warning("The worker %s is gone; it left %d tasks behind that had begun.", worker.name, len(held))

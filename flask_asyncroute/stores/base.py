@@ -126,8 +126,8 @@ class Workers(ABC):
         """
 
     @abstractmethod
-    def held(self, name: str) -> list[str]:
-        """Return the ids of the tasks that run, are Stopping, or wait for nobody else, under this name."""
+    def held(self, name: str) -> list[AsyncRouteTask]:
+        """Return the tasks that run, are Stopping, or wait for nobody else, under this name."""
 
     @abstractmethod
     def wanted(self) -> list[str]:

@@ -72,7 +72,8 @@ def test_what_a_worker_holds(store: TaskStore, workers: Workers, make_task: NewT
     store.update("ended", Expect((State.RUNNING,)), {"state": State.COMPLETED, "completed_us": T0})
     store.update("stopping", Expect((State.RUNNING,)), {"state": State.ABORTED, "completed_us": T0, "stopping": True})
     assert sorted(workers.owners()) == ["me", "they"]
-    assert sorted(workers.held("me")) == ["mine", "stopping"]
+    held = sorted(workers.held("me"), key=lambda task: task.id)
+    assert held == [store.get("mine"), store.get("stopping")]
     assert workers.held("nobody") == []
     store.update("stopping", Expect((State.ABORTED,)), {"stopping": False})
     store.update("mine", Expect((State.RUNNING,)), {"state": State.FAILED, "completed_us": T0})

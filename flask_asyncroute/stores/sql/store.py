@@ -158,7 +158,8 @@ class SQLTaskStore(TaskStore):
         state = values.get("state")
         given = {f"new_{name}": plain(value) for name, value in values.items()}
         statement = self._sql.update_of(tuple(values), expect)
-        parameters = statement.values(ns=self._ns, task_id=task_id, **given, **expectation(expect))
+        which = {"ns": self._ns, "task_id": task_id, **expectation(expect)}
+        parameters = statement.values(**which, **given)
         if state is None:
             row = self._database.write_one(statement.sql, parameters)
             return None if row is None else record_of(row)
@@ -167,6 +168,10 @@ class SQLTaskStore(TaskStore):
             row = self._database.write_one(self._sql.update_of(tuple(values), expect, is_plain=True).sql, parameters)
             if row is not None:
                 return record_of(row)
+            # Mostly it is not as expected, as where two find the same: then there is nothing to lock anything for.
+            find = self._sql.find_of(expect)
+            if self._database.fetch_one(find.sql, find.values(**which)) is None:
+                return None
 
         def step(cursor: Cursor) -> AsyncRouteTask | None:
             if state is State.NOT_STARTED:

@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, literal_column, select, union, update
+from sqlalchemy import bindparam, delete, insert, literal_column, select, union, union_all, update
 from sqlalchemy.sql.elements import CompilerElement
 
 from ...states import State
+from ...task import AsyncRouteTask
 from ..base import Worker, Workers
 from .database import Cursor, Database
 from .outbox import SQLOutbox
+from .records import record_of
 from .statement import Statement
-from .tables import callbacks, tasks, workers
+from .tables import RECORD, callbacks, tasks, workers
 
 
 class SQLWorkers(Workers):
@@ -53,7 +55,8 @@ class SQLWorkers(Workers):
         sends = (callbacks.c.namespace == bindparam("ns")) & callbacks.c.holder.is_not(None)
         owners = [select(tasks.c.owner).where(part) for part in (runs, stops, bound)]
         self._owners = self._compiled(union(*owners, select(callbacks.c.holder).where(sends)))
-        self._held = self._compiled(union(*(select(tasks.c.id).where(part, is_held) for part in (runs, stops, bound))))
+        held = (select(*RECORD).where(part, is_held) for part in (runs, stops, bound))
+        self._held = self._compiled(union_all(*held))  # no task is among two of these
         self._wanted = self._compiled(select(tasks.c.endpoint).where(waits).distinct())
 
     def enter(self, worker: Worker) -> None:
@@ -93,8 +96,8 @@ class SQLWorkers(Workers):
     def owners(self) -> list[str]:
         return [row[0] for row in self._rows(self._owners) if row[0] is not None]
 
-    def held(self, name: str) -> list[str]:
-        return [row[0] for row in self._rows(self._held, worker=name)]
+    def held(self, name: str) -> list[AsyncRouteTask]:
+        return [record_of(row) for row in self._rows(self._held, worker=name)]
 
     def wanted(self) -> list[str]:
         return [row[0] for row in self._rows(self._wanted)]
