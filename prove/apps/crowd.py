@@ -40,6 +40,7 @@ def create_app(folder: str, **config: Any) -> Flask:
         finally:
             os.close(number)
 
+    app.extensions["crowd.note"] = note
     name_process(app)
 
     @app.put("/work/<int:milliseconds>")
