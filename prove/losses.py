@@ -243,7 +243,10 @@ def judge(load: Load, tasks: dict[str, Any], kills: Kills, folder: Path) -> str:
     check(kills.children, "no worker had children: the load is too small")
     check(max(kills.children) <= CHILDREN_SECONDS, f"children were gone only after {max(kills.children):.2f} s")
     check(found_after, "no running task was lost: the load is too small")
-    check(max(found_after) <= FOUND_SECONDS, f"a lost task was found after {max(found_after):.2f} s")
+    check(
+        max(after_kill) <= FOUND_SECONDS,
+        f"a lost task was found after {max(after_kill):.2f} s; {max(found_after):.2f} s after there was a worker that could",
+    )
     return (
         f"{len(kills.at)} kills, {len(tasks)} tasks acknowledged, 0 lost, 0 stuck ({load.unanswered} starts unanswered, "
         f"{load.refused} refused), {dict(ends)}, lost ones found after {median(after_kill):.2f} s, at most "
