@@ -1,4 +1,5 @@
-"""What a start, a get, a stop and a list cost beside a plain view: ``python -m benchmarks``, or ``make bench``.
+"""Benchmarks of start, get, stop and list requests against a plain view: ``python -m benchmarks``
+or ``make bench``.
 
-`prove` takes its figures from here too. Nothing of the package imports it.
+The stress tests use this package too. `flask_asyncroute` does not import it.
 """

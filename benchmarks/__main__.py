@@ -1,4 +1,4 @@
-"""Prints the figures: ``python -m benchmarks``."""
+"""Runs the benchmarks and prints the results: ``python -m benchmarks``."""
 
 from __future__ import annotations
 
@@ -12,47 +12,62 @@ from . import hotpath, queries
 
 
 def main() -> None:
-    """Read the command line, measure and print."""
+    """Parse the command line, run the benchmarks and print the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2000, help="calls of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=2000, help="calls of each kind (default: %(default)s)"
+    )
     parser.add_argument(
         "--stored",
         type=int,
         default=100_000,
         metavar="TASKS",
-        help="stored when lists are measured (default: %(default)s)",
+        help="stored tasks when lists are measured (default: %(default)s)",
     )
-    given = parser.parse_args()
+    options = parser.parse_args()
     print(
-        f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {platform.machine()}; {given.rounds} rounds"
+        f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, "
+        f"{platform.machine()}; {options.rounds} rounds"
     )
-    print_hot_path(given.rounds)
-    print_queries(given.stored)
+    print_hot_path(options.rounds)
+    print_queries(options.stored)
 
 
 def print_hot_path(rounds: int) -> None:
-    """Print what starts, gets, stops and short lists cost beside a plain view, and how many lives there are per second."""
+    """Print the response times of starts, gets, stops and short lists beside a plain view, and
+    tasks per second.
+    """
     with tempfile.TemporaryDirectory(prefix="asyncroute-bench-") as folder:
         bench = hotpath.Bench(Path(folder))
         try:
-            print_table("in process, the queue drained between two calls", hotpath.compare(bench, rounds))
-            print_table("the same under load: tasks run beside the call", hotpath.compare_under_load(bench, rounds))
-            print("\nwhole lives (start, run, finish) per second")
+            print_table(
+                "in process, with an idle queue at each call", hotpath.compare(bench, rounds)
+            )
+            print_table(
+                "under load: started tasks run during the calls",
+                hotpath.compare_under_load(bench, rounds),
+            )
+            print("\ntasks per second (start, run, finish)")
             for store in bench.apps:
-                print(f"  {store:8} {hotpath.lives_per_second(bench, store, rounds):8.0f}")
+                print(f"  {store:8} {hotpath.tasks_per_second(bench, store, rounds):8.0f}")
         finally:
             bench.close()
 
 
 def print_queries(count: int) -> None:
-    """Print what the newest 100 cost in a store with ``count`` tasks."""
+    """Print the response times for the newest 100 of ``count`` stored tasks."""
     print(f"\nthe newest {queries.LIMIT} of {count:,} tasks on SQLite, median (p95) in ms")
-    print(f"  {'who: what':38} {'found':>5} {'store':>14} {'target':>7} {'HTTP':>14} {'target':>7}")
-    with queries.filled(count) as made:
-        for one in queries.measure(made):
-            store, http = (f"{t.median_us / 1000:.2f} ({t.p95_us / 1000:.2f})" for t in (one.store, one.http))
+    print(f"  {'query':38} {'found':>5} {'store':>14} {'target':>7} {'HTTP':>14} {'target':>7}")
+    with queries.filled(count) as filled:
+        for one in queries.measure(filled):
+            store, http = (
+                f"{t.median_us / 1000:.2f} ({t.p95_us / 1000:.2f})" for t in (one.store, one.http)
+            )
             targets = f"≤ {one.target_ms:g}", f"≤ {queries.HTTP_MS:g}"
-            print(f"  {one.name:38} {one.found:5} {store:>14} {targets[0]:>7} {http:>14} {targets[1]:>7}")
+            print(
+                f"  {one.name:38} {one.found:5} {store:>14} {targets[0]:>7} {http:>14} "
+                f"{targets[1]:>7}"
+            )
 
 
 def print_table(title: str, cases: list[hotpath.Case]) -> None:
@@ -61,7 +76,10 @@ def print_table(title: str, cases: list[hotpath.Case]) -> None:
     for case in cases:
         target = "" if case.target is None else f"≤ {case.target}"
         name = f"{case.name} {case.store}".strip()
-        print(f"  {name:22} {case.times.median_us:10.1f} {case.times.p95_us:10.1f} {case.ratio:7.2f} {target:>7}")
+        print(
+            f"  {name:22} {case.times.median_us:10.1f} {case.times.p95_us:10.1f} {case.ratio:7.2f} "
+            f"{target:>7}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The apps that are measured: one plain Flask app, and one with async routes for each kind of store."""
+"""The apps to measure: one plain Flask app, and one with async routes for each kind of store."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from flask_asyncroute.executors.base import TaskExecutor
 from flask_asyncroute.runtime import runtime_of
 
 MANY = 1_000_000
-"""A queue that no measurement fills."""
+"""A queue size that no measurement reaches."""
 
 
 def make_async_app(folder: Path, store: str | None = None, **config: Any) -> Flask:
-    """Return an app with the async routes ``PUT /quick``, ``PUT /crowd`` (as many at once as wanted) and ``PUT /long``.
+    """Return an app with the async routes ``PUT /quick`` and ``PUT /long``.
 
-    :param folder: for its store, where that is a file.
+    :param folder: for the file of its store, if it has one.
     :param store: ``ASYNCROUTE_STORE``; None: the default, SQLite.
     """
     app = Flask("benchmarks", instance_path=str(folder.absolute()))
@@ -41,10 +41,11 @@ def make_async_app(folder: Path, store: str | None = None, **config: Any) -> Fla
 
 
 def make_plain_app(started: Any, found: Any) -> Flask:
-    """Return an app whose views do what a start and a get do for a client, and nothing else.
+    """Return an app whose views produce the same responses as a start and a get, and do nothing
+    else.
 
-    :param started: the task object that ``PUT /plain`` answers.
-    :param found: the one that ``GET /plain/<task_id>`` answers.
+    :param started: the task object that ``PUT /plain`` returns.
+    :param found: the task object that ``GET /plain/<task_id>`` returns.
     """
     app = Flask("plain")
 
@@ -79,5 +80,5 @@ def executor_of(app: Flask, endpoint: str) -> TaskExecutor:
 
 
 def close(app: Flask) -> None:
-    """End the app's threads and close its store."""
+    """End the threads of the app and close its store."""
     runtime_of(app).close()

@@ -1,4 +1,4 @@
-"""Calling an app as a server does, ``app(environ, start_response)``, and taking the time of it."""
+"""Calls an app as a WSGI server does, ``app(environ, start_response)``, and measures the time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ HEADERS = {
 }
 
 
-def environ_of(method: str, target: str, body: Any = None, headers: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return the environ of a request as gunicorn makes it.
+def environ_of(
+    method: str, target: str, body: Any = None, headers: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the environ of a request as gunicorn creates it.
 
     :param body: sent as JSON; None: no body.
     """
@@ -57,12 +59,14 @@ def environ_of(method: str, target: str, body: Any = None, headers: dict[str, st
 
 
 class Answer:
-    """What came back, and how long it took.
+    """A response and its time.
 
-    :param seconds: from the call to the close of the answer.
+    :param seconds: from the call to the close of the response.
     """
 
-    def __init__(self, status: int, headers: Sequence[tuple[str, str]], body: bytes, seconds: float) -> None:
+    def __init__(
+        self, status: int, headers: Sequence[tuple[str, str]], body: bytes, seconds: float
+    ) -> None:
         self.status = status
         self.headers = dict(headers)
         self.body = body
@@ -74,15 +78,15 @@ class Answer:
 
 
 def call(app: Flask, environ: dict[str, Any], status: int | None = None) -> Answer:
-    """Call the app and read its answer to the end.
+    """Call the app and read the whole response.
 
-    :param status: what the answer must have.
-    :raises AssertionError: where it has another.
+    :param status: the expected status; None: any.
+    :raises AssertionError: if the status differs.
     """
-    got: list[Any] = []
+    head: list[Any] = []
 
     def start_response(status_line: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
-        got[:] = [status_line, headers]
+        head[:] = [status_line, headers]
         return None
 
     began = time.perf_counter()
@@ -90,9 +94,11 @@ def call(app: Flask, environ: dict[str, Any], status: int | None = None) -> Answ
     body = b"".join(pieces)
     pieces.close()  # type: ignore[attr-defined]
     seconds = time.perf_counter() - began
-    answer = Answer(int(got[0][:3]), got[1], body, seconds)
+    answer = Answer(int(head[0][:3]), head[1], body, seconds)
     if status is not None and answer.status != status:
-        raise AssertionError(f"{environ['REQUEST_METHOD']} {environ['RAW_URI']}: {got[0]}: {body[:500]!r}")
+        raise AssertionError(
+            f"{environ['REQUEST_METHOD']} {environ['RAW_URI']}: {head[0]}: {body[:500]!r}"
+        )
     return answer
 
 

@@ -1,7 +1,7 @@
-"""The hot path: starts, gets, stops and lists, side by side with a plain view in one run.
+"""The hot path: starts, gets, stops and lists, measured beside a plain view in one run.
 
-Cases take turns call by call, in an order that changes, so that what disturbs the machine disturbs them alike and each
-finds caches as the others leave them.
+The cases alternate call by call in random order, so that disturbances and the state of caches
+affect all of them alike.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .calls import Answer, Times, call, environ_of
 BODY = {"sleep_time": 2, "message": "Hello from a client"}
 PATIENCE = 30.0
 SLOW = ("stop", "list of 50")
-"""Measured in every fifth round."""
+"""Cases that are measured only in every fifth round."""
 SPIN = 0.0003
-"""Seconds of plain counting before each call: after a sleep the processor would not be at speed."""
+"""Seconds of busy waiting before each call, because the processor slows down during a sleep."""
 STORES = {"memory": "memory://", "sqlite": None}
 TARGETS = {
     ("start", "memory"): 1.7,
@@ -33,15 +33,16 @@ TARGETS = {
     ("get", "memory"): 1.5,
     ("get", "sqlite"): 1.5,
 }
-"""At most so many times the plain view (median)."""
+"""The highest accepted ratio to the plain view, by the medians."""
 
 
 @dataclass
 class Case:
     """One kind of call.
 
-    :param plain: the case it is compared with; None: it is one itself.
-    :param settle: what happens off the clock after each call.
+    :param plain: the case it is compared with; None: it is itself a plain case.
+    :param prepare: runs before each call and is not measured.
+    :param clean_up: runs after each call and is not measured.
     """
 
     name: str
@@ -50,35 +51,35 @@ class Case:
     app: Flask
     status: int
     plain: Case | None = None
-    settle: Callable[[], object] = lambda: None
+    clean_up: Callable[[], object] = lambda: None
     prepare: Callable[[], object] = lambda: None
     times: Times = field(default_factory=Times)
 
     @property
     def ratio(self) -> float:
-        """How many times the plain view this takes, by the medians."""
+        """The ratio of the median to that of the plain case."""
         return 1.0 if self.plain is None else self.times.median_us / self.plain.times.median_us
 
     @property
     def target(self) -> float | None:
-        """What the ratio may be at most; None: nothing is promised."""
+        """The highest accepted ratio; None: no limit."""
         return TARGETS.get((self.name, self.store))
 
     def measure(self) -> None:
-        """Make one call and take its time."""
+        """Measure one call."""
         self.prepare()
         environ = self.make()
         until = time.perf_counter() + SPIN
         while time.perf_counter() < until:
             pass
         self.times.seconds.append(call(self.app, environ, self.status).seconds)
-        self.settle()
+        self.clean_up()
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that must come soon.
+    """Wait for a condition.
 
-    :raises TimeoutError: where it does not.
+    :raises TimeoutError: after ``PATIENCE`` seconds.
     """
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -88,7 +89,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 class Bench:
-    """The apps of one comparison. Close it."""
+    """The apps of one comparison. Call `close` at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.apps = {name: make_async_app(folder / name, store) for name, store in STORES.items()}
@@ -101,33 +102,60 @@ class Bench:
             self.ids[name] = answer.json()["Id"]
             self.drain(app)
         assert answer is not None
-        found = call(self.apps["sqlite"], environ_of("GET", f"/task/{self.ids['sqlite']}"), 200).json()
+        found = call(
+            self.apps["sqlite"], environ_of("GET", f"/task/{self.ids['sqlite']}"), 200
+        ).json()
         self.plain = make_plain_app(answer.json(), found)
 
     def close(self) -> None:
-        """End what runs."""
+        """Close all apps."""
         for app in self.apps.values():
             close(app)
 
     def drain(self, app: Flask, endpoint: str = "quick") -> None:
-        """Wait until nothing runs or waits."""
+        """Wait until no task runs or waits."""
         executor = executor_of(app, endpoint)
         wait_until(lambda: executor.free() == 2, "Draining the queue")
 
     def cases(self) -> list[Case]:
-        """Return all cases, those to compare with first."""
-        plain_start = Case("plain PUT", "", lambda: environ_of("PUT", "/plain", BODY), self.plain, 202)
+        """Return all cases, plain cases first."""
+        plain_start = Case(
+            "plain PUT", "", lambda: environ_of("PUT", "/plain", BODY), self.plain, 202
+        )
         some = self.ids["sqlite"]
-        plain_get = Case("plain GET", "", lambda: environ_of("GET", f"/plain/{some}"), self.plain, 200)
+        plain_get = Case(
+            "plain GET", "", lambda: environ_of("GET", f"/plain/{some}"), self.plain, 200
+        )
         found = [plain_start, plain_get]
         for store, app in self.apps.items():
             found += [
-                Case("start", store, lambda: environ_of("PUT", "/quick", BODY), app, 202, plain_start,
-                     settle=partial(self.drain, app)),
-                Case("get", store, partial(environ_of, "GET", f"/task/{self.ids[store]}"), app, 200, plain_get),
+                Case(
+                    "start",
+                    store,
+                    lambda: environ_of("PUT", "/quick", BODY),
+                    app,
+                    202,
+                    plain_start,
+                    clean_up=partial(self.drain, app),
+                ),
+                Case(
+                    "get",
+                    store,
+                    partial(environ_of, "GET", f"/task/{self.ids[store]}"),
+                    app,
+                    200,
+                    plain_get,
+                ),
                 self._stop(store, app, plain_get),
-                Case("list of 50", store, lambda: environ_of("GET", "/tasks?limit=50"), app, 200, plain_get),
-            ]  # fmt: skip
+                Case(
+                    "list of 50",
+                    store,
+                    lambda: environ_of("GET", "/tasks?limit=50"),
+                    app,
+                    200,
+                    plain_get,
+                ),
+            ]
         return found
 
     def _stop(self, store: str, app: Flask, plain: Case) -> Case:
@@ -136,16 +164,19 @@ class Bench:
         def prepare() -> None:
             started[:] = [call(app, environ_of("PUT", "/long", BODY), 202).json()["Id"]]
             path = f"/task/{started[0]}"
-            wait_until(lambda: call(app, environ_of("GET", path), 200).json()["State"] == "Running", "Starting a task")
+            wait_until(
+                lambda: call(app, environ_of("GET", path), 200).json()["State"] == "Running",
+                "Starting a task",
+            )
 
         return Case(
             "stop", store, lambda: environ_of("DELETE", f"/task/{started[0]}"), app, 200, plain,
-            settle=partial(self.drain, app, "long"), prepare=prepare,
+            clean_up=partial(self.drain, app, "long"), prepare=prepare,
         )  # fmt: skip
 
 
 def compare(bench: Bench, rounds: int) -> list[Case]:
-    """Measure all cases, the queue drained between two calls; return them with their times."""
+    """Measure all cases with an idle queue at each call; return them with their times."""
     cases = bench.cases()
     order = random.Random(1)
     for case in cases:
@@ -166,19 +197,23 @@ def compare(bench: Bench, rounds: int) -> list[Case]:
 
 
 def compare_under_load(bench: Bench, rounds: int) -> list[Case]:
-    """Measure starts and gets while the tasks started before them run; return the cases with their times."""
-    cases = [case for case in bench.cases() if case.name in ("plain PUT", "plain GET", "start", "get")]
+    """Measure starts and gets while the started tasks run; return the cases with their times."""
+    cases = [
+        case for case in bench.cases() if case.name in ("plain PUT", "plain GET", "start", "get")
+    ]
     for _ in range(rounds):
         for case in cases:
-            case.settle = lambda: None
+            case.clean_up = lambda: None
             case.measure()
     for app in bench.apps.values():
         bench.drain(app)
     return cases
 
 
-def lives_per_second(bench: Bench, store: str, count: int) -> float:
-    """Return how many tasks a second are started, run and finished, one client and two threads in this process."""
+def tasks_per_second(bench: Bench, store: str, count: int) -> float:
+    """Return how many tasks per second are started, run and finished, with one client and two
+    threads in this process.
+    """
     app = bench.apps[store]
     began = time.perf_counter()
     for _ in range(count):

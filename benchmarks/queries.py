@@ -1,4 +1,4 @@
-"""Lists over very many stored tasks: at the store, and through HTTP."""
+"""List queries over many stored tasks, at the store and through HTTP."""
 
 from __future__ import annotations
 
@@ -25,24 +25,30 @@ LIMIT = 100
 ROUNDS = 200
 SPAN = "state + user + time"
 MANY_MS = 2.0
-"""The newest 100 of one state, user and time span, at the store."""
+"""Limit for the newest 100 of one state, user and time span, at the store."""
 CALLER_MS = 5.0
-"""Whatever anybody asks for, at the store."""
+"""Limit for any other query of any caller, at the store."""
 HTTP_MS = 6.0
-"""Through HTTP."""
+"""Limit for any query through HTTP."""
 ADMIN = {"HTTP_X_USER": "root", "HTTP_X_ROLE": "admin"}
 OWNER = {"HTTP_X_USER": stored.SOME_USER}
 MEMBER = {"HTTP_X_USER": "member", "HTTP_X_GROUP": stored.SOME_GROUP}
 STRANGER = {"HTTP_X_USER": "stranger", "HTTP_X_GROUP": "nobodys"}
 
 
+Caller = tuple[str, dict[str, str], Readers | None]
+"""The name of a caller in the table, the headers of their requests, and what they may read at the
+store.
+"""
+
+
 @dataclass(frozen=True)
 class Measured:
-    """What one query took.
+    """The times of one query.
 
-    :param who: who asked.
-    :param what: what for.
-    :param found: how many tasks came back.
+    :param who: the caller.
+    :param what: the query.
+    :param found: how many tasks were returned.
     """
 
     who: str
@@ -53,43 +59,51 @@ class Measured:
 
     @property
     def name(self) -> str:
-        """Who asks for what."""
+        """The caller and the query."""
         return f"{self.who}: {self.what}"
 
     @property
     def target_ms(self) -> float:
-        """What the store may take at most, by the median."""
+        """The limit for the median at the store."""
         return MANY_MS if self.what == SPAN and self.who == "admin" else CALLER_MS
 
 
 @dataclass(frozen=True)
 class Filled:
-    """Two apps on one store: in one, lists have what belongs to nobody; in the other they do not.
+    """A folder with a store of many tasks.
 
     :param count: how many tasks the store has.
     """
 
+    folder: Path
     count: int
-    open: Flask
-    strict: Flask
+
+    @contextmanager
+    def app(self, lists_anonymous: bool) -> Iterator[Flask]:
+        """Yield an app on the store. Close it before you open the next.
+
+        :param lists_anonymous: whether lists include tasks without an owner.
+        """
+        app = _make_app(self.folder, lists_anonymous)
+        try:
+            yield app
+        finally:
+            runtime_of(app).close()
 
 
 @contextmanager
 def filled(count: int) -> Iterator[Filled]:
-    """Give apps on a temporary store with ``count`` tasks."""
+    """Yield a temporary store with ``count`` tasks."""
     with TemporaryDirectory(prefix="asyncroute-bench-") as folder:
         stored.fill(Path(folder) / "asyncroute.db", "many", count)
-        made = Filled(count, _make_app(folder, True), _make_app(folder, False))
-        try:
-            yield made
-        finally:
-            runtime_of(made.open).close()
-            runtime_of(made.strict).close()
+        yield Filled(Path(folder), count)
 
 
-def _make_app(folder: str, lists_anonymous: bool) -> Flask:
-    app = Flask("many", instance_path=folder)
-    app.config.update(ASYNCROUTE_LIST_ANONYMOUS=lists_anonymous, ASYNCROUTE_ADMINS=Access(roles=("admin",)))
+def _make_app(folder: Path, lists_anonymous: bool) -> Flask:
+    app = Flask("many", instance_path=str(folder))
+    app.config.update(
+        ASYNCROUTE_LIST_ANONYMOUS=lists_anonymous, ASYNCROUTE_ADMINS=Access(roles=("admin",))
+    )
     async_routes = AsyncRoute(app)
 
     @async_routes.identity_loader
@@ -103,9 +117,11 @@ def _make_app(folder: str, lists_anonymous: bool) -> Flask:
     return app
 
 
-def measure(made: Filled, rounds: int = ROUNDS) -> list[Measured]:
-    """Return what the newest 100 take: of one state, user and time span, and without any condition; asked by anybody."""
-    count = made.count
+def measure(store: Filled, rounds: int = ROUNDS) -> list[Measured]:
+    """Measure queries for the newest 100 tasks, by state, user and time span and without
+    conditions, for each kind of caller.
+    """
+    count = store.count
     span: dict[str, Any] = {
         "State": {"value": "Completed"},
         "User": {"value": stored.SOME_USER},
@@ -118,29 +134,28 @@ def measure(made: Filled, rounds: int = ROUNDS) -> list[Measured]:
     owned = Readers(stored.SOME_USER, (("users", stored.SOME_USER),), True)
     member = Readers("member", (("users", "member"), ("groups", stored.SOME_GROUP)), True)
     stranger = Readers("stranger", (("users", "stranger"), ("groups", "nobodys")))
-    callers: list[tuple[str, dict[str, str], Readers | None]] = [
+    open_callers: list[Caller] = [
         ("admin", ADMIN, None), ("owner", OWNER, owned), ("group member", MEMBER, member),
-        ("anonymous", {}, Readers(anonymous=True)), ("may read nothing", STRANGER, stranger),
+        ("anonymous", {}, Readers(anonymous=True)),
     ]  # fmt: skip
+    strict_callers: list[Caller] = [("may read nothing", STRANGER, stranger)]
     questions = [(SPAN, span), ("state", completed), ("all", {})]
-    return [
-        _measure(made, who, what, question, headers, readers, rounds)
-        for what, question in questions
-        for who, headers, readers in callers
-    ]
+    measured = []
+    for lists_anonymous, callers in (True, open_callers), (False, strict_callers):
+        with store.app(lists_anonymous) as app:
+            measured += [
+                _measure(app, caller, what, question, rounds)
+                for what, question in questions
+                for caller in callers
+            ]
+    return measured
 
 
 def _measure(
-    made: Filled,
-    who: str,
-    what: str,
-    question: dict[str, Any],
-    headers: dict[str, str],
-    readers: Readers | None,
-    rounds: int,
+    app: Flask, caller: Caller, what: str, question: dict[str, Any], rounds: int
 ) -> Measured:
+    who, headers, readers = caller
     conditions = parse_mapping(question)
-    app = made.open if readers is None or readers.anonymous else made.strict
     store = runtime_of(app).runner.store
     found: list[Any] = []
 
@@ -150,9 +165,13 @@ def _measure(
         return time.perf_counter() - began
 
     def through_http() -> float:
-        answer = call(app, environ_of("POST", f"/tasks/query?limit={LIMIT}", question, headers), 200)
+        answer = call(
+            app, environ_of("POST", f"/tasks/query?limit={LIMIT}", question, headers), 200
+        )
         if len(answer.json()) != len(found):
-            raise AssertionError(f"{who}, {what}: the store found {len(found)}, HTTP {len(answer.json())}.")
+            raise AssertionError(
+                f"{who}, {what}: the store found {len(found)}, HTTP {len(answer.json())}."
+            )
         return answer.seconds
 
     times = Times(), Times()

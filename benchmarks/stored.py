@@ -1,4 +1,6 @@
-"""A store with very many tasks in it, written straight into its tables: through the package it would take an hour."""
+"""A store with many tasks, written directly into its tables. Through the package this would take an
+hour.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +21,25 @@ from flask_asyncroute.stores.sql.tables import grants, tasks
 
 FIRST_US = 1_700_000_000_000_000
 STEP_US = 1_000_000
-"""A task is made every second."""
+"""One task is created per second."""
 YEAR_US = 365 * 86_400_000_000
 CHUNK = 20_000
 USERS = 200
 GROUPS = 20
 SOME_USER = "user7"
 SOME_GROUP = "group7"
-PERMISSION = b'{"Read":{"Users":[],"Groups":["%s"],"Roles":[],"Scopes":[]},"Write":{"Users":[],"Groups":[],"Roles":[],"Scopes":[]}}'
+PERMISSION = (
+    b'{"Read":{"Users":[],"Groups":["%s"],"Roles":[],"Scopes":[]},'
+    b'"Write":{"Users":[],"Groups":[],"Roles":[],"Scopes":[]}}'
+)
 
 
 def fill(path: Path, namespace: str, count: int) -> None:
-    """Make a store on a new file and write ``count`` tasks.
+    """Create a store in a new file with ``count`` tasks.
 
-    One in ten is nobody's, the others belong to one of 200 users. One in five of those may be read by a group, of which
-    there are 20. Nearly all have ended; the few others are of endpoints that no route has, so that nobody runs them.
+    One in ten tasks has no owner; the others belong to 200 users. One in five of those is readable
+    by one of 20 groups. Nearly all tasks have ended. The others have endpoints without a route, so
+    that no worker runs them.
     """
     store = SQLTaskStore(SQLiteDatabase(path), namespace, True)
     store.open()
@@ -42,13 +48,17 @@ def fill(path: Path, namespace: str, count: int) -> None:
     try:
         connection.execute("PRAGMA synchronous=OFF")
         connection.execute("PRAGMA cache_size=-200000")
-        (key,) = connection.execute("SELECT key FROM asyncroute_namespaces WHERE name = ?", (namespace,)).fetchone()
+        (key,) = connection.execute(
+            "SELECT key FROM asyncroute_namespaces WHERE name = ?", (namespace,)
+        ).fetchone()
         chance = random.Random(1)
         connection.execute("BEGIN")
-        made = _rows(key, count, chance)
-        while rows := list(islice(made, CHUNK)):
+        rows_and_grants = _rows(key, count, chance)
+        while rows := list(islice(rows_and_grants, CHUNK)):
             connection.executemany(_insert(tasks), (row for row, _ in rows))
-            connection.executemany(_insert(grants), (grant for _, grant in rows if grant is not None))
+            connection.executemany(
+                _insert(grants), (grant for _, grant in rows if grant is not None)
+            )
         connection.execute("COMMIT")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     finally:
@@ -56,18 +66,22 @@ def fill(path: Path, namespace: str, count: int) -> None:
 
 
 def moment_us(count: int, share: float) -> int:
-    """Return the time before which ``share`` of ``count`` tasks were made."""
+    """Return the time before which ``share`` of ``count`` tasks were created."""
     return FIRST_US + int(count * share) * STEP_US
 
 
 def _insert(table: Any) -> str:
-    """Return the INSERT with named parameters, as sqlite3 takes them."""
-    statement = table.insert().values({column.name: bindparam(column.name) for column in table.columns})
+    """Return the INSERT with named parameters for sqlite3."""
+    statement = table.insert().values(
+        {column.name: bindparam(column.name) for column in table.columns}
+    )
     return str(statement.compile(dialect=sqlite.dialect(paramstyle="named")))
 
 
-def _rows(key: int, count: int, chance: random.Random) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Yield each task's row, and the row of its grant where it has one."""
+def _rows(
+    key: int, count: int, chance: random.Random
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Yield the row of each task, and the row of its grant, if any."""
     for number in range(count):
         user = "" if chance.random() < 0.1 else f"user{chance.randrange(USERS)}"
         group = f"group{chance.randrange(GROUPS)}" if user and chance.random() < 0.2 else None
@@ -79,25 +93,28 @@ def _rows(key: int, count: int, chance: random.Random) -> Iterator[tuple[dict[st
         is_over = state not in ("NotStarted", "Running")
         permission = None if group is None else PERMISSION % group.encode()
         task = {
-            "namespace": key, "id": f"{chance.getrandbits(128):032x}", "async_route_id": "[Put]/archive",
-            "endpoint": "archive", "state": state, "cancellable": 1, "user": user, "url": "http://127.0.0.1:8000/archive",
-            "method": "PUT", "created_us": created, "started_us": None if state == "NotStarted" else created + 1000,
-            "completed_us": created + 900_000 if is_over else None, "expires_us": None, "progress": None,
-            "progress_message": None, "result_json": b'{"InnerValue":"Hello"}' if state == "Completed" else None,
-            "error": "ValueError: no" if state == "Failed" else None, "error_status": None, "stopping": 0,
-            "permission_json": permission, "timeout_us": None, "retention_us": 100 * YEAR_US, "on_loss": "abort",
-            "body_size": 0, "owner": None if state == "NotStarted" else "1-somewhere",
-            "restarts": 0, "epoch": int(state != "NotStarted"),
-            "revision": 3 if is_over else 2, "change": number + 1,
-            "waiting_change": None, "started_change": None, "completed_change": number + 1 if is_over else None,
-            "callback_json": None, "callback_state": None, "callback_attempts": 0,
-            "sse_group": "/archive", "sse_url": None, "sse_result": 0,
+            "namespace": key, "id": f"{chance.getrandbits(128):032x}",
+            "async_route_id": "[Put]/archive", "endpoint": "archive", "state": state,
+            "cancellable": 1, "user": user, "url": "http://127.0.0.1:8000/archive", "method": "PUT",
+            "created_us": created, "started_us": None if state == "NotStarted" else created + 1000,
+            "completed_us": created + 900_000 if is_over else None, "expires_us": None,
+            "progress": None, "progress_message": None,
+            "result_json": b'{"InnerValue":"Hello"}' if state == "Completed" else None,
+            "error": "ValueError: no" if state == "Failed" else None, "error_status": None,
+            "stopping": 0, "permission_json": permission, "timeout_us": None,
+            "retention_us": 100 * YEAR_US, "on_loss": "abort", "body_size": 0,
+            "owner": None if state == "NotStarted" else "1-somewhere", "restarts": 0,
+            "epoch": int(state != "NotStarted"), "revision": 3 if is_over else 2,
+            "change": number + 1, "waiting_change": None, "started_change": None,
+            "completed_change": number + 1 if is_over else None, "callback_json": None,
+            "callback_state": None, "callback_attempts": 0, "sse_group": "/archive",
+            "sse_url": None, "sse_result": 0,
             "outlived_us": created + 100 * YEAR_US if is_over else None, "request": None,
         }  # fmt: skip
         grant = None
         if group is not None:
             grant = {
-                "namespace": key, "task_id": task["id"], "reader": reader_key("groups", group), "user": user,
-                "state": state, "created_us": created,
+                "namespace": key, "task_id": task["id"], "reader": reader_key("groups", group),
+                "user": user, "state": state, "created_us": created,
             }  # fmt: skip
         yield task, grant

@@ -11,7 +11,8 @@ release = installed_version("flask-asyncroute")
 version = release
 
 extensions = ["sphinx.ext.autodoc", "pallets_sphinx_themes"]
-exclude_patterns = ["_build"]
+# The page benchmark.rst includes the results.
+exclude_patterns = ["_build", "explanation/benchmark-results.rst"]
 default_role = "code"
 # Types stand in the signatures; the docstrings do not repeat them.
 autodoc_member_order = "bysource"
@@ -20,6 +21,8 @@ autodoc_typehints = "signature"
 
 html_theme = "flask"
 html_title = "flask_asyncroute"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_style = "docs.css"
+version_banner = False  # it asks pypi.org in the browser of each reader
 html_show_sourcelink = False
 html_context = {"project_links": []}

@@ -1,9 +1,9 @@
-"""An example application of flask_asyncroute, and the seed of a real one: ``gunicorn 'example_app:create_app()'``.
+"""An example application for flask_asyncroute, and a template for real ones.
 
-`create_app` puts it together. Each module beside it is one part: `sleepers`, `primes`, `csv_summary` and `tour` hold the
-async routes, `people`, `visitor` and `sign_in` say who calls, `start_page` shows what can be tried, `live_page` follows a
-task in the browser, `protection` and `secret` keep it safe, `server` is for gunicorn. All that flask_asyncroute needs
-stands in `extension`.
+Run it with ``gunicorn 'example_app:create_app()'``. The async routes are in `sleepers`, `primes`,
+`csv_summary` and `tour`. `people`, `visitor` and `sign_in` identify the visitor. `start_page` shows
+commands to try, `live_page` follows a task in the browser, `protection` and `secret` provide
+security, and `server` configures gunicorn. `extension` contains the setup of flask_asyncroute.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ __all__ = ["create_app"]
 
 
 def create_app(config: Mapping[str, Any] | None = None, instance_path: str | None = None) -> Flask:
-    """Return the application; Flask and gunicorn call it by name.
+    """Create the application. Flask and gunicorn find this function by its name.
 
-    Tasks and the secret key are kept in the instance folder.
+    Tasks and the secret key are stored in the instance folder.
 
-    :param config: goes before environment variables (``FLASK_ASYNCROUTE_STORE=…`` and the like), which go before what
-        is set here.
-    :param instance_path: an absolute path; the folder ``instance`` beside this package where it is left out.
-    :raises OSError: where a secret key has to be made and the instance folder cannot be written.
+    :param config: overrides environment variables such as ``FLASK_ASYNCROUTE_STORE``, which
+        override the defaults below.
+    :param instance_path: an absolute path; default: the folder ``instance`` next to this package.
+    :raises OSError: if a secret key must be created and the instance folder is not writable.
     """
     app = Flask(__name__, instance_path=instance_path)
     app.config.update(
-        # Child processes, which run tasks of `primes`, make the app in the same way.
+        # Child processes, which run the tasks of `primes`, create the app in the same way.
         ASYNCROUTE_APP=f"{__name__}:create_app(instance_path={instance_path!r})",
         ASYNCROUTE_LIST_ANONYMOUS=True,
         ASYNCROUTE_MAX_BODY=MAX_UPLOAD,

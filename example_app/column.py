@@ -1,4 +1,4 @@
-"""Statistics over one column of a table, value by value, in memory that does not grow with the file."""
+"""Computes statistics of a table column value by value, with bounded memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 MISSING = frozenset({"", "na", "n/a", "nan", "none", "null"})
 MAX_DISTINCT = 50_000
-"""Different values that are counted, over all columns."""
+"""Maximum number of different values that are counted, over all columns."""
 MAX_VALUE = 100
-"""Characters of a value that are told apart."""
+"""Values that differ only after this many characters count as one value."""
 TOP = 5
 
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,14})")
@@ -26,14 +26,15 @@ KINDS: dict[str, Callable[[str], object]] = {
     "number": lambda text: _NUMBER.fullmatch(text) and math.isfinite(float(text)),
     "date": _DATE.fullmatch,
 }
-"""From the narrowest on. What begins with a zero or has more than 15 digits is no number but a name: a postcode, an
-article number. A column is of the first kind that all its values are of, else text."""
+"""The type of a column is the first kind that fits all its values, else text. Values with a leading
+zero or more than 15 digits, such as postcodes, are not numbers.
+"""
 
 
 class Column:
-    """What is known of a column after the values so far.
+    """The statistics of a column after the values so far.
 
-    :param max_distinct: how many different values are counted one by one.
+    :param max_distinct: maximum number of different values that are counted.
     """
 
     def __init__(self, name: str, max_distinct: int) -> None:
@@ -51,7 +52,7 @@ class Column:
         self._squares = 0.0
 
     def add(self, value: str) -> None:
-        """Take one more value."""
+        """Add one value."""
         text = value.strip()
         if text.lower() in MISSING:
             self._missing += 1
@@ -67,9 +68,14 @@ class Column:
             self._last = max(self._last, text)
 
     def summary(self) -> dict[str, Any]:
-        """Return the statistics, those that go with the kind of the column."""
+        """Return the statistics that apply to the type of the column."""
         kind = "empty" if not self._count else next(iter(self._kinds), "text")
-        summary: dict[str, Any] = {"name": self.name, "type": kind, "count": self._count, "missing": self._missing}
+        summary: dict[str, Any] = {
+            "name": self.name,
+            "type": kind,
+            "count": self._count,
+            "missing": self._missing,
+        }
         if kind in ("integer", "number"):
             whole = int if kind == "integer" else float
             stdev = math.sqrt(self._squares / (self._count - 1)) if self._count > 1 else None
@@ -85,13 +91,16 @@ class Column:
             summary |= {
                 "distinct": len(self._counts),
                 "distinct_is_exact": self._is_exact,
-                "top": [{"value": value, "count": count} for value, count in self._counts.most_common(TOP)],
+                "top": [
+                    {"value": value, "count": count}
+                    for value, count in self._counts.most_common(TOP)
+                ],
             }
         return summary
 
     def _tally(self, text: str) -> None:
         if len(text) > MAX_VALUE:
-            # Two that begin alike are counted as one.
+            # Values with the same beginning count as one value.
             text = text[:MAX_VALUE]
             self._is_exact = False
         if text in self._counts or len(self._counts) < self._max_distinct:
@@ -100,7 +109,7 @@ class Column:
             self._is_exact = False
 
     def _measure(self, number: float) -> None:
-        """Take a number into mean and variance (Welford, 1962), which stays exact where sums of squares do not."""
+        """Update mean and variance with Welford's algorithm, which is numerically stable."""
         self._smallest = min(self._smallest, number)
         self._largest = max(self._largest, number)
         delta = number - self._mean
@@ -109,5 +118,5 @@ class Column:
 
 
 def _short(number: float) -> float:
-    """Return a number without the digits that floating point made up."""
+    """Round a number to 12 digits to remove floating-point noise."""
     return float(f"{number:.12g}")

@@ -1,4 +1,4 @@
-"""``POST /csv-summary``: takes a CSV file and gives statistics of each column, with progress on the way."""
+"""``POST /csv-summary``: computes statistics of each column of a CSV file, with progress."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .table import NotATable, Table
 
 blueprint = Blueprint("csv_summary", __name__)
 
-ROWS_BETWEEN_LOOKS = 1000
-"""Rows between two looks whether to stop, and two reports of progress."""
+CHECK_INTERVAL = 1000
+"""Rows between two checks for a stop, and between two progress reports."""
 
 
 @blueprint.post("/csv-summary")
@@ -32,10 +32,10 @@ def summarise_upload() -> dict[str, Any]:
 
 
 def summarise(file: IO[bytes]) -> dict[str, Any]:
-    """Return the statistics of each column of a CSV file, read row by row.
+    """Return the statistics of each column of a CSV file, which is read row by row.
 
-    :raises NotATable: where it is none.
-    :raises TaskAborted: where the task is stopped.
+    :raises NotATable: if the file is not a CSV table.
+    :raises TaskAborted: if the task is stopped.
     """
     table = Table(file)
     columns = [Column(name, MAX_DISTINCT // len(table.columns)) for name in table.columns]
@@ -44,7 +44,7 @@ def summarise(file: IO[bytes]) -> dict[str, Any]:
         for column, value in zip(columns, row, strict=True):
             column.add(value)
         rows += 1
-        if rows % ROWS_BETWEEN_LOOKS == 0:
+        if rows % CHECK_INTERVAL == 0:
             current_task.check()
             current_task.set_progress(100 * table.position / table.size, f"{rows} rows")
     current_task.set_progress(100, f"{rows} rows")

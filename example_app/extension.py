@@ -1,4 +1,4 @@
-"""The one `AsyncRoute` of the application. Every module with an async route decorates its views with it."""
+"""The `AsyncRoute` object of the application, with which all modules decorate their async views."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ async_routes = AsyncRoute()
 
 @async_routes.identity_loader
 def load_identity() -> Person | None:
-    """Tell flask_asyncroute who makes the present request; None for a visitor who has not signed in."""
+    """Return the caller of the current request to flask_asyncroute; None if nobody is signed in."""
     return current_visitor()

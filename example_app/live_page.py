@@ -1,4 +1,6 @@
-"""A page that starts a task and shows it as it goes; ``static/live.js`` does that in the browser, without a framework."""
+"""A page that starts a task and shows its progress live, with plain JavaScript in
+``static/live.js``.
+"""
 
 from __future__ import annotations
 
@@ -11,5 +13,5 @@ blueprint = Blueprint("live_page", __name__)
 
 @blueprint.get("/live")
 def show() -> str:
-    """Show the page, which is the same for everybody."""
+    """Show the page, which is the same for all visitors."""
     return render_template("live.html", max_name=MAX_NAME)

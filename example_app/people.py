@@ -1,6 +1,7 @@
-"""Who can sign in, and what they may see: three people, two of them in the group "analysts".
+"""The users of the example: three people, two of them in the group "analysts".
 
-A product would keep them in its database. The passwords are for trying things out; the start page shows them.
+A real app would store users in its database. The passwords are for demonstration, and the start
+page shows them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from flask_asyncroute import AsyncRouteTask
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Somebody with a password. flask_asyncroute reads ``id`` and ``groups``."""
+    """A user with a password. flask_asyncroute reads ``id`` and ``groups``."""
 
     id: str
     groups: frozenset[str]
@@ -52,7 +53,8 @@ PEOPLE: Mapping[str, Person] = {person.id: person for person in _EVERYBODY}
 def authenticate(name: str, password: str) -> Person | None:
     """Return the person with this name and password, or None.
 
-    An unknown name takes as long as a wrong password, so that the time does not tell which names there are.
+    Unknown names take as long as wrong passwords, so that the time does not reveal which names
+    exist.
     """
     person = PEOPLE.get(name)
     is_right = check_password_hash((person or _EVERYBODY[0]).password_hash, password)
@@ -60,7 +62,7 @@ def authenticate(name: str, password: str) -> Person | None:
 
 
 def may_read(person: Person | None, task: AsyncRouteTask) -> bool:
-    """Return whether this visitor may see a task: as the operations decide it, for a page of our own."""
+    """Return whether this visitor may read a task, by the rules of the package's own operations."""
     permission = task.permission
     if permission is None:
         return True

@@ -1,6 +1,6 @@
-"""``POST /primes/<limit>``: counts prime numbers, as long as you like. Work for the processor, with progress.
+"""``POST /primes/<limit>``: counts prime numbers, as an example of processor-bound work.
 
-It runs in a child process, so that requests do not wait for it, and a stop ends it whatever it is doing.
+The view runs in a child process, so that it does not slow down requests and can always be stopped.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SEGMENT = 1_000_000
 @blueprint.post("/primes/<int:limit>")
 @async_routes.task(timeout=600, executor="process")
 def count_primes(limit: int) -> dict[str, int | None]:
-    """Count the primes up to ``limit`` and give the largest, in segments of a million numbers."""
+    """Count the primes up to ``limit`` in segments of a million numbers, and find the largest."""
     if limit > MAX_LIMIT:
-        abort(400, f"The limit is at most {MAX_LIMIT}.")
+        abort(400, f"The limit is too large; use at most {MAX_LIMIT}.")
     count, largest = 0, None
     divisors = primes_up_to(math.isqrt(limit))
     for low in current_task.track(range(0, limit + 1, SEGMENT)):
@@ -36,7 +36,7 @@ def count_primes(limit: int) -> dict[str, int | None]:
 
 
 def primes_up_to(limit: int) -> list[int]:
-    """Return the primes up to ``limit``, which must be small enough for a list."""
+    """Return a list of the primes up to ``limit``."""
     if limit < 2:
         return []
     sieve = _sieve(0, limit + 1, primes_up_to(math.isqrt(limit)))
@@ -44,9 +44,9 @@ def primes_up_to(limit: int) -> list[int]:
 
 
 def _sieve(low: int, high: int, divisors: list[int]) -> bytearray:
-    """Return a byte for each number from ``low`` up to, but not, ``high``: 1 for a prime (sieve of Eratosthenes).
+    """Return a byte for each number in ``range(low, high)``: 1 for primes (sieve of Eratosthenes).
 
-    :param divisors: the primes up to the root of ``high``, in order.
+    :param divisors: the primes up to the square root of ``high``, in ascending order.
     """
     sieve = bytearray(b"\x01") * (high - low)
     for number in range(low, min(2, high)):

@@ -1,4 +1,6 @@
-"""What protects a visitor's browser: other sites cannot act in the visitor's name, and what it shows loads nothing but our own."""
+"""Protects visitors: other sites cannot send requests in their name, and pages load only resources
+of this app.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,16 @@ from flask import Flask, Response, abort, request
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; img-src 'self'; form-action 'self'; "
+    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; img-src 'self'; "
+    "form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
-DATA_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
-"""For tasks that a browser shows: it draws XML with styles and images of its own, inline; scripts there are none."""
+DATA_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
+"""For task objects. A browser renders XML with its own inline styles and images, without scripts.
+"""
 
 HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -23,17 +30,17 @@ HEADERS = {
 
 
 def protect(app: Flask) -> None:
-    """Have ``app`` refuse what other sites send, and send the headers with every answer."""
+    """Make ``app`` refuse requests from other sites, and send security headers with responses."""
     app.before_request(refuse_other_sites)
     app.after_request(add_headers)
 
 
 def refuse_other_sites() -> None:
-    """Refuse a request that changes something and that a page of another origin made a browser send.
+    """Refuse a request with an unsafe method that comes from a page of another origin.
 
-    Browsers say so in ``Sec-Fetch-Site`` (W3C Fetch Metadata), older ones in ``Origin``; neither can be forged by a
-    page. So forms need no token, the one for signing in included. Other clients than browsers send neither and act
-    with nobody's cookies but their own.
+    Browsers report the origin in ``Sec-Fetch-Site`` (W3C Fetch Metadata) or, if they are older, in
+    ``Origin``. Pages cannot forge these headers, so forms need no CSRF token. Clients that send
+    neither header are not browsers, and have only their own cookies.
     """
     if request.method in SAFE_METHODS:
         return
@@ -41,13 +48,15 @@ def refuse_other_sites() -> None:
     origin = request.headers.get("Origin")
     if site is None and origin is None:
         return
-    if site in ("same-origin", "none") or (site is None and origin is not None and _host(origin) == request.host):
+    if site in ("same-origin", "none") or (
+        site is None and origin is not None and _host(origin) == request.host
+    ):
         return
-    abort(403, "A page of another site asked for this.")
+    abort(403, "A page of another site sent this request.")
 
 
 def add_headers(response: Response) -> Response:
-    """Add the headers; no view sets them itself."""
+    """Add the security headers to a response."""
     for name, value in HEADERS.items():
         response.headers[name] = value
     is_page = response.mimetype == "text/html"

@@ -1,4 +1,6 @@
-"""The key that signs session cookies: made once, kept in the instance folder, the same for every worker."""
+"""The key that signs session cookies. It is created once and stored in the instance folder, so that
+all workers use the same key.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,23 @@ from pathlib import Path
 
 
 def secret_key(folder: Path) -> str:
-    """Return the key in ``folder``; make it where there is none, readable by this user alone.
+    """Return the key in ``folder``. Create it if it is missing, readable only by this user.
 
-    Several processes may come at once: the file appears whole and never changes, so all of them get the same key.
+    Several processes may call this at once. They get the same key, because the file is created
+    atomically and never changed.
 
-    :raises OSError: where the folder cannot be written.
+    :raises OSError: if the folder is not writable.
     """
     path = folder / "secret_key"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, made = tempfile.mkstemp(dir=folder, prefix="secret_key.")
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix="secret_key.")
         try:
             with open(descriptor, "w", encoding="ascii") as file:
                 file.write(secrets.token_hex(32))
-            os.link(made, path)
+            os.link(temporary, path)
         except FileExistsError:
             pass
         finally:
-            os.unlink(made)
+            os.unlink(temporary)
     return path.read_text("ascii")

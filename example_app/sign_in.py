@@ -1,4 +1,4 @@
-"""Signing in and out with the forms of the start page."""
+"""Signs visitors in and out with the forms of the start page."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ blueprint = Blueprint("sign_in", __name__)
 
 @blueprint.post("/sign-in")
 def sign_in() -> Response:
-    """Begin a session for who gives a name and its password; back to the start page in any case."""
+    """Sign in a person with name and password, and redirect to the start page."""
     person = authenticate(request.form.get("name", ""), request.form.get("password", ""))
     if person is None:
-        flash("This name and password do not go together.")
+        flash("The name or the password is wrong.")
     else:
         visitor.sign_in(person)
     return redirect(url_for("start_page.show"), 303)
@@ -24,6 +24,6 @@ def sign_in() -> Response:
 
 @blueprint.post("/sign-out")
 def sign_out() -> Response:
-    """End the session."""
+    """Sign out, and redirect to the start page."""
     visitor.sign_out()
     return redirect(url_for("start_page.show"), 303)

@@ -1,4 +1,4 @@
-"""The start page: who is signed in, what can be tried, and the latest tasks that the visitor may see."""
+"""The start page: the signed-in user, commands to try, and the latest tasks the user may read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .visitor import current_visitor
 
 blueprint = Blueprint("start_page", __name__)
 
-SHOWN = 10
-LOOKED_AT = 200
+MAX_SHOWN = 10
+MAX_SEARCHED = 200
 
 
 @blueprint.get("/")
 def show() -> ResponseReturnValue:
-    """Show the page; no cache keeps it, since it tells who is signed in."""
+    """Show the page. It must not be cached, because it shows who is signed in."""
     visitor = current_visitor()
     page = render_template(
         "start.html",
@@ -37,9 +37,10 @@ def show() -> ResponseReturnValue:
 
 
 def latest_tasks(visitor: Person | None) -> list[AsyncRouteTask]:
-    """Return the latest of the tasks that this visitor may see, among the newest 200 of all.
+    """Return the latest tasks that this visitor may read, out of the newest 200 tasks.
 
-    `query` checks no permission, so the page does. A client that wants more asks ``/tasks``, where it is done for it.
+    `AsyncRoute.query` does not check permissions, so this function does. ``GET /tasks`` checks them
+    itself.
     """
-    newest = islice(async_routes.query(), LOOKED_AT)
-    return list(islice((task for task in newest if may_read(visitor, task)), SHOWN))
+    newest = islice(async_routes.query(), MAX_SEARCHED)
+    return list(islice((task for task in newest if may_read(visitor, task)), MAX_SHOWN))

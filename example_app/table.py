@@ -1,7 +1,6 @@
-"""A CSV file as a table: how it is encoded and delimited, its header, and its rows, one at a time.
+"""Reads a CSV file as a table: detects encoding and delimiter, and yields rows one at a time.
 
-`csv_summary` reads through it. Whatever the file holds, no more than a line of it is in memory; what is no table raises
-`NotATable`.
+At most one line is in memory, whatever the file contains.
 """
 
 from __future__ import annotations
@@ -13,26 +12,30 @@ from collections.abc import Iterator
 from typing import IO
 
 MAX_LINE = 1024 * 1024
-"""Characters of one line."""
+"""Maximum characters per line."""
 MAX_COLUMNS = 200
 MAX_NAME = 100
 PIECE = 256 * 1024
 SAMPLE = 2048
-"""Characters from which the delimiter is guessed; the time that takes can grow with their square."""
+"""Characters from which the delimiter is guessed. The time for it can grow quadratically."""
 
 DELIMITERS = ",;\t|"
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class NotATable(ValueError):
-    """The file is no CSV table; the message says why, and where."""
+    """The file is not a CSV table. The message says why and in which line."""
 
 
 class Table:
-    """A CSV file, open for one reading.
+    """A CSV file that can be read once.
 
-    :param file: at any position; it is read through once to find the encoding.
-    :raises NotATable: where there is no header that could be one.
+    :param file: at any position. It is read completely once to detect the encoding.
+    :raises NotATable: if the file is not text or has no valid header.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -46,19 +49,20 @@ class Table:
 
     @property
     def position(self) -> int:
-        """How many bytes of the file have been read."""
+        """Number of bytes read so far."""
         return self._file.tell()
 
     def rows(self) -> Iterator[list[str]]:
-        """Yield the rows below the header, each as long as the header. Empty lines are left out.
+        """Yield the rows below the header, padded to its length. Skip empty lines.
 
-        :raises NotATable: for a row with more fields than the header, and for text that is not CSV.
+        :raises NotATable: if a row has more fields than the header, or if the text is not CSV.
         """
         width = len(self.columns)
         for row in self._rows:
             if any(row[width:]):
                 raise NotATable(
-                    f"Line {self._reader.line_num} has {len(row)} fields, and the first row, which names the columns, {width}."
+                    f"Line {self._reader.line_num} has {len(row)} fields, but the header has "
+                    f"{width}."
                 )
             yield row[:width] + [""] * (width - len(row))
 
@@ -75,12 +79,13 @@ class Table:
             raise NotATable(f"Line {self._reader.line_num} is not CSV: {error}.") from None
         except UnicodeError:
             raise NotATable(
-                f"Below line {self._reader.line_num} the text is not valid in {self.encoding}. Save the file as UTF-8."
+                f"After line {self._reader.line_num} the text is not valid {self.encoding}. "
+                "Save the file as UTF-8."
             ) from None
 
 
 class _Text(io.TextIOWrapper):
-    """Text over a file that stays open when the text is forgotten."""
+    """A text wrapper that does not close its file when it is garbage-collected."""
 
     def __del__(self) -> None:
         try:
@@ -90,9 +95,10 @@ class _Text(io.TextIOWrapper):
 
 
 def find_encoding(file: IO[bytes]) -> str:
-    """Return the encoding of a text: what its byte order mark says, UTF-8 where all of it is, else Windows-1252.
+    """Return the encoding of a text: that of its byte order mark, else UTF-8 if the text is valid
+    UTF-8, else Windows-1252.
 
-    :raises NotATable: for an empty file, and for one with NUL bytes, which no text in these encodings has.
+    :raises NotATable: if the file is empty, or contains NUL bytes without a byte order mark.
     """
     file.seek(0)
     piece = file.read(PIECE)
@@ -105,7 +111,9 @@ def find_encoding(file: IO[bytes]) -> str:
     encoding = "utf-8"
     while piece:
         if b"\x00" in piece:
-            raise NotATable("The file holds NUL bytes, so it is not text: a spreadsheet must be exported as CSV first.")
+            raise NotATable(
+                "The file contains NUL bytes, so it is not text. Export a spreadsheet as CSV first."
+            )
         following = file.read(PIECE)
         if encoding == "utf-8":
             try:
@@ -117,9 +125,8 @@ def find_encoding(file: IO[bytes]) -> str:
 
 
 def find_delimiter(sample: str) -> str:
-    """Return what separates the fields: as :class:`csv.Sniffer` guesses it, where the first line bears it out.
-
-    A table with one column has none; a comma does for it.
+    """Return the delimiter that :class:`csv.Sniffer` guesses, if the first line contains it; else
+    the most frequent delimiter of the first line. For a single column it is a comma.
     """
     header = next((line for line in sample.splitlines() if line.strip()), "")
     try:
@@ -132,28 +139,30 @@ def find_delimiter(sample: str) -> str:
 
 
 def _lines(text: io.TextIOWrapper) -> Iterator[str]:
-    """Yield the lines of a text. Unlike the text itself, this reads no endless line."""
+    """Yield the lines of a text. Unlike iterating over the text, this limits their length."""
     number = 0
     while line := text.readline(MAX_LINE):
         number += 1
         if len(line) == MAX_LINE:
             raise NotATable(f"Line {number} has over {MAX_LINE} characters.")
         if "\x00" in line:
-            raise NotATable(f"Line {number} holds a NUL character, so the file is not text.")
+            raise NotATable(f"Line {number} contains a NUL character, so the file is not text.")
         yield line
 
 
 def _names(row: list[str]) -> list[str]:
-    """Return a name for each column: what the first row says, made unique."""
+    """Return a unique name for each column from the first row."""
     if not any(name.strip() for name in row):
-        raise NotATable("The file has no first row to name the columns.")
+        raise NotATable("The file has no header with the names of the columns.")
     if len(row) > MAX_COLUMNS:
-        raise NotATable(f"The first row has {len(row)} fields; at most {MAX_COLUMNS} columns are taken.")
+        raise NotATable(f"The header has {len(row)} fields; use at most {MAX_COLUMNS} columns.")
     if row[0].lstrip().startswith(("<", "{", "[")):
-        raise NotATable(f"The file begins with {row[0].strip()[:20]!r}: that looks like HTML, XML or JSON.")
+        raise NotATable(
+            f"The file begins with {row[0].strip()[:20]!r}, which looks like HTML, XML or JSON."
+        )
     names: list[str] = []
-    for number, given in enumerate(row, 1):
-        name = base = given.strip()[:MAX_NAME] or f"column {number}"
+    for number, field in enumerate(row, 1):
+        name = base = field.strip()[:MAX_NAME] or f"column {number}"
         count = 1
         while name in names:
             count += 1

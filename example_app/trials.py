@@ -1,4 +1,4 @@
-"""What the start page offers to try: commands for a shell, written for the address that the visitor used."""
+"""The shell commands that the start page offers to try, with the URL that the visitor used."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Something to try.
+    """Commands to try.
 
-    :param text: what it shows, in a sentence.
-    :param commands: for a shell, to be run one after the other.
+    :param text: a description in one or two sentences.
+    :param commands: shell commands to run one after the other.
     """
 
     title: str
@@ -21,7 +21,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Trials that go together."""
+    """Trials of one subject."""
 
     title: str
     trials: tuple[Trial, ...]
@@ -30,7 +30,8 @@ class Group:
 def trials(root: str) -> tuple[Group, ...]:
     """Return all trials.
 
-    :param root: where the application answers, without a slash at the end. It comes from the request, so it is quoted.
+    :param root: the URL of the application, without a trailing slash. It is quoted, because it
+        comes from the request.
     """
 
     def url(path: str) -> str:
@@ -41,16 +42,18 @@ def trials(root: str) -> tuple[Group, ...]:
 
     return (
         Group(
-            "Start, look, stop",
+            "Start, get and stop",
             (
                 Trial(
                     "An argument",
-                    "Sleeps two seconds, then answers with it. The 202 and the task come at once.",
+                    "The view sleeps two seconds and returns its argument. The response 202 with "
+                    "the task comes at once.",
                     (f"curl -i -X PUT {url('/asyncParam')}",),
                 ),
                 Trial(
                     "A closure",
-                    "Sleeps five seconds. Keep the task's id: it is Running, with progress, then Completed with a Result.",
+                    "The view sleeps five seconds. Keep the task's id to get the task: it is "
+                    "Running with its Progress, then Completed with a Result.",
                     (
                         f"ID=$(curl -s -X PUT {url('/asyncUsing')}{an_id})",
                         f"curl {one_task}",
@@ -59,22 +62,30 @@ def trials(root: str) -> tuple[Group, ...]:
                 ),
                 Trial(
                     "Shared state",
-                    "Answers with what all workers share. Change it, and the next task says so.",
-                    (f"curl -X PUT -d message=Hello {url('/state')}", f"curl -X PUT {url('/asyncState')}"),
+                    "The view returns a message that all workers share. Change it, and the next "
+                    "task returns the new message.",
+                    (
+                        f"curl -X PUT -d message=Hello {url('/state')}",
+                        f"curl -X PUT {url('/asyncState')}",
+                    ),
                 ),
                 Trial(
                     "Stop",
-                    "Whichever worker runs the task: it is Aborted.",
-                    (f"ID=$(curl -s -X PUT {url('/asyncUsing')}{an_id})", f"curl -X DELETE {one_task}"),
+                    "Stops the task, whichever worker runs it. Its State is Aborted.",
+                    (
+                        f"ID=$(curl -s -X PUT {url('/asyncUsing')}{an_id})",
+                        f"curl -X DELETE {one_task}",
+                    ),
                 ),
             ),
         ),
         Group(
-            "Nobody has to poll",
+            "Without polling",
             (
                 Trial(
                     "Wait",
-                    "The answer is held until the task has ended; the second asks for that with its start.",
+                    "The response comes at the end of the task. The last command starts a task "
+                    "and waits for it in one request.",
                     (
                         f"ID=$(curl -s -X PUT {url('/asyncParam')}{an_id})",
                         f"curl {one_task}'?wait=10'",
@@ -83,7 +94,7 @@ def trials(root: str) -> tuple[Group, ...]:
                 ),
                 Trial(
                     "Follow",
-                    "Its state, its progress and what its view says, as they come, to the end.",
+                    "Streams the task's state, progress and messages until it ends.",
                     (
                         f"ID=$(curl -s -X POST -d traveller=Ada {url('/tour')}{an_id})",
                         f"curl -N {one_task}/events",
@@ -96,35 +107,43 @@ def trials(root: str) -> tuple[Group, ...]:
             (
                 Trial(
                     "A summary of a CSV file",
-                    "Statistics of each column, row by row. This sends a small table from here; send one of your own.",
-                    (f"curl -s {url('/static/planets.csv')} | curl -F file=@- {url('/csv-summary')}",),
+                    "Computes statistics of each column, row by row. The command sends a small "
+                    "table of this app. Try your own file, too.",
+                    (
+                        f"curl -s {url('/static/planets.csv')} | curl -F file=@- "
+                        f"{url('/csv-summary')}",
+                    ),
                 ),
                 Trial(
                     "Prime numbers",
-                    "Keeps a processor busy in a process of its own, tells its progress, and can be stopped.",
+                    "Computes in a separate process, reports its progress, and can be stopped.",
                     (f"curl -X POST {url('/primes/1000000000')}",),
                 ),
             ),
         ),
         Group(
-            "Query, in three styles",
+            "Three query styles",
             (
                 Trial(
                     "Simple",
-                    "Fields and the values they equal.",
+                    "Compares fields for equality.",
                     (f"curl {url('/tasks?State=Completed&Cancellable=true')}",),
                 ),
                 Trial(
                     "deepObject",
-                    "Any operator, in the query string.",
-                    (f"curl -g {url('/tasks?filter[State][op]=NE&filter[State][value]=Completed')}",),
+                    "Uses any operator, in the query string.",
+                    (
+                        "curl -g "
+                        f"{url('/tasks?filter[State][op]=NE&filter[State][value]=Completed')}",
+                    ),
                 ),
                 Trial(
                     "JSON",
-                    "The same in a body.",
+                    "Uses any operator, in a JSON body.",
                     (
-                        f"""curl -H 'Content-Type: application/json' -d '{{"AsyncRouteId": {{"op": "LIKE", "value": "async"}}}}'"""
-                        f" {url('/tasks/query')}",
+                        "curl -H 'Content-Type: application/json' "
+                        """-d '{"AsyncRouteId": {"op": "LIKE", "value": "async"}}' """
+                        f"{url('/tasks/query')}",
                     ),
                 ),
             ),
@@ -133,13 +152,14 @@ def trials(root: str) -> tuple[Group, ...]:
             "Permission",
             (
                 Trial(
-                    "Nobody known: 401",
-                    "Routes with a permission want to know who calls.",
+                    "Anonymous caller: 401",
+                    "Routes with a permission require a known caller.",
                     (f"curl -X PUT {url('/auth/asyncUsing')}",),
                 ),
                 Trial(
-                    "The group may look",
-                    "Alice starts it. Bob is in her group: he sees it and may not stop it. For Carol it does not exist.",
+                    "The group may read",
+                    "Alice starts the task. Bob is in her group: he may read it, but not stop it. "
+                    "Carol gets 404.",
                     (
                         f"ID=$(curl -s -u alice:alice -X PUT {url('/auth/asyncUsing')}{an_id})",
                         f"curl -u bob:bob {one_task}",
@@ -149,7 +169,7 @@ def trials(root: str) -> tuple[Group, ...]:
                 ),
                 Trial(
                     "The group may stop",
-                    "Here the analysts may do both.",
+                    "Here the group may read and stop the task.",
                     (
                         f"ID=$(curl -s -u alice:alice -X PUT {url('/auth/asyncState')}{an_id})",
                         f"curl -u bob:bob -X DELETE {one_task}",
@@ -157,9 +177,11 @@ def trials(root: str) -> tuple[Group, ...]:
                 ),
                 Trial(
                     "Named in the request",
-                    "A permission function reads who else may look: here Carol.",
+                    "A permission function reads from the request who else may read the task: here "
+                    "Carol.",
                     (
-                        f"ID=$(curl -s -u alice:alice -X PUT {url('/auth/asyncParam?reader=carol')}{an_id})",
+                        "ID=$(curl -s -u alice:alice -X PUT "
+                        f"{url('/auth/asyncParam?reader=carol')}{an_id})",
                         f"curl -u carol:carol {one_task}",
                     ),
                 ),

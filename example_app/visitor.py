@@ -1,4 +1,4 @@
-"""Who makes the present request: by the session that the sign-in form began, or by HTTP Basic as curl sends it."""
+"""Identifies the visitor by the session of the sign-in form, or by HTTP Basic, which curl sends."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .people import PEOPLE, Person, authenticate
 
 
 def find_visitor() -> None:
-    """Look the visitor up, once per request; runs before each.
+    """Identify the visitor. Runs before each request.
 
-    :raises Unauthorized: for a wrong name or password. Going on without a name would answer 404 where the password was
-        the mistake.
+    :raises Unauthorized: if name or password is wrong. Otherwise an anonymous request would
+        continue, and get a confusing 404.
     """
     credentials = request.authorization
     if credentials is not None and credentials.type == "basic":
@@ -20,7 +20,7 @@ def find_visitor() -> None:
         if g.visitor is None:
             abort(
                 401,
-                "This name and password do not go together.",
+                "The name or the password is wrong.",
                 www_authenticate=WWWAuthenticate("basic", {"realm": "example"}),
             )
     else:
@@ -28,17 +28,16 @@ def find_visitor() -> None:
 
 
 def current_visitor() -> Person | None:
-    """Return who makes the present request; None where nobody has signed in."""
+    """Return the visitor of the current request; None if nobody is signed in."""
     visitor: Person | None = g.visitor
     return visitor
 
 
 def sign_in(person: Person) -> None:
-    """Begin a session for ``person``; what an earlier one held is gone."""
+    """Start a session for ``person``, and delete the data of an earlier session."""
     session.clear()
     session["person"] = person.id
 
 
 def sign_out() -> None:
-    """End the session."""
     session.clear()

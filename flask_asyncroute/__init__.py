@@ -1,4 +1,4 @@
-"""Long work behind a Flask view: one decorator, and the client gets a task object at once.
+"""Run slow Flask views as background tasks. The client receives the task's id immediately.
 
 >>> async_routes = AsyncRoute(app)
 >>> @app.put("/report/<int:year>")
@@ -11,20 +11,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .context import current_task
+from .callbacks.model import Callback
+from .current_task import current_task
 from .errors import (
     AsyncRouteError,
+    BodyTooLarge,
+    CallbackRefused,
+    CannotStart,
     ConfigurationError,
     InvalidQuery,
+    InvalidRequest,
+    KeyReused,
+    LengthRequired,
+    MethodNotAllowed,
     NoCurrentTask,
+    NotAcceptable,
+    NotAuthenticated,
     NotCancellable,
+    NotPermitted,
+    QueueFull,
+    RequestRefused,
+    ResultError,
+    ShuttingDown,
+    StateValueError,
     StoreUnavailable,
     TaskAborted,
+    TaskFailed,
     TaskFinished,
     TaskNotFound,
+    TaskUnfinished,
+    TooManyTasks,
+    UnsupportedMediaType,
 )
 from .extension import AsyncRoute
-from .options import Callback, Sse
+from .options import Sse
 from .permissions import Access, Permission
 from .signals import (
     callback_failed,
@@ -37,45 +57,27 @@ from .signals import (
     task_progressed,
     task_started,
 )
-from .states import State
-from .task import AsyncRouteTask
+from .task import AsyncRouteTask, State
 
 if TYPE_CHECKING:
     from .stores.sql.tables import metadata
 
 __all__ = [
-    "Access",
-    "AsyncRoute",
-    "AsyncRouteError",
-    "AsyncRouteTask",
-    "Callback",
-    "ConfigurationError",
-    "InvalidQuery",
-    "NoCurrentTask",
-    "NotCancellable",
-    "Permission",
-    "Sse",
-    "State",
-    "StoreUnavailable",
-    "TaskAborted",
-    "TaskFinished",
-    "TaskNotFound",
-    "current_task",
-    "metadata",
-    "callback_failed",
-    "callback_sent",
-    "task_aborted",
-    "task_completed",
-    "task_created",
-    "task_failed",
-    "task_finished",
-    "task_progressed",
-    "task_started",
-]
+    "Access", "AsyncRoute", "AsyncRouteError", "AsyncRouteTask", "BodyTooLarge", "Callback",
+    "CallbackRefused", "CannotStart", "ConfigurationError", "InvalidQuery", "InvalidRequest",
+    "KeyReused", "LengthRequired", "MethodNotAllowed", "NoCurrentTask", "NotAcceptable",
+    "NotAuthenticated", "NotCancellable", "NotPermitted", "Permission", "QueueFull",
+    "RequestRefused", "ResultError", "ShuttingDown", "Sse", "State", "StateValueError",
+    "StoreUnavailable", "TaskAborted", "TaskFailed", "TaskFinished", "TaskNotFound",
+    "TaskUnfinished", "TooManyTasks", "UnsupportedMediaType",
+    "current_task", "metadata",
+    "callback_failed", "callback_sent", "task_aborted", "task_completed", "task_created",
+    "task_failed", "task_finished", "task_progressed", "task_started",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Import the tables' metadata, and with it SQLAlchemy, only for who asks for it."""
+    """Import SQLAlchemy and the table metadata on first use."""
     if name == "metadata":
         from .stores.sql.tables import metadata
 

@@ -1,230 +1,175 @@
-"""Every error of the package, under one root.
+"""All errors of the package.
 
-Raised by all modules; `http.problems` turns a `RequestRefused` into an answer. Nothing here imports anything else of the
-package, and no error carries a value that a client must not see.
+`http.responses` turns a `RequestRefused` into a problem response. Messages contain no secrets,
+because clients see them.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
 
 
 class AsyncRouteError(Exception):
-    """The root of what this package raises on purpose."""
+    """Base class of the errors of this package."""
 
 
 class ConfigurationError(AsyncRouteError):
-    """The application is set up in a way that cannot work; the message names the culprit and the remedy."""
+    """The app is misconfigured; the message names the cause and the remedy."""
 
 
 class NoCurrentTask(AsyncRouteError, RuntimeError):
     """`current_task` was used outside a running task."""
 
 
-class SessionIsReadOnly(AsyncRouteError, TypeError):
-    """A task wrote to `session`; the response that would carry the cookie has been sent long ago."""
-
-
 class ResultError(AsyncRouteError):
-    """What a view returned cannot be stored; the message says why and what to return instead."""
+    """The return value of a view cannot be stored; the message says what to return instead."""
+
+
+class StateValueError(AsyncRouteError, ValueError):
+    """The shared state cannot hold this key or value; the message says why."""
 
 
 class IdTaken(AsyncRouteError):
-    """A store has a task with this id already."""
+    """The store already has a task with this id."""
 
 
 class KeyTaken(AsyncRouteError):
-    """A task was started with this ``Idempotency-Key`` already."""
+    """The store already has a task with this ``Idempotency-Key``."""
 
 
 class TaskAborted(BaseException):
-    """Raised inside a view whose task was stopped or ran out of time.
+    """Raised inside a view whose task was stopped or timed out.
 
-    It derives from :exc:`BaseException` so that an ``except Exception`` in the view does not swallow it. Clean up in
-    ``finally`` and let it pass.
+    Derives from :exc:`BaseException`, so ``except Exception`` does not catch it. Clean up in
+    ``finally`` and do not suppress it.
     """
 
 
 class RequestRefused(AsyncRouteError):
-    """A request that is answered with an error and changes nothing.
+    """The request is answered with an error and changes nothing.
 
-    :param detail: what happened and what to do, for the client to read.
-    :param task_id: the task in question, where there is one.
-    :param retry_after: whole seconds after which to try again, where that makes sense.
+    A subclass without its own status keeps the status and slug of its base class.
+
+    :param detail: what is wrong and what the client can do.
+    :param task_id: the task concerned, if any.
+    :param retry_after: seconds after which the client may try again.
     """
 
-    status: ClassVar[int] = 400
-    slug: ClassVar[str] = "bad-request"
-    title: ClassVar[str] = "Bad request"
+    status = 400
+    slug = "bad-request"
+    """The kind of error, for clients: the class name with hyphens, such as ``task-not-found``."""
 
-    def __init__(self, detail: str, *, task_id: str | None = None, retry_after: int | None = None) -> None:
+    def __init_subclass__(cls, status: int | None = None, **arguments: object) -> None:
+        super().__init_subclass__(**arguments)
+        if status is not None:
+            cls.status = status
+            cls.slug = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+    def __init__(
+        self, detail: str, *, task_id: str | None = None, retry_after: int | None = None
+    ) -> None:
         super().__init__(detail)
         self.detail = detail
         self.task_id = task_id
         self.retry_after = retry_after
 
-
-class InvalidRequest(RequestRefused):
-    """The request cannot be read: a body cut short, a malformed header."""
-
-    slug = "invalid-request"
-    title = "Invalid request"
+    @property
+    def title(self) -> str:
+        """The kind of error in words."""
+        return self.slug.replace("-", " ").capitalize()
 
 
-class InvalidQuery(RequestRefused):
-    """A query, limit, sort or cursor that is not one; the detail names the culprit."""
-
-    slug = "invalid-query"
-    title = "Invalid query"
+class InvalidRequest(RequestRefused, status=400):
+    """The request is malformed, for example its body is incomplete or a header is invalid."""
 
 
-class CallbackRefused(RequestRefused):
-    """The callback that a request asks for cannot be made, or may not; the detail says why."""
-
-    slug = "callback-refused"
-    title = "Callback refused"
+class InvalidQuery(RequestRefused, status=400):
+    """The query, limit, sort or cursor is not valid; the detail names the part."""
 
 
-class NotAuthenticated(RequestRefused):
-    """A route with a permission was called by nobody known."""
-
-    status = 401
-    slug = "not-authenticated"
-    title = "Not authenticated"
+class CallbackRefused(RequestRefused, status=400):
+    """The requested callback is not valid or not allowed; the detail says why."""
 
 
-class NotPermitted(RequestRefused):
-    """The caller is known and may not do this."""
-
-    status = 403
-    slug = "not-permitted"
-    title = "Not permitted"
+class NotAuthenticated(RequestRefused, status=401):
+    """The route has a permission and the caller is unknown."""
 
 
-class TaskNotFound(RequestRefused, LookupError):
-    """No task has this id, or the caller may not read it: the two look the same from outside."""
-
-    status = 404
-    slug = "task-not-found"
-    title = "Task not found"
+class NotPermitted(RequestRefused, status=403):
+    """The caller is known but may not do this."""
 
 
-class MethodNotAllowed(RequestRefused):
-    """A request method that never starts a task."""
-
-    status = 405
-    slug = "method-not-allowed"
-    title = "Method not allowed"
+class TaskNotFound(RequestRefused, LookupError, status=404):
+    """No task has this id, or the caller may not read the task. The response does not say which."""
 
 
-class NotAcceptable(RequestRefused):
-    """None of the media types that the client accepts can be given."""
-
-    status = 406
-    slug = "not-acceptable"
-    title = "Not acceptable"
+class MethodNotAllowed(RequestRefused, status=405):
+    """A request with this method never starts a task."""
 
 
-class TaskUnfinished(RequestRefused):
-    """Something was asked of a task that only a finished one can do."""
-
-    status = 409
-    slug = "task-unfinished"
-    title = "Task unfinished"
+class NotAcceptable(RequestRefused, status=406):
+    """The client accepts none of the available media types."""
 
 
-class TaskFinished(RequestRefused):
-    """The task has ended; it can no longer be stopped."""
-
-    status = 410
-    slug = "task-finished"
-    title = "Task finished"
+class TaskUnfinished(RequestRefused, status=409):
+    """The operation needs a finished task."""
 
 
-class BodyTooLarge(RequestRefused):
-    """The request body is over its limit."""
-
-    status = 413
-    slug = "body-too-large"
-    title = "Body too large"
+class TaskFinished(RequestRefused, status=410):
+    """The task has ended and can no longer be stopped."""
 
 
-class UnsupportedMediaType(RequestRefused):
-    """The request body is of a type that this operation does not read."""
-
-    status = 415
-    slug = "unsupported-media-type"
-    title = "Unsupported media type"
+class LengthRequired(RequestRefused, status=411):
+    """The server does not support chunked request bodies; send a Content-Length."""
 
 
-class KeyReused(RequestRefused):
-    """The caller's ``Idempotency-Key`` stands for another request."""
-
-    status = 422
-    slug = "key-reused"
-    title = "Key reused"
+class BodyTooLarge(RequestRefused, status=413):
+    """The request body exceeds its limit."""
 
 
-class NotCancellable(RequestRefused):
+class UnsupportedMediaType(RequestRefused, status=415):
+    """The operation does not read request bodies of this type."""
+
+
+class KeyReused(RequestRefused, status=422):
+    """The caller already used this ``Idempotency-Key`` for another request."""
+
+
+class NotCancellable(RequestRefused, status=423):
     """The task's route was declared with ``cancellable=False``."""
 
-    status = 423
-    slug = "not-cancellable"
-    title = "Not cancellable"
 
-
-class TooManyTasks(RequestRefused):
+class TooManyTasks(RequestRefused, status=429):
     """The user has as many unfinished tasks as ``ASYNCROUTE_MAX_TASKS_PER_USER`` allows."""
-
-    status = 429
-    slug = "too-many-tasks"
-    title = "Too many tasks"
 
     @classmethod
     def of(cls, quota: int) -> TooManyTasks:
-        """Return the error for a user with that many."""
-        return cls(f"You have {quota} unfinished tasks, which is as many as you may. Wait for one to end, or stop one.")
+        """Return the error for a user with ``quota`` unfinished tasks."""
+        return cls(
+            f"You have {quota} unfinished tasks, the maximum per user. Wait until one ends, or "
+            "stop one."
+        )
 
 
-class TaskFailed(RequestRefused):
-    """The result of a task was asked for that ended without one."""
-
-    status = 500
-    slug = "task-failed"
-    title = "Task failed"
+class TaskFailed(RequestRefused, status=500):
+    """The task failed, so it has no result."""
 
 
-class CannotStart(RequestRefused):
-    """The server could not turn this request into a task: an id generator or a session value is at fault."""
-
-    status = 500
-    slug = "cannot-start"
-    title = "Cannot start"
+class CannotStart(RequestRefused, status=500):
+    """An error in the app, for example in its id generator, prevents the task from starting."""
 
 
-class QueueFull(RequestRefused):
-    """As many tasks wait as the route's pool allows."""
-
-    status = 503
-    slug = "queue-full"
-    title = "Queue full"
+class QueueFull(RequestRefused, status=503):
+    """The queue of the route's pool is full."""
 
 
-class ShuttingDown(RequestRefused):
-    """This server process is about to end and starts nothing more."""
-
-    status = 503
-    slug = "shutting-down"
-    title = "Shutting down"
+class ShuttingDown(RequestRefused, status=503):
+    """This server process is shutting down and starts no more tasks."""
 
 
-class StoreUnavailable(RequestRefused):
-    """The store cannot be read or written now."""
-
-    status = 503
-    slug = "store-unavailable"
-    title = "Store unavailable"
+class StoreUnavailable(RequestRefused, status=503):
+    """The store cannot be read or written at the moment."""
 
 
 class CommitUnknown(StoreUnavailable):
-    """The store failed in the middle of a write: it may have happened or not."""
+    """The store failed during a write that may have been committed."""

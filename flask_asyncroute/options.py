@@ -1,81 +1,30 @@
-"""What one route was given: every option checked where it is written, completed with the app's defaults at first use.
-
-`route` checks what a decorator got, `config` checks the app-wide defaults with the same functions. Nothing here runs.
+"""The options of an async route. The decorator checks them. The first request adds the app's
+defaults.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from . import callback_terms, checks, expressions
-from .callback_terms import content_type_of, header_value, method_of
-from .checks import Check, boolean, optional, refuse, text
+from . import validators
+from .callbacks.model import Callback
 from .encoding import MEDIA_TYPES
 from .errors import ConfigurationError
+from .executors import registry
 from .permissions import Permission
-
-
-@dataclass(frozen=True, slots=True)
-class Callback:
-    """Where the outcome of a task is sent when it ends.
-
-    URL, method, content type and header values may be runtime expressions of OpenAPI, or hold some in braces; they are
-    resolved when the task is started. See `callback_terms`.
-
-    :param url: an absolute address, or an expression that yields one from the starting request.
-    :param method: the request method.
-    :param content_type: JSON, XML or YAML.
-    :param headers: header fields to send.
-    :param send_result: whether the body carries the Result.
-    :param event_name: what ``EventName`` says; the task's route where None.
-    """
-
-    url: str = "$request.body#/callbackUrl"
-    method: str = "POST"
-    content_type: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
-    send_result: bool = False
-    event_name: str | None = None
-
-    def __post_init__(self) -> None:
-        callback_terms.url("Callback(url=…)", text("Callback(url=…)", self.url))
-        callback_terms.checked("Callback(method=…)", text("Callback(method=…)", self.method), method_of)
-        label = "Callback(content_type=…)"
-        callback_terms.checked(label, text(label, self.content_type), content_type_of)
-        if not isinstance(self.headers, Mapping):
-            raise ConfigurationError(
-                f"Callback(headers=…) takes a mapping of header names to values, not {self.headers!r}."
-            )
-        for name, value in self.headers.items():
-            callback_terms.header_name("a name in Callback(headers=…)", text("a name in Callback(headers=…)", name))
-            label = f"Callback(headers={{{name!r}: …}})"
-            callback_terms.checked(label, text(label, value), header_value)
-        if len({name.lower() for name in self.headers}) < len(self.headers):
-            raise ConfigurationError("Callback(headers=…) has a name twice, in different letter case; give it once.")
-        boolean("Callback(send_result=…)", self.send_result)
-        optional(text)("Callback(event_name=…)", self.event_name)
-
-    @property
-    def url_field(self) -> str:
-        """The URL as clients may see it: an address without its query, which may hold a secret."""
-        return self.url if expressions.parse(self.url).is_alone else self.url.partition("?")[0]
-
-    @property
-    def is_trusted(self) -> bool:
-        """Whether the developer alone says which server is called: no expression stands before the ``/`` after its name."""
-        template = expressions.parse(self.url)
-        return template.is_literal or callback_terms.has_authority(template)
+from .validators import Check, boolean, instance_of, optional, refuse, setting, short_name, text
 
 
 @dataclass(frozen=True, slots=True)
 class Sse:
-    """How a task's events are streamed.
+    """The options of a task's event stream.
 
-    :param group: tasks of one group share a stream; the route's rule where None.
-    :param send_result: whether the last event carries the Result.
+    :param group: the group whose tasks share a stream; None: the route's URL rule.
+    :param send_result: whether a task's last event contains the Result.
     """
 
     group: str | None = None
@@ -86,128 +35,109 @@ class Sse:
         boolean("Sse(send_result=…)", self.send_result)
 
 
-@dataclass(frozen=True, slots=True)
-class RouteOptions:
-    """All options of one route in one app, none left open. Times are in microseconds, but `interrupt_after` in seconds."""
-
-    timeout: int | None
-    cancellable: bool
-    executor: str | Executor
-    min_workers: int
-    max_workers: int
-    queue_size: int
-    interrupt_after: float | None
-    id_generator: Callable[[], Any]
-    permission: Permission | Callable[[], Any] | None
-    callback: Callback | None
-    sse: Sse | None
-    response_types: tuple[str, ...]
-    retention: int
-    on_loss: str
-    pool: str | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    celery: Mapping[str, Any] = field(default_factory=dict)
-    name: str | None = None
-    summary: str | None = None
-    description: str | None = None
-    tags: tuple[str, ...] = ()
-    request_schema: Any = None
-    result_schema: Any = None
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether a task belongs to the process that started it, and ends with it: nobody else can run it."""
-        return self.executor == "immediate" or isinstance(self.executor, Executor)
-
-
-def permission(label: str, value: Any) -> Permission | Callable[[], Any]:
-    """Accept a Permission or a function that will return one."""
+def _permission(label: str, value: Any) -> Permission | Callable[[], Any]:
     if isinstance(value, Permission):
         return value
     if not callable(value):
         raise refuse(label, "a Permission or a function that returns one", value)
-    return checks.function(label, value)
+    return validators.function(label, value)
 
 
-def callback(label: str, value: Any) -> Callback:
-    """Accept a Callback."""
-    if not isinstance(value, Callback):
-        raise refuse(label, "a Callback", value)
-    return value
-
-
-def sse(label: str, value: Any) -> Sse | None:
-    """Accept True (the defaults), False (no events) or an Sse."""
+def _sse(label: str, value: Any) -> Sse | None:
     if value is True:
         return Sse()
     if value is False:
         return None
     if not isinstance(value, Sse):
-        raise refuse(label, "True or False, or an Sse", value)
+        raise refuse(label, "True, False or an Sse", value)
     return value
 
 
-DEFAULTED: dict[str, Check] = {
-    "timeout": checks.time_limit,
-    "cancellable": boolean,
-    "executor": checks.executor,
-    "min_workers": optional(checks.whole(0)),
-    "max_workers": checks.whole(1),
-    "queue_size": checks.whole(0),
-    "interrupt_after": optional(checks.seconds),
-    "id_generator": checks.function,
-    "permission": optional(permission),
-    "callback": optional(callback),
-    "sse": sse,
-    "response_types": checks.some_of(*MEDIA_TYPES),
-    "retention": checks.retention_time,
-    "on_loss": checks.one_of("abort", "restart"),
-}
-"""The options that have an app-wide default in ``ASYNCROUTE_<NAME>``."""
+def _new_id() -> str:
+    return str(uuid.uuid4())
 
-OWN: dict[str, Check] = {
-    "pool": optional(checks.short_name),
-    "arguments": checks.keyword_arguments,
-    "celery": checks.celery_settings,
-    "name": optional(checks.short_name),
-    "summary": optional(text),
-    "description": optional(text),
-    "tags": checks.names,
-    "request_schema": optional(checks.schema),
-    "result_schema": optional(checks.schema),
+
+@dataclass(frozen=True, slots=True)
+class DefaultedOptions:
+    """The options that have an app-wide default in ``ASYNCROUTE_<NAME>``."""
+
+    timeout: int | None = setting(validators.time_limit, 36_000_000_000)
+    cancellable: bool = setting(boolean, True)
+    executor: str | Executor = setting(registry.checked, "thread")
+    min_workers: int = setting(optional(validators.whole(0)), None)
+    max_workers: int = setting(validators.whole(1), 2)
+    queue_size: int = setting(validators.whole(0), 1000)
+    interrupt_after: float | None = setting(optional(validators.seconds), 1.0)
+    id_generator: Callable[[], Any] = setting(validators.function, _new_id)
+    permission: Permission | Callable[[], Any] | None = setting(optional(_permission), None)
+    callback: Callback | None = setting(optional(instance_of(Callback, "a Callback")), None)
+    sse: Sse | None = setting(_sse, Sse())
+    response_types: tuple[str, ...] = setting(
+        validators.some_of(*MEDIA_TYPES), ("application/json",)
+    )
+    retention: int = setting(validators.retention_time, 86_400_000_000)
+    on_loss: str = setting(validators.matching("abort|restart", "'abort' or 'restart'"), "abort")
+
+
+@dataclass(frozen=True, slots=True)
+class RouteOptions(DefaultedOptions):
+    """All options of one route in one app. `interrupt_after` is in seconds; other times are in
+    microseconds.
+    """
+
+    pool: str | None = setting(optional(short_name), None)
+    arguments: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"check": validators.arguments}
+    )
+    name: str | None = setting(optional(short_name), None)
+    decorators: tuple[Callable[..., Any], ...] = setting(validators.decorators, ())
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether only the process that started a task can run it."""
+        return registry.kind_of(self.executor).is_bound
+
+
+_CHECKS: dict[str, Check] = {
+    option.name: option.metadata["check"] for option in fields(RouteOptions)
 }
-"""The options that each route has for itself."""
+DEFAULTED = tuple(option.name for option in fields(DefaultedOptions))
+"""The names of the options that have an app-wide default."""
+OWN = tuple(name for name in _CHECKS if name not in DEFAULTED)
+"""The names of the options without an app-wide default."""
 
 
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     """Check the options of one decorator.
 
-    :raises ConfigurationError: for an unknown option or a value of the wrong kind, naming it.
+    :raises ConfigurationError: if an option is unknown or its value is invalid.
     """
-    known = {**DEFAULTED, **OWN}
     for name in given:
-        if name not in known:
+        if name not in _CHECKS:
             raise ConfigurationError(
-                f"{name!r} is not an option of an async route. The options are: {', '.join(known)}."
+                f"{name!r} is not an option of an async route. "
+                f"The options are: {', '.join(_CHECKS)}."
             )
-    return {name: known[name](f"{name}=…", value) for name, value in given.items()}
+    return {name: _CHECKS[name](f"{name}=…", value) for name, value in given.items()}
 
 
 def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> RouteOptions:
-    """Complete what a decorator was given with the app's defaults.
+    """Add the app's defaults to the options of a decorator.
 
-    :param given: what :func:`checked` returned.
+    :param given: the result of :func:`checked`.
     :param defaults: a checked value for each name in :data:`DEFAULTED`.
-    :param where: the route, for messages.
-    :raises ConfigurationError: where two options contradict each other.
+    :param where: the route's name for error messages.
+    :raises ConfigurationError: if two options contradict each other.
     """
     values = {**defaults, **given}
+    most = values["max_workers"]
     if values["min_workers"] is None:
-        values["min_workers"] = min(0 if values["executor"] == "process" else 1, values["max_workers"])
-    if values["min_workers"] > values["max_workers"]:
+        values["min_workers"] = min(registry.kind_of(values["executor"]).default_min_workers, most)
+    if values["min_workers"] > most:
         raise ConfigurationError(
-            f"{where}: min_workers={values['min_workers']} is more than max_workers={values['max_workers']}; raise the latter."
+            f"{where}: min_workers={values['min_workers']} is more than max_workers={most}; "
+            "raise max_workers."
         )
     found = RouteOptions(**values)
-    # Nobody else could restart it.
+    # No other process could restart the task, so on_loss="restart" has no effect.
     return replace(found, on_loss="abort") if found.is_bound else found

@@ -1,4 +1,4 @@
-"""Who may read and who may write a task, as values. `dispatcher` and `http.operations` ask; nothing here knows Flask."""
+"""Permissions to read and write tasks. They do not depend on Flask."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from .errors import ConfigurationError
-from .names import is_name, plain
+from .validators import instance_of, names
 
 KINDS = ("users", "groups", "roles", "scopes")
 
 
 class Access(msgspec.Struct, frozen=True, rename="pascal"):
-    """A set of people: all whose id, or one of whose groups, roles or scopes, is named.
+    """The callers that have one of the listed user ids, groups, roles or scopes.
 
-    Names match exactly. At most 255 characters each; a member of an Enum that is a text counts by its value.
+    Names are case-sensitive and have at most 255 characters. A member of a string Enum is replaced
+    by its value.
 
-    :param users: ids of users.
-    :raises ConfigurationError: for anything that is not a sequence of such names.
+    :param users: the ids of users.
+    :raises ConfigurationError: if a parameter is not a list, tuple or set of such names.
     """
 
     users: Sequence[str] = ()
@@ -28,53 +28,52 @@ class Access(msgspec.Struct, frozen=True, rename="pascal"):
 
     def __post_init__(self) -> None:
         for kind in KINDS:
-            names = getattr(self, kind)
-            if isinstance(names, str) or not isinstance(names, (list, tuple, set, frozenset)):
-                raise ConfigurationError(f"Access({kind}=…) takes a sequence of names, not {names!r}.")
-            for name in names:
-                if not is_name(name):
-                    raise ConfigurationError(
-                        f"Access({kind}=…): {name!r} is not a name of 1 to 255 characters, without NUL and in valid Unicode."
-                    )
-            texts = tuple(map(plain, names))
-            msgspec.structs.force_setattr(
-                self, kind, tuple(sorted(set(texts))) if isinstance(names, (set, frozenset)) else texts
-            )
+            given = getattr(self, kind)
+            is_set = isinstance(given, (set, frozenset))
+            texts = names(f"Access({kind}=…)", list(given) if is_set else given)
+            if is_set:
+                texts = tuple(sorted(texts))
+            msgspec.structs.force_setattr(self, kind, texts)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        for kind in KINDS:
-            for name in getattr(self, kind):
-                yield kind, name
+        return ((kind, name) for kind in KINDS for name in getattr(self, kind))
 
 
 class Permission(msgspec.Struct, frozen=True, rename="pascal"):
-    """Who, beside its owner, may read a task and who may stop it. Write implies read."""
+    """The callers that may read or stop a task, besides the user who started it. Write implies
+    read.
+    """
 
     read: Access = Access()
     write: Access = Access()
 
     def __post_init__(self) -> None:
-        for side in ("read", "write"):
-            if not isinstance(getattr(self, side), Access):
-                raise ConfigurationError(f"Permission({side}=…) takes an Access, not {getattr(self, side)!r}.")
+        check = instance_of(Access, "an Access")
+        check("Permission(read=…)", self.read)
+        check("Permission(write=…)", self.write)
 
     def to_dict(self) -> dict[str, dict[str, list[str]]]:
-        """Return both sides as the task object has them."""
-        sides = (("Read", self.read), ("Write", self.write))
-        return {side: {kind.capitalize(): list(getattr(access, kind)) for kind in KINDS} for side, access in sides}
+        """Return the ``Permission`` field of the task object."""
+        return {
+            side: {kind.capitalize(): list(getattr(access, kind)) for kind in KINDS}
+            for side, access in (("Read", self.read), ("Write", self.write))
+        }
 
     def with_owner(self, user: str) -> Permission:
-        """Return this permission with the owner among the users of both sides."""
+        """Return this permission with the task's user added to the users of ``read`` and
+        ``write``.
+        """
 
         def add(access: Access) -> Access:
-            users = access.users if user in access.users else (user, *access.users)
-            return Access(users, access.groups, access.roles, access.scopes)
+            if user in access.users:
+                return access
+            return msgspec.structs.replace(access, users=(user, *access.users))
 
         return Permission(add(self.read), add(self.write))
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who makes a request, as the identity loader told it."""
+    """The caller of a request, as the identity loader returned it."""
 
     id: str
     groups: frozenset[str] = frozenset()
@@ -82,7 +81,7 @@ class Caller(msgspec.Struct, frozen=True):
     scopes: frozenset[str] = frozenset()
 
     def is_in(self, access: Access) -> bool:
-        """Return whether this caller is one of those whom ``access`` names."""
+        """Return whether ``access`` includes this caller."""
         return (
             self.id in access.users
             or not self.groups.isdisjoint(access.groups)
@@ -91,38 +90,20 @@ class Caller(msgspec.Struct, frozen=True):
         )
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Yield each (kind, name) under which this caller may have been granted something."""
+        """Yield each (kind, name) pair by which a permission can include this caller."""
         yield "users", self.id
         for kind in KINDS[1:]:
             for name in sorted(getattr(self, kind)):
                 yield kind, name
 
 
-def may_read(caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access) -> bool:
-    """Return whether ``caller`` may see a task of ``owner``. What nobody owns, everybody who knows its id may see."""
-    if owner is None:
-        return True
-    if caller is None:
-        return False
-    if caller.id == owner or caller.is_in(admins):
-        return True
-    return permission is not None and (caller.is_in(permission.read) or caller.is_in(permission.write))
-
-
-def may_list(
-    caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access, with_anonymous: bool
+def may_write(
+    caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access
 ) -> bool:
-    """Return whether a list of ``caller`` has a task of ``owner``.
+    """Return whether ``caller`` may stop or remove a task.
 
-    :param with_anonymous: whether lists have tasks that nobody owns; those of admins always do.
+    If an unknown caller started the task, everyone who knows its id may do so.
     """
-    if owner is None:
-        return with_anonymous or (caller is not None and caller.is_in(admins))
-    return may_read(caller, owner, permission, admins)
-
-
-def may_write(caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access) -> bool:
-    """Return whether ``caller`` may stop or purge a task of ``owner``."""
     if owner is None:
         return True
     if caller is None:
@@ -130,3 +111,28 @@ def may_write(caller: Caller | None, owner: str | None, permission: Permission |
     if caller.id == owner or caller.is_in(admins):
         return True
     return permission is not None and caller.is_in(permission.write)
+
+
+def may_read(
+    caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access
+) -> bool:
+    """Return whether ``caller`` may read a task. Write implies read."""
+    if may_write(caller, owner, permission, admins):
+        return True
+    return caller is not None and permission is not None and caller.is_in(permission.read)
+
+
+def may_list(
+    caller: Caller | None,
+    owner: str | None,
+    permission: Permission | None,
+    admins: Access,
+    with_anonymous: bool,
+) -> bool:
+    """Return whether a task appears in lists for ``caller``.
+
+    :param with_anonymous: whether lists contain tasks without an owner; lists for admins always do.
+    """
+    if owner is None:
+        return with_anonymous or (caller is not None and caller.is_in(admins))
+    return may_read(caller, owner, permission, admins)

@@ -1,43 +1,47 @@
-"""The typed state of one app: its configuration, routes and, per process, its runner. Found in ``app.extensions``."""
+"""The state of one app, kept in ``app.extensions``: its configuration, routes and runner."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from flask import current_app
-from flask.json.provider import DefaultJSONProvider
+from flask import Flask, current_app
+from werkzeug.routing import Rule
 
-from . import app_path
+from . import app_loader
 from . import config as configuration
 from .config import Config
+from .early_store import EarlyStore, left_behind
+from .encoding import json_default
 from .errors import ConfigurationError, StoreUnavailable
-from .registry import Declaration, Route, resolve_routes
-from .runner import Runner
-from .store_url import MEMORY
-from .typing import IdentityLoader
-
-if TYPE_CHECKING:
-    from flask import Flask
-    from werkzeug.routing import Rule
+from .executors.registry import IMMEDIATE, kind_of
+from .request.identity import IdentityLoader
+from .routes import Declaration, Route, resolve_routes
+from .stores.base import SharedTaskStore, TaskStore
+from .stores.registry import MEMORY
+from .workers import app_identity, shutdown
+from .workers.runner import Runner
 
 logger = logging.getLogger("flask_asyncroute")
 
 EXTENSION = "asyncroute"
 
 _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
-_left_behind: list[Runner] = []
-"""Runners of a parent process. Closing their connections here would break the parent's, so they are only kept."""
+_is_child_process = False
 
 
 class Runtime:
-    """What the extension knows of one app. Thread-safe."""
+    """The state of one app. Thread-safe.
+
+    The configuration and routes are frozen at first use: a request, `start()`, or access to
+    tasks.
+    """
 
     def __init__(
         self,
@@ -50,208 +54,263 @@ class Runtime:
         self._declared = declared
         self._before_task = before_task
         self._identity_loader = identity_loader
-        self.is_child = False
-        """Whether this process runs one task and nothing else; see `child`."""
+        self.is_child = _is_child_process
+        """Whether this is a child process, which runs a single task; see `child_main`."""
         self.is_inline = False
         """Whether all routes run inside the request, on ``memory://``; see `testing`."""
-        self.initial = configuration.read(app)
+        self.initial = self.config = configuration.read(app)
+        """``initial`` is the configuration at ``init_app``; ``config`` is the one frozen at first
+        use.
+        """
+        self.is_prepared = False  # Whether the configuration has been frozen.
+        self.routes: dict[str, Route] = {}  # The async routes by endpoint; empty before first use.
         self._lock = threading.RLock()
-        self._config: Config | None = None
-        self._routes: dict[str, Route] = {}
         self._runner: Runner | None = None
+        self._early = self._built = EarlyStore()
+        """The store before first use. When `testing.inline` ends, the runtime uses ``_built``
+        again.
+        """
         _runtimes.add(self)
 
     @property
-    def config(self) -> Config:
-        """The configuration: frozen from first use on, as it was at ``init_app`` before."""
-        return self._config or self.initial
-
-    @property
-    def routes(self) -> dict[str, Route]:
-        """The async routes by endpoint; none before first use."""
-        return self._routes
-
-    @property
-    def is_prepared(self) -> bool:
-        """Whether first use is behind."""
-        return self._config is not None
-
-    @property
     def runner(self) -> Runner:
-        """What this process has of the app, its store open; first use, where it was not before.
+        """The runner of this process, with an open store. It is created at first use.
 
-        :raises ConfigurationError: at each use, where the app is set up in a way that cannot work.
-        :raises StoreUnavailable: where the store cannot be opened now.
+        :raises AsyncRouteError: if the app is misconfigured, or the store cannot be opened.
         """
         runner = self._runner or self._make_runner()
-        if self.is_child and runner.config.store == MEMORY:
+        if self.is_child and not runner.store.is_shared:
             raise ConfigurationError(
-                'In a child process of executor="process" there are no tasks and no state to ask for: with memory:// they are '
-                "in its parent. Only current_task is here. Use another ASYNCROUTE_STORE, or return what the parent needs."
+                'With memory://, a child process of executor="process" cannot access tasks or '
+                "async_routes.state, which are in its parent. It can only use current_task. Use "
+                "another ASYNCROUTE_STORE, or return the data to the parent."
             )
-        runner.store.open()
+        runner.open()
         return runner
 
-    def become_runner(self) -> None:
-        """Have this process keep house for the app and take waiting tasks, from when its store can be opened.
+    @property
+    def store(self) -> TaskStore:
+        """The open store of this process.
 
-        :raises ConfigurationError: see :attr:`runner`.
+        Before first use, the store is opened with the current configuration, which is not frozen
+        then. The runner takes the store over.
+
+        :raises AsyncRouteError: like :attr:`runner`.
+        """
+        if not self.is_prepared:
+            with self._lock:
+                if not self.is_prepared:
+                    return self._early.open(self._get_app(), self._read_config())
+        return self.runner.store
+
+    def become_runner(self) -> None:
+        """Make this process run waiting tasks and maintenance as soon as the store can be
+        opened.
         """
         if self.is_child:
             return
         runner = self._runner or self._make_runner()
         try:
-            runner.store.open()
+            runner.open()
         except StoreUnavailable:
             logger.warning(
-                "The store of %s cannot be opened yet; it is tried again in the background.", runner.config.namespace
+                "The store of namespace %s could not be opened. This process tries again in the "
+                "background.",
+                runner.config.namespace,
             )
         if runner.store.is_shared:
-            runner.housekeeper.start()
+            runner.maintenance.start()
 
     def become_child(self) -> Runner:
-        """Have this process run a single task for its parent: it takes no others and keeps no house.
-
-        :return: the runner, its store not opened: with ``memory://`` there is none, see :attr:`runner`.
-        :raises ConfigurationError: where the app is set up in a way that cannot work.
-        """
+        """Prepare this process to run a single task for its parent, without opening the store."""
         self.is_child = True
+        # Close the store that loading the app may have opened: the parent's may be another store.
+        self._early.close()
+        self._early = self._built = EarlyStore()
         return self._make_runner()
 
     def _make_runner(self) -> Runner:
         with self._lock:
             if self._runner is None:
-                config = self.prepare()
-                self._runner = Runner(self._get_app(), config, self._routes, self._before_task, self._identity_loader)
+                app, config = self._get_app(), self.prepare()
+                self._runner = Runner(
+                    app, config, self._early.take(app, config), self.routes, self._before_task,
+                    self._identity_loader, shutdown.is_server_ending,
+                )  # fmt: skip
+                shutdown.runners.add(self._runner)
             return self._runner
 
     @property
     def json_default(self) -> Callable[[Any], Any]:
-        """What the app's JSON provider makes of values that JSON does not have."""
-        return json_default(self._get_app())
+        """The function of the app's JSON provider that converts values without a JSON type."""
+        return json_default(self._get_app().json)
 
     def prepare(self) -> Config:
-        """Read and freeze the configuration, and check the app's routes against it.
-
-        :raises ConfigurationError: see :attr:`runner`.
-        """
+        """Freeze the configuration and check the routes, or raise ConfigurationError."""
         with self._lock:
-            if self._config is None:
-                app = self._get_app()
-                config = configuration.read(app)
-                if self.is_inline:
-                    config = replace(config, store=MEMORY)
-                if config.routing != self.initial.routing:
-                    raise ConfigurationError(
-                        "ASYNCROUTE_OPERATIONS, _URL_PREFIX, _TASK_PATH, _TASKS_PATH and _TASK_ID_IN made the URL rules at "
-                        "init_app() and were changed since; set them before it."
-                    )
-                self._routes = resolve_routes(
-                    app, self._declared, config.defaults, "immediate" if self.is_inline else None
+            if self.is_prepared:
+                return self.config
+            refuse_eventlet()
+            app = self._get_app()
+            config = self._read_config()
+            self._early.check(config)
+            if config.routing != self.initial.routing:
+                raise ConfigurationError(
+                    "ASYNCROUTE_OPERATIONS, _URL_PREFIX, _TASK_PATH, _TASKS_PATH or _TASK_ID_IN "
+                    "was changed after init_app() created the URL rules. Set it before init_app()."
                 )
-                refuse_conflicts(app, self._routes)
-                if any(route.options.executor == "process" for route in self._routes.values()):
-                    app_path.found(app, config.app)
-                self._config = config
-            return self._config
+            executor = IMMEDIATE.name if self.is_inline else None
+            self.routes = resolve_routes(app, self._declared, config.defaults, executor)
+            refuse_conflicts(app, self.routes)
+            kinds = [kind_of(route.options.executor) for route in self.routes.values()]
+            if not self.is_child and any(kind.needs_app for kind in kinds):
+                app_loader.found(app, config.app)
+            self.config, self.is_prepared = config, True
+            return config
 
     def close(self) -> None:
-        """End this process's threads for the app and close its store; the next use begins anew."""
+        """End the threads and close the store. The next use creates a new runner."""
         with self._lock:
             runner, self._runner = self._runner, None
+            self._early.close()
         if runner is not None:
+            shutdown.runners.discard(runner)
             runner.close()
 
     def reset(self, is_inline: bool) -> None:
-        """Go back to before first use."""
+        """Return to the state before first use."""
         self.close()
         with self._lock:
-            self.is_inline = is_inline
-            self._config = None
-            self._routes = {}
+            self.is_inline, self.is_prepared = is_inline, False
+            self.config, self.routes = self.initial, {}
+            self._early = self._built.in_memory() if is_inline else self._built
 
     def forget_process(self) -> None:
-        """Leave what belongs to the parent process alone; called in a child after a fork."""
+        """Drop the parent's runner without closing it. Call this in the child after a fork."""
         self._lock = threading.RLock()
         if self._runner is not None:
-            self._runner.store.forget()
-            _left_behind.append(self._runner)
+            if isinstance(self._runner.store, SharedTaskStore):
+                self._runner.store.forget()
+            app_identity.leave(self._runner)
+            left_behind.append(self._runner)
             self._runner = None
+        self._built.forget_process()
+
+    def _read_config(self) -> Config:
+        config = configuration.read(self._get_app())
+        return replace(config, store=MEMORY) if self.is_inline else config
 
     def _get_app(self) -> Flask:
         app = self._app()
-        assert app is not None, "the app holds its runtime, so it is there"
+        assert app is not None, "the app references its runtime, so it is alive"
         return app
+
+
+def check_app(app: Any) -> None:
+    """Raise if ``app`` is not a Flask app.
+
+    :raises ConfigurationError: the message names the type.
+    """
+    if not isinstance(app, Flask):
+        raise ConfigurationError(
+            f"A {type(app).__name__} is not a Flask app. Pass the Flask app itself; if a WSGI "
+            "middleware wraps it, assign the middleware to app.wsgi_app."
+        )
 
 
 def runtime_of(app: Flask) -> Runtime:
     """Return the runtime of ``app``.
 
-    :raises ConfigurationError: where the extension was not initialised for it.
+    :raises ConfigurationError: if ``app`` is not a Flask app, or ``init_app`` was not called.
     """
+    check_app(app)
     runtime = app.extensions.get(EXTENSION)
     if runtime is None:
-        raise ConfigurationError(f"AsyncRoute is not set up for the app {app.name!r}; call init_app(app) on it.")
+        raise ConfigurationError(
+            f"AsyncRoute is not set up for the app {app.name!r}; call init_app(app)."
+        )
     return cast(Runtime, runtime)
 
 
 def current_runtime() -> Runtime:
-    """Return the runtime of the current app.
+    """Return the runtime of the current app, or raise RuntimeError outside an app context."""
+    return runtime_of(current_app._get_current_object())  # type: ignore[attr-defined]
 
-    :raises RuntimeError: outside an app context (Flask's own message).
+
+def be_child_process() -> None:
+    """Prevent apps of this process from becoming runners, even if a module calls ``start()``.
+
+    Call it before the app is imported.
     """
-    return runtime_of(current_app)
+    global _is_child_process
+    _is_child_process = True
 
 
-def json_default(app: Flask) -> Callable[[Any], Any]:
-    """Return what turns a value that JSON does not have into one that it has, as the app's JSON provider does."""
-    provider = app.json
-    if isinstance(provider, DefaultJSONProvider):
-        return provider.default
-    return lambda value: json.loads(provider.dumps(value))
+def close_early_stores() -> None:
+    """Close the stores that ``async_routes.state`` has opened; the next access reopens them."""
+    for runtime in list(_runtimes):
+        runtime._early.close()
+
+
+def refuse_eventlet() -> None:
+    """Raise if eventlet has replaced Python's threads.
+
+    :raises ConfigurationError: the message names what to use instead.
+    """
+    patcher = sys.modules.get("eventlet.patcher")
+    if patcher is not None and patcher.is_monkey_patched("thread"):
+        raise ConfigurationError(
+            "eventlet has replaced Python's threads in this process, which flask_asyncroute does "
+            "not support. Use gevent or threads instead, such as gunicorn --threads 4."
+        )
 
 
 def refuse_conflicts(app: Flask, routes: Collection[str]) -> None:
-    """Refuse a rule of the app that has the method and path of an operation, where tasks are started or asked for.
+    """Raise if a URL rule of the app has the same method and path as an operation.
 
-    :param routes: the endpoints of the app's async routes.
-    :raises ConfigurationError: naming the rule and the key that moves the operations away.
+    :raises ConfigurationError: the message names the rule and the keys to change.
     """
-    ours: dict[tuple[str, str], str] = {}
-    places: set[str] = set()
-    rules = list(app.url_map.iter_rules())
-    for rule in rules:
-        is_ours = rule.endpoint.startswith(f"{EXTENSION}.")
-        if is_ours or rule.endpoint in routes:
-            places.add(_place(rule))
-        if is_ours:
-            for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}:
-                other = ours.setdefault((_shape(rule.rule), method), rule.endpoint)
-                if other != rule.endpoint:
-                    raise ConfigurationError(
-                        f"ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH give {method} {rule.rule} to {other!r} and to "
-                        f"{rule.endpoint!r}. Change one of them."
-                    )
-    for rule in rules:
-        if rule.endpoint.startswith(f"{EXTENSION}.") or _place(rule) not in places:
+    operations: dict[tuple[str, str], str] = {}
+    hosts: set[str] = set()
+    others = []
+    for rule in app.url_map.iter_rules():
+        is_operation = rule.endpoint.startswith(f"{EXTENSION}.")
+        if is_operation or rule.endpoint in routes:
+            hosts.add(_host(rule))
+        if not is_operation:
+            others.append(rule)
             continue
-        for method in sorted((rule.methods or set()) - {"OPTIONS", "HEAD"}):
-            operation = ours.get((_shape(rule.rule), method))
-            if operation is not None:
+        for method in _methods(rule):
+            other = operations.setdefault((_shape(rule.rule), method), rule.endpoint)
+            if other != rule.endpoint:
                 raise ConfigurationError(
-                    f"The app's rule {method} {rule.rule} (endpoint {rule.endpoint!r}) is also that of {operation!r}. "
-                    "Set ASYNCROUTE_URL_PREFIX (or ASYNCROUTE_TASK_PATH, ASYNCROUTE_TASKS_PATH) to move the operations."
+                    f"ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH map {method} {rule.rule} to "
+                    f"both {other!r} and {rule.endpoint!r}. Change one of them."
+                )
+    for rule in others:
+        for method in _methods(rule):
+            operation = operations.get((_shape(rule.rule), method))
+            if operation is not None and _host(rule) in hosts:
+                raise ConfigurationError(
+                    f"The app's rule {method} {rule.rule} (endpoint {rule.endpoint!r}) conflicts "
+                    f"with {operation!r}. Set ASYNCROUTE_URL_PREFIX (or ASYNCROUTE_TASK_PATH, "
+                    "ASYNCROUTE_TASKS_PATH) to move the operations."
                 )
 
 
+def _methods(rule: Rule) -> list[str]:
+    return sorted((rule.methods or set()) - {"OPTIONS", "HEAD"})
+
+
 def _shape(rule: str) -> str:
-    """Return a rule with its variables' names and converters left out, and without a slash at the end."""
-    parts = ["<>" if part.startswith("<") and part.endswith(">") else part for part in rule.split("/")]
-    return "/".join(parts).rstrip("/")
+    """Return a rule without its variable names, converters and trailing slash."""
+    parts = rule.split("/")
+    shape = ["<>" if part.startswith("<") and part.endswith(">") else part for part in parts]
+    return "/".join(shape).rstrip("/")
 
 
-def _place(rule: Rule) -> str:
-    """Return the host or subdomain that a rule is for, as `_shape` has it."""
+def _host(rule: Rule) -> str:
+    """Return the host or subdomain of a rule, with variables as in `_shape`."""
     return _shape(rule.host or rule.subdomain or "")
 
 

@@ -1,55 +1,69 @@
 """The signals of the package (blinker).
 
-*Facts*, in the past tense, are sent by `lifecycle` after the store has the fact, in the process that wrote it, at most
-once, with an app context pushed. The sender is the Flask app; receivers take ``task`` (the record) and ``**extra``.
-A receiver that raises is logged and the next one still runs. *Requests* have one receiver of our own, which decides.
+The public signals (`FACTS`) report a stored change, at most once, in the process that stored it,
+with an app context. The sender is the Flask app; receivers take ``task`` (the record) and
+``**extra``. If a receiver raises an error, it is logged, and the others still run. All other
+signals are internal.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from blinker import Namespace
+from blinker import NamedSignal, Namespace
+from flask import Flask
 
-if TYPE_CHECKING:
-    from blinker import NamedSignal
-    from flask import Flask
+logger = logging.getLogger("flask_asyncroute")
 
 _namespace = Namespace()
 
-task_created = _namespace.signal("task-created", "The task is in the store, and not started.")
-task_started = _namespace.signal("task-started", "A worker has claimed the task and is about to run it.")
-task_progressed = _namespace.signal("task-progressed", "New progress is in the store; several steps may come as one.")
-task_completed = _namespace.signal("task-completed", "The view has returned and its result is in the store.")
-task_failed = _namespace.signal("task-failed", "The view, or what prepares it, has raised.")
-task_aborted = _namespace.signal("task-aborted", "The task was stopped, or ran out of time.")
-task_finished = _namespace.signal("task-finished", "The task has reached one of its three terminal states.")
-
-callback_sent = _namespace.signal("callback-sent", "The receiver has taken the callback of a task: it answered 2xx.")
-callback_failed = _namespace.signal("callback-failed", "The callback of a task was given up: the last attempt failed.")
-
-task_changed = _namespace.signal(
-    "task-changed", "Any of the facts above, for our own notifier: id, revision and state."
+task_created = _namespace.signal("task-created", "The task has been stored and has not started.")
+task_started = _namespace.signal(
+    "task-started", "A worker has claimed the task and is about to run it."
 )
+task_progressed = _namespace.signal(
+    "task-progressed", "New progress has been stored; one signal may cover several steps."
+)
+task_completed = _namespace.signal(
+    "task-completed", "The view has returned and its result has been stored."
+)
+task_failed = _namespace.signal("task-failed", "The task has failed; its error says why.")
+task_aborted = _namespace.signal(
+    "task-aborted", "The task was stopped, timed out, or lost its worker process."
+)
+task_finished = _namespace.signal(
+    "task-finished", "The task has reached one of its three terminal states."
+)
+callback_sent = _namespace.signal(
+    "callback-sent", "The receiver has answered the callback of a task with a 2xx status."
+)
+callback_failed = _namespace.signal(
+    "callback-failed", "The last attempt to send the callback of a task has failed."
+)
+
+# Internal signals.
+task_changed = _namespace.signal("task-changed", "Any change of a task has been stored.")
 callback_pending = _namespace.signal(
-    "callback-pending", "A task has changed that has ended and whose callback is yet to be sent; for our own sender."
+    "callback-pending", "A finished task with a pending callback has changed."
 )
-events_written = _namespace.signal("events-written", "Events of a view are in the store; for our own notifier.")
-progress_reported = _namespace.signal(
-    "progress-reported", "A request: write this progress down. Answered by the lifecycle."
-)
+progress_reported = _namespace.signal("progress-reported", "A running task has progress to store.")
+events_written = _namespace.signal("events-written", "Events of a view have been stored.")
 
 FACTS = (
-    task_created, task_started, task_progressed, task_completed, task_failed, task_aborted, task_finished, callback_sent,
-    callback_failed,
+    task_created, task_started, task_progressed, task_completed, task_failed, task_aborted,
+    task_finished, callback_sent, callback_failed,
 )  # fmt: skip
 
 
-def send_fact(signal: NamedSignal, app: Flask, logger: logging.Logger, **values: Any) -> None:
-    """Tell every receiver of ``signal``; one that raises is logged with its traceback and keeps nobody from hearing."""
+def send_fact(signal: NamedSignal, app: Flask, **values: Any) -> None:
+    """Call every receiver of ``signal``; log exceptions of receivers."""
     for receiver in signal.receivers_for(app):
         try:
             receiver(app, **values)
         except (Exception, SystemExit):
-            logger.exception("A receiver of %s raised: %r. The fact stands.", signal.name, receiver)
+            logger.exception(
+                "A receiver of the signal %s raised an exception; the task is not affected: %r",
+                signal.name,
+                receiver,
+            )

@@ -1,7 +1,6 @@
-"""A request as a value: what of it is stored, so that a view can run later, elsewhere, as if it were still there.
+"""The stored form of a request, with which any process can run the view later.
 
-`context` captures and rebuilds; stores keep the bytes. A body is never whole in memory: up to 256 KiB stay there, more
-goes to a temporary file and is handed on in pieces of 256 KiB. Nothing here touches a Flask context.
+A body over 256 KiB is written to a temporary file, so that memory never holds a whole upload.
 """
 
 from __future__ import annotations
@@ -21,42 +20,27 @@ from .errors import BodyTooLarge, InvalidRequest, RequestRefused
 
 CHUNK = 256 * 1024
 SMALL = 8 * 1024
-"""Bytes of a body up to which it is kept in the snapshot itself, and costs no row of its own."""
+"""Maximum bytes of a body that is a part of the snapshot. Stores keep larger bodies separately."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """What a task needs of the request that started it, beside a large body.
+    """The stored part of a request, without a large body."""
 
-    :param environ: the WSGI environ's plain values.
-    :param body: a small body; None where there is none, or it is kept apart.
-    :param session: the session as Flask's tagged JSON; None where it was empty.
-    :param url_names: which URL variables the view was called with; their values are matched again.
-    :param injected: what decorators above the route added to the call.
-    """
-
-    environ: dict[str, Any]
-    body: bytes | None = None
-    session: str | None = None
-    url_names: tuple[str, ...] = ()
-    injected: dict[str, Any] = msgspec.field(default_factory=dict)
+    environ: dict[str, Any]  # The plain values of the WSGI environ.
+    body: bytes | None = None  # A small body; None: no body, or it is stored separately.
+    session: str | None = None  # Flask's tagged JSON; None: empty.
+    url_names: tuple[str, ...] = ()  # Names of URL variables.
+    injected: dict[str, Any] = msgspec.field(default_factory=dict)  # Other arguments of the view.
 
 
-_encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(Snapshot)
-
-
-def encode(snapshot: Snapshot) -> bytes:
-    """Return a snapshot as JSON."""
-    return _encoder.encode(snapshot)
-
-
-def decode(data: bytes) -> Snapshot:
-    """Return the snapshot that :func:`encode` was given."""
-    return _decoder.decode(data)
+encode = msgspec.json.Encoder().encode
+decode = msgspec.json.Decoder(Snapshot).decode
 
 
 class Body:
-    """The bytes of one request body, for one reader at a time. Close it: a large one holds a temporary file."""
+    """The bytes of one request body, for one reader at a time. Close it, because it may be in a
+    file.
+    """
 
     def __init__(self, pieces: Iterable[bytes] = ()) -> None:
         self._file: IO[bytes] = io.BytesIO()
@@ -67,14 +51,14 @@ class Body:
     def write(self, piece: bytes) -> None:
         """Append ``piece``."""
         if self.size <= CHUNK < self.size + len(piece):
-            held = self._file
+            memory = cast(io.BytesIO, self._file)
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
-            self._file.write(cast(io.BytesIO, held).getbuffer())
+            self._file.write(memory.getbuffer())
         self._file.write(piece)
         self.size += len(piece)
 
     def open(self) -> IO[bytes]:
-        """Return the body as a file, at its beginning. It is the body's own: do not close it."""
+        """Return the body as a file at its beginning. Do not close the file."""
         self._file.seek(0)
         return self._file
 
@@ -85,26 +69,25 @@ class Body:
             yield piece
 
     def close(self) -> None:
-        """Let go of the memory or file."""
+        """Release the memory or the file."""
         self._file.close()
 
 
 def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
-    """Read a request body to its end.
+    """Read a request body of at most ``limit`` bytes to its end.
 
-    :param announced: the request's Content-Length; None where it had none (chunked).
-    :param limit: the most bytes to take.
-    :raises BodyTooLarge: over ``limit``.
-    :raises InvalidRequest: shorter than announced. Servers that end the input by themselves do not notice.
+    :param announced: the Content-Length; None if the body is chunked.
+    :raises RequestRefused: if the body is too large or incomplete. Not every server checks
+        completeness.
     """
     check_announced(announced, limit)
     body = Body()
     try:
-        # No more than is to come: Werkzeug's stream makes room for as much as is asked for.
+        # Read small pieces, because Werkzeug's stream allocates the whole requested size.
         size = CHUNK if announced is None else min(CHUNK, announced)
-        while body.size != announced and (piece := _piece_of(stream, size)):
+        limited = LimitedInput(stream, limit)
+        while body.size != announced and (piece := limited.read(size)):
             body.write(piece)
-            _check_size(body.size, limit)
         check_complete(body.size, announced)
     except BaseException:
         body.close()
@@ -113,80 +96,69 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
 
 
 class LimitedInput(io.RawIOBase):
-    """The input of a request that does not announce its length, for the app's own code to read up to a limit.
-
-    :raises BodyTooLarge: over ``limit``, from the read that passes it.
-    :raises InvalidRequest: for what the server cannot read.
-    """
+    """The input stream of a request, which raises BodyTooLarge after ``limit`` bytes."""
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         self._stream = stream
         self._limit = limit
-        self.arrived = 0
-        """How many bytes were read."""
+        self.arrived = 0  # Bytes read so far.
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = _piece_of(self._stream, len(buffer))
+        try:
+            piece = self._stream.read(len(buffer))
+        except (HTTPException, RequestRefused):
+            raise
+        except Exception as error:
+            # Servers raise their own errors: gunicorn's InvalidChunkSize is not an OSError.
+            raise InvalidRequest(
+                f"The body cannot be read ({type(error).__name__}). Send it again."
+            ) from error
         self.arrived += len(piece)
-        _check_size(self.arrived, self._limit)
+        if self.arrived > self._limit:
+            raise BodyTooLarge(
+                f"The body exceeds the limit of {self._limit} bytes (ASYNCROUTE_MAX_BODY)."
+            )
         buffer[: len(piece)] = piece
         return len(piece)
 
 
-def _piece_of(stream: IO[bytes], size: int) -> bytes:
-    """Read on. Servers raise errors of their own for what they cannot read: gunicorn's InvalidChunkSize is no OSError."""
-    try:
-        return stream.read(size)
-    except (HTTPException, RequestRefused):
-        raise
-    except Exception as error:
-        raise InvalidRequest(f"The body cannot be read ({type(error).__name__}). Send it again.") from error
-
-
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        raise BodyTooLarge(f"The body is larger than the {limit} bytes that are taken (ASYNCROUTE_MAX_BODY).")
-
-
 def check_announced(announced: int | None, limit: int) -> None:
-    """Refuse a body by its Content-Length.
-
-    :raises BodyTooLarge: over ``limit``.
-    """
+    """Raise BodyTooLarge if the Content-Length exceeds ``limit``."""
     if announced is not None and announced > limit:
-        raise BodyTooLarge(f"The body has {announced} bytes; at most {limit} are taken (ASYNCROUTE_MAX_BODY).")
+        raise BodyTooLarge(
+            f"The body has {announced} bytes; the limit is {limit} (ASYNCROUTE_MAX_BODY)."
+        )
 
 
 def check_complete(arrived: int, announced: int | None) -> None:
-    """Refuse a body that is shorter than its Content-Length.
-
-    :raises InvalidRequest: then.
-    """
+    """Raise InvalidRequest if a body is shorter than its Content-Length."""
     if announced is not None and arrived < announced:
-        raise InvalidRequest(f"The body was cut short: {arrived} of {announced} bytes arrived. Send it again.")
+        raise InvalidRequest(
+            f"The body is incomplete: {arrived} of {announced} bytes arrived. Send it again."
+        )
 
 
-def form_body(mimetype: str, form: MultiDict[str, str], files: MultiDict[str, FileStorage]) -> tuple[str, Body]:
-    """Write a form that was parsed already as a request body again; return its Content-Type and the body.
-
-    Fields keep their order, files come after them. Files are copied in pieces and rewound.
-    """
+def form_body(
+    mimetype: str, form: MultiDict[str, str], files: MultiDict[str, FileStorage]
+) -> tuple[str, Body]:
+    """Encode a parsed form as a request body, fields first; return Content-Type and body."""
     if mimetype != "multipart/form-data":
-        pairs = [(name, value) for name, value in form.items(multi=True)]
-        return mimetype, Body([urlencode(pairs).encode("ascii")])
+        return mimetype, Body([urlencode(list(form.items(multi=True))).encode("ascii")])
     body = Body()
-    # Random: a value that held a known one could end its part and add others.
+    # Use a random boundary, so that no value can contain it and add parts.
     boundary = secrets.token_hex(20)
     for name, value in form.items(multi=True):
         body.write(_part(boundary, {"Content-Disposition": "form-data" + _parameter("name", name)}))
         body.write(value.encode("utf-8", "surrogatepass") + b"\r\n")
     for name, file in files.items(multi=True):
-        disposition = "form-data" + _parameter("name", name) + _parameter("filename", file.filename or "")
-        headers = {key: value for key, value in file.headers if key.lower() != "content-disposition"}
-        body.write(_part(boundary, {"Content-Disposition": disposition, **headers}))
+        parameters = _parameter("name", name) + _parameter("filename", file.filename or "")
+        headers = {
+            key: value for key, value in file.headers if key.lower() != "content-disposition"
+        }
+        body.write(_part(boundary, {"Content-Disposition": "form-data" + parameters, **headers}))
         file.stream.seek(0)
         while piece := file.stream.read(CHUNK):
             body.write(piece)
@@ -202,8 +174,10 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
 
 
 def _parameter(key: str, text: str | None) -> str:
-    """Return a parameter of a Content-Disposition, quoted as browsers do (WHATWG HTML, "multipart/form-data"); what that
-    cannot hold unchanged goes by RFC 2231, which several Werkzeug take the outer quotation marks from.
+    """Return a parameter of a Content-Disposition header, quoted as browsers do (WHATWG HTML).
+
+    Only text that this quoting would change is encoded as in RFC 2231, because several versions of
+    Werkzeug strip outer quotation marks from RFC 2231 values.
     """
     if text is None:
         return ""
@@ -211,8 +185,3 @@ def _parameter(key: str, text: str | None) -> str:
         return f"; {key}*=UTF-8''{quote(text, safe='', errors='surrogatepass')}"
     escaped = text.replace("\\", "\\\\").replace('"', "%22")
     return f'; {key}="{escaped}"'
-
-
-def empty() -> IO[bytes]:
-    """Return the input of a request without a body."""
-    return io.BytesIO()

@@ -1,28 +1,24 @@
-"""What users of the package need in their own tests: routes that run inside the request, and a current task without one."""
+"""Helpers for the tests of an app: run tasks inside requests, and create a fake current task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any
 
+from flask import Flask, Request, request, request_started
 from flask.json.provider import DefaultJSONProvider
 
-from .context import running
-from .current import CurrentTask
-from .execution import Execution
+from .current_task import CurrentTask, running
+from .executors.execution import Execution
 from .runtime import runtime_of
-
-if TYPE_CHECKING:
-    from flask import Flask
 
 
 class inline:  # noqa: N801
-    """Have every route of ``app`` run inside the request that starts it, on ``memory://``.
+    """Run each task of ``app`` inside the request that starts it, with the store ``memory://``.
 
-    Call it before the first request of the app, for good; or use it as a context manager, whose tasks are gone at its end.
-    The start still answers 202, and the State in it is terminal.
+    Call it once before the app's first request, or use it as a context manager, which deletes its
+    tasks at the end. The response status is still 202, but the task is finished.
     """
 
     def __init__(self, app: Flask) -> None:
@@ -33,27 +29,36 @@ class inline:  # noqa: N801
     def __enter__(self) -> inline:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._runtime.reset(is_inline=self._before)
 
 
 @contextmanager
-def fake_task(task_id: str = "fake", user: str | None = None, timeout: float | None = None) -> Iterator[CurrentTask]:
-    """Make a :data:`~flask_asyncroute.current_task` for the block, so that a plain view can be called in a unit test.
+def fake_task(
+    task_id: str = "fake", user: str | None = None, timeout: float | None = None
+) -> Iterator[CurrentTask]:
+    """Create a fake :data:`~flask_asyncroute.current_task`, to call a view in a unit test.
 
-    Progress is kept and can be read from it; nothing is stored, and events go nowhere.
+    Inside, calling an async route calls its view directly, except in requests of a test client.
+    Progress can be read from the task; events are dropped, and nothing is stored.
 
-    :param timeout: seconds that `remaining()` counts down from; None: no limit.
+    :param timeout: the timeout in seconds; None: no timeout.
     """
 
     def wake() -> None:
-        execution.take_events()  # so that it never waits for room
+        execution.take_events()  # take the events at once, so that send_event() never waits
 
     execution = Execution(task_id, wake=wake)
     execution.begin(user, 1, timeout)
-    with running(execution, DefaultJSONProvider.default) as task:
+    dispatched: set[Request] = set()
+
+    def note(app: Flask, **extra: Any) -> None:
+        dispatched.add(request._get_current_object())  # type: ignore[attr-defined]
+
+    with (
+        request_started.connected_to(note),
+        running(execution, DefaultJSONProvider.default, dispatched) as task,
+    ):
         yield task
 
 

@@ -1,12 +1,13 @@
-"""What is public is described: every name, option, key, signal, error, endpoint and `make` target stands in the reference.
+"""The reference names every public name, option, key, signal, error, endpoint and `make` target.
 
-A page of ``docs/reference/`` or the README has to name it; whether it does so well is for people to see. And the Python
-in all pages runs.
+Each must occur in a page of ``docs/reference/`` or in the README. The Python blocks of all pages
+are run, and the test functions in them.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -17,25 +18,33 @@ import pytest
 from flask import Flask
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^( *)\.\. code-block:: python\n(?:\1 +:.*\n)*\n((?:\1 +\S.*\n|[ \t]*\n)+)", re.MULTILINE)
-NOT_OURS = ("flask_executor", "flask_login", "flask_wtf", "sseclient")
-"""What blocks import to show how it goes together; they run where it is installed."""
+BLOCK = re.compile(
+    r"^( *)\.\. code-block:: python\n(?:\1 +:.*\n)*\n((?:\1 +\S.*\n|[ \t]*\n)+)", re.MULTILINE
+)
+NOT_OURS = (
+    "apiflask", "flask_babel", "flask_caching", "flask_cors", "flask_executor", "flask_httpauth",
+    "flask_jwt_extended", "flask_limiter", "flask_login", "flask_restx", "flask_smorest",
+    "flask_wtf", "opentelemetry", "sentry_sdk", "sseclient",
+)  # fmt: skip
+"""Other packages that blocks import. These blocks run if the package is installed."""
 
 
 def part(name: str) -> Any:
-    """Return a module of the package; inside a test, so that one that cannot be imported fails that test alone."""
+    """Return a module of the package. Called in a test, so that an import error fails only that
+    test.
+    """
     return importlib.import_module(f"flask_asyncroute{name}")
 
 
-def pages(*places: str) -> str:
-    found = [path for place in places for path in sorted(ROOT.glob(place))]
+def pages(*patterns: str) -> str:
+    found = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     return "\n".join(path.read_text("utf-8") for path in found)
 
 
 def missing(names: Iterable[str], text: str) -> list[str]:
-    """Return those of ``names`` that do not stand in ``text`` as a word of their own."""
+    """Return those of ``names`` that do not occur in ``text`` as whole words."""
     names = sorted(set(names))
-    assert names, "nothing to look for"
+    assert names, "no names to look for"
     return [name for name in names if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
 
 
@@ -60,7 +69,22 @@ def test_configuration_keys() -> None:
 
 
 def test_signals() -> None:
-    assert missing((signal.name.replace("-", "_") for signal in part(".signals").FACTS), reference()) == []
+    assert (
+        missing((signal.name.replace("-", "_") for signal in part(".signals").FACTS), reference())
+        == []
+    )
+
+
+def test_errors_that_are_named_can_be_imported_from_the_package() -> None:
+    package = part("")
+    named = re.findall(r"\b[A-Z][A-Za-z]+\b", pages("docs/**/*.rst", "README.rst"))
+    for value in map(package.__dict__.get, package.__all__):
+        for member in (value, *vars(value).values()) if isinstance(value, type) else (value,):
+            named += re.findall(r":raises (\w+):", getattr(member, "__doc__", None) or "")
+    errors = {kind.__name__ for kind in kinds_of(package.AsyncRouteError)} | {"TaskAborted"}
+    found = errors & set(named)
+    assert len(found) >= 10
+    assert found - set(package.__all__) == set()
 
 
 def test_errors() -> None:
@@ -72,14 +96,21 @@ def test_endpoints() -> None:
     app = Flask(__name__)
     app.config["ASYNCROUTE_STORE"] = "memory://"
     blueprint = part("").AsyncRoute(app).blueprint
-    endpoints = [rule.endpoint for rule in app.url_map.iter_rules() if rule.endpoint.startswith(f"{blueprint.name}.")]
+    endpoints = [
+        rule.endpoint
+        for rule in app.url_map.iter_rules()
+        if rule.endpoint.startswith(f"{blueprint.name}.")
+    ]
     assert missing(endpoints, reference()) == []
 
 
 def test_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = re.findall(r"^(\w+):.*##", makefile, re.MULTILINE)
-    assert missing((f"make {target}" for target in targets), pages("docs/**/*.rst", "README.rst")) == []
+    assert (
+        missing((f"make {target}" for target in targets), pages("docs/**/*.rst", "README.rst"))
+        == []
+    )
 
 
 def test_options() -> None:
@@ -88,8 +119,8 @@ def test_options() -> None:
 
 
 def test_fields() -> None:
-    assert missing(part(".query.fields").FIELDS, pages("docs/reference/http.rst")) == []
-    assert missing(part(".query.fields").Operator, pages("docs/reference/http.rst")) == []
+    assert missing(part(".query.model").FIELDS, pages("docs/reference/http.rst")) == []
+    assert missing(part(".query.model").Operator, pages("docs/reference/http.rst")) == []
 
 
 def test_fields_of_the_task() -> None:
@@ -102,18 +133,22 @@ def test_fields_of_the_task() -> None:
 
 
 def test_log_messages() -> None:
-    source = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "flask_asyncroute").rglob("*.py")))
+    source = "\n".join(
+        path.read_text("utf-8") for path in sorted((ROOT / "flask_asyncroute").rglob("*.py"))
+    )
     messages = re.findall(r"""logger\.(?:info|warning|error|exception)\(\s*"([^"]+)""", source)
-    page = re.sub(r"\s+", " ", pages("docs/howto/deployment.rst"))
-    told = [re.split(r"%[sr]", message)[0].split(",")[0].rstrip(" .:(;") for message in messages]
-    assert len(told) >= 10
-    assert [message for message in told if message not in page] == []
+    page = re.sub(r"\s+", " ", pages("docs/reference/log-messages.rst"))
+    beginnings = [
+        re.split(r"%[\d.]*[a-z]", message)[0].split(",")[0].rstrip(" .:(;") for message in messages
+    ]
+    assert len(beginnings) >= 10
+    assert [message for message in beginnings if message not in page] == []
 
 
 def blocks() -> Iterator[Any]:
-    """Yield each Python block of the pages, and the first line of it in its page."""
-    for place in ("README.rst", "docs/**/*.rst"):
-        for path in sorted(ROOT.glob(place)):
+    """Yield each Python block of the pages, with its page and first line."""
+    for pattern in ("README.rst", "docs/**/*.rst"):
+        for path in sorted(ROOT.glob(pattern)):
             text = path.read_text("utf-8")
             for found in BLOCK.finditer(text):
                 line = text.count("\n", 0, found.start(2)) + 1
@@ -127,10 +162,12 @@ def test_blocks_are_found() -> None:
 
 
 @pytest.mark.parametrize(("source", "name"), list(blocks()))
-def test_python_in_the_pages_runs(source: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_in_the_pages_runs(
+    source: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = compile(source, name, "exec")
     if not re.search(r"^(import|from) ", source, re.MULTILINE):
-        return  # a part of something, shown for itself
+        return  # an excerpt that does not run alone
     for module in NOT_OURS:
         if re.search(rf"^(import|from) {module}\b", source, re.MULTILINE):
             pytest.importorskip(module)
@@ -138,8 +175,17 @@ def test_python_in_the_pages_runs(source: str, name: str, tmp_path: Path, monkey
     names: dict[str, Any] = {"__name__": "documented"}
     try:
         exec(code, names)
+        for value in list(names.values()):
+            # A function with parameters needs pytest's fixtures.
+            if inspect.isfunction(value) and value.__name__.startswith("test_"):
+                if not inspect.signature(value).parameters:
+                    value()
     finally:
-        apps = [value for value in names.values() if isinstance(value, Flask) and "asyncroute" in value.extensions]
+        apps = [
+            value
+            for value in names.values()
+            if isinstance(value, Flask) and "asyncroute" in value.extensions
+        ]
         for app in apps:
             runtime = part(".runtime").runtime_of(app)
             runtime.prepare()

@@ -1,4 +1,6 @@
-"""The example application: each of its parts, and its answers; its commands are run in live/test_commands.py."""
+"""The example application: its parts and responses. Its commands are tested in
+live/test_commands.py.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,23 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from example_app import create_app, csv_summary, people, primes, server, sleepers, table, tour, trials
+from example_app import (
+    create_app,
+    csv_summary,
+    people,
+    primes,
+    server,
+    sleepers,
+    table,
+    tour,
+    trials,
+)
 from example_app.column import Column
 from example_app.extension import async_routes
 from example_app.secret import secret_key
 from flask_asyncroute import TaskAborted, testing
 from flask_asyncroute.runtime import runtime_of
-from tests.flow.streaming import messages
+from tests.support.event_streams import messages
 
 PLANETS = Path(__file__).parent.parent / "example_app" / "static" / "planets.csv"
 
@@ -43,7 +55,7 @@ def client(app: Flask) -> FlaskClient:
 
 @pytest.fixture
 def finished(app: Flask, client: FlaskClient) -> Callable[..., dict[str, Any]]:
-    """Give ``finished(response)``: the task that a start answered with, once it has ended."""
+    """Return ``finished(response)``, which waits for the started task and returns it."""
 
     def wait(response: Any) -> dict[str, Any]:
         assert response.status_code == 202, response.text
@@ -54,7 +66,7 @@ def finished(app: Flask, client: FlaskClient) -> Callable[..., dict[str, Any]]:
 
 
 def json_of(response: Any) -> Any:
-    """Return what an answer holds; mypy takes ``response.json`` for what may be None."""
+    """Return the JSON of a response, without the None in its type."""
     return response.json
 
 
@@ -62,19 +74,21 @@ def json_of(response: Any) -> Any:
 
 
 @pytest.mark.parametrize("view", [sleepers.async_param, sleepers.auth_async_param])
-def test_views_answer_with_their_arguments(view: Callable[..., Any]) -> None:
+def test_views_return_their_message(view: Callable[..., Any]) -> None:
     with testing.fake_task():
         assert inspect.unwrap(view)(sleep_time=0, message="Hi") == {"InnerValue": "Hi"}
 
 
-def test_async_using_is_stopped(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+def test_async_using_can_be_stopped(
+    client: FlaskClient, finished: Callable[..., dict[str, Any]]
+) -> None:
     start = client.put("/asyncUsing")
     stopped = client.delete(start.headers["Location"])
     assert (stopped.status_code, json_of(stopped)["State"]) == (200, "Aborted")
     assert finished(start)["Error"] == "Aborted by the user"
 
 
-def test_async_state_answers_with_the_shared_state(
+def test_async_state_returns_the_shared_state(
     app: Flask, client: FlaskClient, finished: Callable[..., dict[str, Any]]
 ) -> None:
     with app.app_context():
@@ -86,7 +100,10 @@ def test_async_state_answers_with_the_shared_state(
 
 
 def test_state_starts_from_its_default(client: FlaskClient) -> None:
-    assert client.put("/state", data={"message": "new"}).json == {**sleepers.DEFAULT_STATE, "message": "new"}
+    assert client.put("/state", data={"message": "new"}).json == {
+        **sleepers.DEFAULT_STATE,
+        "message": "new",
+    }
 
 
 @pytest.mark.parametrize("message", ["", "x" * 201])
@@ -111,10 +128,14 @@ def test_primes_over_http(client: FlaskClient, finished: Callable[..., dict[str,
     task = finished(client.post("/primes/1000"))
     assert task["Result"] == {"limit": 1000, "count": 168, "largest": 997}
     assert task["Progress"] == 100
-    assert finished(client.post("/primes/1000000001"))["Error"].startswith("400 Bad Request: The limit")
+    assert finished(client.post("/primes/1000000001"))["Error"].startswith(
+        "400 Bad Request: The limit"
+    )
 
 
-def test_primes_can_be_stopped(app: Flask, client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+def test_primes_can_be_stopped(
+    app: Flask, client: FlaskClient, finished: Callable[..., dict[str, Any]]
+) -> None:
     start = client.post("/primes/1000000000")
     assert json_of(client.delete(start.headers["Location"]))["State"] == "Aborted"
     assert finished(start)["Error"] == "Aborted by the user"
@@ -129,7 +150,7 @@ def brief_tour(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("brief_tour")
-def test_a_tour_is_followed_by_its_events(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+def test_the_events_of_a_tour(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
     start = client.post("/tour", data={"traveller": "<b>Ada</b>"})
     assert finished(start)["State"] == "Completed"
     stream = client.get(json_of(start)["Sse"]["Url"])
@@ -145,17 +166,23 @@ def test_a_tour_is_followed_by_its_events(client: FlaskClient, finished: Callabl
     assert found[-1].data["Result"] == {"traveller": "<b>Ada</b>", "visited": 8, "last": "Neptune"}
 
 
-def test_a_tour_can_be_stopped(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+def test_a_tour_can_be_stopped(
+    client: FlaskClient, finished: Callable[..., dict[str, Any]]
+) -> None:
     start = client.post("/tour")
     assert json_of(client.delete(start.headers["Location"]))["State"] == "Aborted"
     assert finished(start)["Error"] == "Aborted by the user"
 
 
-def test_a_tour_of_a_long_name(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
-    assert finished(client.post("/tour", data={"traveller": "x" * 41}))["Error"].startswith("400 Bad Request: A trav")
+def test_a_long_traveller_name_is_refused(
+    client: FlaskClient, finished: Callable[..., dict[str, Any]]
+) -> None:
+    assert finished(client.post("/tour", data={"traveller": "x" * 41}))["Error"].startswith(
+        "400 Bad Request: The trav"
+    )
 
 
-def test_the_live_page_loads_nothing_but_its_own(client: FlaskClient) -> None:
+def test_the_live_page_loads_only_its_own_resources(client: FlaskClient) -> None:
     answer = client.get("/live")
     policy = answer.headers["Content-Security-Policy"]
     assert "script-src 'self'; connect-src 'self';" in policy and "unsafe" not in policy
@@ -165,17 +192,19 @@ def test_the_live_page_loads_nothing_but_its_own(client: FlaskClient) -> None:
     assert 'href="/live"' in client.get("/").text
 
 
-def test_the_script_writes_text_and_no_html(client: FlaskClient) -> None:
+def test_the_script_inserts_text_only(client: FlaskClient) -> None:
     with client.get("/static/live.js") as answer:
         script = answer.text
     assert "textContent" in script
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", script)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", script
+    )
     page = client.get("/live").text
-    wanted = set(re.findall(r'part\("(\w+)"\)', script))
-    assert wanted <= set(re.findall(r'\sid="(\w+)"', page))
+    ids_in_script = set(re.findall(r'part\("(\w+)"\)', script))
+    assert ids_in_script <= set(re.findall(r'\sid="(\w+)"', page))
 
 
-def test_the_live_page_under_a_path(client: FlaskClient) -> None:
+def test_the_live_page_under_a_path_prefix(client: FlaskClient) -> None:
     page = client.get("/live", environ_overrides={"SCRIPT_NAME": "/demo"}).text
     assert 'action="/demo/tour"' in page and 'src="/demo/static/live.js"' in page
     start = client.post("/tour", environ_overrides={"SCRIPT_NAME": "/demo"})
@@ -184,7 +213,7 @@ def test_the_live_page_under_a_path(client: FlaskClient) -> None:
     client.delete(start.headers["Location"].removeprefix("/demo"))
 
 
-def test_a_worker_of_gunicorn_begins_at_once(app: Flask) -> None:
+def test_a_gunicorn_worker_starts_the_runner(app: Flask) -> None:
     class Worker:
         wsgi = app
 
@@ -200,10 +229,16 @@ def summary_of(data: bytes) -> dict[str, Any]:
         return csv_summary.summarise(io.BytesIO(data))
 
 
-def test_csv_summary_of_a_real_table(client: FlaskClient, finished: Callable[..., dict[str, Any]]) -> None:
+def test_csv_summary_of_a_real_table(
+    client: FlaskClient, finished: Callable[..., dict[str, Any]]
+) -> None:
     with PLANETS.open("rb") as file:
         task = finished(client.post("/csv-summary", data={"file": (file, "planets.csv")}))
-    assert (task["State"], task["Progress"], task["ProgressMessage"]) == ("Completed", 100, "8 rows")
+    assert (task["State"], task["Progress"], task["ProgressMessage"]) == (
+        "Completed",
+        100,
+        "8 rows",
+    )
     columns = {column["name"]: column for column in task["Result"]["columns"]}
     with PLANETS.open(newline="", encoding="utf-8") as file:
         radii = [float(row["radius_km"]) for row in csv.DictReader(file)]
@@ -236,14 +271,14 @@ def test_csv_summary_of_a_real_table(client: FlaskClient, finished: Callable[...
         (["", "NA", "null", "NaN"], "empty"),
     ],
 )
-def test_kind_of_a_column(values: list[str], kind: str) -> None:
+def test_type_of_a_column(values: list[str], kind: str) -> None:
     column = Column("x", 10)
     for value in values:
         column.add(value)
     assert column.summary()["type"] == kind
 
 
-def test_a_column_counts_so_many_values_and_no_more() -> None:
+def test_a_column_counts_a_limited_number_of_distinct_values() -> None:
     column = Column("x", 2)
     for value in ["a", "b", "c", "a", "d"]:
         column.add(value)
@@ -252,7 +287,7 @@ def test_a_column_counts_so_many_values_and_no_more() -> None:
     assert summary["top"] == [{"value": "a", "count": 2}, {"value": "b", "count": 1}]
 
 
-def test_a_column_says_where_it_has_cut_values() -> None:
+def test_distinct_is_not_exact_if_values_were_cut() -> None:
     column = Column("x", 10)
     for number in range(3):
         column.add("x" * 100 + str(number))
@@ -285,13 +320,21 @@ def test_delimiters_and_line_ends(delimiter: str, end: str) -> None:
     text = end.join(delimiter.join(fields) for fields in lines) + end
     summary = summary_of(text.encode())
     assert (summary["rows"], summary["delimiter"]) == (3, delimiter)
-    assert {top["value"] for top in summary["columns"][1]["top"]} == {"one, two; three | four", 'a "b" c'}
+    assert {top["value"] for top in summary["columns"][1]["top"]} == {
+        "one, two; three | four",
+        'a "b" c',
+    }
 
 
-def test_shapes_that_are_let_pass() -> None:
+def test_irregular_headers_and_short_rows_are_accepted() -> None:
     summary = summary_of(b"\na,a,,b\n1,2,3,4,,\n\n5\n")
     assert [column["name"] for column in summary["columns"]] == ["a", "a (2)", "column 3", "b"]
-    assert [(column["count"], column["missing"]) for column in summary["columns"]] == [(2, 0), (1, 1), (1, 1), (1, 1)]
+    assert [(column["count"], column["missing"]) for column in summary["columns"]] == [
+        (2, 0),
+        (1, 1),
+        (1, 1),
+        (1, 1),
+    ]
     assert summary_of(b"one column\n1\n2\n")["columns"][0]["mean"] == 1.5
     assert summary_of(b"a,b\n")["rows"] == 0
 
@@ -300,9 +343,9 @@ def test_shapes_that_are_let_pass() -> None:
     ("data", "message"),
     [
         (b"", "The file is empty"),
-        (b"\n \n", "no first row"),
+        (b"\n \n", "no header"),
         (b"PK\x03\x04\x00\x00", "NUL bytes"),
-        ("a,b\n1,\x002\n".encode("utf-16"), "Line 2 holds a NUL"),
+        ("a,b\n1,\x002\n".encode("utf-16"), "Line 2 contains a NUL"),
         (b"<!doctype html><p>Hi, there\n", "looks like HTML"),
         (b'{"a": 1, "b": 2}', "JSON"),
         (b"a,b\n1,2\n1,2,3\n", "Line 3 has 3 fields"),
@@ -315,7 +358,7 @@ def test_shapes_that_are_let_pass() -> None:
         (b"\xff\xfea", "Save the file as UTF-8"),
     ],
 )
-def test_what_is_no_csv(data: bytes, message: str) -> None:
+def test_invalid_csv_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(table.NotATable, match=re.escape(message)):
         summary_of(data)
 
@@ -325,17 +368,19 @@ def test_errors_of_an_upload(client: FlaskClient, finished: Callable[..., dict[s
     assert finished(start)["Error"].startswith("422 Unprocessable ")
     assert "Line 2 has 3 fields" in json_of(client.get(start.headers["Location"]))["Error"]
     assert client.get(start.headers["Location"] + "/result").status_code == 422
-    assert finished(client.post("/csv-summary"))["Error"].startswith("400 Bad Request: Send a CSV file")
+    assert finished(client.post("/csv-summary"))["Error"].startswith(
+        "400 Bad Request: Send a CSV file"
+    )
 
 
 @pytest.mark.parametrize("text", ['\n"', ',"', "\n'a\"", ",'b"])
-def test_a_hostile_file_does_not_hold_the_delimiter_up(text: str) -> None:
+def test_the_delimiter_of_a_hostile_file_is_found_quickly(text: str) -> None:
     began = os.times().user
     table.find_delimiter((text * table.SAMPLE)[: table.SAMPLE])
     assert os.times().user - began < 2
 
 
-def test_a_large_file_is_never_whole_in_memory(tmp_path: Path) -> None:
+def test_a_large_file_is_not_loaded_into_memory(tmp_path: Path) -> None:
     path = tmp_path / "large.csv"
     with path.open("w") as file:
         file.write("number,text\n")
@@ -352,7 +397,7 @@ def test_a_large_file_is_never_whole_in_memory(tmp_path: Path) -> None:
     assert peak < 4_000_000
 
 
-def test_a_summary_can_be_stopped_and_tells_its_progress() -> None:
+def test_a_summary_can_be_stopped() -> None:
     data = b"a\n" + b"1\n" * 5_000
     with testing.fake_task() as task:
         task._execution.ask_to_stop()
@@ -363,9 +408,11 @@ def test_a_summary_can_be_stopped_and_tells_its_progress() -> None:
 # People and permission
 
 
-def test_signing_in_and_out(client: FlaskClient) -> None:
+def test_sign_in_and_sign_out(client: FlaskClient) -> None:
     assert "Not signed in" in client.get("/").text
-    answer = client.post("/sign-in", data={"name": "alice", "password": "alice"}, follow_redirects=True)
+    answer = client.post(
+        "/sign-in", data={"name": "alice", "password": "alice"}, follow_redirects=True
+    )
     assert "Signed in as <strong>alice</strong>" in answer.text
     cookie = client.get_cookie("session")
     assert cookie is not None and cookie.http_only and cookie.same_site == "Lax"
@@ -375,43 +422,54 @@ def test_signing_in_and_out(client: FlaskClient) -> None:
     assert client.put("/auth/asyncUsing").status_code == 401
 
 
-@pytest.mark.parametrize(("name", "password"), [("alice", "bob"), ("nobody", "alice"), ("", ""), ("alice", "")])
-def test_a_wrong_password(client: FlaskClient, name: str, password: str) -> None:
-    answer = client.post("/sign-in", data={"name": name, "password": password}, follow_redirects=True)
-    assert "do not go together" in answer.text and "Not signed in" in answer.text
+@pytest.mark.parametrize(
+    ("name", "password"), [("alice", "bob"), ("nobody", "alice"), ("", ""), ("alice", "")]
+)
+def test_a_wrong_password_is_refused(client: FlaskClient, name: str, password: str) -> None:
+    answer = client.post(
+        "/sign-in", data={"name": name, "password": password}, follow_redirects=True
+    )
+    assert "password is wrong" in answer.text and "Not signed in" in answer.text
     basic = client.get("/tasks", auth=(name, password))
     assert basic.status_code == 401
     assert basic.headers["WWW-Authenticate"].lower().startswith("basic ")
 
 
-def test_a_person_who_is_gone_is_signed_out(client: FlaskClient) -> None:
+def test_an_unknown_person_in_the_session_is_signed_out(client: FlaskClient) -> None:
     with client.session_transaction() as session:
         session["person"] = "dave"
     assert "Not signed in" in client.get("/").text
 
 
 def test_each_demo_password_is_the_name() -> None:
-    assert [people.authenticate(name, name) for name in people.PEOPLE] == list(people.PEOPLE.values())
+    assert [people.authenticate(name, name) for name in people.PEOPLE] == list(
+        people.PEOPLE.values()
+    )
 
 
 def statuses(client: FlaskClient, method: str, path: str) -> dict[str, int]:
-    """Return what each of the three is answered."""
-    return {name: client.open(path, method=method, auth=(name, name)).status_code for name in ("bob", "carol", "alice")}
+    """Return the status that each of three people gets."""
+    return {
+        name: client.open(path, method=method, auth=(name, name)).status_code
+        for name in ("bob", "carol", "alice")
+    }
 
 
 def test_permissions(client: FlaskClient) -> None:
-    place = client.put("/auth/asyncUsing", auth=("alice", "alice")).headers["Location"]
-    assert statuses(client, "GET", place) == {"bob": 200, "carol": 404, "alice": 200}
-    assert statuses(client, "DELETE", place) == {"bob": 403, "carol": 404, "alice": 200}
-    place = client.put("/auth/asyncState", auth=("alice", "alice")).headers["Location"]
-    assert client.delete(place, auth=("bob", "bob")).status_code == 200
-    place = client.put("/auth/asyncParam?reader=carol&reader=&reader=dave", auth=("alice", "alice")).headers["Location"]
-    assert statuses(client, "GET", place) == {"bob": 404, "carol": 200, "alice": 200}
-    assert client.delete(place, auth=("alice", "alice")).status_code == 200
+    url = client.put("/auth/asyncUsing", auth=("alice", "alice")).headers["Location"]
+    assert statuses(client, "GET", url) == {"bob": 200, "carol": 404, "alice": 200}
+    assert statuses(client, "DELETE", url) == {"bob": 403, "carol": 404, "alice": 200}
+    url = client.put("/auth/asyncState", auth=("alice", "alice")).headers["Location"]
+    assert client.delete(url, auth=("bob", "bob")).status_code == 200
+    url = client.put(
+        "/auth/asyncParam?reader=carol&reader=&reader=dave", auth=("alice", "alice")
+    ).headers["Location"]
+    assert statuses(client, "GET", url) == {"bob": 404, "carol": 200, "alice": 200}
+    assert client.delete(url, auth=("alice", "alice")).status_code == 200
 
 
-def test_the_page_lists_what_the_visitor_may_see(client: FlaskClient) -> None:
-    places = {
+def test_the_page_lists_the_tasks_that_the_visitor_may_read(client: FlaskClient) -> None:
+    starts = {
         "anonymous": client.put("/asyncUsing"),
         "alice's": client.put("/auth/asyncUsing", auth=("alice", "alice")),
         "carol's": client.put("/auth/asyncUsing", auth=("carol", "carol")),
@@ -420,34 +478,42 @@ def test_the_page_lists_what_the_visitor_may_see(client: FlaskClient) -> None:
     def listed(auth: tuple[str, str] | None = None) -> set[str]:
         page = client.get("/", auth=auth).text
         by_query = {task["Id"] for task in json_of(client.get("/tasks", auth=auth))}
-        shown = {name for name, start in places.items() if f'href="{start.headers["Location"]}"' in page}
-        assert shown == {name for name, start in places.items() if json_of(start)["Id"] in by_query}
+        shown = {
+            name for name, start in starts.items() if f'href="{start.headers["Location"]}"' in page
+        }
+        assert shown == {name for name, start in starts.items() if json_of(start)["Id"] in by_query}
         return shown
 
     assert listed() == {"anonymous"}
     assert listed(("bob", "bob")) == {"anonymous", "alice's"} | {"carol's"}
     assert listed(("carol", "carol")) == {"anonymous", "carol's"}
     for person, name in (("alice", "alice's"), ("carol", "carol's")):
-        client.delete(places[name].headers["Location"], auth=(person, person))
-    client.delete(places["anonymous"].headers["Location"])
+        client.delete(starts[name].headers["Location"], auth=(person, person))
+    client.delete(starts["anonymous"].headers["Location"])
 
 
-# The page and what protects it
+# The page and its security headers
 
 
-def test_the_page_is_safe(client: FlaskClient) -> None:
+def test_the_page_has_security_headers(client: FlaskClient) -> None:
     answer = client.get("/")
     assert answer.headers["Cache-Control"] == "no-store"
     policy = answer.headers["Content-Security-Policy"]
-    assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert (
+        policy.startswith("default-src 'none';")
+        and "unsafe" not in policy
+        and "frame-ancestors 'none'" in policy
+    )
     assert not re.search(r"<script|<style|\sstyle=|\son\w+=|javascript:", answer.text)
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert "script" not in client.get("/tasks").headers["Content-Security-Policy"]
 
 
 @pytest.mark.parametrize("host", ["demo.example:8080", "localhost"])
-def test_commands_name_the_host_that_was_asked(client: FlaskClient, host: str) -> None:
-    assert f"curl -i -X PUT http://{host}/asyncParam" in client.get("/", headers={"Host": host}).text
+def test_commands_use_the_host_of_the_request(client: FlaskClient, host: str) -> None:
+    assert (
+        f"curl -i -X PUT http://{host}/asyncParam" in client.get("/", headers={"Host": host}).text
+    )
 
 
 def test_commands_are_quoted() -> None:
@@ -471,13 +537,15 @@ def test_commands_are_quoted() -> None:
         ({"Origin": "http://[x"}, 403),
     ],
 )
-def test_other_sites_start_nothing(client: FlaskClient, headers: dict[str, str], status: int) -> None:
+def test_cross_site_requests_are_refused(
+    client: FlaskClient, headers: dict[str, str], status: int
+) -> None:
     assert client.post("/primes/10", headers=headers).status_code == status
     assert client.post("/sign-in", headers=headers).status_code == (303 if status == 202 else 403)
     assert client.get("/", headers=headers).status_code == 200
 
 
-def test_the_secret_key_is_made_once(tmp_path: Path) -> None:
+def test_the_secret_key_is_created_once(tmp_path: Path) -> None:
     folder = tmp_path / "instance"
     keys: list[str] = []
     threads = [threading.Thread(target=lambda: keys.append(secret_key(folder))) for _ in range(16)]
@@ -494,5 +562,8 @@ def test_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASK_ASYNCROUTE_RETENTION", "60")
     monkeypatch.setenv("FLASK_SECRET_KEY", "from the environment")
     app = create_app({"ASYNCROUTE_STORE": "memory://"}, str(tmp_path))
-    assert (app.config["ASYNCROUTE_RETENTION"], app.config["SECRET_KEY"]) == (60, "from the environment")
+    assert (app.config["ASYNCROUTE_RETENTION"], app.config["SECRET_KEY"]) == (
+        60,
+        "from the environment",
+    )
     assert list(tmp_path.iterdir()) == []

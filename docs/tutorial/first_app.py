@@ -11,5 +11,5 @@ async_routes = AsyncRoute(app)
 @app.post("/reports/<int:year>")
 @async_routes.task()
 def report(year):
-    time.sleep(5)  # stands for work that takes long
+    time.sleep(5)  # simulates slow work
     return {"year": year, "sales": 12345}

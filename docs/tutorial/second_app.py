@@ -11,7 +11,7 @@ REGIONS = ("north", "south")
 
 
 def sales_of(year, month, region):
-    time.sleep(0.5)  # stands for work that takes long
+    time.sleep(0.5)  # simulates slow work
     return 1000 + month
 
 

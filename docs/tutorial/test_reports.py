@@ -17,14 +17,14 @@ def client():
         yield app.app.test_client()
 
 
-def test_over_http(client):
+def test_report_over_http(client):
     start = client.post("/reports/2026", data={"region": "south"})
     assert start.status_code == 202
     assert start.json["State"] == "Completed"
     assert start.json["Result"] == {"year": 2026, "region": "south", "sales": 12000}
 
 
-def test_the_view_alone():
+def test_report_function():
     with app.app.test_request_context(), testing.fake_task() as task:
         assert inspect.unwrap(app.report)(2026)["sales"] == 12000
         assert task.progress == 100

@@ -1,26 +1,26 @@
-// Starts a task and follows it with EventSource. What comes from the server is only ever written as text, never as HTML.
+// Starts a task and follows it with EventSource. Data from the server is always written as text, never as HTML.
 "use strict";
 
 const part = (id) => document.getElementById(id);
 let source = null;
-let place = null;
+let taskUrl = null;
 
 part("start").addEventListener("submit", (event) => {
   event.preventDefault();
-  start(new FormData(event.target)).catch(complain);
+  start(new FormData(event.target)).catch(showProblem);
 });
 
 part("stop").addEventListener("click", () => {
   part("stop").disabled = true;
-  // What becomes of it arrives as an event like all else.
-  ask(place, { method: "DELETE" }).catch(complain);
+  // The stream reports the result of the stop.
+  send(taskUrl, { method: "DELETE" }).catch(showProblem);
 });
 
 async function start(fields) {
   part("problem").hidden = true;
-  const answer = await ask(part("start").action, { method: "POST", body: fields });
-  const task = await answer.json();
-  place = answer.headers.get("Location");
+  const response = await send(part("start").action, { method: "POST", body: fields });
+  const task = await response.json();
+  taskUrl = response.headers.get("Location");
   part("messages").replaceChildren();
   part("outcome").hidden = true;
   part("task").hidden = false;
@@ -31,26 +31,26 @@ async function start(fields) {
 
 function follow(url) {
   if (source !== null) source.close();
-  const mine = source = new EventSource(url);
-  const hear = (name, then) => mine.addEventListener(name, (event) => then(JSON.parse(event.data)));
+  const stream = source = new EventSource(url);
+  const listen = (name, handle) => stream.addEventListener(name, (event) => handle(JSON.parse(event.data)));
 
-  hear("task.state", show);
-  hear("task.progress", showProgress);
-  hear("message", (data) => {
+  listen("task.state", show);
+  listen("task.progress", showProgress);
+  listen("message", (data) => {
     const line = document.createElement("li");
     line.textContent = data.text;
     part("messages").append(line);
   });
-  hear("task.completed", (task) => {
-    // Else the browser would ask again, and be told that there is no more (204).
-    mine.close();
+  listen("task.completed", (task) => {
+    // Otherwise the browser would reconnect and get status 204.
+    stream.close();
     show(task);
-    connection("The stream has ended with the task.");
+    showConnection("The stream has ended with the task.");
   });
-  mine.addEventListener("open", () => connection("Connected."));
-  mine.addEventListener("error", () => {
-    // A stream ends now and then; the browser comes back with the last id it has, and nothing is lost.
-    connection(mine.readyState === EventSource.CLOSED ? "The connection is lost; start again." : "Connecting again …");
+  stream.addEventListener("open", () => showConnection("Connected."));
+  stream.addEventListener("error", () => {
+    // Streams end at their maximum age. The browser reconnects with the last id, so no event is lost.
+    showConnection(stream.readyState === EventSource.CLOSED ? "The connection is lost. Start again." : "Reconnecting …");
   });
 }
 
@@ -73,18 +73,18 @@ function showProgress(task) {
   part("doing").textContent = task.ProgressMessage ?? "";
 }
 
-async function ask(url, options) {
-  const answer = await fetch(url, { ...options, headers: { Accept: "application/json" } });
-  if (answer.ok) return answer;
-  const problem = await answer.json().catch(() => ({}));
-  throw new Error(problem.detail ?? `The server answered ${answer.status}.`);
+async function send(url, options) {
+  const response = await fetch(url, { ...options, headers: { Accept: "application/json" } });
+  if (response.ok) return response;
+  const problem = await response.json().catch(() => ({}));
+  throw new Error(problem.detail ?? `The server responded with status ${response.status}.`);
 }
 
-function connection(text) {
+function showConnection(text) {
   part("connection").textContent = text;
 }
 
-function complain(error) {
+function showProblem(error) {
   part("problem").textContent = error.message;
   part("problem").hidden = false;
 }

@@ -1,23 +1,19 @@
-"""Values to bytes and back: JSON, XML and YAML.
-
-`worker` encodes what a view returned, `http` writes documents and reads request bodies. Pure: no Flask, no store, no
-clock. Nothing here ever guesses: what a format cannot hold is refused, or written so that it can be read back.
-"""
+"""Encode and decode values. A value that a format cannot hold is refused or encoded reversibly."""
 
 from .json import clean_text, decode_json, encode_json
-from .media_types import CONTENT_TYPES, MEDIA_TYPES
-from .results import encode_result, encode_value
+from .results import encode_result, encode_value, json_default
 from .xml import encode_xml
 from .yaml import encode_yaml
 
-__all__ = [
-    "CONTENT_TYPES",
-    "MEDIA_TYPES",
-    "clean_text",
-    "decode_json",
-    "encode_json",
-    "encode_result",
-    "encode_value",
-    "encode_xml",
-    "encode_yaml",
-]
+MEDIA_TYPES = ("application/json", "application/xml", "application/yaml")
+CONTENT_TYPES = {
+    "application/json": "application/json",
+    "application/xml": "application/xml; charset=utf-8",
+    "application/yaml": "application/yaml; charset=utf-8",
+    "application/problem+json": "application/problem+json",
+    "application/problem+xml": "application/problem+xml; charset=utf-8",
+}
+"""The ``Content-Type`` of each media type. JSON has no charset parameter: it is always UTF-8."""
+
+__all__ = ["CONTENT_TYPES", "MEDIA_TYPES", "clean_text", "decode_json", "encode_json"]
+__all__ += ["encode_result", "encode_value", "encode_xml", "encode_yaml", "json_default"]

@@ -1,15 +1,10 @@
-"""JSON documents out, request bodies in, and text that a store can hold.
-
-`http` calls it for every answer and every body of an operation. It never hands on a value that JSON, XML or a database
-cannot hold: a NaN, a NUL, half a surrogate pair, a name given twice.
-"""
+"""Encode JSON documents, decode request bodies, and clean text for the stores."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import msgspec
@@ -17,36 +12,28 @@ import msgspec
 from ..errors import InvalidQuery
 
 MAX_BODY_DEPTH = 64
-MAX_BODY_DIGITS = 300
-"""Of one whole number; a longer one could not even be compared with a float."""
+MAX_BODY_DIGITS = 300  # a longer integer cannot be compared with a float
 
-REPLACEMENT = "\ufffd"
-_UNFIT = re.compile("[\x00\ud800-\udfff]")
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
-"""Strings and brackets. A string without its end is taken up to the end of the input, so that no input is slow."""
+"""Matches strings and brackets. An unterminated string matches to the end, which avoids a slow
+search.
+"""
 
-_encode = msgspec.json.Encoder().encode
+encode_json = msgspec.json.Encoder().encode
+"""Encode a document that the package built as UTF-8 JSON; it may contain :class:`msgspec.Raw`.
 
-
-def encode_json(document: Any) -> bytes:
-    """Return a document as UTF-8 JSON. It may hold :class:`msgspec.Raw`: JSON that is encoded already.
-
-    For documents of our own, whose text has been through :func:`clean_text`; results of views go through
-    :func:`~flask_asyncroute.encoding.encode_result`.
-    """
-    return _encode(document)
+For results of views, use :func:`~flask_asyncroute.encoding.encode_result`.
+"""
 
 
 def clean_text(text: str, limit: int) -> str:
-    """Return text that every store and format can hold: NUL and lone surrogates become U+FFFD.
-
-    :param limit: characters kept; what is longer is cut.
-    """
-    return without_surrogates(text[:limit]).replace("\0", REPLACEMENT)
+    """Return the first ``limit`` characters; NUL and lone surrogates become U+FFFD."""
+    return without_surrogates(text[:limit]).replace("\0", "\ufffd")
 
 
 def without_surrogates(text: str) -> str:
-    """Return text that UTF-8 can hold: a surrogate pair becomes its character, a lone one U+FFFD."""
+    """Return valid Unicode: a surrogate pair becomes its character, a lone surrogate U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -55,96 +42,92 @@ def without_surrogates(text: str) -> str:
 
 
 def decode_json(data: bytes, what: str) -> Any:
-    """Return the JSON value of a request body, read strictly (RFC 8259, UTF-8, no name twice in one object).
+    """Decode a JSON request body strictly (RFC 8259, UTF-8, no duplicate names).
 
-    :param data: the body; its size has been limited before.
-    :param what: what the errors call it, as a noun at the start of a sentence: ``The query``.
-    :raises InvalidQuery: for anything that is not one JSON value, or holds what no task holds: nesting over 64 levels,
-        NUL and lone surrogates, numbers that are not finite or have over 300 digits. The detail names it.
+    :param data: the body, whose size the caller has checked.
+    :param what: the subject of error messages, such as ``The query``.
+    :raises InvalidQuery: for invalid JSON, nesting over 64 levels, NUL, lone surrogates, numbers
+        that are not finite, and integers of over 300 digits.
     """
-    text = _text_of(data, what)
-    if _is_deep(data):
-        raise InvalidQuery(f"{what} is nested more than {MAX_BODY_DEPTH} levels deep.")
+
+    def refused(problem: str) -> InvalidQuery:
+        return InvalidQuery(f"{what} {problem}.")
 
     def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = _first_repeated(name for name, _ in pairs)
-            raise InvalidQuery(f"{what} gives the name {_shown(twice)} twice in one object; give it once.")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise refused(f"has the name {_shown(name)} twice in one object; remove one")
+            found[name] = value
         return found
 
     def whole(digits: str) -> int:
-        if len(digits) > MAX_BODY_DIGITS:
-            raise InvalidQuery(f"{what} holds a number of {len(digits)} digits; at most {MAX_BODY_DIGITS} are read.")
+        size = len(digits)
+        if size > MAX_BODY_DIGITS:
+            raise refused(f"contains an integer of {size} digits; the limit is {MAX_BODY_DIGITS}")
         return int(digits)
 
     def real(digits: str) -> float:
         number = float(digits)
         if not math.isfinite(number):
-            raise InvalidQuery(f"{what} holds {_shown(digits)}, a number that is out of range.")
+            raise refused(f"contains {_shown(digits)}, which is out of range")
         return number
 
     def constant(name: str) -> NoReturn:
-        raise InvalidQuery(f"{what} holds {name}, which is not JSON.")
+        raise refused(f"contains {name}, which is not JSON")
 
+    def check(value: Any, path: str) -> None:
+        if isinstance(value, str) and _UNSTORABLE.search(value):
+            raise refused(f"contains a NUL or a lone surrogate in the string at {path}")
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                check(item, f"{path}[{index}]")
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                if _UNSTORABLE.search(name):
+                    found = f"a lone surrogate in the name {_shown(name)} at {path}"
+                    raise refused(f"contains a NUL or {found}")
+                check(item, f"{path}.{clean_text(name, 40)}")
+
+    if not data.strip():
+        raise refused("is empty; send a JSON value")
+    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise refused("begins with a byte order mark; send UTF-8 without one")
+    if 0 in data[:4]:
+        raise refused("is in UTF-16 or UTF-32; send it in UTF-8")
+    if is_deep(data):
+        raise refused(f"is nested more than {MAX_BODY_DEPTH} levels deep")
+    hooks: dict[str, Any] = {"parse_int": whole, "parse_float": real, "parse_constant": constant}
     try:
-        value = json.loads(text, object_pairs_hook=members, parse_int=whole, parse_float=real, parse_constant=constant)
+        value = json.loads(data.decode(), object_pairs_hook=members, **hooks)
+    except UnicodeDecodeError as error:
+        at = error.start
+        raise refused(f"is not UTF-8: byte 0x{data[at]:02x} at offset {at}") from None
     except json.JSONDecodeError as error:
-        raise InvalidQuery(f"{what} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from None
-    if b"\\u" in data:  # the only way in: a bare NUL is no JSON, a bare surrogate no UTF-8
-        _refuse_unfit(value, what, "$")
+        where = f"line {error.lineno}, column {error.colno}"
+        raise refused(f"is not JSON: {error.msg} at {where}") from None
+    if b"\\u" in data:  # JSON contains NUL and surrogates only as \u escapes
+        check(value, "$")
     return value
 
 
-def _text_of(data: bytes, what: str) -> str:
-    if not data.strip():
-        raise InvalidQuery(f"{what} is empty; send a JSON value.")
-    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise InvalidQuery(f"{what} begins with a byte order mark; send plain UTF-8 without one.")
-    if 0 in data[:4]:
-        raise InvalidQuery(f"{what} is in UTF-16 or UTF-32; send it in UTF-8.")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidQuery(f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}.") from None
+def is_deep(data: bytes, most: int = MAX_BODY_DEPTH) -> bool:
+    """Return whether JSON is nested more than ``most`` levels deep, without parsing it.
 
-
-def _is_deep(data: bytes) -> bool:
-    if data.count(b"[") + data.count(b"{") <= MAX_BODY_DEPTH:
+    The parser recurses in C. In a thread with a small stack (128 KiB on Alpine), deep nesting would
+    crash the process before Python raises RecursionError.
+    """
+    if data.count(b"[") + data.count(b"{") <= most:
         return False
     depth = 0
     for token in _TOKENS.finditer(data):
-        bracket = token[0]
-        if bracket in (b"[", b"{"):
+        if token[0] in (b"[", b"{"):
             depth += 1
-            if depth > MAX_BODY_DEPTH:
+            if depth > most:
                 return True
-        elif bracket in (b"]", b"}"):
+        elif token[0] in (b"]", b"}"):
             depth -= 1
     return False
-
-
-def _refuse_unfit(value: Any, what: str, path: str) -> None:
-    if isinstance(value, str):
-        if _UNFIT.search(value):
-            raise InvalidQuery(f"{what} holds a NUL or half a surrogate pair in the text at {path}.")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_unfit(item, what, f"{path}[{index}]")
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            if _UNFIT.search(name):
-                raise InvalidQuery(f"{what} holds a NUL or half a surrogate pair in the name {_shown(name)} at {path}.")
-            _refuse_unfit(item, what, f"{path}.{clean_text(name, 40)}")
-
-
-def _first_repeated(names: Iterable[str]) -> str:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    raise AssertionError("called without a repeated name")
 
 
 def _shown(text: str) -> str:

@@ -1,7 +1,4 @@
-"""Why a result cannot be stored: what was found, where, and what to return instead. `results` raises and reads these.
-
-A message names keys and types; it never holds a value or the repr of one.
-"""
+"""Explain why a result cannot be stored. Messages name keys and types, but never show values."""
 
 from __future__ import annotations
 
@@ -14,96 +11,105 @@ from werkzeug.local import LocalProxy
 
 _MAX_STEP, _MAX_PATH = 40, 240
 _RESPONSES = ("Response", "HTTPException")
+BELOW = "Put decorators that create responses above task()"
+"""Advice if a view returned a response, which a decorator below ``task()`` may have created."""
 
 
-class Unfit(Exception):
-    """Something that JSON does not hold. Each level that it passes on its way out adds its step of the path."""
+class NotStorable(Exception):
+    """A value has no JSON form. Each enclosing container adds a step to its path."""
 
-    def __init__(self, found: str, advice: str, *, is_placed: bool = True) -> None:
+    def __init__(self, found: str, advice: str, *, has_path: bool = True) -> None:
         super().__init__(found)
         self.found = found
         self.advice = advice
-        self.is_placed = is_placed
+        self.has_path = has_path
         self.steps: list[tuple[int, str]] = []
 
-    def passed(self, holder: object, step: str | int | None) -> None:
-        """Add one step to the path, innermost first: a key, an index, or None for a value that stood for another."""
+    def add_step(self, holder: object, step: str | int | None) -> None:
+        """Add a step to the path: a key, an index, or None after a conversion. Add inner steps
+        first.
+        """
         if isinstance(step, int):
             shown = f"[{step}]"
         elif step is None:
             shown = ""
-        elif len(step) > _MAX_STEP or not step.isidentifier():
-            shown = f"[{step[:_MAX_STEP]!r}{'…' if len(step) > _MAX_STEP else ''}]"
+        elif len(step) > _MAX_STEP:
+            shown = f"[{step[:_MAX_STEP]!r}…]"
         else:
-            shown = f".{step}"
+            shown = f".{step}" if step.isidentifier() else f"[{step!r}]"
         self.steps.append((id(holder), shown))
 
-    def told(self, where: str) -> str:
-        """Return the message. An object that was passed twice on the way in is a cycle, and is named as one.
-
-        :param where: how it begins, as in "The view returned".
+    def message(self, where: str) -> str:
+        """Return the message, which begins with ``where``. A container that occurs twice in the
+        path contains itself.
         """
-        if not self.is_placed:
-            return f"{where} {self.found}: {self.advice}."
-        steps = self.steps[::-1]
         found, advice = self.found, self.advice
-        first_seen: dict[int, int] = {}
-        for index, (holder, _) in enumerate(steps):
-            if first_seen.setdefault(holder, index) != index:
+        if not self.has_path:
+            return f"{where} {found}: {advice}."
+        path = ""
+        seen: set[int] = set()
+        for holder, shown in reversed(self.steps):
+            if holder in seen:
                 found, advice = "an object that contains itself", "return data without cycles"
-                steps = steps[:index]
                 break
-        path = "".join(shown for _, shown in steps)
+            seen.add(holder)
+            path += shown
         if len(path) > _MAX_PATH:
             path = f"{path[: _MAX_PATH // 2]}…{path[-_MAX_PATH // 2 :]}"
         return f"{where} {found} at ${path}: {advice}."
 
 
-def too_large(max_bytes: int, key: str | None) -> Unfit:
-    """Return the refusal of a value that is over the limit.
-
-    :param key: the configuration key that sets it; None where it is fixed.
-    """
-    found = f"more than {max_bytes:,} bytes" if key is None else f"more than {key} ({max_bytes:,} bytes) allows"
-    advice = "keep the data elsewhere, and here where that is"
-    return Unfit(
-        found,
-        advice if key is None else "return less, for example where the data is kept, or raise the limit",
-        is_placed=False,
-    )
+def too_large(max_bytes: int, key: str | None) -> NotStorable:
+    """Return the error for a large value; ``key`` is the configuration key of the limit."""
+    if key is None:
+        found = f"more than {max_bytes:,} bytes"
+        advice = "store the data elsewhere, and only its location here"
+    else:
+        found = f"more than {key} ({max_bytes:,} bytes) allows"
+        advice = "return less, for example the location of the data, or raise the limit"
+    return NotStorable(found, advice, has_path=False)
 
 
 def refuse(value: Any) -> None:
-    """Raise for what a provider or msgspec would take for data, and what deserves better advice than "not JSON"."""
-    if issubclass(type(value), LocalProxy):  # a proxy takes itself for what it stands for
-        raise Unfit(_a(value), "return the data that you need of what it stands for")
+    """Raise NotStorable for values that the JSON provider or msgspec would accept by mistake, or
+    that need specific advice.
+    """
+    if issubclass(type(value), LocalProxy):  # isinstance() would check the proxied object
+        raise NotStorable(_a(value), "return the data that you need from the object")
     if isinstance(value, (set, frozenset)):
-        raise Unfit(_a(value), "return a list, for example sorted(…)")
+        raise NotStorable(_a(value), "return a list, for example sorted(…)")
     if isinstance(value, (bytes, bytearray, memoryview)):
-        raise Unfit(_a(value), "return text (decode it, or base64), or where the bytes are kept")
+        raise NotStorable(
+            _a(value), "return text (decode it, or base64), or the location of the bytes"
+        )
     if isinstance(value, io.IOBase):
         raise _open_file(value)
-    if any(base.__module__.startswith("werkzeug.") and base.__name__ in _RESPONSES for base in type(value).__mro__):
-        raise Unfit(f"a response ({type_name(value)})", "return the data alone; raise with abort(…) for an error")
+    bases = type(value).__mro__
+    if any(one.__module__.startswith("werkzeug.") and one.__name__ in _RESPONSES for one in bases):
+        advice = f"return only the data; for an error, call abort(…). {BELOW}"
+        raise NotStorable(f"a response ({type_name(value)})", advice)
     if inspect.iscoroutine(value):
-        value.close()  # it will never be awaited: no warning about that later
+        value.close()  # prevents Python's warning that it was never awaited
     if isinstance(value, (Awaitable, AsyncIterator)):
-        raise Unfit(_a(value), "await it, and return what it gives")
+        raise NotStorable(_a(value), "await it and return the result")
     if isinstance(value, Iterator):
-        raise Unfit(_a(value), "return list(…) of it; progress goes through current_task")
+        raise NotStorable(_a(value), "return list(…) of it; report progress with current_task")
 
 
-def undefaulted(value: object, error: Exception) -> Unfit:
-    """Return the refusal of a value with which the app's JSON provider could do nothing."""
+def unconverted(value: object, error: Exception) -> NotStorable:
+    """Return the error for a value that the app's JSON provider could not convert."""
     if not isinstance(error, TypeError):
-        return Unfit(_a(value), f"the app's JSON provider raised {type(error).__name__} for it")
+        return NotStorable(
+            _a(value), f"the app's JSON provider raised {type(error).__name__} for it"
+        )
     if hasattr(value, "read") and hasattr(value, "close"):
         return _open_file(value)
-    return Unfit(_a(value), "return data: dict, list, str, int, float, bool or None")
+    return NotStorable(_a(value), "return data: dict, list, str, int, float, bool or None")
 
 
-def _open_file(value: object) -> Unfit:
-    return Unfit(f"an open file ({type_name(value)})", "return what it holds as text or data, and close it")
+def _open_file(value: object) -> NotStorable:
+    found = f"an open file ({type_name(value)})"
+    return NotStorable(found, "return its content as text or data, and close it")
 
 
 def _a(value: object) -> str:
@@ -114,4 +120,5 @@ def _a(value: object) -> str:
 def type_name(value: object) -> str:
     """Return the name of a value's type, with its module unless that is builtins."""
     kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"

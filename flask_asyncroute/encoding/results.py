@@ -1,202 +1,121 @@
-"""What a view returned, to JSON. `worker` calls it in the thread, child or Celery worker that ran the view.
+"""Convert the return value of a view to JSON, or refuse it with the reason and the path.
 
-One walk over the value says no to what JSON does not hold and gives back the same object where nothing has to change,
-so that msgspec can do the rest. It never shows a value or its repr in an error, and never encodes much more than the
-limit.
+A value far over the size limit is refused before it is encoded.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import msgspec
+from flask.json.provider import DefaultJSONProvider, JSONProvider
 
 from ..errors import ResultError
 from .json import encode_json, without_surrogates
-from .refusals import Unfit, refuse, too_large, type_name, undefaulted
+from .refusals import BELOW, NotStorable, refuse, too_large, type_name, unconverted
 
 MAX_DEPTH = 200
-MAX_DIGITS = 4300
-"""Of one whole number: as many as Python itself reads and writes by default."""
+MAX_DIGITS = 4300  # Digits of an integer; Python's default limit for conversions to str.
+
+Default: TypeAlias = Callable[[Any], Any]
 
 _TOO_LONG = 10**MAX_DIGITS
-_PLAIN = frozenset({float, bool, type(None)})
-"""Types that need no look. msgspec writes NaN and the infinities as null."""
+_PLAIN = frozenset({float, bool, type(None)})  # msgspec writes NaN and the infinities as null
 
 
-def encode_value(value: Any, default: Callable[[Any], Any], max_bytes: int) -> bytes:
-    """Return a shared value as UTF-8 JSON; as :func:`encode_result`, but that a tuple is an array here too."""
+def json_default(provider: JSONProvider) -> Default:
+    """Return a function that converts values as the app's JSON provider does (``app.json``)."""
+    if isinstance(provider, DefaultJSONProvider):
+        return provider.default
+    return lambda value: json.loads(provider.dumps(value))
+
+
+def encode_value(value: Any, default: Default, max_bytes: int) -> bytes:
+    """Encode a shared value or an event like :func:`encode_result`, but convert a tuple to an
+    array.
+    """
     return _encoded(value, default, max_bytes, "found", None)
 
 
-def encode_result(value: Any, default: Callable[[Any], Any], max_bytes: int) -> bytes:
-    """Return what a view returned as UTF-8 JSON.
+def encode_result(value: Any, default: Default, max_bytes: int) -> bytes:
+    """Encode the return value of a view as UTF-8 JSON.
 
-    Beside what JSON has: datetime (RFC 3339; one without a zone is taken as UTC), date, time, UUID, Decimal (a string),
-    Enum (its value), dataclasses and msgspec Structs (objects; the tag first, names as encoded), then what ``default``
-    makes of it, then any Mapping. NaN and the infinities, of Decimal too, become null. Tuples inside are arrays.
-    Keys that are int, float, bool or None become strings as in :mod:`json` (``1`` → ``"1"``, ``True`` → ``"true"``).
-    A lone surrogate becomes U+FFFD.
+    Besides the JSON types, this converts datetime (RFC 3339; UTC if it has no time zone), date,
+    time, UUID, Decimal (a string), Enum (its value), dataclasses and msgspec Structs (objects, with
+    a Struct's tag first and its encoded names). Other values are passed to ``default``. A Mapping
+    that it cannot convert becomes an object. NaN and infinities, also of Decimal, become null.
+    Nested tuples become arrays. Keys that are int, float, bool or None become strings as in
+    :mod:`json` (``1`` → ``"1"``, ``True`` → ``"true"``). A lone surrogate becomes U+FFFD.
 
-    :param default: the ``default`` of the app's JSON provider: returns something encodable or raises :exc:`TypeError`.
-    :param max_bytes: of the encoded result.
-    :raises ResultError: for everything else; the message says what was found, where, and what to return instead.
+    :param default: from :func:`json_default`; raises :exc:`TypeError` if it cannot convert a value.
+    :param max_bytes: limit of the encoded result.
+    :raises ResultError: for any other value; the message contains its path and a remedy.
     """
     if isinstance(value, tuple):
         raise ResultError(
-            "The view returned a tuple: return the data alone (a status and headers are the library's to write), "
-            "or list(…) for an array."
+            "The view returned a tuple: return only the data, without status and headers, or "
+            f"list(…) for an array. {BELOW}."
         )
     return _encoded(value, default, max_bytes, "The view returned", "ASYNCROUTE_MAX_RESULT")
 
 
-def _encoded(value: Any, default: Callable[[Any], Any], max_bytes: int, where: str, key: str | None) -> bytes:
+def _encoded(value: Any, default: Default, max_bytes: int, where: str, key: str | None) -> bytes:
     try:
         body = encode_json(_Walk(default, max_bytes, key).value(value, 0))
-    except Unfit as unfit:
-        raise ResultError(unfit.told(where)) from unfit.__cause__
+    except NotStorable as error:
+        raise ResultError(error.message(where)) from error.__cause__
     except RecursionError:
-        raise ResultError(f"{where} data that is nested too deep: return it flatter.") from None
+        raise ResultError(f"{where} data that is nested too deeply: return flatter data.") from None
     except Exception as error:
-        what = "It" if key is None else "What the view returned"
-        raise ResultError(f"{what} cannot be read: that raised {type(error).__name__}.") from error
+        what = "it" if key is None else "the return value of the view"
+        raise ResultError(f"Reading {what} raised {type(error).__name__}.") from error
     if len(body) > max_bytes:
-        raise ResultError(too_large(max_bytes, key).told(where))
+        raise ResultError(too_large(max_bytes, key).message(where))
     return body
 
 
 class _Walk:
-    """One pass over one result. ``room`` counts down by the least number of bytes that what was seen can take."""
+    """Converts one value.
 
-    __slots__ = ("default", "key", "max_bytes", "room")
+    ``remaining`` is the size limit minus the minimum encoded size of the values so far. Containers
+    are copied only if a member changes, and plain members are checked without a call. Otherwise,
+    finishing a task with a large result would take up to twice as long.
+    """
 
-    def __init__(self, default: Callable[[Any], Any], max_bytes: int, key: str | None) -> None:
+    def __init__(self, default: Default, max_bytes: int, key: str | None) -> None:
         self.default = default
         self.key = key
         self.max_bytes = max_bytes
-        self.room = max_bytes
+        self.remaining = max_bytes
 
     def value(self, value: Any, depth: int) -> Any:
-        """Return ``value``, or what stands for it in JSON."""
+        """Return ``value``, or its replacement in JSON."""
         kind = type(value)
         if kind in _PLAIN:
             return value
-        if kind is str:
-            return self._text(value)
-        if kind is int:
-            return _whole(value)
         if kind is dict:
-            return self._object(value, depth)
+            return self._object(value, value, depth)
         if kind is list:
-            return self._array(value, depth)
-        return self._other(value, depth)
-
-    def _object(self, value: Mapping[Any, Any], depth: int, origin: object = None) -> Any:
-        self._enter(5 * len(value), depth)
-        used = 0
-        changed: dict[str, Any] | None = None
-        count = 0
-        for key, item in value.items():
-            kind = type(item)
-            new_key, new = key, item
-            if type(key) is str and key.isascii():
-                used += len(key)
-            else:
-                new_key = self._key(key)
-            if kind is str and item.isascii():
-                used += len(item)
-            elif kind not in _PLAIN and not (kind is int and -0x8000000000000000 <= item <= 0xFFFFFFFFFFFFFFFF):
-                try:
-                    new = self.value(item, depth + 1)
-                except Unfit as unfit:
-                    unfit.passed(value if origin is None else origin, new_key)
-                    raise
-            if changed is None:
-                if new is item and new_key is key:
-                    continue
-                changed = {}
-                for kept, its in value.items():
-                    if kept is key:
-                        break
-                    changed[kept] = its
-                count = len(changed)
-            changed[new_key] = new
-            count += 1
-            if len(changed) < count:
-                raise Unfit("two keys that are the same in JSON", "use strings as keys")
-        self._use(used)
-        return value if changed is None else changed
-
-    def _array(self, value: list[Any] | tuple[Any, ...], depth: int, origin: object = None) -> Any:
-        self._enter(2 * len(value), depth)
-        used = 0
-        changed: list[Any] | None = None
-        for index, item in enumerate(value):
-            kind = type(item)
-            if kind in _PLAIN or (kind is int and -0x8000000000000000 <= item <= 0xFFFFFFFFFFFFFFFF):
-                new = item
-            elif kind is str and item.isascii():
-                used += len(item)
-                new = item
-            else:
-                try:
-                    new = self.value(item, depth + 1)
-                except Unfit as unfit:
-                    unfit.passed(value if origin is None else origin, index)
-                    raise
-            if changed is not None:
-                changed.append(new)
-            elif new is not item:
-                changed = [*value[:index], new]
-        self._use(used)
-        return value if changed is None else changed
-
-    def _enter(self, least: int, depth: int) -> None:
-        if depth >= MAX_DEPTH:
-            raise Unfit(f"data nested more than {MAX_DEPTH} levels deep", "return it flatter")
-        self._use(least)
-
-    def _use(self, size: int) -> None:
-        self.room -= size
-        if self.room < 0:
-            raise too_large(self.max_bytes, self.key)
-
-    def _text(self, value: str) -> str:
-        self._use(len(value))
-        return value if value.isascii() else without_surrogates(value)
-
-    def _key(self, key: Any) -> str:
-        if isinstance(key, Enum):
-            key = key.value
-        if isinstance(key, str):
-            return self._text(str.__str__(key))
-        if key is None or key is True or key is False:
-            return {None: "null", True: "true", False: "false"}[key]
-        if isinstance(key, int):
-            return int.__repr__(_whole(int.__int__(key)))
-        if isinstance(key, float):
-            return float.__repr__(key)
-        raise Unfit(f"an object with a key of type {type_name(key)}", "use strings as keys")
-
-    def _other(self, value: Any, depth: int) -> Any:
+            return self._array(value, value, depth)
         if isinstance(value, Enum):
             return self.value(value.value, depth + 1)
         if isinstance(value, str):
-            return self._text(str.__str__(value))
+            return self._text(value)
         if isinstance(value, int):
-            return _whole(int.__int__(value))
+            return _whole(value)
         if isinstance(value, float):
             return float.__float__(value)
         if isinstance(value, dict):
-            return self._object(dict(value.items()), depth, value)
+            return self._object(dict(value.items()), value, depth)
         if isinstance(value, (list, tuple)):
-            return self._array(list(value), depth, value)
+            return self._array(list(value), value, depth)
         if isinstance(value, datetime):
             return _rfc3339(value)
         if isinstance(value, (date, time)):
@@ -206,43 +125,123 @@ class _Walk:
         if isinstance(value, Decimal):
             return str(value) if value.is_finite() else None
         if isinstance(value, msgspec.Struct):
-            return self._object(_members_of_struct(value), depth, value)
+            return self._object(_members_of_struct(value), value, depth)
         if is_dataclass(value) and not isinstance(value, type):
-            return self._object({field.name: getattr(value, field.name) for field in fields(value)}, depth, value)
+            members = {field.name: getattr(value, field.name) for field in fields(value)}
+            return self._object(members, value, depth)
         refuse(value)
         return self._by_default(value, depth)
 
+    def _object(self, members: dict[Any, Any], holder: object, depth: int) -> dict[str, Any]:
+        """Return the converted members; ``holder`` is the object that contains them."""
+        self._enter(5 * len(members), depth)
+        used = 0
+        names: dict[Any, str] = {}
+        changed: dict[Any, Any] = {}
+        for key, item in members.items():
+            if type(key) is str and key.isascii():
+                used += len(key)
+            else:
+                names[key] = self._key(key)
+            kind = type(item)
+            if kind is str and item.isascii():
+                used += len(item)
+            elif kind not in _PLAIN and (kind is not int or abs(item) >= _TOO_LONG):
+                try:
+                    new = self.value(item, depth + 1)
+                except NotStorable as error:
+                    error.add_step(holder, names.get(key, key))
+                    raise
+                if new is not item:
+                    changed[key] = new
+        self._use(used)
+        replaced = members | changed if changed else members
+        if names:
+            replaced = {names.get(key, key): item for key, item in replaced.items()}
+            if len(replaced) < len(members):
+                raise NotStorable("two keys that are the same in JSON", "use strings as keys")
+        return replaced
+
+    def _array(self, items: list[Any], holder: object, depth: int) -> list[Any]:
+        self._enter(2 * len(items), depth)
+        used = 0
+        changed: dict[int, Any] = {}
+        for index, item in enumerate(items):
+            kind = type(item)
+            if kind is str and item.isascii():
+                used += len(item)
+            elif kind not in _PLAIN and (kind is not int or abs(item) >= _TOO_LONG):
+                try:
+                    new = self.value(item, depth + 1)
+                except NotStorable as error:
+                    error.add_step(holder, index)
+                    raise
+                if new is not item:
+                    changed[index] = new
+        self._use(used)
+        if not changed:
+            return items
+        return [changed.get(index, item) for index, item in enumerate(items)]
+
+    def _enter(self, least: int, depth: int) -> None:
+        if depth >= MAX_DEPTH:
+            raise NotStorable(
+                f"data nested more than {MAX_DEPTH} levels deep", "return flatter data"
+            )
+        self._use(least)
+
+    def _use(self, size: int) -> None:
+        self.remaining -= size
+        if self.remaining < 0:
+            raise too_large(self.max_bytes, self.key)
+
+    def _text(self, value: str) -> str:
+        text = str.__str__(value)
+        self._use(len(text))
+        return without_surrogates(text)
+
+    def _key(self, key: Any) -> str:
+        if isinstance(key, Enum):
+            key = key.value
+        if isinstance(key, str):
+            return self._text(key)
+        if key is None or key is True or key is False:
+            return {None: "null", True: "true", False: "false"}[key]
+        if isinstance(key, int):
+            return int.__repr__(_whole(key))
+        if isinstance(key, float):
+            return float.__repr__(key)
+        raise NotStorable(f"an object with a key of type {type_name(key)}", "use strings as keys")
+
     def _by_default(self, value: Any, depth: int) -> Any:
         try:
-            made = self.default(value)
-        except TypeError as error:
-            if isinstance(value, Mapping):
-                return self._object(dict(value.items()), depth, value)
-            raise undefaulted(value, error) from error
+            converted = self.default(value)
         except Exception as error:
-            raise undefaulted(value, error) from error
+            if isinstance(error, TypeError) and isinstance(value, Mapping):
+                return self._object(dict(value.items()), value, depth)
+            raise unconverted(value, error) from error
         try:
-            self._enter(0, depth)  # what it makes may need it again, without end
-            return self.value(made, depth + 1)
-        except Unfit as unfit:
-            unfit.passed(value, None)
+            self._enter(0, depth)  # ends the recursion if a provider never returns JSON values
+            return self.value(converted, depth + 1)
+        except NotStorable as error:
+            error.add_step(value, None)
             raise
 
 
 def _whole(value: int) -> int:
-    if -_TOO_LONG < value < _TOO_LONG:
-        return value
-    raise Unfit(f"a whole number of more than {MAX_DIGITS} digits", "return a float or a str")
+    number = int.__int__(value)
+    if abs(number) >= _TOO_LONG:
+        raise NotStorable(f"an integer of more than {MAX_DIGITS} digits", "return a float or a str")
+    return number
 
 
 def _rfc3339(value: datetime) -> str:
     offset = value.utcoffset()
-    if offset is None:
-        return f"{value.replace(tzinfo=None).isoformat()}Z"
-    if offset.total_seconds() % 60:  # RFC 3339 has no seconds in an offset
+    if offset is not None and offset.total_seconds() % 60:  # RFC 3339 offsets have no seconds
         value = value.astimezone(UTC)
-        offset = value.utcoffset()
-    return value.isoformat() if offset else f"{value.replace(tzinfo=None).isoformat()}Z"
+    if value.utcoffset():
+        return value.isoformat()
+    return f"{value.replace(tzinfo=None).isoformat()}Z"
 
 
 def _members_of_struct(value: msgspec.Struct) -> dict[Any, Any]:

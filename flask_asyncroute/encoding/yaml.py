@@ -1,4 +1,4 @@
-"""Documents to YAML. `http.negotiation` calls it. PyYAML is imported at the first call: most apps never need it."""
+"""Encode documents as YAML. PyYAML is imported on the first call, because the import is slow."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import re
 from functools import cache
 from typing import Any
 
-_CORE_1_2 = (
+_ALSO_TYPED = (
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("bool", r"[yYnN]", "yYnN"),
 )
-"""What YAML 1.2 readers, or 1.1 readers stricter than PyYAML, take for something else than a string."""
+"""Text that PyYAML may read as a string, but YAML 1.2 parsers or stricter 1.1 parsers do not."""
 
-_ONE_LINE = 2**31 - 1  # the C emitter takes no infinity
+_ONE_LINE = 2**31 - 1  # maximum line width; the C emitter does not accept infinity
 
 
 def encode_yaml(document: Any) -> bytes:
-    """Return a document of plain JSON values as UTF-8 YAML, without anchors, keys in their order.
+    """Encode a document of plain JSON values as UTF-8 YAML, without anchors or sorted keys.
 
-    Strings that a reader of YAML 1.1 or 1.2 would take for something else are quoted.
+    Strings that a YAML 1.1 or 1.2 parser would read as another type are quoted.
     """
     import yaml
 
@@ -29,7 +29,6 @@ def encode_yaml(document: Any) -> bytes:
         encoding="utf-8",
         allow_unicode=True,
         sort_keys=False,
-        default_flow_style=False,
         width=_ONE_LINE,
     )
     return text
@@ -44,10 +43,12 @@ def _dumper() -> Any:
             return True
 
     def text(dumper: Any, value: str) -> Any:
-        # Line breaks of every kind, control and format characters survive only in the double-quoted style.
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+        # Only the double-quoted style keeps line breaks of every kind and control characters.
+        style = None if value.isprintable() else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     Dumper.add_representer(str, text)
-    for kind, pattern, first in _CORE_1_2:
-        Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), list(first))
+    for kind, pattern, first in _ALSO_TYPED:
+        regexp = re.compile(rf"(?:{pattern})\Z")
+        Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", regexp, list(first))
     return Dumper

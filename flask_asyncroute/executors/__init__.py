@@ -1,1 +1,1 @@
-"""Where tasks run: one port, `base`, and its adapters. `dispatcher` reserves, submits and cancels; nobody else does."""
+"""Executors run tasks: `base` is their interface, and `registry` lists the implementations."""

@@ -1,74 +1,103 @@
-"""The port of all executors: a bounded number of tasks, by id. What runs a task is `worker`, found by import string."""
+"""The interface of all executors. An executor runs a limited number of tasks, identified by id. The
+dispatcher reserves slots, submits and cancels tasks; the runner passes the function that runs one.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import QueueFull
-from ..execution import Execution
-from ..outcome import Outcome
 from ..snapshot import Body
 from ..stores.base import Claim
+from .execution import Execution
+from .outcome import Outcome
 
 logger = logging.getLogger("flask_asyncroute")
 
 Run = Callable[["TaskExecutor", str], None]
-"""Runs the task with this id for an executor, and returns when its code has ended; never raises an Exception."""
+"""Runs the task with this id, and returns when its code has ended. Never raises an Exception."""
 
-RUN = "flask_asyncroute.worker:run"
-AHEAD = 20
-"""How many tasks of others may wait here, beside those that start at once."""
+MAX_AHEAD = 20  # Maximum number of other processes' tasks to queue here.
+
+
+class ChildSettings(NamedTuple):
+    """Settings with which a child process runs tasks of an app; sent to it as JSON."""
+
+    app: str  # the import path of the app or its factory; see `app_loader`
+    values: dict[str, Any]  # configuration values that replace those of the child
+    own: list[str]  # keys for which the child keeps its own values
+    max_result: int  # maximum size of a result, in bytes
+    modules: Sequence[str] = ()  # imported before the app
+
+
+class Host(Protocol):
+    """The part of a `workers.runner.Runner` that an executor needs."""
+
+    def child_settings(self) -> ChildSettings: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """The arguments of an executor."""
+
+    name: str  # a part of the thread names
+    run: Run
+    max_workers: int  # maximum number of tasks that run at once
+    queue_size: int  # maximum number of tasks that wait
+    min_workers: int = 1  # threads or children kept ready after the first task
+    interrupt_after: float | None = None  # seconds between a stop and `interrupt`; None: never
+    option: str | Executor = "thread"  # the ``executor`` option of the route
+    is_bound: bool = False  # only this process can run the tasks
+    host: Host | None = None  # an executor must not keep a reference to it
 
 
 class TaskExecutor(ABC):
-    """Runs tasks of one pool in one process. Thread-safe.
+    """Runs tasks of one pool in one process. Thread-safe."""
 
-    :param run: what to call with a task's id.
-    :param max_workers: how many tasks run at once.
-    :param queue_size: how many more may wait.
-    """
-
-    is_bound = False
-    """Whether its tasks belong to this process: nobody else can run them."""
     interrupt_after: float | None = None
-    """Seconds from asking a run to stop until :meth:`interrupt` may be called; None: never."""
 
-    def __init__(self, run: Run, max_workers: int, queue_size: int) -> None:
-        self._run = run
-        self._max_workers = max_workers
-        self._queue_size = queue_size
+    def __init__(self, settings: PoolSettings) -> None:
+        self.is_bound = settings.is_bound
+        self._run = settings.run
+        self._max_workers = settings.max_workers
+        self._queue_size = settings.queue_size
         self._lock = threading.Lock()
         self._taken = 0
         self._futures: dict[str, Future[None] | None] = {}
-        """What waits or runs here; None: it is just being handed over."""
+        """Futures of the waiting and running tasks, by id; None while :meth:`_start` has not
+        returned.
+        """
 
     def reserve(self) -> None:
-        """Take a place for one task; give it back with :meth:`unreserve` or use it with :meth:`submit`.
+        """Reserve a slot for one task; then call :meth:`submit` or :meth:`release`.
 
-        :raises QueueFull: where none is left.
+        :raises QueueFull: if no slot is free.
         """
         with self._lock:
             if self._taken >= self._max_workers + self._queue_size:
                 raise QueueFull(
-                    f"{self._queue_size} tasks are waiting for this route, which is as many as may wait. Try again later.",
+                    f"The queue of this route is full: {self._queue_size} tasks are waiting. Try "
+                    "again later.",
                     retry_after=5,
                 )
             self._taken += 1
 
-    def unreserve(self) -> None:
-        """Give a place back."""
+    def release(self) -> None:
+        """Release a reserved slot."""
         with self._lock:
             self._taken -= 1
 
     def submit(self, task_id: str) -> None:
-        """Run a task as soon as there is room, on a place that was reserved; returns at once. One that is here already, since
-        its start took so long that it was taken over, is not run twice: the place is given back.
+        """Run a task in a reserved slot as soon as possible; return at once. If a takeover during a
+        slow request has already submitted the task, only release the slot.
 
-        :raises RuntimeError: where no more tasks are taken; the place is given back.
+        :raises RuntimeError: after :meth:`close`; the slot is released.
         """
         with self._lock:
             if task_id in self._futures:
@@ -79,65 +108,70 @@ class TaskExecutor(ABC):
             future = self._futures[task_id] = self._start(task_id)
         except BaseException:
             self._futures.pop(task_id)
-            self.unreserve()
+            self.release()
             raise
         future.add_done_callback(lambda _: self._futures.pop(task_id, None))
 
-    def room(self) -> int:
-        """Return how many tasks of others may be submitted now: none while no place is free, else more than would start at
-        once, so that places which are free again soon do not wait for the next look; half of the queue is left to starts.
+    def takeover_capacity(self) -> int:
+        """Return how many tasks of other processes this process may take over now. This is 0 if no
+        slot is free, otherwise the free slots plus half of the queue (at most :data:`MAX_AHEAD`),
+        so that the next tasks are here when slots become free.
         """
         free = self.free()
-        return free + min(AHEAD, self._queue_size // 2) if free else 0
+        return free + min(MAX_AHEAD, self._queue_size // 2) if free else 0
 
     def free(self) -> int:
         """Return how many tasks would start at once if they were submitted now."""
         return max(self._max_workers - self._taken, 0)
 
     def holds(self, task_id: str) -> bool:
-        """Return whether a task waits or runs here."""
+        """Return whether a task is waiting or running here."""
         return task_id in self._futures
 
     def discard(self, task_id: str) -> bool:
-        """Take a task that need not run any more out of the queue, if it has not begun; return whether it did."""
+        """Remove a task from the queue; return False if it has started or is unknown."""
         with self._lock:
             future = self._futures.get(task_id)
             try:
                 if future is None or not future.cancel():
                     return False
             except Exception:
-                # An app's own Executor has futures of its own.
-                logger.exception("Task %s could not be taken out of the queue of its executor.", task_id)
+                # The app's own Executor may have futures whose cancel() raises.
+                logger.exception(
+                    "Task %s could not be removed from the queue of its executor.", task_id
+                )
                 return False
             self._taken -= 1
             return True
 
     def discard_waiting(self) -> list[str]:
-        """Take all that has not begun out of the queue; return the ids."""
+        """Remove all tasks that have not started from the queue; return their ids."""
         return [task_id for task_id in list(self._futures) if self.discard(task_id)]
 
     def interrupt(self, execution: Execution) -> bool:
-        """Interrupt a run that was asked to stop and did not; return whether there is nothing more to try."""
+        """Interrupt a run that has not stopped by itself; return False if this must be called again
+        soon.
+        """
         return True
 
     def abandon(self, task_id: str) -> None:  # noqa: B027 - most executors have nothing to do
-        """Stop counting a run whose task is over though its code is not: its place is free for another."""
+        """Release the slot of a run whose task has ended although its code is still running."""
 
     def hand_over(self, claim: Claim, body: Body | None, execution: Execution) -> Outcome | None:
-        """Have a claimed task run in another process, and wait for its end; None: it is to be run here, on this thread.
+        """Run a claimed task in another process and wait for its end.
 
-        :param body: of the request, where it is large; the caller closes it.
-        :return: how the run ended.
+        :param body: the request body if it is large; the caller closes it.
+        :return: the outcome, or None if the caller must run the task on this thread.
         """
         return None
 
-    @abstractmethod
     def _start(self, task_id: str) -> Future[None]:
-        """Have :meth:`_run_counted` called with the id."""
+        """Schedule a call of :meth:`_run_counted` with the task's id."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:
-        """Take no more tasks; those that run go on."""
+        """Accept no more tasks. Running tasks continue."""
 
     def _run_counted(self, task_id: str) -> None:
         try:
@@ -146,5 +180,4 @@ class TaskExecutor(ABC):
             self._leave(task_id)
 
     def _leave(self, task_id: str) -> None:
-        with self._lock:
-            self._taken -= 1
+        self.release()

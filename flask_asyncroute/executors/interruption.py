@@ -1,8 +1,8 @@
-"""Raising `TaskAborted` inside a thread that does not stop by itself, where that can do no harm.
+"""Raises `TaskAborted`, when it is safe, in a thread whose view does not stop by itself.
 
-CPython raises an asynchronous exception in a thread wherever it happens to be. So it is raised only while the thread
-still runs this very task, and only while nothing between the view and the innermost frame holds a lock of a module that
-must not lose it.
+CPython can raise an asynchronous exception at any point of the thread's code. So this module raises
+it only while the thread runs the task's view, outside functions of modules that might leave a lock
+held.
 """
 
 from __future__ import annotations
@@ -12,122 +12,129 @@ import gc
 import sys
 import threading
 import time
-from functools import lru_cache
-from types import FrameType
+from collections.abc import Callable
+from contextlib import suppress
+from types import CodeType, FrameType
 from typing import Any
 
 from ..errors import TaskAborted
-from ..execution import Execution
-from ..typing import View
+from .arrival import may_skip_a_block
+from .execution import Execution
 
-FORBIDDEN = ("logging", "threading", "queue", "importlib", "_frozen_importlib", "_frozen_importlib_external",
-             "sqlalchemy.pool", "psycopg_pool", "flask_asyncroute")  # fmt: skip
+FORBIDDEN = (
+    "logging.", "threading.", "queue.", "importlib.", "_frozen_importlib.",
+    "_frozen_importlib_external.", "sqlalchemy.pool.", "psycopg_pool.", "flask_asyncroute.",
+)  # fmt: skip
+_transparent: set[CodeType] = set()
 
 SHORT_SWITCH_SECONDS = 1e-6
-LOOKS = 100
-LOOK_SECONDS = 2e-5
+ATTEMPTS = 100
+PAUSE_SECONDS = 2e-5
 
 _set_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
     ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
 )
-"""Takes a thread and the address of an exception class, or None for none. (``id`` gives an address in CPython.)"""
+"""Takes a thread id and the address of an exception class (in CPython, its ``id``), or None."""
 
-_looking = threading.Lock()
+_interrupting = threading.Lock()
 
 
-def call(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
-    """Call a view such that :func:`interrupt` can find it on this thread. Returns when no interruption can come any more."""
+def allow_within(function: Any) -> None:
+    """Allow interruptions while ``function`` is on the stack, although it belongs to this package:
+    it holds no lock. A view calls another async route through such a function.
+    """
+    _transparent.add(function.__code__)
+
+
+def call(view: Callable[..., Any], arguments: dict[str, Any], execution: Execution) -> Any:
+    """Call a view. Until this function returns, :func:`interrupt` may interrupt the view."""
     with execution.thread_lock:
         execution.thread_id = threading.get_ident()
     try:
-        return _call(view, arguments, execution)
+        return view(**arguments)
     finally:
         leave(execution)
 
 
 def leave(execution: Execution) -> None:
-    """Make sure that this thread is not interrupted for ``execution`` from here on. Called again it does no harm."""
+    """Prevent interruptions of this thread for ``execution`` from now on. Idempotent."""
     while True:
         try:
             with execution.thread_lock:
                 if execution.thread_id == threading.get_ident():
                     execution.thread_id = None
             if execution.is_interrupted:
-                # What was raised and has not arrived yet must not hit what this thread does next: a few turns let it come.
-                # (CPython can take it back, but then has its threads look for it for ever, and hangs under a tracer.)
+                # A pending exception must be raised in this loop, not in later code of the thread.
+                # It is not withdrawn, which would make CPython threads hang under a tracer.
                 for _ in range(100):
                     pass
             return
         except TaskAborted:
-            continue
+            # Python 3.14 may raise the exception after `with` has acquired the lock and before its
+            # block.
+            with suppress(RuntimeError):  # raised if the thread does not hold the lock
+                execution.thread_lock.release()
 
 
 def interrupt(execution: Execution) -> bool:
-    """Raise `TaskAborted` in the thread that runs ``execution``, if a moment comes soon at which that is safe.
+    """Raise `TaskAborted` in the thread that runs ``execution``, unless the view has ended.
 
-    Takes a few milliseconds at most.
-
-    :return: whether it was raised or the view is not on a thread any more; False: try again a little later.
+    :return: False if there was no safe moment within a few milliseconds; call again soon.
     """
-    with _looking:
-        return _interrupt(execution)
-
-
-def _interrupt(execution: Execution) -> bool:
-    if _try(execution):
-        return True
-    # A thread that writes a lot lets others run only while it writes, which may be in logging each time. Having it give
-    # way at once, for a moment, lets it be seen elsewhere too.
-    interval = sys.getswitchinterval()
-    try:
-        for _ in range(LOOKS):
-            sys.setswitchinterval(SHORT_SWITCH_SECONDS)
-            time.sleep(LOOK_SECONDS)
+    with _interrupting:
+        if _try(execution):
+            return True
+        # A thread that logs a lot may release the GIL only inside logging, which is never safe. A
+        # short switch interval makes it release the GIL elsewhere too.
+        interval = sys.getswitchinterval()
+        try:
+            for _ in range(ATTEMPTS):
+                sys.setswitchinterval(SHORT_SWITCH_SECONDS)
+                time.sleep(PAUSE_SECONDS)
+                sys.setswitchinterval(interval)
+                if _try(execution):
+                    return True
+        finally:
             sys.setswitchinterval(interval)
-            if _try(execution):
-                return True
-    finally:
-        sys.setswitchinterval(interval)
     return False
 
 
 def _try(execution: Execution) -> bool:
-    """Look and raise. No garbage is collected meanwhile: its finalisers would let the thread go on, and in 3.11 the frames
-    that are looked at could be freed.
-    """
+    # Turn garbage collection off: during the check, finalizers would let the thread continue, and
+    # in Python 3.11 the checked frames could be freed.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return _look_and_raise(execution)
+        with execution.thread_lock:
+            thread_id = execution.thread_id
+            if thread_id is None:
+                return True
+            frame = sys._current_frames().get(thread_id)
+            if frame is None:
+                return False
+            instruction = frame.f_lasti
+            if not _is_safe(frame, execution):
+                return False
+            execution.is_interrupted = True
+            _set_in(thread_id, id(TaskAborted))
+            now = sys._current_frames().get(thread_id)
+            has_moved = now is not frame or now.f_lasti != instruction
+            if has_moved and not _is_safe(now, execution):
+                # Meanwhile, the thread has moved to a point where the exception would do harm.
+                _withdraw_from(thread_id)
+                return False
+        return True
     finally:
         if was_enabled:
             gc.enable()
 
 
-def _look_and_raise(execution: Execution) -> bool:
-    with execution.thread_lock:
-        thread_id = execution.thread_id
-        if thread_id is None:
-            return True
-        frame = sys._current_frames().get(thread_id)
-        if frame is None or not _is_safe(frame, execution):
-            return False
-        place = frame.f_lasti
-        execution.is_interrupted = True
-        _set_in(thread_id, id(TaskAborted))
-        now = sys._current_frames().get(thread_id)
-        if (now is not frame or now.f_lasti != place) and not _is_safe(now, execution):
-            # The thread went on in between, to where it would be harmed: take back what has not arrived.
-            _withdraw_from(thread_id)
-            return False
-    return True
-
-
 def _withdraw_from(thread_id: int) -> None:
-    """Take back an exception that was raised in a thread and has not arrived there.
+    """Withdraw a pending exception from a thread.
 
-    CPython then goes on looking for it at every turn, and under a tracer never comes further, until some thread gets an
-    exception that way. So this one gets one, and both are done in one call, with no turn of the interpreter in between.
+    After that, CPython threads check for exceptions at every instruction, and hang under a tracer,
+    until another one is raised. So this thread sets one for itself in the same C call, during which
+    the interpreter does not check.
     """
     try:
         list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))
@@ -138,27 +145,20 @@ def _withdraw_from(thread_id: int) -> None:
 
 
 class _Nothing(BaseException):
-    """Raised by a thread in itself; see `_withdraw_from`."""
-
-
-def _call(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
-    return view(**arguments)
+    """An exception that `_withdraw_from` sets for its own thread."""
 
 
 def _is_safe(frame: FrameType | None, execution: Execution) -> bool:
-    """Return whether all frames from ``frame`` out to the view's call may be cut short."""
+    """Return whether ``frame`` and its callers, up to the call of the view, may be interrupted."""
     is_inside = False
+    innermost = frame
     while frame is not None:
-        if frame.f_code is _call.__code__:
-            return is_inside and frame.f_locals.get("execution") is execution
-        if _is_forbidden(str(frame.f_globals.get("__name__"))):
+        if frame.f_code is call.__code__:
+            runs_its_view = is_inside and frame.f_locals.get("execution") is execution
+            return runs_its_view and not may_skip_a_block(innermost)
+        module = f"{frame.f_globals.get('__name__')}."
+        if module.startswith(FORBIDDEN) and frame.f_code not in _transparent:
             return False
         is_inside = True
         frame = frame.f_back
     return False
-
-
-@lru_cache(4096)
-def _is_forbidden(name: str) -> bool:
-    """Return whether a module is one that must not be cut short; remembered, since no time may pass around the look."""
-    return any(name == module or name.startswith(module + ".") for module in FORBIDDEN)

@@ -1,112 +1,199 @@
-"""A stream of events: what it sends, when it beats and when it ends.
-
-`sse` makes one for a request; the server's thread iterates over it. It reads the store whenever it is told that there is
-something new, from where it was: so it is never behind what it has sent, needs no queue of its own, and its client may be
-slow. It holds no connection of the store, no lock and no context meanwhile.
-"""
+"""Event streams: which events a client receives, and when the stream ends."""
 
 from __future__ import annotations
 
 import logging
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+from flask import Request, Response
+
+from ..engine.notifier import Follower
 from ..errors import AsyncRouteError
-from ..followers import Follower
-from ..runner import Runner
-from ..stores.events import PROGRESS, STATE, Event
+from ..permissions import Caller, may_list, may_read
+from ..request import context
+from ..request.capture import plain_environ
+from ..stores.base import PROGRESS, STATE, Event, TaskStore
 from ..task import AsyncRouteTask
-from .event_ids import EventIds
-from .frames import HEARTBEAT, frame, retry
+from ..workers.runner import Runner
+from .responses import NO_STORE, VARY
+from .sse_format import HEARTBEAT, EventIds, frame, position, present, retry
+from .waits import longest
 
 logger = logging.getLogger("flask_asyncroute")
 
 HEARTBEAT_SECONDS = 10.0
 LOOK_AGAIN_SECONDS = 30.0
-"""How often the caller is looked up again."""
+"""Seconds after which a stream identifies its caller again."""
 LATE_SECONDS = 2 * HEARTBEAT_SECONDS
-"""How long a client may take for one piece before it counts as gone."""
+"""A client that needs longer than this to receive one piece is disconnected."""
 PAGE = 100
-"""Events that are read at once; each may hold 64 KiB."""
+"""Maximum number of events per read. Each event may have 64 KiB."""
 PIECE = 64 * 1024
-"""Bytes that are sent at once, at most."""
+"""Maximum number of bytes per piece."""
 RETRY_MS = 1000
-"""When a client is to come back whose stream was ended for its age, or with the server."""
+"""Delay before a client reconnects after the maximum stream age or a shutdown."""
+FULL_RETRY_MS = 3000
+"""Delay before a client reconnects if the process has too many streams."""
 
-MayRead = Callable[[AsyncRouteTask], bool]
+CONTENT_TYPE = "text/event-stream"
+HEADERS = {
+    "Cache-Control": NO_STORE,
+    "Vary": VARY,
+    "X-Accel-Buffering": "no",  # otherwise nginx delays events until its buffer is full
+}
 
 
-@dataclass(slots=True)
+def hanging_up(environ: Mapping[str, Any]) -> Callable[[], None] | None:
+    """Return a function with which another thread disconnects the client of a request. A thread
+    that is blocked while sending then gets an error at once.
+
+    Return None if the server does not expose its sockets. waitress and uWSGI have their own
+    timeouts.
+    """
+    connection = environ.get("gunicorn.socket", environ.get("werkzeug.socket"))
+    return None if connection is None else partial(_disconnect, connection)
+
+
+def _disconnect(connection: Any) -> None:
+    # ValueError: the connection is already closed.
+    with suppress(OSError, ValueError):
+        # Use a second socket object, because the server's object is in use and may belong to gevent
+        # or TLS. Do not duplicate the descriptor: the process may have none free.
+        same = socket.socket(fileno=connection.fileno())
+        try:
+            same.shutdown(socket.SHUT_RDWR)
+        finally:
+            same.detach()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """An event and its encoding, which streams share."""
+
+    change: int
+    name: str
+    task: AsyncRouteTask
+    is_end: bool
+    frame: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """Like `stores.base.Events`, but with encoded events."""
+
+    change: int
+    events: Sequence[_Rendered]
+
+
 class Stream:
-    """What one client is sent. Of one thread. There may be hundreds, so it holds no more than it needs.
+    """The events that one client receives. Not thread-safe.
 
-    :param task_id: of the task whose stream it is; None: that of a group.
-    :param group: all tasks of this group; None: of all groups.
-    :param since: the change number of the last event that the client has, of a group that after which it follows; None: it
-        begins with all of a task.
-    :param beginning: what comes first, but for who resumes the stream of a task.
-    :param known: the change number of the task as `beginning` tells of it.
-    :param has_ended: whether its task has, so that nothing is to be waited for.
-    :param seconds: until it ends by itself.
-    :param look_up: returns, looked up again, whether the caller may read a task.
-    :param hang_up: ends the connection to the client; None where the server does not show it.
+    A process may have hundreds of streams, so each keeps little data in memory.
+
+    :param current: the request for the stream.
+    :param caller: the caller of that request.
+    :param task_id: the task of the stream; None: all tasks of `group`.
     """
 
-    runner: Runner
-    ids: EventIds
-    task_id: str | None
-    group: str | None
-    since: int | None
+    __slots__ = ("runner", "environ", "caller", "task_id", "ids", "since", "beginning")
+    group: str | None = None
+    """The group of the stream; None: all groups."""
+    has_ended = False
+    """Whether the stream's task had already ended, so that no new events follow."""
     beginning: bytes
-    known: int
-    has_ended: bool
-    seconds: float
-    may_read: MayRead
-    look_up: Callable[[], MayRead]
-    hang_up: Callable[[], None] | None
+    """The first piece of the stream."""
 
-    def follow(self) -> Iterator[bytes]:
-        """Yield what there is, then what comes, until the task ends, the time is up or the server exits."""
-        news = Follower(self.hang_up)
+    def __init__(
+        self, runner: Runner, current: Request, caller: Caller | None, task_id: str | None
+    ) -> None:
+        self.runner = runner
+        self.environ = current.environ
+        self.caller = caller
+        self.task_id = task_id
+        self.ids = EventIds(runner.store.secret())
+        last_id = current.headers.get("Last-Event-ID")
+        since = None if last_id is None else self.ids.open(last_id, task_id)
+        # An event id from a replaced store could be higher than all later ids.
+        self.since = None if since is None or since > runner.store.newest() else since
+        """Change number of the last event that the client has received; None: the client does not
+        resume.
+        """
+
+    def may_read(self, task: AsyncRouteTask) -> bool:
+        """Return whether the caller may receive the events of a task."""
+        raise NotImplementedError
+
+    def is_known(self, event: _Rendered) -> bool:
+        """Return whether `beginning` already contains the change that the event reports."""
+        return False
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the stream, or only its beginning if the process has too many streams.
+
+        The slot is acquired only when the server begins to send. Otherwise, an ``after_request``
+        function that fails or replaces the response would leak it.
+        """
+        if self.has_ended:
+            yield from self._guarded()
+            return
+        if not self.runner.stream_slots.acquire(blocking=False):
+            yield self.beginning
+            yield retry(FULL_RETRY_MS)
+            return
         try:
-            with self.runner.notifier.telling(news, self.task_id):
+            yield from self._guarded()
+        finally:
+            self.runner.stream_slots.release()
+
+    def _guarded(self) -> Iterator[bytes]:
+        """Yield the events; end if the store fails. Disconnect a client that stops reading."""
+        follower = Follower(hanging_up(self.environ))
+        try:
+            notifier, feed = self.runner.notifier, (self.task_id, self.group)
+            with notifier.telling(follower, self.task_id), notifier.shared_reads.following(feed):
                 try:
-                    for data in self._follow(news):
+                    for data in self._follow(follower):
                         for start in range(0, len(data), PIECE):
-                            news.must_be_sent_by = time.monotonic() + LATE_SECONDS
+                            follower.must_be_sent_by = time.monotonic() + LATE_SECONDS
                             yield data[start : start + PIECE]
-                            news.must_be_sent_by = None
-                        del data  # it may be large, and what comes next may take its time
+                            follower.must_be_sent_by = None
+                        del data  # free the memory, because the next event may come much later
                 except AsyncRouteError as error:
-                    # Here, where it can be hung up on: this client may not read either.
-                    news.must_be_sent_by = time.monotonic() + LATE_SECONDS
+                    # Catch the error inside `telling`, so that a client that stops reading is
+                    # disconnected.
+                    follower.must_be_sent_by = time.monotonic() + LATE_SECONDS
                     yield _ended_early(error)
         except AsyncRouteError as error:
             yield _ended_early(error)
 
-    def _follow(self, news: Follower) -> Iterator[bytes]:
+    def _follow(self, follower: Follower) -> Iterator[bytes]:
+        """Yield past events, then new events, until the task ends, the stream reaches its maximum
+        age or the server shuts down.
+        """
         now = time.monotonic()
-        ends_at = now + self.seconds
-        look_at = now + LOOK_AGAIN_SECONDS
-        beat_at = now + HEARTBEAT_SECONDS
+        ends_at = now + longest(self.environ, self.runner.config.stream_age)
+        identify_at = now + LOOK_AGAIN_SECONDS
+        heartbeat_at = now + HEARTBEAT_SECONDS
         if self.since is None or self.task_id is None:
             yield self.beginning
             self.beginning = b""
         since = self.since or 0
         while True:
-            news.clear()
-            found = self.runner.store.events(since, PAGE, self.task_id, self.group)
-            # A file that was put in place of the store's, new or from a backup: its numbers say nothing about ours.
-            if found.change < since or self.runner.store.secret() != self.ids.key:
-                yield retry(RETRY_MS)
-                return
-            is_over = self.task_id is not None and any(map(_is_end, found.events))
+            follower.clear()
+            found = self._read(since)
+            is_over = self.task_id is not None and any(event.is_end for event in found.events)
             has_more = len(found.events) == PAGE
             since = found.change
-            for piece in self._pieces(found.events):
+            for piece in self._frames(found.events):
                 yield piece
-                beat_at = time.monotonic() + HEARTBEAT_SECONDS
+                heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
                 del piece
             del found
             if is_over or (self.has_ended and not has_more):
@@ -115,35 +202,60 @@ class Stream:
             if now >= ends_at or self.runner.notifier.is_over:
                 yield retry(RETRY_MS)
                 return
-            if now >= look_at:
-                look_at = now + LOOK_AGAIN_SECONDS
+            if now >= identify_at:
+                identify_at = now + LOOK_AGAIN_SECONDS
                 try:
-                    self.may_read = self.look_up()
+                    with context.again(self.runner.app, plain_environ(self.environ)):
+                        self.caller = self.runner.dispatcher.caller()
                 except Exception as error:
-                    # The app's own function refuses, or fails; the client, who comes back, is told so by itself.
+                    # The identity loader refuses the caller or fails. The client gets its response
+                    # when it reconnects.
                     yield _ended_early(error)
                     return
-                if self.task_id is not None and not self._is_there(self.task_id):
-                    return
-            if now >= beat_at:
-                beat_at = now + HEARTBEAT_SECONDS
+                if self.task_id is not None:
+                    task = self._task(self.task_id)
+                    if task is None or not self.may_read(task):
+                        return
+            if now >= heartbeat_at:
+                heartbeat_at = now + HEARTBEAT_SECONDS
                 yield HEARTBEAT
             if not has_more:
-                news.wait(max(min(ends_at, look_at, beat_at) - time.monotonic(), 0.0))
+                due = min(ends_at, identify_at, heartbeat_at)
+                follower.wait(max(due - time.monotonic(), 0.0))
 
-    def _pieces(self, events: Sequence[Event]) -> Iterator[bytes]:
-        """Yield what the client is sent of these events, as many in a piece as fit."""
+    def _read(self, since: int) -> _Page:
+        """Return the events after a change number. Streams share the result.
+
+        Each stream skips the events that its caller may not read.
+        """
+
+        read = partial(_read_page, self.runner.store, self.ids, self.task_id, self.group)
+        if self.has_ended:
+            return read(since)  # a shared result may lack the task's end, the last event
+        reads, feed = self.runner.notifier.shared_reads, (self.task_id, self.group)
+        page = reads.page(feed, since, read)
+        if len(page.events) == PAGE:
+            reads.drop((feed, since))  # a stream far behind reads many pages, which may be large
+        return page
+
+    def _task(self, task_id: str) -> AsyncRouteTask | None:
+        """Return the current record of a task. Streams share the result."""
+        reads = self.runner.notifier.shared_reads
+        return reads.get(task_id, lambda: self.runner.store.get(task_id))
+
+    def _frames(self, events: Sequence[_Rendered]) -> Iterator[bytes]:
+        """Yield the encoded events, joined into pieces."""
         piece = b""
         for event in events:
-            if self._is_known(event) or not self.may_read(event.task):
+            if self.is_known(event) or not self.may_read(event.task):
                 continue
-            if _is_end(event) and event.task.sse_result:
-                # Only now, one at a time: each may be large.
+            data = event.frame
+            if event.is_end and event.task.sse_result:
+                # Results may be large, so read each result only when it is sent.
                 whole = self.runner.store.get(event.task.id)
                 if whole is None or whole.completed_change != event.change:
-                    continue  # it was removed, or there is another store
-                event = replace(event, task=whole)
-            data = frame(event, self.ids)
+                    continue  # the task was deleted, or the store was replaced
+                data = frame(Event(event.change, event.name, whole), self.ids)
             if piece and len(piece) + len(data) > PIECE:
                 yield piece
                 piece = b""
@@ -151,22 +263,81 @@ class Stream:
         if piece:
             yield piece
 
-    def _is_known(self, event: Event) -> bool:
-        """Return whether a client that has just been given the task as it is knows of this by that."""
-        if self.task_id is None or self.since is not None or event.change > self.known:
-            return False
-        return event.name in (STATE, PROGRESS) and not _is_end(event)
 
-    def _is_there(self, task_id: str) -> bool:
-        task = self.runner.store.get(task_id)
-        return task is not None and self.may_read(task)
+def _read_page(
+    store: TaskStore, ids: EventIds, task_id: str | None, group: str | None, since: int
+) -> _Page:
+    found = store.events(since, PAGE, task_id, group)
+    # Events may be large, so free each event after encoding it.
+    events = deque(found.events)
+    change = found.change
+    del found
+    rendered = []
+    while events:
+        rendered.append(_rendered(events.popleft(), ids))
+    return _Page(change, rendered)
+
+
+class TaskStream(Stream):
+    """The stream of one task. Unless the client resumes, it begins with the task's current
+    record.
+    """
+
+    __slots__ = ("known", "has_ended")
+
+    def __init__(
+        self, runner: Runner, current: Request, caller: Caller | None, task: AsyncRouteTask
+    ) -> None:
+        super().__init__(runner, current, caller, task.id)
+        self.beginning = present(task)
+        self.known = task.change
+        self.has_ended = task.state.is_terminal
+
+    def may_read(self, task: AsyncRouteTask) -> bool:
+        return may_read(self.caller, task.user, task.granted, self.runner.config.admins)
+
+    def is_known(self, event: _Rendered) -> bool:
+        if self.since is not None or event.change > self.known:
+            return False
+        return event.name in (STATE, PROGRESS) and not event.is_end
+
+
+class GroupStream(Stream):
+    """The stream of the tasks of one group, or of all groups, that the caller may list.
+
+    It begins with an id from which the client can resume. So a client that is disconnected or
+    turned away before the first event misses no event.
+    """
+
+    __slots__ = ("group",)
+
+    def __init__(
+        self, runner: Runner, current: Request, caller: Caller | None, group: str | None
+    ) -> None:
+        super().__init__(runner, current, caller, None)
+        self.group = group
+        if self.since is None:
+            self.since = runner.store.newest()
+        self.beginning = position(self.since, self.ids)
+
+    def may_read(self, task: AsyncRouteTask) -> bool:
+        config = self.runner.config
+        lists_anonymous = config.list_anonymous
+        return may_list(self.caller, task.user, task.granted, config.admins, lists_anonymous)
+
+
+def stream_response(current: Request, stream: Stream) -> Response:
+    """Return the response with a stream; for HEAD, only its headers."""
+    body = () if current.method == "HEAD" else stream.pieces()
+    return Response(body, 200, HEADERS, content_type=CONTENT_TYPE)
 
 
 def _ended_early(error: Exception) -> bytes:
-    """Log it; return what has the client come back for the rest. What was sent was sent."""
-    logger.warning("A stream of events ended early: %s", error)
+    """Log the error; return a block that makes the client reconnect."""
+    logger.warning("An event stream ended early; the client will reconnect: %s", error)
     return retry(RETRY_MS)
 
 
-def _is_end(event: Event) -> bool:
-    return event.name == STATE and event.data is None and event.task.state.is_terminal
+def _rendered(event: Event, ids: EventIds) -> _Rendered:
+    is_end = event.name == STATE and event.data is None and event.task.state.is_terminal
+    return _Rendered(event.change, event.name, event.task, is_end, frame(event, ids))

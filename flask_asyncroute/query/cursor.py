@@ -1,77 +1,60 @@
-"""The cursor: where a page ended, sealed so that a client can carry it and cannot change it.
-
-`http.operations` seals one for the next page and opens those that come back. It holds for one caller and one query: the
-seal covers both, though neither travels in it. Signed, not encrypted: it tells a client nothing that the page did not.
-"""
+"""The cursor: the position where a page ended, signed for one query and one caller."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import re
-import struct
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+
+import msgspec
+from itsdangerous import Signer
+from itsdangerous.encoding import base64_decode, base64_encode
 
 from ..errors import InvalidQuery
-from .terms import Position, Query
+from .model import Position, Query
 
 MAX_CURSOR = 512
 
-_VERSION = b"\x01"
-_SEAL_SIZE = 16
-_PURPOSE = b"flask-asyncroute cursor"
-_HEAD = struct.Struct(">?qq")
-_BASE64URL = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_CURSOR}}}")
+_SALT = "flask-asyncroute cursor 2 "  # the version: increase it if the content changes
 
 
 def seal_cursor(position: Position, query: Query, caller_id: str | None, key: bytes) -> str:
-    """Return the cursor that leads ``caller_id`` to what comes after ``position`` in the list of ``query``.
+    """Return the cursor for the page after ``position``. It is signed, not encrypted.
 
-    :param query: its conditions and its sort are sealed in; the limit and the cursor that led here are not.
-    :param key: secret, the same in all processes that may see the cursor again.
+    :param query: its conditions and sort are signed; its limit and cursor are not.
+    :param key: a secret shared by all processes that may receive the cursor.
     """
-    head = _HEAD.pack(position.value is not None, position.value or 0, position.created_us)
-    body = head + position.id.encode()
-    return _text(_VERSION + _seal(body, query, caller_id, key) + body)
+    content = msgspec.json.encode((position.value, position.created_us, position.id))
+    return _signer(query, caller_id, key).sign(base64_encode(content)).decode()
 
 
 def open_cursor(cursor: str, query: Query, caller_id: str | None, key: bytes) -> Position:
-    """Return the position that was sealed.
+    """Return the position in a cursor.
 
-    :raises InvalidQuery: the cursor was altered, or is of another caller, query, key or version.
+    :raises InvalidQuery: if the cursor was altered, or was signed for another query, caller or
+        key.
     """
-    # Base64 leaves some bits of the last character without a meaning: only the one spelling that we write is taken.
-    data = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)) if _is_base64url(cursor) else b""
-    seal, body = data[1 : 1 + _SEAL_SIZE], data[1 + _SEAL_SIZE :]
-    if (
-        data[:1] != _VERSION
-        or _text(data) != cursor
-        or not hmac.compare_digest(seal, _seal(body, query, caller_id, key))
-    ):
+    if not cursor.isascii():
         raise invalid_cursor()
-    has_value, value, created_us = _HEAD.unpack_from(body)
-    return Position(value if has_value else None, created_us, body[_HEAD.size :].decode())
+    content = cursor.rpartition(".")[0]
+    # Signer.unsign() would ignore characters of the signature that are not base64.
+    expected = _signer(query, caller_id, key).sign(content).decode()
+    if not hmac.compare_digest(expected, cursor):
+        raise invalid_cursor()
+    return Position(*msgspec.json.decode(base64_decode(content)))
 
 
 def invalid_cursor() -> InvalidQuery:
-    """Return the one refusal of a cursor. Why is not said: that would help only who forges one."""
+    """Return the error for an invalid cursor. It does not name the cause, which would help a
+    forger.
+    """
     return InvalidQuery(
-        "The cursor was altered, or belongs to another query, sort or caller. Follow the Link of the page before as it "
-        "is, or begin again without a cursor."
+        "The cursor was altered, or belongs to another query, sort or caller. Follow the Link of "
+        "the previous page unchanged, or start again without a cursor."
     )
 
 
-def _seal(body: bytes, query: Query, caller_id: str | None, key: bytes) -> bytes:
+def _signer(query: Query, caller_id: str | None, key: bytes) -> Signer:
     conditions = sorted((one.field.name, one.operator.value, one.value) for one in query.conditions)
-    # ascii() writes these plain values so that two different ones never look alike, half surrogate pairs included.
-    asked = ascii((query.sort.field.name, query.sort.descending, conditions, caller_id)).encode()
-    covered = b"".join((_VERSION, hashlib.sha256(asked).digest(), body))
-    return hmac.digest(key, _PURPOSE + covered, "sha256")[:_SEAL_SIZE]
-
-
-def _text(data: bytes) -> str:
-    return urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
-def _is_base64url(cursor: str) -> bool:
-    return _BASE64URL.fullmatch(cursor) is not None and len(cursor) % 4 != 1
+    # ascii() is unambiguous for these plain values and accepts lone surrogates.
+    bound_to = ascii((query.sort.field.name, query.sort.descending, conditions, caller_id))
+    return Signer(key, salt=_SALT + bound_to, key_derivation="hmac", digest_method=hashlib.sha256)

@@ -1,57 +1,88 @@
-"""Conditions and order on records in memory: what `stores.memory` lists by, and what the SQL store must agree with."""
+"""Applies conditions and sort orders to records in memory, and creates LIKE patterns for SQL."""
 
 from __future__ import annotations
 
-import operator as comparison
+import operator
+import re
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from functools import lru_cache
+from typing import Any
 
 from ..task import AsyncRouteTask
-from .fields import Operator
-from .patterns import is_like
-from .terms import Condition, Position, Sort
+from .model import ASCII_LOWER, ORDER, Condition, Operator, Position, Sort
 
-SortKey: TypeAlias = tuple[bool, int, int, str]
+ESCAPE = "!"
+
+
+def sql_like(text: str) -> str:
+    """Return the pattern for SQL's LIKE, in lower case, with the escape character :data:`ESCAPE`.
+
+    Only A–Z become lower case. Apply ``lower()`` to the column too; in PostgreSQL, with ``COLLATE
+    "C"``.
+    """
+    escaped = re.sub(r"([%_!])", r"!\1", text.translate(ASCII_LOWER))
+    return re.sub(r"\*+", "%", f"*{escaped}*").replace("?", "_")
+
+
+def is_like(text: str, pattern: str) -> bool:
+    """Return whether the text contains a match of the pattern."""
+    folded, start = text.translate(ASCII_LOWER), 0
+    for finder in _finders(pattern):
+        # The first match is always right, because it leaves the most text for the next part.
+        found = finder.search(folded, start)
+        if found is None:
+            return False
+        start = found.end()
+    return True
+
+
+@lru_cache(maxsize=256)
+def _finders(pattern: str) -> list[re.Pattern[str]]:
+    """Return a regular expression for each part of the pattern between ``*``.
+
+    They have no quantifiers, so a search does not backtrack.
+    """
+    parts = filter(None, pattern.translate(ASCII_LOWER).split("*"))
+    return [re.compile(".".join(map(re.escape, part.split("?"))), re.DOTALL) for part in parts]
+
 
 _COMPARE: dict[Operator, Callable[[Any, Any], bool]] = {
-    Operator.EQ: comparison.eq,
-    Operator.NE: comparison.ne,
-    Operator.GT: comparison.gt,
-    Operator.LT: comparison.lt,
-    Operator.GE: comparison.ge,
-    Operator.LE: comparison.le,
+    **{one: getattr(operator, one.lower()) for one in ORDER},
     Operator.LIKE: is_like,
     Operator.NOTLIKE: lambda text, pattern: not is_like(text, pattern),
 }
 
 
 def matches(task: AsyncRouteTask, conditions: Iterable[Condition]) -> bool:
-    """Return whether all conditions hold for the task."""
-    return all(holds(condition, getattr(task, condition.field.attribute)) for condition in conditions)
+    """Return whether all conditions are true for the task."""
+    return all(holds(one, getattr(task, one.field.attribute)) for one in conditions)
 
 
 def holds(condition: Condition, value: Any) -> bool:
-    """Return whether the condition holds for a field that has this value; for one that is missing (None) none does."""
+    """Return whether the condition is true for a field with this value; False if the value is
+    None.
+    """
     return value is not None and _COMPARE[condition.operator](value, condition.value)
 
 
 def ordered(tasks: Iterable[AsyncRouteTask], sort: Sort) -> list[AsyncRouteTask]:
     """Return the tasks in the order of the sort."""
-    return sorted(tasks, key=lambda task: sort_key(position_of(task, sort), sort), reverse=sort.descending)
+    return sorted(
+        tasks, key=lambda task: _sort_key(position_of(task, sort), sort), reverse=sort.descending
+    )
 
 
 def position_of(task: AsyncRouteTask, sort: Sort) -> Position:
-    """Return where the task stands in that order."""
+    """Return the position of the task in the order of the sort."""
     return Position(getattr(task, sort.field.attribute), task.created_us, task.id)
 
 
-def sort_key(position: Position, sort: Sort) -> SortKey:
-    """Return what to compare: rising keys are the order of the sort, falling ones where it is descending."""
+def is_after(task: AsyncRouteTask, sort: Sort, position: Position) -> bool:
+    """Return whether the task comes after the position in the order of the sort."""
+    key, last = _sort_key(position_of(task, sort), sort), _sort_key(position, sort)
+    return key < last if sort.descending else key > last
+
+
+def _sort_key(position: Position, sort: Sort) -> tuple[bool, int, int, str]:
     missing = position.value is None
     return (missing is not sort.descending, position.value or 0, position.created_us, position.id)
-
-
-def is_after(task: AsyncRouteTask, sort: Sort, position: Position) -> bool:
-    """Return whether the task comes after that position in the order of the sort, and so on a later page."""
-    key, last = sort_key(position_of(task, sort), sort), sort_key(position, sort)
-    return key < last if sort.descending else key > last

@@ -1,7 +1,4 @@
-"""The value of a condition: out of text from a query string, or out of JSON or Python.
-
-`styles` calls it. Text is read strictly: what is not plainly a value of the field's kind is refused, never guessed.
-"""
+"""Parse the value of a condition from a query string, JSON or Python."""
 
 from __future__ import annotations
 
@@ -11,15 +8,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ..errors import InvalidQuery
-from ..states import State
-from ..task import EPOCH
-from .fields import ASCII_LOWER, ASCII_UPPER, Field, Operator, shown
-from .terms import Condition
+from ..task import EPOCH, State
+from .model import ASCII_LOWER, ASCII_UPPER, Condition, Field, Operator, shown
 
 MAX_VALUE = 256
 MAX_WILDCARDS = 8
 
-# [0-9] and not \d, which takes the digits of every script.
+# Use [0-9], because \d matches the digits of every script.
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _TIME = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt ]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]+))?"
@@ -28,73 +23,67 @@ _TIME = re.compile(
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _STATES = {state.value.translate(ASCII_LOWER): state.value for state in State}
 _BOOLEANS = {"true": True, "false": False}
+_KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 def condition_from_text(field: Field, operator: Operator, text: str) -> Condition:
-    """Return the condition whose value a query string holds, decoded.
-
-    :raises InvalidQuery: the text is not a value of the field's kind, or is over 256 characters.
-    """
+    """Return the condition for a decoded value, of at most 256 characters, from a query string."""
     _check_text(field, text)
-    match field.kind:
-        case "boolean":
-            value = _BOOLEANS.get(text.translate(ASCII_LOWER))
-            if value is None:
-                raise _refused(field, shown(text), "true or false")
-            return Condition(field, operator, value)
-        case "number":
-            if not _NUMBER.fullmatch(text):
-                raise _refused(field, shown(text), "a number such as 50 or 33.3")
-            return Condition(field, operator, _finite(field, float(text)))
-    return Condition(field, operator, _from_checked(field, operator, text))
+    value: Any = text
+    if field.kind == "boolean":
+        value = _BOOLEANS.get(text.translate(ASCII_LOWER))
+        if value is None:
+            raise _refused(field, shown(text), "true or false")
+    elif field.kind == "number":
+        if not _NUMBER.fullmatch(text):
+            raise _refused(field, shown(text), "a number such as 50 or 33.3")
+        value = float(text)
+    return condition_from_value(field, operator, value)
 
 
 def condition_from_value(field: Field, operator: Operator, value: Any) -> Condition:
-    """Return the condition whose value is one of JSON, or, from Python, also a datetime or a State.
+    """Return the condition for a value from JSON or Python, including a datetime or a State.
 
-    A datetime without a time zone is in UTC, as text without an offset is.
-
-    :raises InvalidQuery: the value is not of the field's kind (true is no number, ``"1"`` neither), or a text over 256
-        characters.
+    A datetime without a time zone is UTC. Values are not converted to other types.
     """
-    match field.kind:
-        case "boolean":
-            if not isinstance(value, bool):
-                raise _refused(field, _described(value), "true or false")
-            return Condition(field, operator, value)
-        case "number":
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise _refused(field, _described(value), "a number")
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-            return Condition(field, operator, _finite(field, number))
-        case "time" if isinstance(value, datetime):
-            aware = value if value.utcoffset() is not None else value.replace(tzinfo=UTC)
-            return Condition(field, operator, (aware - EPOCH) // timedelta(microseconds=1))
-    if not isinstance(value, str):
+    if field.kind == "boolean":
+        if not isinstance(value, bool):
+            raise _refused(field, _described(value), "true or false")
+    elif field.kind == "number":
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _refused(field, _described(value), "a number")
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise field.error("the number is out of range; it must fit a 64-bit float")
+    elif field.kind == "time" and isinstance(value, datetime):
+        aware = value if value.utcoffset() is not None else value.replace(tzinfo=UTC)
+        value = (aware - EPOCH) // timedelta(microseconds=1)
+    elif isinstance(value, str):
+        value = _from_text(field, operator, str.__str__(value))
+    else:
         wanted = "a string with an RFC 3339 time" if field.kind == "time" else "a string"
         raise _refused(field, _described(value), wanted)
-    text = str.__str__(value)  # of a State too, whatever its own __str__ says
-    _check_text(field, text)
-    return Condition(field, operator, _from_checked(field, operator, text))
+    return Condition(field, operator, value)
 
 
 def microseconds(text: str) -> int:
-    """Return an RFC 3339 time in microseconds since the epoch; further digits are cut off.
+    """Convert an RFC 3339 time to microseconds since the epoch; drop smaller fractions.
 
-    Without an offset it is UTC. A space where the offset has its sign is a ``+`` that a query string has turned into
-    one. Leap seconds (``:60``) have no instant of their own here and are refused.
+    A time without an offset is read as UTC. A space before the offset is read as ``+``, because URL
+    decoding turns a plus sign into a space. Leap seconds (``:60``) are refused.
 
-    :raises ValueError: the text is not such a time.
+    :raises ValueError: if the text is not a valid time.
     """
     found = _TIME.fullmatch(text)
     if found is None:
         raise ValueError(text)
     *numbers, fraction, sign, hours, minutes = found.groups()
     second = datetime(*map(int, numbers), tzinfo=UTC)  # type: ignore[arg-type, misc]
-    # Whole numbers from here on: an offset can lead out of the years that a datetime knows.
+    # Add the offset to the integer, because adding it to a datetime could exceed the range of
+    # years.
     result = (second - EPOCH) // timedelta(microseconds=1) + int((fraction or "")[:6].ljust(6, "0"))
     if sign is None:
         return result
@@ -102,16 +91,19 @@ def microseconds(text: str) -> int:
     return result + offset if sign == "-" else result - offset
 
 
-def _from_checked(field: Field, operator: Operator, text: str) -> str | int:
+def _from_text(field: Field, operator: Operator, text: str) -> str | int:
     """Return the value of a string, state or time field."""
+    _check_text(field, text)
     if field.kind == "time":
         try:
             return microseconds(text)
         except ValueError:
-            raise _refused(field, shown(text), "an RFC 3339 time such as 2026-01-31T12:00:00Z") from None
+            wanted = "an RFC 3339 time such as 2026-01-31T12:00:00Z"
+            raise _refused(field, shown(text), wanted) from None
     if operator in (Operator.LIKE, Operator.NOTLIKE):
         if text.count("*") + text.count("?") > MAX_WILDCARDS:
-            raise InvalidQuery(f"{field.name}: {shown(text)} has over {MAX_WILDCARDS} wildcards (* and ?); use fewer.")
+            problem = f"has over {MAX_WILDCARDS} wildcards (* and ?); use fewer"
+            raise field.error(f"{shown(text)} {problem}")
         return text
     if field.kind == "state":
         state = _STATES.get(text.translate(ASCII_LOWER))
@@ -123,29 +115,20 @@ def _from_checked(field: Field, operator: Operator, text: str) -> str | int:
 
 def _check_text(field: Field, text: str) -> None:
     if len(text) > MAX_VALUE:
-        raise InvalidQuery(f"{field.name}: the value {shown(text)} is over {MAX_VALUE} characters; ask for less.")
-    # No store keeps either, and drivers raise on both.
+        raise field.error(f"the value {shown(text)} has over {MAX_VALUE} characters; shorten it")
+    # Stores cannot hold such text, and database drivers would raise errors.
     if _UNSTORABLE.search(text):
-        raise InvalidQuery(f"{field.name}: {shown(text)} holds a NUL or half a surrogate pair; leave it out.")
-
-
-def _finite(field: Field, number: float) -> float:
-    if not math.isfinite(number):
-        raise InvalidQuery(f"{field.name}: the number is out of range; it must fit a 64-bit float.")
-    return number
+        raise field.error(f"{shown(text)} contains a NUL or a lone surrogate; remove it")
 
 
 def _refused(field: Field, what: str, wanted: str) -> InvalidQuery:
-    return InvalidQuery(f"{field.name}: {what} will not do; give {wanted}.")
+    return field.error(f"{what} is invalid; use {wanted}")
 
 
 def _described(value: Any) -> str:
-    """Return what kind of thing a value is; not the value, which can be deep or long."""
+    """Describe a value by its type, because it may be deep or long."""
     if value is None:
         return "null"
     if isinstance(value, str):
         return f"the string {shown(value)}"
-    for kind, name in ((bool, "a boolean"), ((int, float), "a number"), (list, "a list"), (dict, "an object")):
-        if isinstance(value, kind):
-            return name
-    return f"a Python {type(value).__name__}"
+    return _KINDS.get(type(value), f"a Python {type(value).__name__}")

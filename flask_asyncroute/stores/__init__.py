@@ -1,1 +1,4 @@
-"""Where tasks are kept: one port, `base`, and its adapters. `runtime` chooses; `lifecycle` writes; reads go straight."""
+"""Task stores: the interfaces `base` and `outbox`, their implementations, and `registry`.
+
+Only `lifecycle` changes the State of tasks; any module may read a store.
+"""

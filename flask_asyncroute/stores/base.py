@@ -1,52 +1,44 @@
-"""The port of all stores. Its docstrings are the contract; one test suite proves it on every adapter.
+"""The store interfaces. One test suite checks every implementation against these docstrings.
 
-Every method may be called from any thread. Each write of a task is one transaction and raises the store's change number,
-in the order of the commits; numbers may be left out. What the underlying storage cannot do now is raised as `StoreUnavailable`;
-where it may have done it all the same, as `CommitUnknown`.
+Methods are thread-safe unless noted. Each write to a task is one transaction, which increases the
+store's change number. These numbers follow the commit order, with gaps. A method raises
+`StoreUnavailable` if the storage is unavailable, and `CommitUnknown` if the connection fails during
+a commit, which may have succeeded.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from ..delivery import Delivery
-from ..execution import ViewEvent
+from ..callbacks.model import Delivery
 from ..query import Condition, Position, Sort
 from ..snapshot import Body
-from ..start_key import StartKey
-from ..states import State
-from ..task import AsyncRouteTask
-from .events import Events
+from ..task import AsyncRouteTask, State
 from .outbox import Outbox
 
 AHEAD_US = 2_000_000
-LARGE_RESULT = 64 * 1024
-"""Lists leave out results over this many bytes."""
+LARGE_RESULT = 64 * 1024  # Lists omit results over this many bytes.
+MAX_EVENTS = 1000  # At least this many of a task's latest view events are kept.
+STATE, PROGRESS = "task.state", "task.progress"
 
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """What a task must be for a write to happen (compare-and-set).
+    """Conditions that a task must meet before a write (compare-and-set). None matches any value."""
 
-    :param states: it is in one of these.
-    :param owner: this worker holds it; None: whoever.
-    :param epoch: this is the claim that runs it; None: whichever.
-    :param stopping: its code still runs, or does not; None: either.
-    """
-
-    states: tuple[State, ...]
-    owner: str | None = None
-    epoch: int | None = None
-    stopping: bool | None = None
+    states: tuple[State, ...]  # the task is in one of these states
+    owner: str | None = None  # the name of the worker that claimed the task
+    epoch: int | None = None  # the number of the claim
+    stopping: bool | None = None  # whether the code is still running after an abort
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A task that a worker has just taken, with the request it runs on (see `snapshot.encode`)."""
+    """A task that a worker has just claimed, and its request, encoded by `snapshot.encode`."""
 
     task: AsyncRouteTask
     request: bytes
@@ -54,221 +46,183 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """Under which names a caller may list tasks: any task that fits one of these.
+    """The tasks that a caller may list: those that match at least one field."""
 
-    :param user: tasks that this user owns.
-    :param granted: tasks that were granted to one of these (kind, name).
-    :param anonymous: tasks that nobody owns.
+    user: str | None = None  # tasks of this user
+    granted: tuple[tuple[str, str], ...] = ()  # tasks granted to any of these (kind, name) pairs
+    anonymous: bool = False  # tasks without a user
+
+
+@dataclass(frozen=True, slots=True)
+class StartKey:
+    """The ``Idempotency-Key`` of a request."""
+
+    name: str  # 64 characters; identifies the caller, route and key
+    fingerprint: str  # 64 characters; identifies the method, URL and body
+
+
+@dataclass(frozen=True, slots=True)
+class ViewEvent:
+    """An event that a view has sent."""
+
+    name: str
+    data: bytes  # JSON on one line
+    number: int  # position among the events of one run, from 1
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change of a task, for streams.
+
+    ``task`` is the current record or, in a `STATE` event without ``data``, the record after the
+    change. It has no result.
     """
 
-    user: str | None = None
-    granted: tuple[tuple[str, str], ...] = ()
-    anonymous: bool = False
+    change: int  # change number; only the latest progress has an event
+    name: str  # `STATE`, `PROGRESS`, or the name of a view event
+    task: AsyncRouteTask
+    data: bytes | None = None  # JSON from the view, or of the task in an earlier run
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """All selected events up to the change number ``change``, in order."""
+
+    change: int
+    events: Sequence[Event]
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What was written since a change number: the newest number, the tasks, oldest change first, and the ids of those
-    whose views have sent events.
-    """
+    """The changes after a change number."""
 
-    change: int
-    tasks: Sequence[AsyncRouteTask]
-    sent: Collection[str] = ()
+    change: int  # the ``since`` to pass to the next call
+    tasks: Sequence[AsyncRouteTask]  # the changed tasks, oldest change first
+    sent: Collection[str] = ()  # the ids of tasks with new view events
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A process that runs tasks, as other processes know it.
+    """The store's entry for a worker process."""
 
-    :param name: what the tasks that it runs have as ``owner``.
-    :param place: names the lock file that it uses (see `presence`); empty where it has none.
-    :param number: the byte of that file which it keeps locked while it lives.
-    :param process: what `locks.this_process` told there.
-    :param endpoints: whose tasks it can run.
-    :param beat: how often it has said that it lives.
-    """
-
-    name: str
-    place: str
-    number: int
-    process: str
-    endpoints: frozenset[str]
-    beat: int = 0
-
-
-class Workers(ABC):
-    """Keeps which workers of one namespace there are, and tells what each holds. None of this is a change of a task."""
-
-    lock_path: Path
-    """The file in which those of this host keep their locks, see `locks`."""
-
-    @abstractmethod
-    def enter(self, worker: Worker) -> None:
-        """List a worker, in the place of one with its name."""
-
-    @abstractmethod
-    def beat(self, name: str) -> bool:
-        """Count one beat more, without waiting for any other use of the store; return whether the worker is listed."""
-
-    @abstractmethod
-    def listed(self) -> list[Worker]:
-        """Return all that have entered and not left."""
-
-    @abstractmethod
-    def leave(self, name: str) -> None:
-        """List a worker no longer, and let go of the callbacks that it holds: others send them."""
-
-    @abstractmethod
-    def owners(self) -> list[str]:
-        """Return the names under which tasks run, are Stopping, or wait for nobody else, or callbacks are being sent; whether
-        they are listed or not.
-        """
-
-    @abstractmethod
-    def held(self, name: str) -> list[AsyncRouteTask]:
-        """Return the tasks that run, are Stopping, or wait for nobody else, under this name."""
-
-    @abstractmethod
-    def wanted(self) -> list[str]:
-        """Return the endpoints whose tasks are waiting, each once."""
-
-
-class Listener(Protocol):
-    """What listens to a store until it is closed."""
-
-    def close(self) -> None:
-        """Listen no longer; may be called from any thread."""
-        ...
+    name: str  # the worker's name, stored as ``owner`` of its tasks
+    place: str  # identifies its lock file, see `heartbeat`; empty: no file
+    number: int  # the byte of that file that it locks
+    process: str  # the result of its `process_lock.this_process()`
+    endpoints: frozenset[str]  # the endpoints whose tasks it can run
+    beat: int = 0  # how many heartbeats it has written
+    views: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The result of its `app_identity.views_of()`, by endpoint; empty if unknown."""
 
 
 class TaskStore(ABC):
-    """Keeps the tasks, their requests and the shared values of one namespace."""
+    """Stores the tasks, requests and shared values of one namespace."""
 
-    workers: Workers | None = None
-    """Who else reads and writes the same tasks; None where no other process does."""
-    outbox: Outbox
-    """The callbacks of these tasks."""
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other processes read and write the same tasks."""
-        return self.workers is not None
+    is_shared: ClassVar[bool] = False
+    """Whether the store is a :class:`SharedTaskStore`, which several processes can use at once."""
+    label: str  # the store's name in messages; contains no password
+    outbox: Outbox  # stores the callbacks of the tasks
 
     @abstractmethod
     def open(self) -> None:
-        """Make what is missing, in this process; called again it does nothing.
+        """Create missing files, tables and keys. Further calls in the same process do nothing.
 
-        :raises ConfigurationError: where the storage can never work as it is.
+        :raises ConfigurationError: if the storage cannot work as configured.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of connections and files; the next call opens them again."""
+        """Close connections and files. The next method call opens them again."""
 
-    def forget(self) -> None:  # noqa: B027 - most leave nothing behind that would be used again
-        """Leave what is open to the parent process; called in a child after a fork, which uses this store no more."""
+    @abstractmethod
+    def secret(self) -> bytes:
+        """Return the namespace's random 32-byte secret, the same in all processes."""
 
     @abstractmethod
     def add(
-        self,
-        task: AsyncRouteTask,
-        request: bytes,
-        body: Body | None,
-        grants: Collection[tuple[str, str]],
-        key: StartKey | None = None,
-        quota: int | None = None,
+        self, task: AsyncRouteTask, request: bytes, body: Body | None,
+        grants: Collection[tuple[str, str]], key: StartKey | None = None, quota: int | None = None,
         delivery: Delivery | None = None,
-    ) -> None:
-        """Store a new task with its request, all or nothing.
+    ) -> None:  # fmt: skip
+        """Store a new task and its request in one transaction; then close the body.
 
-        The body belongs to the store from here on.
-
-        :param grants: each (kind, name) that may list the task beside its owner.
-        :param key: kept until the task is removed; no two tasks are started with one.
-        :param quota: how many unfinished tasks the user of this one may have, this one included; None: any number.
-        :param delivery: what is to be sent when the task has ended.
-        :raises KeyTaken: where a task was started with a key of that name.
-        :raises TooManyTasks: where the user has as many.
-        :raises IdTaken: where a task has that id.
+        :param grants: (kind, name) pairs that may list the task, besides its user.
+        :param key: the unique idempotency key, stored until the task is removed.
+        :param quota: maximum number of unfinished tasks of the user, including this one; None: no
+            limit.
+        :param delivery: the callback to send when the task ends.
+        :raises KeyTaken: if another task has a key with this name.
+        :raises TooManyTasks: if the user would exceed the quota.
+        :raises IdTaken: if another task has this id.
         """
 
     @abstractmethod
     def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
-        """Return the task that was started with the key of this name, as it is now, and the key's fingerprint."""
+        """Return the task that was started with a key, and the fingerprint; None if the key is
+        unknown.
+        """
 
     @abstractmethod
     def get(self, task_id: str) -> AsyncRouteTask | None:
-        """Return a task as it is now."""
+        """Return the current record of a task; None if the id is unknown."""
 
     @abstractmethod
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
-        """Move a task from NotStarted to Running under ``owner``, with a new epoch; None where it is not waiting (any more).
+        """Move a task from NotStarted to Running, with this ``owner`` and a new epoch. Return None
+        if it is not NotStarted.
 
-        StartingTime is ``now_us``, or CreationTime where that is later; ExpireTime follows from the task's timeout.
+        StartingTime is the later of ``now_us`` and CreationTime. The task's timeout determines
+        ExpireTime.
         """
 
     @abstractmethod
     def body(self, task_id: str) -> Body:
-        """Return the body of a claimed task's request, for the caller to close."""
+        """Return the request body of a claimed task. The caller must close it."""
 
     @abstractmethod
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
-        """Write ``values`` (by record field) and raise the revision, if the task is as expected; return the new record.
+        """If the task matches ``expect``, write ``values`` (by name of the record field) and
+        increment the revision.
 
-        A terminal state takes the request and body out of the store and makes the task's callback due; ``completed_us`` comes
-        with it, and never before the start. NotStarted begins a new run: what the last one has told stays among its events.
+        Writing a terminal state removes the request and body, and makes the callback due. It
+        requires ``completed_us``, which is raised to StartingTime if it is earlier. Writing
+        NotStarted begins a new run; the states of the previous run remain as events.
 
-        :return: None where the task is unknown or not as expected; nothing is written then.
+        :return: the new record; None, with nothing written, if the task does not match.
         """
 
     @abstractmethod
-    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> bool:
-        """Add what the run with the expected epoch has sent, if the task is as expected; return whether it is.
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> int | None:
+        """Store view events of the run with the expected epoch. Return the last change number; None
+        if the task does not match ``expect``.
 
-        What was added before, by its number, is not added again.
+        Events whose number is already stored are skipped. The oldest events over :data:`MAX_EVENTS`
+        may be removed. The task's revision does not change.
 
-        Of more than `events.MAX_EVENTS` of a task the older ones may be removed. No revision is raised.
-
-        :param sent: one at the least, in order.
+        :param sent: at least one event, in order.
         """
 
     @abstractmethod
     def delete(self, task_id: str, expect: Expect) -> bool:
-        """Remove a task that is as expected, and its callback with it; return whether it did."""
-
-    @abstractmethod
-    def query(
-        self,
-        conditions: Sequence[Condition],
-        sort: Sort,
-        limit: int,
-        position: Position | None,
-        readers: Readers | None,
-    ) -> list[AsyncRouteTask]:
-        """Return the first ``limit`` tasks that fit, without results over 64 KiB.
-
-        :param position: only what comes after it in the order of ``sort``.
-        :param readers: only what they may list; None: all.
+        """Remove a task and its callback if the task matches ``expect``; return whether it was
+        removed.
         """
 
     @abstractmethod
-    def waiting(self, most: Mapping[str, int], before_us: int) -> list[tuple[str, str]]:
-        """Return (id, endpoint) of tasks that are NotStarted since before ``before_us``, the oldest first; also of those from
-        after :data:`AHEAD_US` later, when a clock was ahead that has been set back.
+    def query(
+        self, conditions: Sequence[Condition], sort: Sort, limit: int, position: Position | None,
+        readers: Readers | None,
+    ) -> list[AsyncRouteTask]:  # fmt: skip
+        """Return the first ``limit`` tasks that meet all conditions, without results over 64 KiB.
 
-        :param most: of which endpoints, and how many of each.
+        :param position: return only tasks after this position in ``sort`` order.
+        :param readers: return only tasks that these readers may list; None: all tasks.
         """
 
     @abstractmethod
     def outlived(self, now_us: int, limit: int) -> list[str]:
-        """Return ids of finished tasks whose retention is over, whose code has ended, and whose callback is not pending."""
-
-    @abstractmethod
-    def news(self, since: int) -> News:
-        """Return what was written after the change number ``since``; cheap where nothing was. One thread at a time.
-
-        :param since: -1 to learn the newest number alone.
+        """Return the ids of up to ``limit`` finished tasks whose retention has expired, whose code
+        has ended, and whose callback is not pending.
         """
 
     @abstractmethod
@@ -276,39 +230,132 @@ class TaskStore(ABC):
         """Return the newest change number."""
 
     @abstractmethod
-    def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
-        """Return the first ``most`` events after the change number ``since``, of tasks that have an Sse group.
-
-        :param task_id: those of this task alone.
-        :param group: those of this group alone.
+    def events(
+        self, since: int, most: int, task_id: str | None = None, group: str | None = None
+    ) -> Events:
+        """Return the first ``most`` events after the change number ``since``, optionally only of
+        one task or Sse group. Events of tasks without an Sse group are omitted.
         """
-
-    def listen(self, heard: Callable[[], None]) -> Listener | None:
-        """Have ``heard`` called, in some thread, soon after anybody has written; None where the store cannot tell.
-
-        What is missed while a connection is lost is not told of later: ask for the news now and then all the same.
-        """
-        return None
-
-    @abstractmethod
-    def secret(self) -> bytes:
-        """Return the namespace's random key (32 bytes), made with the tables and the same in all processes."""
 
     @abstractmethod
     def read_value(self, key: str) -> tuple[bytes, int] | None:
-        """Return a shared value and its version."""
+        """Return a shared value and its version; None if the key does not exist."""
 
     @abstractmethod
     def write_value(self, key: str, value: bytes | None, version: int | None) -> bool:
         """Write a shared value, or remove it (None).
 
-        :param version: write only if this is the present version (0: only if there is none); None: in any case.
-        :return: whether it was written or, for a removal, was there.
+        :param version: the required current version (0: no such key); None: any version.
+        :return: whether the value was written or, for a removal, whether it existed.
         """
 
     @abstractmethod
     def value_keys(self) -> Iterable[str]:
         """Return the keys of all shared values, sorted."""
 
-    def tend(self) -> None:  # noqa: B027
-        """Do the storage's own upkeep, off the way of requests; called about every second by a runner."""
+
+class SharedTaskStore(TaskStore):
+    """A store that several processes can use at once, with a list of their workers."""
+
+    is_shared = True
+    workers: Workers
+
+    @abstractmethod
+    def waiting(self, most: Mapping[str, int], before_us: int) -> list[tuple[str, str]]:
+        """Return the (id, endpoint) pairs of NotStarted tasks created before ``before_us``, oldest
+        first.
+
+        Tasks created over :data:`AHEAD_US` after ``before_us`` are included, because the clock was
+        set back since then.
+
+        :param most: the maximum number of tasks per endpoint. Other endpoints are omitted.
+        """
+
+    @abstractmethod
+    def news(self, since: int, known: int = 0) -> News:
+        """Return the changes after the change number ``since``; this is fast if there are none.
+        Call it from one thread at a time.
+
+        :param known: the highest change number that this process itself has published. Its own
+            changes are omitted if no other process has changed anything since the last call.
+
+        :param since: -1 to read only the newest number. If it is over the newest number, as after a
+            restore of the database, all tasks are returned.
+        """
+
+    def listen(self, notify: Callable[[], None]) -> Listener | None:
+        """Call ``notify``, on any thread, soon after each later write by any process. Return None
+        if the store sends no notifications.
+
+        Notifications are lost while the connection is down, so poll :meth:`news` as well.
+        """
+        return None
+
+    def tend(self) -> None:  # noqa: B027 - optional
+        """Maintain the storage. A runner calls this about once a second, never on a thread that
+        serves a request.
+        """
+
+    def forget(self) -> None:  # noqa: B027 - optional
+        """Drop all connections without closing them, because the parent process uses them. A forked
+        child calls this and then discards the store.
+        """
+
+
+class Listener(Protocol):
+    """Calls a function for each notification until the listener is closed."""
+
+    def close(self) -> None:
+        """Stop the calls. Thread-safe."""
+
+
+class Workers(ABC):
+    """Lists the workers of one namespace and the tasks that they hold. It does not change tasks.
+
+    A worker *holds* the Running and Stopping tasks that it has claimed, and the NotStarted tasks
+    that only it can run.
+    """
+
+    lock_path: Path
+    """The path of the lock file of the workers on this host; see `process_lock`."""
+
+    @abstractmethod
+    def enter(self, worker: Worker) -> None:
+        """Add a worker, replacing any worker with the same name."""
+
+    @abstractmethod
+    def beat(self, name: str) -> bool:
+        """Record a heartbeat, even if all pooled connections are in use; return whether the worker
+        is listed.
+        """
+
+    @abstractmethod
+    def listed(self) -> list[Worker]:
+        """Return all listed workers."""
+
+    @abstractmethod
+    def leave(self, name: str) -> None:
+        """Remove a worker, and release its callbacks, so that other workers can send them."""
+
+    @abstractmethod
+    def owners(self) -> list[str]:
+        """Return the names of all workers, listed or not, that hold tasks or callbacks."""
+
+    @abstractmethod
+    def held(self, name: str) -> list[AsyncRouteTask]:
+        """Return the tasks that a worker holds."""
+
+    @abstractmethod
+    def wanted(self) -> list[str]:
+        """Return the distinct endpoints of the NotStarted tasks."""
+
+
+def oldest(waiting: Iterable[tuple[str, str]], most: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the pairs (id, endpoint) in order, but at most ``most[endpoint]`` of each endpoint."""
+    left = dict(most)
+    found = []
+    for task_id, endpoint in waiting:
+        if left.get(endpoint, 0) > 0:
+            left[endpoint] -= 1
+            found.append((task_id, endpoint))
+    return found

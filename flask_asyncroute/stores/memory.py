@@ -1,233 +1,270 @@
-"""Tasks in the memory of this process (``memory://``): for tests, for demos, and where losing them at a restart is right."""
+"""The store in process memory (``memory://``), for tests, demos, and apps that may lose their tasks
+at a restart.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from msgspec.structs import replace
 
-from ..delivery import PENDING, Delivery
-from ..errors import IdTaken, KeyTaken, TooManyTasks
-from ..execution import ViewEvent
-from ..finalizers import when_gone
+from ..background import when_gone
+from ..callbacks.model import NOT_STARTED, PENDING, RUNNING, Delivery
+from ..encoding import encode_json
+from ..errors import ConfigurationError, IdTaken, KeyTaken, TooManyTasks
 from ..query import Condition, Position, Sort, is_after, matches, ordered
 from ..snapshot import Body
-from ..start_key import StartKey
-from ..states import State
-from ..task import AsyncRouteTask
-from .backlog import oldest
-from .base import (
-    AHEAD_US,
-    LARGE_RESULT,
-    Claim,
-    Expect,
-    News,
-    Readers,
-    TaskStore,
-)
-from .events import Events
-from .memory_events import MemoryEvents
-from .memory_outbox import MemoryOutbox
+from ..task import AsyncRouteTask, State
+from . import base
+from .base import Claim, Event, Events, Expect, Readers, StartKey, TaskStore, ViewEvent
+from .outbox import AT_ONCE, LONGEST_US, PER_HOST, Due, Outbox
+
+
+def check_setting(label: str, setting: str) -> None:
+    """Raise ConfigurationError if the URL is not exactly ``memory://``."""
+    if setting != "memory://":
+        raise ConfigurationError(f"{label} must be exactly 'memory://'; remove the rest.")
+
+
+def make_store(setting: str, folder: str, namespace: str, create_tables: bool) -> MemoryTaskStore:
+    """Return a store for a validated setting; see `registry.make_store`."""
+    return MemoryTaskStore()
+
+
+@dataclass(slots=True)
+class _Entry:
+    """The stored data of one task."""
+
+    task: AsyncRouteTask
+    request: bytes
+    body: Body | None
+    grants: Collection[tuple[str, str]]
+    key: StartKey | None
+    sent: list[tuple[int, str, bytes]] = field(default_factory=list)
+    """View events, and states of earlier runs, as change number, name and data."""
+    last_sent: tuple[int, int] = (0, 0)  # the epoch and number of the last view event
+
+    def keep(self, change: int, name: str, data: bytes) -> None:
+        self.sent.append((change, name, data))
+        del self.sent[: -base.MAX_EVENTS]
+
+    def drop_request(self) -> None:
+        if self.body is not None:
+            self.body.close()
+        self.request, self.body = b"", None
+
+    def events(self, since: int) -> Iterator[Event]:
+        """Yield the events after a change number."""
+        if max(self.task.change, self.sent[-1][0] if self.sent else 0) <= since:
+            return
+        task = replace(self.task, result_json=None)
+        waiting = task.change if task.state is State.NOT_STARTED else task.waiting_change
+        for change, state in (
+            (waiting, State.NOT_STARTED),
+            (task.started_change, State.RUNNING),
+            (task.completed_change, task.state),
+        ):
+            if change is not None and change > since:
+                yield Event(change, base.STATE, task.as_in(state))
+        is_progress = task.state is State.RUNNING and task.change != task.started_change
+        if is_progress and task.change > since:
+            yield Event(task.change, base.PROGRESS, task)
+        for change, name, data in self.sent:
+            if change > since:
+                yield Event(change, name, task, data)
+
+
+@dataclass(slots=True)
+class _Callback:
+    entry: _Entry
+    delivery: Delivery
+    due_us: int | None = None
+    attempts: int = 0
+    holder: str | None = None
+
+    def is_due(self, now_us: int) -> bool:
+        if self.due_us is None or self.holder is not None:
+            return False
+        return not now_us < self.due_us <= now_us + LONGEST_US
 
 
 class MemoryTaskStore(TaskStore):
-    """Keeps tasks in dicts under one lock. Readers get records, which never change."""
+    """Stores tasks in a dict under one lock. Records are immutable."""
+
+    label = "memory://"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._tasks: dict[str, AsyncRouteTask] = {}
-        self._requests: dict[str, tuple[bytes, Body | None]] = {}
-        self._grants: dict[str, frozenset[tuple[str, str]]] = {}
-        self._waiting: dict[str, None] = {}
-        self._finished: dict[str, None] = {}
-        self._unfinished: dict[str, set[str]] = {}
-        self._keys: dict[str, tuple[str, str]] = {}
-        self._key_names: dict[str, str] = {}
+        self._tasks: dict[str, _Entry] = {}
+        self._callbacks: dict[str, _Callback] = {}
+        self._unfinished: Counter[str | None] = Counter()
+        self._keys: dict[str, str] = {}
         self._values: dict[str, tuple[bytes, int]] = {}
         self._versions = 0
         self._change = 0
-        self._events = MemoryEvents()
-        self.outbox: MemoryOutbox = MemoryOutbox(self._lock, self._tasks, self._write)
         self._secret = os.urandom(32)
-        # Bodies of tasks that wait are files; they go with the store, which nobody closes for good.
-        when_gone(self, _close_bodies, self._requests)
+        self.outbox: MemoryOutbox = MemoryOutbox(self)
+        # Close the bodies, which may be temporary files.
+        when_gone(self, _close_bodies, self._tasks)
 
-    def open(self) -> None:
-        """There is nothing to open."""
+    def open(self) -> None: ...
 
     def close(self) -> None:
-        """There is nothing to close: tasks stay as long as the store does."""
+        """Do nothing, because the tasks exist as long as this object."""
+
+    def secret(self) -> bytes:
+        return self._secret
 
     def add(
-        self,
-        task: AsyncRouteTask,
-        request: bytes,
-        body: Body | None,
-        grants: Collection[tuple[str, str]],
-        key: StartKey | None = None,
-        quota: int | None = None,
+        self, task: AsyncRouteTask, request: bytes, body: Body | None,
+        grants: Collection[tuple[str, str]], key: StartKey | None = None, quota: int | None = None,
         delivery: Delivery | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         with self._lock:
             if key is not None and key.name in self._keys:
-                raise KeyTaken("A task was started with this key.")
-            if quota is not None and len(self._unfinished.get(task.user or "", ())) >= quota:
+                raise KeyTaken("Another task has this Idempotency-Key.")
+            if quota is not None and self._unfinished[task.user] >= quota:
                 raise TooManyTasks.of(quota)
             if task.id in self._tasks:
-                raise IdTaken(f"A task with the id {task.id!r} exists.")
+                raise IdTaken(f"Another task has the id {task.id!r}.")
             self._change += 1
-            self._tasks[task.id] = replace(task, change=self._change)
-            self._requests[task.id] = (request, body)
-            self._waiting[task.id] = None
-            self._unfinished.setdefault(task.user or "", set()).add(task.id)
-            if delivery is not None:
-                self.outbox.put(task.id, delivery)
-            if grants:
-                self._grants[task.id] = frozenset(grants)
+            task = replace(task, change=self._change)
+            entry = self._tasks[task.id] = _Entry(task, request, body, grants, key)
+            self._unfinished[task.user] += 1
             if key is not None:
-                self._keys[key.name] = (task.id, key.fingerprint)
-                self._key_names[task.id] = key.name
+                self._keys[key.name] = task.id
+            if delivery is not None:
+                self._callbacks[task.id] = _Callback(entry, delivery)
 
     def get(self, task_id: str) -> AsyncRouteTask | None:
-        return self._tasks.get(task_id)
+        entry = self._tasks.get(task_id)
+        return None if entry is None else entry.task
 
     def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
         with self._lock:
-            found = self._keys.get(key_name)
-            return None if found is None else (self._tasks[found[0]], found[1])
+            entry = self._tasks.get(self._keys.get(key_name, ""))
+            if entry is None or entry.key is None:
+                return None
+            return entry.task, entry.key.fingerprint
 
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         with self._lock:
-            task = self._tasks.get(task_id)
-            if task is None or task.state is not State.NOT_STARTED:
+            entry = self._tasks.get(task_id)
+            if entry is None or entry.task.state is not State.NOT_STARTED:
                 return None
+            task = entry.task
             started = max(now_us, task.created_us)
             expires = None if task.timeout_us is None else started + task.timeout_us
-            values = {"state": State.RUNNING, "owner": owner, "epoch": task.epoch + 1, "started_us": started}
-            return Claim(self._write(task, {**values, "expires_us": expires}), self._requests[task_id][0])
+            values = {
+                "state": State.RUNNING, "owner": owner, "epoch": task.epoch + 1,
+                "started_us": started, "expires_us": expires,
+            }  # fmt: skip
+            return Claim(self._write(entry, values), entry.request)
 
     def body(self, task_id: str) -> Body:
         with self._lock:
-            request = self._requests.get(task_id)
-            body = None if request is None else request[1]
-            if request is not None:
-                self._requests[task_id] = (request[0], None)
-        return Body() if body is None else body
+            entry = self._tasks.get(task_id)
+            body = None if entry is None else entry.body
+            if entry is not None:
+                entry.body = None
+        return body or Body()
 
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         with self._lock:
-            task = self._tasks.get(task_id)
-            if task is None or not _is_as_expected(task, expect):
+            entry = self._expected(task_id, expect)
+            if entry is None:
                 return None
             if values.get("completed_us") is not None:
-                begun = task.created_us if task.started_us is None else task.started_us
-                values = {**values, "completed_us": max(values["completed_us"], begun)}
-            return self._write(task, values)
+                task = entry.task
+                start_us = task.created_us if task.started_us is None else task.started_us
+                values = {**values, "completed_us": max(values["completed_us"], start_us)}
+            return self._write(entry, values)
 
-    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> bool:
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> int | None:
         with self._lock:
-            task = self._tasks.get(task_id)
-            if task is None or not _is_as_expected(task, expect):
-                return False
-            self._change = self._events.put(task_id, task.epoch, self._change, sent)
-            return True
+            entry = self._expected(task_id, expect)
+            if entry is None:
+                return None
+            for event in sent:
+                number = entry.task.epoch, event.number
+                if number > entry.last_sent:
+                    self._change += 1
+                    entry.keep(self._change, event.name, event.data)
+                    entry.last_sent = number
+            return self._change
 
     def delete(self, task_id: str, expect: Expect) -> bool:
         with self._lock:
-            task = self._tasks.get(task_id)
-            if task is None or not _is_as_expected(task, expect):
+            entry = self._expected(task_id, expect)
+            if entry is None:
                 return False
             self._change += 1
             del self._tasks[task_id]
-            self._grants.pop(task_id, None)
-            self._waiting.pop(task_id, None)
-            self._finished.pop(task_id, None)
-            self._settle(task)
-            self._keys.pop(self._key_names.pop(task_id, ""), None)
-            self._drop_request(task_id)
-            self._events.drop(task_id)
-            self.outbox.drop(task_id)
+            self._callbacks.pop(task_id, None)
+            if not entry.task.state.is_terminal:
+                self._count_finished(entry.task)
+            if entry.key is not None:
+                del self._keys[entry.key.name]
+            entry.drop_request()
             return True
 
     def query(
-        self,
-        conditions: Sequence[Condition],
-        sort: Sort,
-        limit: int,
-        position: Position | None,
+        self, conditions: Sequence[Condition], sort: Sort, limit: int, position: Position | None,
         readers: Readers | None,
-    ) -> list[AsyncRouteTask]:
+    ) -> list[AsyncRouteTask]:  # fmt: skip
         with self._lock:
-            tasks = list(self._tasks.values())
-        found = (
-            task
-            for task in ordered(tasks, sort)
-            if matches(task, conditions)
-            and (position is None or is_after(task, sort, position))
-            and (readers is None or self._may_list(task, readers))
-        )
+            listed = [entry.task for entry in self._tasks.values() if _may_list(entry, readers)]
+        found = (task for task in ordered(listed, sort) if matches(task, conditions))
+        if position is not None:
+            found = (task for task in found if is_after(task, sort, position))
         return [_without_large_result(task) for task in islice(found, limit)]
-
-    def waiting(self, most: Mapping[str, int], before_us: int) -> list[tuple[str, str]]:
-        with self._lock:
-            tasks = [self._tasks[task_id] for task_id in self._waiting]
-        fit = [
-            task for task in tasks if task.endpoint in most and not before_us <= task.created_us <= before_us + AHEAD_US
-        ]
-        fit.sort(key=lambda task: task.created_us)
-        return oldest(((task.id, task.endpoint) for task in fit), most)
 
     def outlived(self, now_us: int, limit: int) -> list[str]:
         with self._lock:
-            tasks = [self._tasks[task_id] for task_id in self._finished]
-        fit = (
-            task
+            tasks = [entry.task for entry in self._tasks.values()]
+        outlived = (
+            task.id
             for task in tasks
-            if not task.stopping
+            if task.completed_us is not None
+            and task.completed_us + task.retention_us < now_us
+            and not task.stopping
             and task.callback_state not in PENDING
-            and (task.completed_us or 0) + task.retention_us < now_us
         )
-        return [task.id for task in islice(fit, limit)]
-
-    def news(self, since: int) -> News:
-        with self._lock:
-            change = self._change
-            tasks = [task for task in self._tasks.values() if task.change > since] if 0 <= since < change else []
-            sent = self._events.written(since) if 0 <= since < change else ()
-        return News(change, sorted(tasks, key=lambda task: task.change), sent)
+        return list(islice(outlived, limit))
 
     def newest(self) -> int:
         return self._change
 
-    def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
+    def events(
+        self, since: int, most: int, task_id: str | None = None, group: str | None = None
+    ) -> Events:
         with self._lock:
-            asked = (
-                list(self._tasks.values())
-                if task_id is None
-                else [self._tasks[task_id]]
-                if task_id in self._tasks
-                else []
-            )
-            changed = [
-                task for task in asked if task.sse_group is not None and (group is None or task.sse_group == group)
+            candidates = self._tasks.values() if task_id is None else (self._tasks.get(task_id),)
+            found = [
+                event
+                for entry in candidates
+                if entry is not None
+                and entry.task.sse_group is not None
+                and (group is None or entry.task.sse_group == group)
+                for event in entry.events(since)
             ]
-            found = self._events.since(since, changed)[:most]
-            return Events(found[-1].change if len(found) == most else self._change, found)
-
-    def secret(self) -> bytes:
-        return self._secret
+            newest = self._change
+        found = sorted(found, key=lambda event: event.change)[:most]
+        return Events(found[-1].change if len(found) == most else newest, found)
 
     def read_value(self, key: str) -> tuple[bytes, int] | None:
         return self._values.get(key)
 
     def write_value(self, key: str, value: bytes | None, version: int | None) -> bool:
         with self._lock:
-            present = self._values.get(key)
-            if version is not None and version != (0 if present is None else present[1]):
+            _, present = self._values.get(key, (b"", 0))
+            if version is not None and version != present:
                 return False
             if value is None:
                 return self._values.pop(key, None) is not None
@@ -239,64 +276,136 @@ class MemoryTaskStore(TaskStore):
         with self._lock:
             return sorted(self._values)
 
-    def _write(self, task: AsyncRouteTask, values: dict[str, Any]) -> AsyncRouteTask:
+    def _expected(self, task_id: str, expect: Expect) -> _Entry | None:
+        entry = self._tasks.get(task_id)
+        if (
+            entry is None
+            or entry.task.state not in expect.states
+            or expect.owner not in (None, entry.task.owner)
+            or expect.epoch not in (None, entry.task.epoch)
+            or expect.stopping not in (None, entry.task.stopping)
+        ):
+            return None
+        return entry
+
+    def _write(self, entry: _Entry, values: dict[str, Any]) -> AsyncRouteTask:
+        task = entry.task
         self._change += 1
         state = values.get("state")
         if state is State.NOT_STARTED:
-            self._events.keep_states(task)
+            # Keep these states as events, because the next run overwrites them.
+            for lost, change in (
+                (State.NOT_STARTED, task.waiting_change),
+                (State.RUNNING, task.started_change),
+            ):
+                if change is not None:
+                    entry.keep(change, base.STATE, encode_json(task.as_in(lost).to_wire()))
             values = {**values, "waiting_change": None, "started_change": None}
         elif state is not None:
-            begun = "started_change" if state is State.RUNNING else "completed_change"
+            change_name = "started_change" if state is State.RUNNING else "completed_change"
             waiting = task.change if task.state is State.NOT_STARTED else task.waiting_change
-            values = {**values, "waiting_change": waiting, begun: self._change}
-        changed = replace(task, **values, revision=task.revision + 1, change=self._change)
-        self._tasks[task.id] = changed
-        if changed.state is not task.state:
-            self._waiting.pop(task.id, None)
-            if changed.state is State.NOT_STARTED:
-                self._waiting[task.id] = None
-            elif changed.state.is_terminal:
-                self._finished[task.id] = None
-            if changed.state.is_terminal:
-                self._settle(task)
-                self._drop_request(task.id)
-                self.outbox.make_due(task.id)
-        return changed
+            values = {**values, "waiting_change": waiting, change_name: self._change}
+        entry.task = replace(task, **values, revision=task.revision + 1, change=self._change)
+        if entry.task.state.is_terminal and not task.state.is_terminal:
+            self._count_finished(task)
+            entry.drop_request()
+            if task.id in self._callbacks:
+                self._callbacks[task.id].due_us = AT_ONCE
+        return entry.task
 
-    def _settle(self, task: AsyncRouteTask) -> None:
-        """Count a task no longer as one that its user has yet to see finished."""
-        held = self._unfinished.get(task.user or "", set())
-        held.discard(task.id)
-        if not held:
-            self._unfinished.pop(task.user or "", None)
-
-    def _drop_request(self, task_id: str) -> None:
-        _, body = self._requests.pop(task_id, (b"", None))
-        if body is not None:
-            body.close()
-
-    def _may_list(self, task: AsyncRouteTask, readers: Readers) -> bool:
-        if task.user is None:
-            return readers.anonymous
-        return task.user == readers.user or not self._grants.get(task.id, frozenset()).isdisjoint(readers.granted)
+    def _count_finished(self, task: AsyncRouteTask) -> None:
+        self._unfinished[task.user] -= 1
+        if not self._unfinished[task.user]:
+            del self._unfinished[task.user]
 
 
-def _close_bodies(requests: Mapping[str, tuple[bytes, Body | None]]) -> None:
-    for _, body in requests.values():
-        if body is not None:
-            body.close()
+def _close_bodies(tasks: Mapping[str, _Entry]) -> None:
+    for entry in tasks.values():
+        entry.drop_request()
 
 
-def _is_as_expected(task: AsyncRouteTask, expect: Expect) -> bool:
-    return (
-        task.state in expect.states
-        and (expect.owner is None or task.owner == expect.owner)
-        and (expect.epoch is None or task.epoch == expect.epoch)
-        and (expect.stopping is None or task.stopping == expect.stopping)
+def _may_list(entry: _Entry, readers: Readers | None) -> bool:
+    if readers is None:
+        return True
+    if entry.task.user is None:
+        return readers.anonymous
+    return entry.task.user == readers.user or any(
+        grant in entry.grants for grant in readers.granted
     )
 
 
 def _without_large_result(task: AsyncRouteTask) -> AsyncRouteTask:
-    if task.result_json is not None and len(task.result_json) > LARGE_RESULT:
-        return replace(task, result_json=None)
-    return task
+    is_large = len(task.result_json or b"") > base.LARGE_RESULT
+    return replace(task, result_json=None) if is_large else task
+
+
+class MemoryOutbox(Outbox):
+    """Stores the callbacks of a `MemoryTaskStore`, protected by its lock."""
+
+    def __init__(self, store: MemoryTaskStore) -> None:
+        self._store = store
+        self._callbacks = store._callbacks
+
+    def next_due(self, now_us: int) -> int | None:
+        with self._store._lock:
+            free = [callback for callback in self._callbacks.values() if callback.holder is None]
+            if any(callback.is_due(now_us) for callback in free):
+                return AT_ONCE
+            return min(
+                (callback.due_us for callback in free if callback.due_us is not None), default=None
+            )
+
+    def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
+        with self._store._lock:
+            callbacks = self._callbacks.values()
+            held = Counter(
+                callback.delivery.host for callback in callbacks if callback.holder is not None
+            )
+            due = [callback for callback in callbacks if callback.is_due(now_us)]
+            claimed: list[Due] = []
+            for callback in sorted(due, key=lambda callback: callback.due_us or 0):
+                if len(claimed) < limit and held[callback.delivery.host] < PER_HOST:
+                    held[callback.delivery.host] += 1
+                    callback.holder = holder
+                    task = callback.entry.task
+                    if task.callback_state == NOT_STARTED:
+                        task = self._change(callback, RUNNING, task.callback_attempts)
+                    claimed.append(Due(task, callback.delivery, callback.attempts))
+            return claimed
+
+    def settle(
+        self, task_id: str, holder: str, state: str, due_us: int | None
+    ) -> AsyncRouteTask | None:
+        with self._store._lock:
+            callback = self._callbacks.get(task_id)
+            if callback is None or callback.holder != holder:
+                return None
+            callback.holder = None
+            callback.attempts += 1
+            callback.due_us = due_us
+            if state not in PENDING:
+                callback.delivery = replace(callback.delivery, headers={})
+            return self._change(callback, state, callback.entry.task.callback_attempts + 1)
+
+    def release(self, holder: str, keep: Collection[str] = ()) -> None:
+        with self._store._lock:
+            for task_id, callback in self._callbacks.items():
+                if callback.holder == holder and task_id not in keep:
+                    callback.holder = None
+
+    def redeliver(self, task_id: str, headers: Mapping[str, str]) -> AsyncRouteTask | None:
+        with self._store._lock:
+            callback = self._callbacks.get(task_id)
+            if callback is None or not callback.entry.task.state.is_terminal:
+                return None
+            if callback.holder is not None:
+                return callback.entry.task
+            if callback.entry.task.callback_state not in PENDING:
+                callback.delivery = replace(callback.delivery, headers=dict(headers))
+            callback.due_us = AT_ONCE
+            callback.attempts = 0
+            return self._change(callback, NOT_STARTED, 0)
+
+    def _change(self, callback: _Callback, state: str, attempts: int) -> AsyncRouteTask:
+        values = {"callback_state": state, "callback_attempts": attempts}
+        return self._store._write(callback.entry, values)

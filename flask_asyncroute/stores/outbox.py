@@ -1,8 +1,8 @@
-"""The port of the outbox: which callbacks are to be sent, and which process is at one. Each store has one, see `base`.
+"""The interface of the outbox, which stores callbacks and assigns them to sending processes.
 
-A row is stored with its task, becomes due in the transaction in which the task ends, and leaves with the task. There is no
-lease: a row that a process holds is free again when that process leaves or is found dead. Methods raise as those of
-`base.TaskStore` do.
+A callback is stored and removed with its task. It becomes due in the transaction that ends the
+task. A claim does not expire; it ends when it is released, or its process shuts down or is detected
+as dead. Methods raise the same errors as those of `base.TaskStore`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ..delivery import Delivery
+from ..callbacks.model import Delivery
 from ..task import AsyncRouteTask
 
 AT_ONCE = 0
-"""When a callback is due that need not wait; no clock is asked for that."""
+"""The due time of a callback that must be sent immediately, whatever the clock says."""
 LONGEST_US = 7_200_000_000
-"""What is due later than this is due now: the clock was set back. No attempt waits for so long."""
+"""A callback that is due later than this from now is due now: no retry waits this long, so the
+clock was set back.
+"""
 PER_HOST = 2
-"""Callbacks that are sent to one host at once, by all processes."""
+"""Maximum number of simultaneous callbacks to one host from all processes together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A callback that a process has taken to send it.
+    """A callback that a process has claimed.
 
-    :param attempts: how many there were before, since it was last due for the first time.
+    :param attempts: the number of attempts since the last redelivery, if any.
     """
 
     task: AsyncRouteTask
@@ -35,40 +37,50 @@ class Due:
 
 
 class Outbox(ABC):
-    """Keeps the callbacks of one namespace. What changes a task's ``callback_state`` or ``callback_attempts`` raises its
-    revision and the change number, in the same transaction."""
+    """Stores the callbacks of one namespace. A transaction that changes a task's ``callback_state``
+    or ``callback_attempts`` also increments its revision and the change number.
+    """
 
     @abstractmethod
     def next_due(self, now_us: int) -> int | None:
-        """Return when the first callback is due that nobody holds; :data:`AT_ONCE` where one is. None: there is none."""
-
-    @abstractmethod
-    def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
-        """Take up to ``limit`` callbacks that are due, and return them with their tasks: first those that need not wait, then the
-        longest due.
-
-        At most :data:`PER_HOST` of one host are held at once, over all processes. A callback that was NotStarted is Running.
+        """Return when the first unclaimed callback is due: :data:`AT_ONCE` if it is due now; None
+        if no unclaimed callback has a due time.
         """
 
     @abstractmethod
-    def settle(self, task_id: str, holder: str, state: str, due_us: int | None) -> AsyncRouteTask | None:
-        """Write that an attempt is over, count it, and let go of the callback; return the task as it is then.
+    def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
+        """Claim up to ``limit`` due callbacks; return them and their tasks, earliest due time
+        first.
 
-        :param state: of the callback from here on. In a final one its headers are gone.
-        :param due_us: when the next attempt is; None: there is none.
-        :return: None where the task is gone, or the callback is another's by now.
+        All processes together hold at most :data:`PER_HOST` claims per host. NotStarted callbacks
+        become Running.
+        """
+
+    @abstractmethod
+    def settle(
+        self, task_id: str, holder: str, state: str, due_us: int | None
+    ) -> AsyncRouteTask | None:
+        """Record the outcome of an attempt, count it, and release the callback; return the new task
+        record.
+
+        :param state: the callback's new state. A final state removes the stored headers.
+        :param due_us: when the next attempt is due; None: never.
+        :return: None if the task was removed, or ``holder`` no longer holds the claim.
         """
 
     @abstractmethod
     def release(self, holder: str, keep: Collection[str] = ()) -> None:
-        """Let go of all that ``holder`` holds but the callbacks of the tasks in ``keep``: others may send them."""
+        """Release the callbacks that ``holder`` has claimed, except those of the task ids in
+        ``keep``.
+        """
 
     @abstractmethod
     def redeliver(self, task_id: str, headers: Mapping[str, str]) -> AsyncRouteTask | None:
-        """Make the callback of a finished task due at once, its attempts counted anew, with the same ``webhook_id``.
+        """Make the callback of a finished task due now, and reset its attempts; return the new task
+        record. The ``webhook_id`` does not change.
 
-        One that is being sent at this moment is left as it is.
+        A callback that is being sent is left unchanged.
 
-        :param headers: sent where those that were stored are gone.
-        :return: the task as it is then; None where there is none that has ended and has a callback.
+        :param headers: sent if the stored headers were removed.
+        :return: None if no finished task has this id and a callback.
         """

@@ -1,10 +1,12 @@
-"""The port of executors: places, order of events, isolation. What runs is a plain function here, not `worker`."""
+"""The contract of executors: slots, concurrency and isolation. They run a plain function here
+instead of `run_task`.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,22 +14,21 @@ import flask
 import pytest
 
 from flask_asyncroute.errors import ConfigurationError, QueueFull, TaskAborted
-from flask_asyncroute.executors import futures
-from flask_asyncroute.executors.base import TaskExecutor
-from flask_asyncroute.executors.children import ForkServer
-from flask_asyncroute.executors.futures import FutureTaskExecutor
-from flask_asyncroute.executors.immediate import ImmediateTaskExecutor
-from flask_asyncroute.executors.processes import ProcessTaskExecutor
-from flask_asyncroute.executors.threads import ThreadTaskExecutor
-from tests.conftest import eventually_true
+from flask_asyncroute.executors import inline, registry
+from flask_asyncroute.executors.base import ChildSettings, PoolSettings, TaskExecutor
+from flask_asyncroute.executors.inline import FutureTaskExecutor
+from flask_asyncroute.executors.registry import IMMEDIATE
+from tests.support.waiting import eventually_true
 
 MakeExecutor = Callable[..., TaskExecutor]
 MAX_WORKERS, QUEUE_SIZE = 2, 3
-PLACES = MAX_WORKERS + QUEUE_SIZE
+SLOTS = MAX_WORKERS + QUEUE_SIZE
+KINDS = [kind.name for kind in registry.KINDS.values() if kind.location] + ["futures"]
+"""All kinds that are available; "futures" is an executor object of the app."""
 
 
 class Work:
-    """A run that begins, waits until it may end, and ends, for each task; may raise at the end."""
+    """The function that is run. For each task it waits until it may end, and may raise at the end."""
 
     def __init__(self) -> None:
         self.begun: dict[str, threading.Event] = {}
@@ -69,24 +70,32 @@ def work() -> Iterator[Work]:
     made.let_end(*made.begun, *made.may_end)
 
 
+class Host:
+    """Stands in for the runner. `run_task` would pass tasks to child processes; here they run in
+    the threads of the process executor.
+    """
+
+    def child_settings(self) -> ChildSettings:
+        return ChildSettings("tests.support.apps.child_app", {}, [], 1024)
+
+
 @pytest.fixture
 def make_executor() -> Iterator[MakeExecutor]:
-    """Give ``make_executor(kind, run)``; what it made is closed at the end."""
+    """Return ``make_executor(kind, run)``; executors are closed at the end."""
     made: list[TaskExecutor] = []
     pools: list[ThreadPoolExecutor] = []
 
-    def make(kind: str, run: Any, max_workers: int = MAX_WORKERS, queue_size: int = QUEUE_SIZE) -> TaskExecutor:
-        if kind == "thread":
-            executor: TaskExecutor = ThreadTaskExecutor("contract", run, 1, max_workers, queue_size, 1.0)
-        elif kind == "process":
-            # What hands a task over is `worker`, which is not here: these runs stay in their supervising threads.
-            server = ForkServer("tests.child_app", ({}, []), 1024)
-            executor = ProcessTaskExecutor("contract", run, server, 0, max_workers, queue_size)
-        elif kind == "futures":
-            pools.append(ThreadPoolExecutor(max_workers))
-            executor = FutureTaskExecutor(pools[-1], run, max_workers, queue_size)
-        else:
-            executor = ImmediateTaskExecutor(run, max_workers, queue_size)
+    def make(
+        kind: str, run: Any, max_workers: int = MAX_WORKERS, queue_size: int = QUEUE_SIZE
+    ) -> TaskExecutor:
+        option: str | Executor = kind
+        if kind == "futures":
+            option = ThreadPoolExecutor(max_workers)
+            pools.append(option)
+        settings = PoolSettings(
+            "contract", run, max_workers, queue_size, 1, 1.0, option, host=Host()
+        )
+        executor = registry.make_executor(settings)
         made.append(executor)
         return executor
 
@@ -97,18 +106,20 @@ def make_executor() -> Iterator[MakeExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@pytest.fixture(params=["thread", "futures", "process"])
-def executor(request: pytest.FixtureRequest, make_executor: MakeExecutor, work: Work) -> TaskExecutor:
-    """Give an executor of each kind that has places to count."""
+@pytest.fixture(params=[name for name in KINDS if name != IMMEDIATE.name])
+def executor(
+    request: pytest.FixtureRequest, make_executor: MakeExecutor, work: Work
+) -> TaskExecutor:
+    """Return an executor of each kind that has slots."""
     return make_executor(request.param, work)
 
 
-@pytest.fixture(params=["thread", "futures", "process", "immediate"])
+@pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def places_left(executor: TaskExecutor) -> int:
+def slots_left(executor: TaskExecutor) -> int:
     taken = 0
     try:
         while taken < 100:
@@ -117,7 +128,7 @@ def places_left(executor: TaskExecutor) -> int:
     except QueueFull:
         pass
     for _ in range(taken):
-        executor.unreserve()
+        executor.release()
     return taken
 
 
@@ -127,39 +138,43 @@ def start(executor: TaskExecutor, *task_ids: str) -> None:
         executor.submit(task_id)
 
 
-def test_a69_there_are_as_many_places_as_workers_and_queue(executor: TaskExecutor) -> None:
-    for _ in range(PLACES):
+@pytest.mark.covers("A69")
+def test_slots_are_workers_plus_queue_size(executor: TaskExecutor) -> None:
+    for _ in range(SLOTS):
         executor.reserve()
     with pytest.raises(QueueFull, match=f"{QUEUE_SIZE} tasks") as refused:
         executor.reserve()
     assert refused.value.status == 503
     assert refused.value.retry_after is not None and refused.value.retry_after > 0
-    executor.unreserve()
+    executor.release()
     executor.reserve()
     with pytest.raises(QueueFull):
         executor.reserve()
 
 
-def test_a69_places_hold_against_many_at_once(executor: TaskExecutor) -> None:
-    got = []
+@pytest.mark.covers("A69")
+def test_concurrent_reservations_do_not_exceed_the_slots(executor: TaskExecutor) -> None:
+    reserved = []
 
-    def grab() -> None:
+    def reserve() -> None:
         for _ in range(20):
             try:
                 executor.reserve()
             except QueueFull:
                 continue
-            got.append(1)
+            reserved.append(1)
 
-    grabbers = [threading.Thread(target=grab) for _ in range(8)]
-    for grabber in grabbers:
-        grabber.start()
-    for grabber in grabbers:
-        grabber.join(10)
-    assert len(got) == PLACES
+    threads = [threading.Thread(target=reserve) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(reserved) == SLOTS
 
 
-def test_a_submitted_task_runs_once_and_gives_its_place_back(kind: str, make_executor: MakeExecutor) -> None:
+def test_a_submitted_task_runs_once_and_releases_its_slot(
+    kind: str, make_executor: MakeExecutor
+) -> None:
     ran: list[tuple[TaskExecutor, str]] = []
     done = threading.Event()
 
@@ -168,7 +183,7 @@ def test_a_submitted_task_runs_once_and_gives_its_place_back(kind: str, make_exe
         done.set()
 
     executor = make_executor(kind, run)
-    before = places_left(executor)
+    before = slots_left(executor)
     start(executor, "one")
     assert done.wait(5)
     executor_is_free(executor, before)
@@ -176,8 +191,8 @@ def test_a_submitted_task_runs_once_and_gives_its_place_back(kind: str, make_exe
     assert not executor.holds("one")
 
 
-def executor_is_free(executor: TaskExecutor, places: int) -> None:
-    eventually_true(lambda: places_left(executor) == places and executor.free() == MAX_WORKERS)
+def executor_is_free(executor: TaskExecutor, slots: int) -> None:
+    eventually_true(lambda: slots_left(executor) == slots and executor.free() == MAX_WORKERS)
 
 
 def test_submit_returns_at_once(executor: TaskExecutor, work: Work) -> None:
@@ -186,7 +201,7 @@ def test_submit_returns_at_once(executor: TaskExecutor, work: Work) -> None:
     work.await_begin("one")
 
 
-def test_no_more_run_than_there_are_workers(executor: TaskExecutor, work: Work) -> None:
+def test_at_most_max_workers_tasks_run(executor: TaskExecutor, work: Work) -> None:
     start(executor, "a", "b", "c", "d")
     work.await_begin("a", "b")
     assert not work.has_begun("c")
@@ -195,11 +210,11 @@ def test_no_more_run_than_there_are_workers(executor: TaskExecutor, work: Work) 
     work.await_begin("c")
     assert not work.has_begun("d")
     work.let_end("a", "c", "d")
-    executor_is_free(executor, PLACES)
+    executor_is_free(executor, SLOTS)
     assert sorted(work.ended) == ["a", "b", "c", "d"]
 
 
-def test_free_tells_how_many_would_start_at_once(executor: TaskExecutor, work: Work) -> None:
+def test_free_is_the_number_of_idle_workers(executor: TaskExecutor, work: Work) -> None:
     assert executor.free() == 2
     executor.reserve()
     assert executor.free() == 1
@@ -208,18 +223,20 @@ def test_free_tells_how_many_would_start_at_once(executor: TaskExecutor, work: W
     start(executor, "b", "c")
     assert executor.free() == 0
     work.let_end("a", "b", "c")
-    executor_is_free(executor, PLACES)
+    executor_is_free(executor, SLOTS)
 
 
-@pytest.mark.parametrize("error", [ValueError(), TaskAborted(), SystemExit(3), KeyboardInterrupt(), MemoryError()])
-def test_a_run_that_raises_gives_its_place_back(
+@pytest.mark.parametrize(
+    "error", [ValueError(), TaskAborted(), SystemExit(3), KeyboardInterrupt(), MemoryError()]
+)
+def test_a_run_that_raises_releases_its_slot(
     kind: str, make_executor: MakeExecutor, work: Work, error: BaseException
 ) -> None:
     work.is_held = False
     work.errors["bad"] = error
     executor = make_executor(kind, work)
-    before = places_left(executor)
-    for _ in range(PLACES + 1):
+    before = slots_left(executor)
+    for _ in range(SLOTS + 1):
         executor.reserve()
         try:
             executor.submit("bad")
@@ -232,66 +249,70 @@ def test_a_run_that_raises_gives_its_place_back(
     assert not executor.holds("bad")
 
 
-def test_f18_a_waiting_task_can_be_taken_out(executor: TaskExecutor, work: Work) -> None:
+@pytest.mark.covers("F18")
+def test_a_waiting_task_can_be_discarded(executor: TaskExecutor, work: Work) -> None:
     start(executor, "a", "b", "waits", "c")
     work.await_begin("a", "b")
     executor.discard("waits")
     executor.discard("waits")
     assert not executor.holds("waits")
-    assert places_left(executor) == PLACES - 3
+    assert slots_left(executor) == SLOTS - 3
     work.let_end("a", "b", "c", "waits")
     work.await_begin("c")
-    executor_is_free(executor, PLACES)
+    executor_is_free(executor, SLOTS)
     assert not work.has_begun("waits")
 
 
-def test_a_running_or_unknown_task_cannot_be_taken_out(executor: TaskExecutor, work: Work) -> None:
+def test_a_running_or_unknown_task_cannot_be_discarded(executor: TaskExecutor, work: Work) -> None:
     start(executor, "a")
     work.await_begin("a")
     executor.discard("a")
     executor.discard("unknown")
     assert executor.holds("a")
-    assert places_left(executor) == PLACES - 1
+    assert slots_left(executor) == SLOTS - 1
     work.let_end("a")
-    executor_is_free(executor, PLACES)
+    executor_is_free(executor, SLOTS)
     executor.discard("a")
-    assert places_left(executor) == PLACES
+    assert slots_left(executor) == SLOTS
 
 
-def test_discarding_and_beginning_at_once_count_one_place(executor: TaskExecutor, work: Work) -> None:
-    """Whoever is first: the task is either taken out or run, and its place comes back once."""
+def test_discard_while_a_task_begins_releases_one_slot(executor: TaskExecutor, work: Work) -> None:
+    """The task is either discarded or run, and its slot is released once."""
     work.is_held = False
     for number in range(300):
         task_id = f"t{number}"
         executor.reserve()
         executor.submit(task_id)
         executor.discard(task_id)
-    executor_is_free(executor, PLACES)
+    executor_is_free(executor, SLOTS)
 
 
-def test_f14_an_abandoned_run_is_replaced(make_executor: MakeExecutor, work: Work) -> None:
+@pytest.mark.covers("F14")
+def test_an_abandoned_run_is_replaced(make_executor: MakeExecutor, work: Work) -> None:
     executor = make_executor("thread", work)
     start(executor, "a", "b", "c", "d", "e")
     work.await_begin("a", "b")
     executor.abandon("a")
     work.await_begin("c")
     executor.abandon("a")
-    assert not work.has_begun("d"), "abandoned twice is one place"
+    assert not work.has_begun("d"), "the second call has no effect"
     executor.abandon("b")
     work.await_begin("d")
-    assert places_left(executor) == PLACES - 3
-    # As many as may run may linger, and no more.
+    assert slots_left(executor) == SLOTS - 3
+    # At most max_workers runs may be abandoned.
     executor.abandon("c")
     assert not work.has_begun("e")
-    assert places_left(executor) == PLACES - 3
-    assert all(executor.holds(task_id) for task_id in "abcde"), "their code has not ended"
+    assert slots_left(executor) == SLOTS - 3
+    assert all(executor.holds(task_id) for task_id in "abcde"), "these runs have not ended"
     work.let_end("a", "b")
     work.let_end("c", "d", "e")
-    executor_is_free(executor, PLACES)
+    executor_is_free(executor, SLOTS)
     assert sorted(work.ended) == ["a", "b", "c", "d", "e"]
 
 
-def test_an_abandoned_run_that_ends_makes_room_for_another_to_linger(make_executor: MakeExecutor, work: Work) -> None:
+def test_the_end_of_an_abandoned_run_allows_another_to_be_abandoned(
+    make_executor: MakeExecutor, work: Work
+) -> None:
     executor = make_executor("thread", work, max_workers=1)
     start(executor, "a")
     work.await_begin("a")
@@ -309,28 +330,32 @@ def test_an_abandoned_run_that_ends_makes_room_for_another_to_linger(make_execut
     eventually_true(lambda: executor.free() == 1)
 
 
-def test_abandoning_what_waits_or_is_unknown_does_nothing(executor: TaskExecutor, work: Work) -> None:
+def test_abandoning_a_waiting_or_unknown_task_does_nothing(
+    executor: TaskExecutor, work: Work
+) -> None:
     start(executor, "a", "b", "c")
     work.await_begin("a", "b")
     executor.abandon("c")
     executor.abandon("unknown")
-    assert places_left(executor) == PLACES - 3
+    assert slots_left(executor) == SLOTS - 3
     assert not work.has_begun("c")
     work.let_end("a", "b", "c")
-    executor_is_free(executor, PLACES)
+    executor_is_free(executor, SLOTS)
 
 
-def test_an_executor_of_the_app_keeps_counting_what_was_abandoned(make_executor: MakeExecutor, work: Work) -> None:
+def test_an_executor_object_of_the_app_does_not_replace_abandoned_runs(
+    make_executor: MakeExecutor, work: Work
+) -> None:
     executor = make_executor("futures", work)
     start(executor, "a")
     work.await_begin("a")
     executor.abandon("a")
-    assert places_left(executor) == PLACES - 1
+    assert slots_left(executor) == SLOTS - 1
     work.let_end("a")
-    executor_is_free(executor, PLACES)
+    executor_is_free(executor, SLOTS)
 
 
-def test_a_run_sees_nothing_of_the_submitters_context(
+def test_a_run_does_not_see_the_context_of_the_submitter(
     kind: str, make_executor: MakeExecutor, make_app: Callable[..., flask.Flask]
 ) -> None:
     variable: ContextVar[str] = ContextVar("variable", default="none")
@@ -351,24 +376,26 @@ def test_a_run_sees_nothing_of_the_submitters_context(
             assert done.wait(5)
             assert variable.get() == "mine"
         variable.reset(token)
-    assert seen == [("none", False, False)] * 2, "the second run does not see what the first has set either"
+    assert seen == [("none", False, False)] * 2, "the second run does not see changes by the first"
 
 
-def test_a_closed_executor_lets_its_tasks_end(executor: TaskExecutor, work: Work) -> None:
+def test_running_tasks_end_normally_after_close(executor: TaskExecutor, work: Work) -> None:
     start(executor, "a")
     work.await_begin("a")
     executor.close()
     executor.close()
     work.let_end("a")
-    executor_is_free(executor, PLACES)
+    executor_is_free(executor, SLOTS)
     assert work.ended == ["a"]
 
 
-def test_a_submit_that_fails_gives_its_place_back(kind: str, make_executor: MakeExecutor, work: Work) -> None:
-    """The pool was shut down, by us or by the app whose it is."""
+def test_a_failed_submit_releases_its_slot(
+    kind: str, make_executor: MakeExecutor, work: Work
+) -> None:
+    """The pool was shut down by the package or by the app."""
     work.is_held = False
     executor = make_executor(kind, work)
-    before = places_left(executor)
+    before = slots_left(executor)
     executor.close()
     if isinstance(executor, FutureTaskExecutor):
         executor._executor.shutdown()
@@ -380,13 +407,13 @@ def test_a_submit_that_fails_gives_its_place_back(kind: str, make_executor: Make
     else:
         assert kind == "immediate"
     assert not executor.holds("late")
-    assert places_left(executor) == before
+    assert slots_left(executor) == before
 
 
-def test_a_thread_that_cannot_be_started_costs_nothing(
+def test_a_failed_thread_start_releases_the_slot_and_does_not_run_the_task(
     make_executor: MakeExecutor, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system's limit of threads: the submit fails, and what failed does not run later."""
+    """The process is at its thread limit."""
     executor = make_executor("thread", work, max_workers=1)
 
     def refuse(thread: threading.Thread) -> None:
@@ -398,7 +425,7 @@ def test_a_thread_that_cannot_be_started_costs_nothing(
         with pytest.raises(RuntimeError, match="new thread"):
             executor.submit("unlucky")
     assert not executor.holds("unlucky")
-    assert places_left(executor) == 1 + QUEUE_SIZE
+    assert slots_left(executor) == 1 + QUEUE_SIZE
     work.is_held = False
     start(executor, "good")
     work.await_begin("good")
@@ -406,17 +433,19 @@ def test_a_thread_that_cannot_be_started_costs_nothing(
     assert not work.has_begun("unlucky")
 
 
-def test_an_immediate_task_has_ended_when_submit_returns(make_executor: MakeExecutor, work: Work) -> None:
+def test_an_immediate_task_has_ended_when_submit_returns(
+    make_executor: MakeExecutor, work: Work
+) -> None:
     work.is_held = False
     executor = make_executor("immediate", work, max_workers=1, queue_size=0)
     for number in range(3):
         start(executor, f"t{number}")
         assert work.ended[-1] == f"t{number}"
-    # Requests bring their own threads: one in another does not wait.
+    # Immediate tasks run in the threads of requests, so the number of slots is unlimited.
     executor.reserve()
     executor.reserve()
 
 
-def test_a_task_that_left_the_process_says_so() -> None:
+def test_an_executor_object_must_run_tasks_in_this_process() -> None:
     with pytest.raises(ConfigurationError, match="outside the process"):
-        futures._run_here(-1, "task")
+        inline._run_here(-1, "task")

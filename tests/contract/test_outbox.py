@@ -1,4 +1,4 @@
-"""The outbox of every store: what is due, who holds it, and that no callback is lost or sent by two at once."""
+"""The outbox of every store: due callbacks, claims, and no lost or duplicate delivery."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from flask_asyncroute.delivery import Delivery, Shown
-from flask_asyncroute.states import State
-from flask_asyncroute.stores.base import Expect, TaskStore, Worker
+from flask_asyncroute.callbacks.model import Delivery, Shown
+from flask_asyncroute.stores.base import Expect, SharedTaskStore, TaskStore, Worker
 from flask_asyncroute.stores.outbox import AT_ONCE, LONGEST_US, PER_HOST
-from flask_asyncroute.task import AsyncRouteTask
+from flask_asyncroute.task import AsyncRouteTask, State
+from tests.support.databases import SHARED
 
 NewTask = Callable[..., AsyncRouteTask]
 NOW = 1_700_000_000_000_000
@@ -42,7 +42,9 @@ def add(store: TaskStore, make_task: NewTask) -> Callable[..., None]:
 def end(store: TaskStore, *task_ids: str) -> None:
     for task_id in task_ids or ("task",):
         expect = Expect((State.NOT_STARTED, State.RUNNING))
-        assert store.update(task_id, expect, {"state": State.ABORTED, "completed_us": NOW, "error": "E"})
+        assert store.update(
+            task_id, expect, {"state": State.ABORTED, "completed_us": NOW, "error": "E"}
+        )
 
 
 def info(store: TaskStore, task_id: str = "task") -> tuple[str | None, int]:
@@ -51,7 +53,9 @@ def info(store: TaskStore, task_id: str = "task") -> tuple[str | None, int]:
     return task.callback_state, task.callback_attempts
 
 
-def test_a_callback_is_due_when_its_task_has_ended(store: TaskStore, add: Callable[..., None]) -> None:
+def test_a_callback_is_due_when_its_task_has_ended(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     add()
     assert store.outbox.next_due(NOW) is None
     assert store.outbox.claim("me", NOW, 9) == []
@@ -63,7 +67,7 @@ def test_a_callback_is_due_when_its_task_has_ended(store: TaskStore, add: Callab
     assert store.outbox.claim("you", NOW, 9) == [] and store.outbox.next_due(NOW) is None
 
 
-def test_a_callback_that_was_taken_is_over(store: TaskStore, add: Callable[..., None]) -> None:
+def test_a_delivered_callback_is_completed(store: TaskStore, add: Callable[..., None]) -> None:
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
@@ -71,11 +75,13 @@ def test_a_callback_that_was_taken_is_over(store: TaskStore, add: Callable[..., 
     task = store.outbox.settle("task", "me", "Completed", None)
     assert task is not None and before is not None and task == store.get("task")
     assert info(store) == ("Completed", 1)
-    assert (task.revision, task.change) == (before.revision + 1, store.news(-1).change)
-    assert store.outbox.next_due(NOW + LONGEST_US) is None and store.outbox.claim("me", NOW, 9) == []
+    assert (task.revision, task.change) == (before.revision + 1, store.newest())
+    assert (
+        store.outbox.next_due(NOW + LONGEST_US) is None and store.outbox.claim("me", NOW, 9) == []
+    )
 
 
-def test_a_callback_that_failed_is_due_again_later(store: TaskStore, add: Callable[..., None]) -> None:
+def test_a_failed_attempt_is_due_again_later(store: TaskStore, add: Callable[..., None]) -> None:
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
@@ -86,7 +92,10 @@ def test_a_callback_that_failed_is_due_again_later(store: TaskStore, add: Callab
     assert (due.attempts, due.delivery.headers) == (1, {"X-A": "secret"})
 
 
-def test_f32_a_clock_that_was_set_back_delays_nothing_for_long(store: TaskStore, add: Callable[..., None]) -> None:
+@pytest.mark.covers("F32")
+def test_a_clock_set_back_does_not_delay_callbacks_for_long(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
@@ -95,7 +104,10 @@ def test_f32_a_clock_that_was_set_back_delays_nothing_for_long(store: TaskStore,
     assert len(store.outbox.claim("me", NOW - 2 * LONGEST_US, 9)) == 1
 
 
-def test_a21_two_at_once_go_to_one_host(store: TaskStore, add: Callable[..., None]) -> None:
+@pytest.mark.covers("A21")
+def test_at_most_two_callbacks_to_one_host_are_claimed(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     for number in range(5):
         add(f"a{number}", "victim")
     add("b", "other")
@@ -108,7 +120,10 @@ def test_a21_two_at_once_go_to_one_host(store: TaskStore, add: Callable[..., Non
     assert len(store.outbox.claim("you", NOW, 9)) == 1
 
 
-def test_a21_many_for_one_host_hide_none_for_others(store: TaskStore, add: Callable[..., None]) -> None:
+@pytest.mark.covers("A21")
+def test_many_callbacks_to_one_host_do_not_delay_others(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     many = [f"a{number}" for number in range(120)]
     for task_id in many:
         add(task_id, "victim")
@@ -118,7 +133,7 @@ def test_a21_many_for_one_host_hide_none_for_others(store: TaskStore, add: Calla
     assert sorted(due.delivery.host for due in taken) == ["other", *["victim"] * PER_HOST]
 
 
-def test_a_claim_takes_no_more_than_it_may(store: TaskStore, add: Callable[..., None]) -> None:
+def test_a_claim_respects_its_limit(store: TaskStore, add: Callable[..., None]) -> None:
     for number in range(5):
         add(f"t{number}", f"host{number}")
     end(store, *(f"t{number}" for number in range(5)))
@@ -126,7 +141,8 @@ def test_a_claim_takes_no_more_than_it_may(store: TaskStore, add: Callable[..., 
     assert len(store.outbox.claim("you", NOW, 9)) == 3
 
 
-def test_f31_only_who_holds_it_settles(store: TaskStore, add: Callable[..., None]) -> None:
+@pytest.mark.covers("F31")
+def test_only_the_holder_records_an_outcome(store: TaskStore, add: Callable[..., None]) -> None:
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
@@ -134,7 +150,10 @@ def test_f31_only_who_holds_it_settles(store: TaskStore, add: Callable[..., None
     assert info(store) == ("Running", 0)
 
 
-def test_f30_what_is_let_go_of_is_sent_by_others(store: TaskStore, add: Callable[..., None]) -> None:
+@pytest.mark.covers("F30")
+def test_released_callbacks_can_be_claimed_by_others(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     for task_id in ("one", "two"):
         add(task_id, task_id)
     end(store, "one", "two")
@@ -143,12 +162,14 @@ def test_f30_what_is_let_go_of_is_sent_by_others(store: TaskStore, add: Callable
     assert store.outbox.claim("you", NOW, 9) == []
     store.outbox.release("me", keep={"two"})
     assert [due.task.id for due in store.outbox.claim("you", NOW, 9)] == ["one"]
-    assert store.outbox.settle("one", "me", "Failed", None) is None, "it is another's by now"
+    assert store.outbox.settle("one", "me", "Failed", None) is None, "another worker holds it now"
 
 
-def test_f30_a_worker_that_is_gone_lets_go(store: TaskStore, add: Callable[..., None]) -> None:
-    if store.workers is None:
-        pytest.skip("a memory store has one process")
+@SHARED
+@pytest.mark.covers("F30")
+def test_the_callbacks_of_a_removed_worker_are_released(
+    store: SharedTaskStore, add: Callable[..., None]
+) -> None:
     store.workers.enter(Worker("me", "", 0, "", frozenset()))
     add()
     end(store)
@@ -159,7 +180,9 @@ def test_f30_a_worker_that_is_gone_lets_go(store: TaskStore, add: Callable[..., 
 
 
 @pytest.mark.parametrize("state", ["Completed", "Failed"])
-def test_headers_are_gone_with_the_last_attempt(store: TaskStore, add: Callable[..., None], state: str) -> None:
+def test_headers_are_deleted_after_the_last_attempt(
+    store: TaskStore, add: Callable[..., None], state: str
+) -> None:
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
@@ -167,21 +190,27 @@ def test_headers_are_gone_with_the_last_attempt(store: TaskStore, add: Callable[
     task = store.outbox.redeliver("task", {"X-B": "b"})
     assert task is not None and info(store) == ("NotStarted", 0)
     [due] = store.outbox.claim("me", NOW, 9)
-    assert (due.delivery.webhook_id, due.delivery.headers, due.attempts) == ("msg_task", {"X-B": "b"}, 0)
+    assert (due.delivery.webhook_id, due.delivery.headers, due.attempts) == (
+        "msg_task",
+        {"X-B": "b"},
+        0,
+    )
 
 
-def test_one_that_waits_keeps_its_headers_when_it_is_sent_anew(store: TaskStore, add: Callable[..., None]) -> None:
+def test_redelivery_of_a_pending_callback_keeps_its_headers(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
-    assert store.outbox.redeliver("task", {}) == store.get("task"), "it is being sent at this moment"
+    assert store.outbox.redeliver("task", {}) == store.get("task"), "an attempt is in progress"
     store.outbox.settle("task", "me", "Running", NOW + 100)
     store.outbox.redeliver("task", {})
     [due] = store.outbox.claim("me", NOW, 9)
     assert (due.delivery.headers, due.attempts) == ({"X-A": "secret"}, 0)
 
 
-def test_what_has_not_ended_or_has_no_callback_is_not_sent_anew(
+def test_redeliver_returns_none_without_a_callback_or_before_the_end(
     store: TaskStore, add: Callable[..., None], make_task: NewTask
 ) -> None:
     add()
@@ -192,7 +221,9 @@ def test_what_has_not_ended_or_has_no_callback_is_not_sent_anew(
     assert store.outbox.redeliver("unknown", {}) is None
 
 
-def test_retention_leaves_what_is_yet_to_be_sent(store: TaskStore, add: Callable[..., None]) -> None:
+def test_a_task_with_a_pending_callback_is_not_outlived(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     add()
     end(store)
     assert store.outlived(NOW + 10, 9) == []
@@ -204,14 +235,16 @@ def test_retention_leaves_what_is_yet_to_be_sent(store: TaskStore, add: Callable
     assert store.outlived(NOW + 10, 9) == ["task"]
 
 
-def test_a_callback_goes_with_its_task(store: TaskStore, add: Callable[..., None]) -> None:
+def test_a_callback_is_deleted_with_its_task(store: TaskStore, add: Callable[..., None]) -> None:
     add()
     end(store)
     assert store.delete("task", Expect((State.ABORTED,)))
     assert store.outbox.next_due(NOW) is None and store.outbox.claim("me", NOW, 9) == []
 
 
-def test_states_of_a_callback_are_no_states_of_its_task(store: TaskStore, add: Callable[..., None]) -> None:
+def test_the_outcome_of_a_callback_does_not_change_its_task(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     add()
     end(store)
     before = store.get("task")
@@ -219,4 +252,8 @@ def test_states_of_a_callback_are_no_states_of_its_task(store: TaskStore, add: C
     store.outbox.settle("task", "me", "Failed", None)
     after = store.get("task")
     assert before is not None and after is not None
-    assert (after.state, after.error, after.completed_us) == (before.state, before.error, before.completed_us)
+    assert (after.state, after.error, after.completed_us) == (
+        before.state,
+        before.error,
+        before.completed_us,
+    )

@@ -1,29 +1,38 @@
-"""Tables of other versions in PostgreSQL: older ones are upgraded, newer ones refused (F43). For SQLite see `test_sqlite`."""
+"""Every SQL store refuses tables of another version. Tables without a version row get the current
+one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
+from flask_asyncroute import metadata
 from flask_asyncroute.errors import ConfigurationError
 from flask_asyncroute.stores.base import TaskStore
-from flask_asyncroute.stores.opening import make_store
-from flask_asyncroute.stores.sql.upgrades import VERSION
+from flask_asyncroute.stores.registry import make_store
+from flask_asyncroute.stores.sql.migrations import VERSION
 from flask_asyncroute.task import AsyncRouteTask
-from tests.conftest import engine_of, new_postgresql_database
-from tests.older_schema import OLDER
+from tests.support.databases import engine_of, new_postgresql_database
+
+NewStore = Callable[..., TaskStore]
 
 
-@pytest.fixture
-def url(postgresql_server: str) -> Iterator[str]:
-    with new_postgresql_database(postgresql_server) as made:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Return the URL of an empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'store.db'}"
+        return
+    with new_postgresql_database(request.getfixturevalue("postgresql_server")) as made:
         yield made
 
 
 @pytest.fixture
-def make(url: str) -> Iterator[Callable[..., TaskStore]]:
+def make(url: str) -> Iterator[NewStore]:
     made: list[TaskStore] = []
 
     def make(create_tables: bool = True) -> TaskStore:
@@ -35,36 +44,46 @@ def make(url: str) -> Iterator[Callable[..., TaskStore]]:
         store.close()
 
 
-def test_f43_postgresql_tables_of_an_older_version_are_upgraded(
-    url: str, make: Callable[..., TaskStore], make_task: Callable[..., AsyncRouteTask]
+def execute(url: str, statement: str) -> None:
+    with engine_of(url).begin() as connection:
+        connection.execute(text(statement))
+
+
+def versions(url: str) -> list[int]:
+    with engine_of(url).connect() as connection:
+        return list(connection.scalars(text("SELECT version FROM asyncroute_schema")))
+
+
+@pytest.mark.covers("F43")
+@pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1, 99])
+@pytest.mark.parametrize("create_tables", [True, False])
+def test_tables_of_another_version_are_refused(
+    url: str, make: NewStore, version: int, create_tables: bool
 ) -> None:
-    store = make()
+    make().open()
+    execute(url, f"UPDATE asyncroute_schema SET version = {version}")
+    refused = make(create_tables)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError) as found:
+            refused.open()
+        message = str(found.value)
+        assert "ASYNCROUTE_STORE" in message
+        assert f"have version {version}, " in message and f"needs version {VERSION}." in message
+        assert "restart the app to create new ones" in message
+    assert versions(url) == [version]
+
+
+@pytest.mark.covers("F43")
+@pytest.mark.parametrize("create_tables", [True, False])
+def test_tables_created_from_the_metadata_get_their_version(
+    url: str, make: NewStore, make_task: Callable[..., AsyncRouteTask], create_tables: bool
+) -> None:
+    """As an Alembic migration creates them, without rows."""
+    engine = engine_of(url)
+    metadata.create_all(engine)
+    engine.dispose()
+    store = make(create_tables)
     store.open()
     store.add(make_task(), b"", None, ())
-    before = store.get("task")
-    store.close()
-    with engine_of(url).begin() as connection:
-        for statement in (*OLDER, "UPDATE asyncroute_schema SET version = 1"):
-            connection.execute(text(statement))
-    with pytest.raises(ConfigurationError, match="ASYNCROUTE_CREATE_TABLES"):
-        make(create_tables=False).open()
-    upgraded = make()
-    upgraded.open()
-    # The order of its columns is another by now, which no statement relies on.
-    assert upgraded.get("task") == before
-    upgraded.add(make_task("another"), b"", None, ())
-    assert upgraded.claim("another", "me", 1) is not None
-    upgraded.close()
-    with engine_of(url).connect() as connection:
-        assert connection.scalars(text("SELECT version FROM asyncroute_schema")).all() == [VERSION]
-
-
-def test_f43_postgresql_tables_of_a_newer_version_are_refused(url: str, make: Callable[..., TaskStore]) -> None:
-    store = make()
-    store.open()
-    store.close()
-    with engine_of(url).begin() as connection:
-        connection.execute(text(f"UPDATE asyncroute_schema SET version = {VERSION + 1}"))
-    for _ in range(2):
-        with pytest.raises(ConfigurationError, match=f"ASYNCROUTE_STORE.* version {VERSION + 1}, .* version {VERSION}"):
-            make().open()
+    assert store.get("task") is not None
+    assert versions(url) == [VERSION]

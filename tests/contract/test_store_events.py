@@ -1,4 +1,4 @@
-"""Events: how tasks went from state to state and what their views have sent, in one order, on every store."""
+"""Events on every store: state changes of tasks and events of views, in one order."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from flask_asyncroute.execution import ViewEvent
-from flask_asyncroute.states import State
-from flask_asyncroute.stores.base import Expect, TaskStore
-from flask_asyncroute.stores.events import MAX_EVENTS, PROGRESS, STATE, Event
-from flask_asyncroute.stores.opening import make_store
+from flask_asyncroute.stores.base import (
+    MAX_EVENTS,
+    PROGRESS,
+    STATE,
+    Event,
+    Expect,
+    SharedTaskStore,
+    TaskStore,
+    ViewEvent,
+)
+from flask_asyncroute.stores.registry import make_store
 from flask_asyncroute.stores.sql.store import SQLTaskStore
-from flask_asyncroute.task import AsyncRouteTask
-from tests.conftest import eventually_true, new_postgresql_database
+from flask_asyncroute.task import AsyncRouteTask, State
+from tests.support.databases import SHARED, new_postgresql_database
+from tests.support.waiting import eventually_true
 
 NewTask = Callable[..., AsyncRouteTask]
 RUNNING = Expect((State.RUNNING,), "me", 1)
@@ -25,13 +32,18 @@ END: dict[str, Any] = {"state": State.COMPLETED, "completed_us": 5, "result_json
 
 
 def sent(*names: str, first: int = 1) -> list[ViewEvent]:
-    """Return events that a view has sent."""
-    return [ViewEvent(name, f'"{name}"'.encode(), number) for number, name in enumerate(names, first)]
+    """Return events as a view sends them."""
+    return [
+        ViewEvent(name, f'"{name}"'.encode(), number) for number, name in enumerate(names, first)
+    ]
 
 
-def told(events: Any) -> list[tuple[str, str]]:
-    """Return what each event tells in short: the state, or the name."""
-    return [(event.task.id, event.task.state.value if is_state(event) else event.name) for event in events]
+def summaries(events: Any) -> list[tuple[str, str]]:
+    """Return the task id of each event, with the state or the event name."""
+    return [
+        (event.task.id, event.task.state.value if is_state(event) else event.name)
+        for event in events
+    ]
 
 
 def is_state(event: Event) -> bool:
@@ -46,7 +58,7 @@ def add(store: TaskStore, make_task: NewTask) -> Callable[..., None]:
     return add
 
 
-def test_all_that_happens_to_a_task_is_told_in_order(store: TaskStore, add: Callable[..., None]) -> None:
+def test_events_of_a_task_are_in_order(store: TaskStore, add: Callable[..., None]) -> None:
     add()
     store.claim("task", "me", 1)
     assert store.add_events("task", RUNNING, sent("a", "b"))
@@ -54,21 +66,27 @@ def test_all_that_happens_to_a_task_is_told_in_order(store: TaskStore, add: Call
     store.update("task", RUNNING, END)
     found = store.events(0, 100)
     names = ["NotStarted", "Running", "a", "b", "c", "Completed"]
-    assert told(found.events) == [("task", name) for name in names]
+    assert summaries(found.events) == [("task", name) for name in names]
     numbers = [event.change for event in found.events]
     assert numbers == sorted(set(numbers))
-    assert found.change == numbers[-1] == store.news(-1).change
+    assert found.change == numbers[-1] == store.newest()
     for start in range(6):
         rest = store.events(numbers[start], 100, "task")
-        assert told(rest.events) == [("task", name) for name in names[start + 1 :]], start
+        assert summaries(rest.events) == [("task", name) for name in names[start + 1 :]], start
         assert rest.change == numbers[-1]
 
 
-def test_a_state_is_told_as_it_was(store: TaskStore, add: Callable[..., None]) -> None:
+def test_a_state_event_has_the_record_of_that_time(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     add()
     store.claim("task", "me", 1)
     running = store.get("task")
-    store.update("task", RUNNING, {"progress": 100.0, "error": "E: e", "state": State.FAILED, "completed_us": 5})
+    store.update(
+        "task",
+        RUNNING,
+        {"progress": 100.0, "error": "E: e", "state": State.FAILED, "completed_us": 5},
+    )
     first, second, last = (event.task for event in store.events(0, 100).events)
     assert (first.started_us, first.progress, first.error) == (None, None, None)
     assert running is not None and second.to_wire() == running.to_wire()
@@ -76,8 +94,10 @@ def test_a_state_is_told_as_it_was(store: TaskStore, add: Callable[..., None]) -
 
 
 @pytest.mark.parametrize("is_sent", [True, False])
-def test_events_come_without_results(store: TaskStore, add: Callable[..., None], is_sent: bool) -> None:
-    """Those may be large, and are read one by one where they are sent."""
+def test_events_do_not_include_results(
+    store: TaskStore, add: Callable[..., None], is_sent: bool
+) -> None:
+    """Results may be large. Streams that send them read them one by one."""
     add(sse_result=is_sent)
     store.claim("task", "me", 1)
     store.add_events("task", RUNNING, sent("a"))
@@ -86,19 +106,19 @@ def test_events_come_without_results(store: TaskStore, add: Callable[..., None],
     assert [event.task.result_json for event in found] == [None] * 4
 
 
-def test_progress_is_told_as_far_as_it_is(store: TaskStore, add: Callable[..., None]) -> None:
+def test_only_the_latest_progress_is_an_event(store: TaskStore, add: Callable[..., None]) -> None:
     add()
     store.claim("task", "me", 1)
     for progress in (1.0, 2.0):
         store.update("task", RUNNING, {"progress": progress, "progress_message": "m"})
     *_, last = store.events(0, 100).events
-    assert (last.name, last.task.progress, last.change) == (PROGRESS, 2.0, store.news(-1).change)
+    assert (last.name, last.task.progress, last.change) == (PROGRESS, 2.0, store.newest())
     assert list(store.events(last.change, 100).events) == []
     store.update("task", RUNNING, END)
-    assert told(store.events(last.change, 100).events) == [("task", "Completed")]
+    assert summaries(store.events(last.change, 100).events) == [("task", "Completed")]
 
 
-def test_a_restart_keeps_the_states_before_it(store: TaskStore, add: Callable[..., None]) -> None:
+def test_a_restart_keeps_earlier_state_events(store: TaskStore, add: Callable[..., None]) -> None:
     add()
     store.claim("task", "me", 1)
     begun = store.get("task")
@@ -107,52 +127,70 @@ def test_a_restart_keeps_the_states_before_it(store: TaskStore, add: Callable[..
     assert store.update("task", RUNNING, back) is not None
     assert store.claim("task", "me", 7) is not None
     found = store.events(0, 100, "task").events
-    states = [msgspec.json.decode(event.data)["State"] if event.data else event.task.state.value for event in found]
+    states = [
+        msgspec.json.decode(event.data)["State"] if event.data else event.task.state.value
+        for event in found
+    ]
     assert states == ["NotStarted", "Running", "NotStarted", "Running"]
     assert [event.name for event in found] == [STATE] * 4
-    assert msgspec.json.decode(found[1].data or b"") == msgspec.json.decode(msgspec.json.encode(begun.to_wire()))
-    assert store.update("task", RUNNING, back) is None, "the run is another"
+    assert msgspec.json.decode(found[1].data or b"") == msgspec.json.decode(
+        msgspec.json.encode(begun.to_wire())
+    )
+    assert store.update("task", RUNNING, back) is None, "another run owns the task"
     assert len(store.events(0, 100, "task").events) == 4
 
 
-def test_groups_are_apart_and_tasks_without_one_are_in_none(store: TaskStore, add: Callable[..., None]) -> None:
+def test_events_are_selected_by_group(store: TaskStore, add: Callable[..., None]) -> None:
     for task_id, group in (("one", "g"), ("two", "h"), ("three", "g"), ("four", None)):
         add(task_id, group)
         store.claim(task_id, "me", 1)
         store.add_events(task_id, RUNNING, sent("a"))
     in_group = ["NotStarted", "Running", "a"]
-    assert told(store.events(0, 100, group="g").events) == [(t, n) for t in ("one", "three") for n in in_group]
-    assert {task_id for task_id, _ in told(store.events(0, 100).events)} == {"one", "two", "three"}
-    assert store.events(0, 100, group="other").events == [] or not store.events(0, 100, group="other").events
-    assert store.events(0, 100, group="other").change == store.news(-1).change
+    assert summaries(store.events(0, 100, group="g").events) == [
+        (t, n) for t in ("one", "three") for n in in_group
+    ]
+    assert {task_id for task_id, _ in summaries(store.events(0, 100).events)} == {
+        "one",
+        "two",
+        "three",
+    }
+    assert (
+        store.events(0, 100, group="other").events == []
+        or not store.events(0, 100, group="other").events
+    )
+    assert store.events(0, 100, group="other").change == store.newest()
 
 
-def test_events_come_in_pages(store: TaskStore, add: Callable[..., None]) -> None:
+def test_events_are_paged(store: TaskStore, add: Callable[..., None]) -> None:
     for number in range(5):
         add(f"t{number}")
         store.claim(f"t{number}", "me", 1)
         store.add_events(f"t{number}", RUNNING, sent("a", "b"))
-    whole = told(store.events(0, 1000).events)
+    whole = summaries(store.events(0, 1000).events)
     found: list[tuple[str, str]] = []
     since = 0
     while page := store.events(since, 3):
-        found += told(page.events)
+        found += summaries(page.events)
         if not page.events:
             break
         since = page.change
     assert found == whole and len(whole) == 20
 
 
-def test_a_run_that_lost_its_task_sends_nothing(store: TaskStore, add: Callable[..., None]) -> None:
+def test_a_run_that_lost_its_task_cannot_add_events(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     add()
     store.claim("task", "me", 1)
     for expect in (Expect((State.RUNNING,), "me", 2), Expect((State.RUNNING,), "you", 1)):
         assert not store.add_events("task", expect, sent("a"))
     assert not store.add_events("other", RUNNING, sent("a"))
-    assert told(store.events(0, 100).events) == [("task", "NotStarted"), ("task", "Running")]
+    assert summaries(store.events(0, 100).events) == [("task", "NotStarted"), ("task", "Running")]
 
 
-def test_the_last_thousand_events_of_a_task_are_kept(store: TaskStore, add: Callable[..., None]) -> None:
+def test_the_last_thousand_events_of_a_task_are_kept(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
     add()
     add("other")
     for task_id in ("task", "other"):
@@ -165,8 +203,10 @@ def test_the_last_thousand_events_of_a_task_are_kept(store: TaskStore, add: Call
     assert len(store.events(0, 100, "other").events) == 3
 
 
-def test_what_was_written_already_is_not_written_again(store: TaskStore, add: Callable[..., None]) -> None:
-    """Whoever does not know whether it was tries again."""
+def test_events_that_are_already_stored_are_not_added_again(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
+    """A run retries if it does not know whether a write succeeded."""
     add()
     store.claim("task", "me", 1)
     for _ in range(2):
@@ -175,39 +215,49 @@ def test_what_was_written_already_is_not_written_again(store: TaskStore, add: Ca
     assert [event.name for event in store.events(0, 100).events[2:]] == ["a", "b", "c"]
 
 
-def test_events_go_with_their_task(store: TaskStore, add: Callable[..., None], make_task: NewTask) -> None:
+def test_events_are_deleted_with_their_task(
+    store: TaskStore, add: Callable[..., None], make_task: NewTask
+) -> None:
     add()
     store.claim("task", "me", 1)
     store.add_events("task", RUNNING, sent("a"))
-    newest = store.news(-1).change
+    newest = store.newest()
     store.delete("task", Expect((State.RUNNING,)))
     add()
-    assert told(store.events(0, 100).events) == [("task", "NotStarted")]
+    assert summaries(store.events(0, 100).events) == [("task", "NotStarted")]
     assert store.events(0, 100).events[0].change > newest
 
 
-def test_news_tell_whose_views_have_sent_something(store: TaskStore, add: Callable[..., None]) -> None:
+@SHARED
+def test_news_lists_tasks_with_new_view_events(
+    store: SharedTaskStore, add: Callable[..., None]
+) -> None:
     add()
     add("other")
     store.claim("task", "me", 1)
-    since = store.news(-1).change
+    since = store.newest()
     store.add_events("task", RUNNING, sent("a", "b"))
     news = store.news(since)
     assert (list(news.sent), list(news.tasks), news.change) == (["task"], [], since + 2)
     assert list(store.news(news.change).sent) == []
 
 
-def test_an_event_that_is_written_while_news_are_read_is_news(
-    store: TaskStore, add: Callable[..., None], make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+@SHARED
+def test_events_written_while_news_are_read_are_reported(
+    store: SharedTaskStore,
+    add: Callable[..., None],
+    make_task: NewTask,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Between any two statements of the reading, and though what came after it is among them already."""
-    if not isinstance(store, SQLTaskStore):
-        pytest.skip("a memory store reads all of it at once")
+    """Events are written between any two statements of ``news``, and later changes may already be
+    in its result.
+    """
+    assert isinstance(store, SQLTaskStore)
     add()
     store.claim("task", "me", 1)
     fetch_all = store._database.fetch_all
     for write_before in range(3):
-        since = store.news(-1).change
+        since = store.newest()
         store.add(make_task(f"first-{write_before}"), b"", None, ())
         calls = 0
 
@@ -224,19 +274,22 @@ def test_an_event_that_is_written_while_news_are_read_is_news(
         monkeypatch.undo()
         if calls <= write_before:
             break
-        told = [*news.sent, *store.news(news.change).sent]
-        assert "task" in told
+        notified = [*news.sent, *store.news(news.change).sent]
+        assert "task" in notified
     assert write_before == 2, "there were two statements"
 
 
-def test_whoever_listens_hears_of_every_kind_of_write(store: TaskStore, add: Callable[..., None]) -> None:
-    """Only where the store can tell; others are asked."""
-    heard = threading.Event()
-    listener = store.listen(heard.set)
+@SHARED
+def test_a_listener_is_notified_of_every_kind_of_write(
+    store: SharedTaskStore, add: Callable[..., None]
+) -> None:
+    """Only for stores that send notifications. Other stores are polled."""
+    notified = threading.Event()
+    listener = store.listen(notified.set)
     if listener is None:
-        pytest.skip("this store tells nothing by itself")
+        pytest.skip("this store sends no notifications")
     try:
-        eventually_true(heard.is_set)
+        eventually_true(notified.is_set)
         for write in (
             add,
             lambda: store.claim("task", "me", 1),
@@ -244,9 +297,9 @@ def test_whoever_listens_hears_of_every_kind_of_write(store: TaskStore, add: Cal
             lambda: store.add_events("task", RUNNING, sent("a")),
             lambda: store.update("task", RUNNING, END),
         ):
-            heard.clear()
+            notified.clear()
             write()
-            eventually_true(heard.is_set)
+            eventually_true(notified.is_set)
     finally:
         listener.close()
 
@@ -255,27 +308,41 @@ def test_whoever_listens_hears_of_every_kind_of_write(store: TaskStore, add: Cal
 def test_postgresql_reads_few_rows_for_events_before_it_has_statistics(
     postgresql_server: str, make_task: NewTask, task_id: str | None
 ) -> None:
-    """A database that was made a minute ago: it was read for each task that there is."""
+    """In a new database, PostgreSQL would otherwise read the events of every task."""
     with new_postgresql_database(postgresql_server) as url:
         made: Any = make_store(url, "", "test", True)
         made.open()
         try:
             for number in range(60):
                 made.add(make_task(f"task-{number}", sse_group="g"), b"", None, ())
-            sql, values = made._event_log.read(made._ns, made.newest() - 2, 100, task_id, None)
+            sql = made._sql.events_since(task_id is not None, False)
+            since = made.newest() - 2
+            values = {"ns": made._ns, "since": since, "limit": 100, "task_id": task_id}
             plan = [row[0] for row in made._database.fetch_all(f"EXPLAIN ANALYZE {sql}", values)]
         finally:
             made.close()
-    reads = [int(found[1]) for line in plan if " on asyncroute_" in line and (found := re.search(r"loops=(\d+)", line))]
+    reads = [
+        int(found[1])
+        for line in plan
+        if " on asyncroute_" in line and (found := re.search(r"loops=(\d+)", line))
+    ]
     assert reads and sum(reads) < 30, "\n".join(plan)
 
 
-def test_what_was_written_and_comes_again_with_more_is_there_once(store: TaskStore, add: Callable[..., None]) -> None:
-    """As where a commit was made, its answer was lost and the store was then away: the run sends all again, and more."""
+def test_a_repeated_write_with_more_events_adds_only_the_new_ones(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
+    """As when a commit succeeded but its response was lost. The run then sends all events again,
+    and more.
+    """
     add()
     store.claim("task", "me", 1)
     store.add_events("task", RUNNING, sent("a", "b"))
     before = store.events(0, 100)
     assert store.add_events("task", RUNNING, sent("a", "b", "c"))
-    assert told(store.events(0, 100).events)[2:] == [("task", "a"), ("task", "b"), ("task", "c")]
-    assert told(store.events(before.change, 100).events) == [("task", "c")]
+    assert summaries(store.events(0, 100).events)[2:] == [
+        ("task", "a"),
+        ("task", "b"),
+        ("task", "c"),
+    ]
+    assert summaries(store.events(before.change, 100).events) == [("task", "c")]

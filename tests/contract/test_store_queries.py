@@ -1,4 +1,4 @@
-"""The port of stores, the list query: memory, SQLite and `query.matches` give the same answer to everything."""
+"""List queries: memory, SQLite and `query.matches` return the same results for every query."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from flask_asyncroute.query import (
     ordered,
     position_of,
 )
-from flask_asyncroute.query.fields import SORTABLE
-from flask_asyncroute.states import State
+from flask_asyncroute.query.model import SORTABLE
 from flask_asyncroute.stores.base import LARGE_RESULT, Expect, Readers, TaskStore
 from flask_asyncroute.stores.memory import MemoryTaskStore
-from flask_asyncroute.task import AsyncRouteTask
-from tests.conftest import new_sqlite_store, new_task
+from flask_asyncroute.task import AsyncRouteTask, State
+from tests.support.databases import new_sqlite_store
+from tests.support.tasks import new_task
 
 NewTask = Callable[..., AsyncRouteTask]
 Grants = frozenset[tuple[str, str]]
@@ -35,19 +35,21 @@ T0 = 1_700_000_000_000_000
 ALL = 10**6
 EVERY_SORT = [Sort(field, descending) for field in SORTABLE for descending in (True, False)]
 
-# Letters that fold, that look as if they did, that SQL or patterns treat in a special way, and beyond the first plane.
+# Letters with case folding or lookalikes, special characters of SQL and patterns, and characters
+# outside the BMP.
 texts = st.text("aAkK\u212a\u0131İß%_\\*?.+(é'\n\U0001f600\uffff ", max_size=6)
 times = st.integers(T0 - 3, T0 + 3)
 percents = st.sampled_from([0.0, 0.01, 33.33, 50.0, 99.99, 100.0])
 users = st.sampled_from(["anna", "Anna", "ben", "%", "5", "\U0001f600"])
 names = st.tuples(
-    st.sampled_from(["users", "groups", "roles", "scopes"]), st.sampled_from(["x", "X", "ben", "u:x", "%"])
+    st.sampled_from(["users", "groups", "roles", "scopes"]),
+    st.sampled_from(["x", "X", "ben", "u:x", "%"]),
 )
 
 
 @st.composite
 def tasks(draw: st.DrawFn) -> list[Stored]:
-    """Draw some tasks as they may stand in a store, and who else may list each."""
+    """Draw some stored tasks, and who else may list each."""
     made = []
     ids = draw(st.lists(texts.filter(bool), unique=True, max_size=8))
     for task_id in ids:
@@ -67,13 +69,15 @@ def tasks(draw: st.DrawFn) -> list[Stored]:
             progress=draw(st.none() | percents),
             error=draw(st.none() | texts),
         )
-        made.append((task, draw(st.frozensets(names, max_size=3)) if user is not None else frozenset()))
+        made.append(
+            (task, draw(st.frozensets(names, max_size=3)) if user is not None else frozenset())
+        )
     return made
 
 
 @st.composite
 def conditions(draw: st.DrawFn) -> Condition:
-    """Draw a condition as `query.styles` makes them."""
+    """Draw a condition as the query parser creates it."""
     field = draw(st.sampled_from(list(FIELDS.values())))
     operator = draw(st.sampled_from(field.operators))
     values: dict[str, st.SearchStrategy[Any]] = {
@@ -90,7 +94,11 @@ def conditions(draw: st.DrawFn) -> Condition:
         return Condition(field, operator, draw(patterns))
     if field.upper:
         return Condition(field, operator, draw(st.sampled_from(["GET", "PUT", "K", "K%"])))
-    return Condition(field, operator, draw(values[field.kind] | users if field.name == "User" else values[field.kind]))
+    return Condition(
+        field,
+        operator,
+        draw(values[field.kind] | users if field.name == "User" else values[field.kind]),
+    )
 
 
 readers_of = st.none() | st.builds(
@@ -113,15 +121,21 @@ def may_list(task: AsyncRouteTask, grants: Grants, readers: Readers | None) -> b
 
 def expected(
     stored: Sequence[Stored],
-    asked: Sequence[Condition],
+    filters: Sequence[Condition],
     sort: Sort,
     limit: int,
     position: Position | None,
     readers: Readers | None,
 ) -> list[str]:
-    """Say what a list holds, in the plainest way."""
-    fit = [task for task, grants in stored if matches(task, asked) and may_list(task, grants, readers)]
-    return [task.id for task in ordered(fit, sort) if position is None or is_after(task, sort, position)][:limit]
+    """Return the ids of a list, computed in the simplest way."""
+    fit = [
+        task
+        for task, grants in stored
+        if matches(task, filters) and may_list(task, grants, readers)
+    ]
+    return [
+        task.id for task in ordered(fit, sort) if position is None or is_after(task, sort, position)
+    ][:limit]
 
 
 @pytest.fixture(scope="module")
@@ -151,22 +165,26 @@ def clear(store: TaskStore) -> None:
 @given(
     stored=tasks(),
     queries=st.lists(
-        st.tuples(st.lists(conditions(), max_size=3), sorts, st.integers(1, 9), positions, readers_of),
+        st.tuples(
+            st.lists(conditions(), max_size=3), sorts, st.integers(1, 9), positions, readers_of
+        ),
         min_size=1,
         max_size=4,
     ),
 )
-def test_all_stores_agree(both: dict[str, TaskStore], stored: list[Stored], queries: list[Any]) -> None:
+def test_all_stores_agree(
+    both: dict[str, TaskStore], stored: list[Stored], queries: list[Any]
+) -> None:
     for store in both.values():
         fill(store, stored)
     try:
-        for asked, sort, limit, position, readers in queries:
+        for filters, sort, limit, position, readers in queries:
             if position is not None and sort.field.name == "CreationTime":
                 position = Position(position.created_us, position.created_us, position.id)
-            wanted = expected(stored, asked, sort, limit, position, readers)
+            expected_ids = expected(stored, filters, sort, limit, position, readers)
             for name, store in both.items():
-                found = [task.id for task in store.query(asked, sort, limit, position, readers)]
-                assert found == wanted, (name, asked, sort, limit, position, readers)
+                found = [task.id for task in store.query(filters, sort, limit, position, readers)]
+                assert found == expected_ids, (name, filters, sort, limit, position, readers)
     finally:
         for store in both.values():
             clear(store)
@@ -180,8 +198,10 @@ def test_all_stores_agree(both: dict[str, TaskStore], stored: list[Stored], quer
         for operator in field.operators
     ],
 )
-def test_every_field_with_every_operator(both: dict[str, TaskStore], field: Any, operator: Operator) -> None:
-    """Each pair against tasks that lie below, at and above the value, and one that does not have the field."""
+def test_every_field_with_every_operator(
+    both: dict[str, TaskStore], field: Any, operator: Operator
+) -> None:
+    """Each pair is tested with tasks below, at and above the value, and a task without the field."""
     samples: dict[str, list[Any]] = {
         "string": ["a", "B", "b", "bé", "c"],
         "state": list(State),
@@ -190,12 +210,17 @@ def test_every_field_with_every_operator(both: dict[str, TaskStore], field: Any,
         "number": [0.0, 50.0, 99.99],
     }
     missing = (
-        [None] if field.name in ("User", "StartingTime", "CompletedTime", "ExpireTime", "Error", "Progress") else []
+        [None]
+        if field.name
+        in ("User", "StartingTime", "CompletedTime", "ExpireTime", "Error", "Progress")
+        else []
     )
     stored: list[Stored] = []
     for number, value in enumerate([*samples[field.kind], *missing]):
         if field.name == "IsCompleted":
-            task = new_task(f"t{number}", state=State.FAILED if value else State.RUNNING, created_us=T0 + number)
+            task = new_task(
+                f"t{number}", state=State.FAILED if value else State.RUNNING, created_us=T0 + number
+            )
         elif field.name == "Id":
             task = new_task(value, created_us=T0 + number)
         else:
@@ -205,16 +230,22 @@ def test_every_field_with_every_operator(both: dict[str, TaskStore], field: Any,
         fill(store, stored)
     try:
         for value in samples[field.kind]:
-            asked = [Condition(field, operator, value.value if isinstance(value, State) else value)]
-            wanted = expected(stored, asked, NEWEST_FIRST, ALL, None, None)
+            filters = [
+                Condition(field, operator, value.value if isinstance(value, State) else value)
+            ]
+            expected_ids = expected(stored, filters, NEWEST_FIRST, ALL, None, None)
             for name, store in both.items():
-                assert [task.id for task in store.query(asked, NEWEST_FIRST, ALL, None, None)] == wanted, (name, value)
+                assert [
+                    task.id for task in store.query(filters, NEWEST_FIRST, ALL, None, None)
+                ] == expected_ids, (name, value)
     finally:
         for store in both.values():
             clear(store)
 
 
-@pytest.mark.parametrize("sort", EVERY_SORT, ids=lambda sort: ("-" if sort.descending else "") + sort.field.name)
+@pytest.mark.parametrize(
+    "sort", EVERY_SORT, ids=lambda sort: ("-" if sort.descending else "") + sort.field.name
+)
 @pytest.mark.parametrize(
     "readers",
     [
@@ -227,8 +258,10 @@ def test_every_field_with_every_operator(both: dict[str, TaskStore], field: Any,
     ids=["all", "owner", "anonymous", "granted", "every kind"],
 )
 @pytest.mark.parametrize("limit", [1, 3])
-def test_pages_give_everything_once(store: TaskStore, sort: Sort, readers: Readers | None, limit: int) -> None:
-    """Ties, missing values and tasks that one may read for several reasons included."""
+def test_pages_contain_every_task_once(
+    store: TaskStore, sort: Sort, readers: Readers | None, limit: int
+) -> None:
+    """Includes ties, missing values and tasks that are readable for several reasons."""
     stored: list[Stored] = []
     for number in range(18):
         task = new_task(
@@ -238,42 +271,63 @@ def test_pages_give_everything_once(store: TaskStore, sort: Sort, readers: Reade
             started_us=None if number % 4 == 0 else T0 + number % 2,
             completed_us=None if number % 5 else T0 + number,
         )
-        grants = {("groups", "g"), ("roles", "r"), ("users", "anna")} if task.user and number % 2 else set()
+        grants = (
+            {("groups", "g"), ("roles", "r"), ("users", "anna")}
+            if task.user and number % 2
+            else set()
+        )
         stored.append((task, frozenset(grants)))
     fill(store, stored)
-    wanted = expected(stored, (), sort, ALL, None, readers)
-    assert len(wanted) >= 5
+    expected_ids = expected(stored, (), sort, ALL, None, readers)
+    assert len(expected_ids) >= 5
     found: list[str] = []
     position = None
     while page := store.query((), sort, limit, position, readers):
         assert len(page) <= limit
         found += [task.id for task in page]
         position = position_of(page[-1], sort)
-    assert found == wanted
+    assert found == expected_ids
 
 
 @pytest.mark.parametrize("descending", [True, False])
 @pytest.mark.parametrize(
-    "field", [field for field in SORTABLE if field.name != "CreationTime"], ids=lambda field: field.name
+    "field",
+    [field for field in SORTABLE if field.name != "CreationTime"],
+    ids=lambda field: field.name,
 )
-def test_missing_times_come_last_in_both_directions(store: TaskStore, field: Any, descending: bool) -> None:
+def test_missing_times_come_last_in_both_directions(
+    store: TaskStore, field: Any, descending: bool
+) -> None:
     for number, value in enumerate([None, T0 + 1, None, T0 + 2]):
-        store.add(new_task(f"t{number}", **{field.attribute: value, "created_us": T0 + number}), b"", None, ())
+        store.add(
+            new_task(f"t{number}", **{field.attribute: value, "created_us": T0 + number}),
+            b"",
+            None,
+            (),
+        )
     found = [task.id for task in store.query((), Sort(field, descending), ALL, None, None)]
     assert found == (["t3", "t1", "t2", "t0"] if descending else ["t1", "t3", "t0", "t2"])
 
 
-def test_a25_who_may_read_nothing_gets_nothing(store: TaskStore) -> None:
+@pytest.mark.covers("A25")
+def test_a_caller_without_permission_gets_an_empty_list(store: TaskStore) -> None:
     store.add(new_task("owned", user="anna"), b"", None, [("groups", "g")])
     store.add(new_task("free"), b"", None, ())
     assert store.query((), NEWEST_FIRST, ALL, None, Readers()) == []
     assert (
-        store.query((), NEWEST_FIRST, ALL, None, Readers(user="ben", granted=(("groups", "G"), ("roles", "g")))) == []
+        store.query(
+            (),
+            NEWEST_FIRST,
+            ALL,
+            None,
+            Readers(user="ben", granted=(("groups", "G"), ("roles", "g"))),
+        )
+        == []
     )
 
 
 @pytest.mark.parametrize(
-    ("readers", "wanted"),
+    ("readers", "expected_ids"),
     [
         (Readers(user="anna"), ["a"]),
         (Readers(user="Anna"), []),
@@ -285,7 +339,9 @@ def test_a25_who_may_read_nothing_gets_nothing(store: TaskStore) -> None:
         (None, ["a", "b", "c", "n"]),
     ],
 )
-def test_a_list_holds_what_its_reader_may_read(store: TaskStore, readers: Readers | None, wanted: list[str]) -> None:
+def test_a_list_contains_the_tasks_that_the_caller_may_read(
+    store: TaskStore, readers: Readers | None, expected_ids: list[str]
+) -> None:
     fill(
         store,
         [
@@ -295,19 +351,24 @@ def test_a_list_holds_what_its_reader_may_read(store: TaskStore, readers: Reader
             (new_task("n"), frozenset()),
         ],
     )
-    assert sorted(task.id for task in store.query((), NEWEST_FIRST, ALL, None, readers)) == wanted
+    assert (
+        sorted(task.id for task in store.query((), NEWEST_FIRST, ALL, None, readers))
+        == expected_ids
+    )
 
 
-def test_a_grant_follows_its_task_through_its_states(store: TaskStore) -> None:
+def test_a_grant_applies_in_every_state_of_its_task(store: TaskStore) -> None:
     readers = Readers(granted=(("groups", "g"),))
     store.add(new_task("t", user="anna"), b"", None, [("groups", "g")])
 
     def in_state(state: State) -> list[str]:
-        asked = [Condition(FIELDS["State"], Operator.EQ, state.value)]
-        return [task.id for task in store.query(asked, NEWEST_FIRST, ALL, None, readers)]
+        filters = [Condition(FIELDS["State"], Operator.EQ, state.value)]
+        return [task.id for task in store.query(filters, NEWEST_FIRST, ALL, None, readers)]
 
-    # The permission itself is in the record, as the dispatcher stores it.
-    store.update("t", Expect((State.NOT_STARTED,)), {"permission_json": b'{"Read":{"Groups":["g"]}}'})
+    # As in the dispatcher, the permission itself is in the record.
+    store.update(
+        "t", Expect((State.NOT_STARTED,)), {"permission_json": b'{"Read":{"Groups":["g"]}}'}
+    )
     assert in_state(State.NOT_STARTED) == ["t"]
     store.claim("t", "me", T0)
     assert (in_state(State.NOT_STARTED), in_state(State.RUNNING)) == ([], ["t"])
@@ -316,38 +377,61 @@ def test_a_grant_follows_its_task_through_its_states(store: TaskStore) -> None:
 
 
 def test_a_caller_in_a_thousand_groups_gets_a_list(store: TaskStore) -> None:
-    """Directory services hand out hundreds of groups; that is more than SQL takes as parts of one statement."""
-    fill(store, [(new_task("t", user="anna"), frozenset({("groups", "g777")})), (new_task("n"), frozenset())])
+    """Directory services return hundreds of groups, more than the parts that a compound SQL
+    statement allows.
+    """
+    fill(
+        store,
+        [
+            (new_task("t", user="anna"), frozenset({("groups", "g777")})),
+            (new_task("n"), frozenset()),
+        ],
+    )
     granted = tuple(("groups", f"g{number}") for number in range(1000))
-    asked = [Condition(FIELDS["State"], Operator.EQ, "NotStarted")]
-    found = store.query(asked, NEWEST_FIRST, ALL, None, Readers("ben", granted, True))
+    filters = [Condition(FIELDS["State"], Operator.EQ, "NotStarted")]
+    found = store.query(filters, NEWEST_FIRST, ALL, None, Readers("ben", granted, True))
     assert sorted(task.id for task in found) == ["n", "t"]
 
 
-@pytest.mark.parametrize("readers", [None, Readers(user="anna"), Readers("anna", (("groups", "g"),), True)])
-def test_a_list_leaves_large_results_out(store: TaskStore, readers: Readers | None) -> None:
+@pytest.mark.parametrize(
+    "readers", [None, Readers(user="anna"), Readers("anna", (("groups", "g"),), True)]
+)
+def test_a_list_omits_large_results(store: TaskStore, readers: Readers | None) -> None:
     large, small = b'"' + b"x" * (LARGE_RESULT - 1) + b'"', b'"' + b"x" * (LARGE_RESULT - 2) + b'"'
     for name, result in (("a-large", large), ("b-small", small), ("c-none", None)):
-        store.add(new_task(name, user="anna", result_json=result, state=State.COMPLETED), b"", None, [("groups", "g")])
-    found = {task.id: task.result_json for task in store.query((), NEWEST_FIRST, ALL, None, readers)}
+        store.add(
+            new_task(name, user="anna", result_json=result, state=State.COMPLETED),
+            b"",
+            None,
+            [("groups", "g")],
+        )
+    found = {
+        task.id: task.result_json for task in store.query((), NEWEST_FIRST, ALL, None, readers)
+    }
     assert found == {"a-large": None, "b-small": small, "c-none": None}
-    kept = store.get("a-large")
-    assert kept is not None and kept.result_json == large
+    stored_task = store.get("a-large")
+    assert stored_task is not None and stored_task.result_json == large
 
 
-def test_a_list_gives_whole_records(store: TaskStore) -> None:
-    store.add(new_task("t", user="anna", error="e", progress=1.5, result_json=b"1"), b"", None, [("groups", "g")])
-    whole = store.get("t")
+def test_a_list_returns_complete_records(store: TaskStore) -> None:
+    store.add(
+        new_task("t", user="anna", error="e", progress=1.5, result_json=b"1"),
+        b"",
+        None,
+        [("groups", "g")],
+    )
+    complete = store.get("t")
     for readers in (None, Readers(user="anna"), Readers("anna", (("groups", "g"),), True)):
-        assert store.query((), NEWEST_FIRST, ALL, None, readers) == [whole]
+        assert store.query((), NEWEST_FIRST, ALL, None, readers) == [complete]
 
 
+@pytest.mark.covers("A31")
 @pytest.mark.parametrize(
     "text", ["%", "_", "\\", "' OR 1=1 --", ".*(a+)+$", "[a-z]", 'x"; DROP TABLE asyncroute_tasks']
 )
 @pytest.mark.parametrize("operator", [Operator.EQ, Operator.LIKE])
-def test_a31_text_is_literal(store: TaskStore, text: str, operator: Operator) -> None:
+def test_special_characters_are_literal(store: TaskStore, text: str, operator: Operator) -> None:
     for number, error in enumerate([text, "a", "aaaa", "", None]):
         store.add(new_task(f"t{number}", error=error), b"", None, ())
-    asked = [Condition(FIELDS["Error"], operator, text)]
-    assert [task.id for task in store.query(asked, NEWEST_FIRST, ALL, None, None)] == ["t0"]
+    filters = [Condition(FIELDS["Error"], operator, text)]
+    assert [task.id for task in store.query(filters, NEWEST_FIRST, ALL, None, None)] == ["t0"]

@@ -1,4 +1,4 @@
-"""The port of stores: what a start depends on beside its id. Keys and quotas, checked in the transaction that adds the task."""
+"""Checks in the transaction that adds a task, apart from its id: idempotency keys and quotas."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ import pytest
 from flask_asyncroute.errors import IdTaken, KeyTaken, TooManyTasks
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.snapshot import Body
-from flask_asyncroute.start_key import StartKey
-from flask_asyncroute.states import TERMINAL, State
-from flask_asyncroute.stores.base import Expect, TaskStore
-from flask_asyncroute.stores.opening import make_store
-from flask_asyncroute.task import AsyncRouteTask
+from flask_asyncroute.stores.base import Expect, StartKey, TaskStore
+from flask_asyncroute.stores.registry import make_store
+from flask_asyncroute.task import TERMINAL, AsyncRouteTask, State
 
 NewTask = Callable[..., AsyncRouteTask]
 CREATED = 1_700_000_000_000_000
@@ -40,7 +38,9 @@ def found_with(store: TaskStore, key: StartKey) -> tuple[str, str] | None:
 
 @pytest.fixture
 def other_store(store: TaskStore, request: pytest.FixtureRequest) -> TaskStore:
-    """Give a second store of another namespace in the same place; of memory there is only one."""
+    """Return a second store with another namespace in the same database. A memory store has only
+    one namespace.
+    """
     kind = request.node.callspec.params["store"]
     if kind == "memory":
         pytest.skip("a memory store has one namespace")
@@ -49,10 +49,10 @@ def other_store(store: TaskStore, request: pytest.FixtureRequest) -> TaskStore:
     return other
 
 
-# -- keys ----------------------------------------------------------------------------------------------------------------
+# Idempotency keys
 
 
-def test_a_key_leads_to_its_task_as_it_is_now(store: TaskStore, make_task: NewTask) -> None:
+def test_a_key_returns_the_current_record_of_its_task(store: TaskStore, make_task: NewTask) -> None:
     assert store.started_with(KEY.name) is None
     store.add(make_task("a", user="anna"), b"{}", None, [("groups", "g")], KEY)
     assert store.started_with(KEY.name) == (store.get("a"), KEY.fingerprint)
@@ -63,11 +63,19 @@ def test_a_key_leads_to_its_task_as_it_is_now(store: TaskStore, make_task: NewTa
 
 
 @pytest.mark.parametrize("fingerprint", [KEY.fingerprint, "other"])
-def test_no_second_task_is_started_with_a_key(store: TaskStore, make_task: NewTask, fingerprint: str) -> None:
+def test_a_second_task_with_the_same_key_is_refused(
+    store: TaskStore, make_task: NewTask, fingerprint: str
+) -> None:
     store.add(make_task("a"), b"{}", None, (), KEY)
     body = Body([b"data"])
     with pytest.raises(KeyTaken):
-        store.add(make_task("b", body_size=4), b"{}", body, [("groups", "g")], StartKey(KEY.name, fingerprint))
+        store.add(
+            make_task("b", body_size=4),
+            b"{}",
+            body,
+            [("groups", "g")],
+            StartKey(KEY.name, fingerprint),
+        )
     assert body.open().read() == b"data"
     body.close()
     assert all_ids(store) == ["a"]
@@ -75,7 +83,9 @@ def test_no_second_task_is_started_with_a_key(store: TaskStore, make_task: NewTa
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_key_is_kept_as_long_as_its_task(store: TaskStore, make_task: NewTask, end: dict[str, Any]) -> None:
+def test_a_key_is_deleted_with_its_task(
+    store: TaskStore, make_task: NewTask, end: dict[str, Any]
+) -> None:
     store.add(make_task("a"), b"{}", None, (), KEY)
     store.claim("a", "me", CREATED)
     store.update("a", ANY_STATE, end)
@@ -88,7 +98,7 @@ def test_a_key_is_kept_as_long_as_its_task(store: TaskStore, make_task: NewTask,
     assert found_with(store, KEY) == ("b", KEY.fingerprint)
 
 
-def test_the_removal_of_a_task_takes_no_other_key(store: TaskStore, make_task: NewTask) -> None:
+def test_deleting_a_task_keeps_the_keys_of_others(store: TaskStore, make_task: NewTask) -> None:
     store.add(make_task("a"), b"{}", None, (), KEY)
     store.add(make_task("b"), b"{}", None, ())
     store.add(make_task("c"), b"{}", None, (), StartKey("c" * 64, "f"))
@@ -97,7 +107,7 @@ def test_the_removal_of_a_task_takes_no_other_key(store: TaskStore, make_task: N
     assert found_with(store, KEY) == ("a", KEY.fingerprint)
 
 
-def test_a_start_that_is_refused_leaves_no_key(store: TaskStore, make_task: NewTask) -> None:
+def test_a_refused_start_leaves_no_key(store: TaskStore, make_task: NewTask) -> None:
     store.add(make_task("a", user="anna"), b"{}", None, ())
     with pytest.raises(IdTaken):
         store.add(make_task("a", user="anna"), b"{}", None, (), KEY)
@@ -106,13 +116,15 @@ def test_a_start_that_is_refused_leaves_no_key(store: TaskStore, make_task: NewT
     assert store.started_with(KEY.name) is None
 
 
-def test_a_key_goes_before_the_quota(store: TaskStore, make_task: NewTask) -> None:
+def test_a_key_is_checked_before_the_quota(store: TaskStore, make_task: NewTask) -> None:
     store.add(make_task("a", user="anna"), b"{}", None, (), KEY, 1)
     with pytest.raises(KeyTaken):
         store.add(make_task("b", user="anna"), b"{}", None, (), KEY, 1)
 
 
-def test_a_key_is_of_one_namespace(store: TaskStore, other_store: TaskStore, make_task: NewTask) -> None:
+def test_a_key_belongs_to_one_namespace(
+    store: TaskStore, other_store: TaskStore, make_task: NewTask
+) -> None:
     store.add(make_task("a"), b"{}", None, (), KEY)
     assert other_store.started_with(KEY.name) is None
     other_store.add(make_task("a"), b"{}", None, (), KEY)
@@ -120,10 +132,13 @@ def test_a_key_is_of_one_namespace(store: TaskStore, other_store: TaskStore, mak
     assert found_with(store, KEY) == ("a", KEY.fingerprint)
 
 
-# -- quotas --------------------------------------------------------------------------------------------------------------
+# Quotas
 
 
-def test_a70_a_quota_counts_what_its_user_has_unfinished(store: TaskStore, make_task: NewTask) -> None:
+@pytest.mark.covers("A70")
+def test_a_quota_counts_the_unfinished_tasks_of_the_user(
+    store: TaskStore, make_task: NewTask
+) -> None:
     store.add(make_task("other", user="ben"), b"{}", None, ())
     store.add(make_task("nobody"), b"{}", None, ())
     store.add(make_task("a", user="anna"), b"{}", None, (), quota=2)
@@ -140,8 +155,9 @@ def test_a70_a_quota_counts_what_its_user_has_unfinished(store: TaskStore, make_
     store.add(make_task("f", user="ben"), b"{}", None, (), quota=2)
 
 
+@pytest.mark.covers("A70")
 @pytest.mark.parametrize("end", ENDS)
-def test_a70_what_has_ended_or_is_gone_does_not_count(
+def test_ended_and_deleted_tasks_do_not_count(
     store: TaskStore, make_task: NewTask, end: dict[str, Any]
 ) -> None:
     store.add(make_task("a", user="anna"), b"{}", None, (), quota=1)
@@ -156,32 +172,39 @@ def test_a70_what_has_ended_or_is_gone_does_not_count(
         store.add(make_task("d", user="anna"), b"{}", None, (), quota=1)
 
 
-def test_a70_a_quota_is_of_one_namespace(store: TaskStore, other_store: TaskStore, make_task: NewTask) -> None:
+@pytest.mark.covers("A70")
+def test_a_quota_applies_to_one_namespace(
+    store: TaskStore, other_store: TaskStore, make_task: NewTask
+) -> None:
     store.add(make_task("a", user="anna"), b"{}", None, (), quota=1)
     other_store.add(make_task("a", user="anna"), b"{}", None, (), quota=1)
+    assert store.get("a") and other_store.get("a")
 
 
-# -- at once -------------------------------------------------------------------------------------------------------------
+# Concurrent starts
 
 
-def at_once(count: int, act: Callable[[int], str]) -> list[str]:
-    """Call ``act`` on as many threads at once; return what each said."""
+def concurrently(count: int, act: Callable[[int], str]) -> list[str]:
+    """Call ``act`` on ``count`` threads at once; return the sorted results."""
     barrier = threading.Barrier(count)
-    said: list[str] = []
+    results: list[str] = []
 
     def call(number: int) -> None:
         barrier.wait(10)
-        said.append(act(number))
+        results.append(act(number))
 
     threads = [threading.Thread(target=call, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    return sorted(said)
+    return sorted(results)
 
 
-def test_a75_of_many_at_once_with_one_key_one_is_stored(store: TaskStore, make_task: NewTask) -> None:
+@pytest.mark.covers("A75")
+def test_one_of_many_concurrent_starts_with_one_key_is_stored(
+    store: TaskStore, make_task: NewTask
+) -> None:
     def add(number: int) -> str:
         try:
             store.add(make_task(f"t{number}"), b"{}", None, (), KEY)
@@ -190,13 +213,14 @@ def test_a75_of_many_at_once_with_one_key_one_is_stored(store: TaskStore, make_t
         return "stored"
 
     for _ in range(5):
-        assert at_once(16, add) == ["stored"] + ["taken"] * 15
+        assert concurrently(16, add) == ["stored"] + ["taken"] * 15
         (only,) = all_ids(store)
         assert found_with(store, KEY) == (only, KEY.fingerprint)
         store.delete(only, ANY_STATE)
 
 
-def test_a70_of_many_at_once_no_more_than_the_quota_are_stored(store: TaskStore, make_task: NewTask) -> None:
+@pytest.mark.covers("A70")
+def test_concurrent_starts_do_not_exceed_the_quota(store: TaskStore, make_task: NewTask) -> None:
     def add(number: int) -> str:
         try:
             store.add(make_task(f"t{number}", user="anna"), b"{}", None, (), quota=3)
@@ -204,14 +228,14 @@ def test_a70_of_many_at_once_no_more_than_the_quota_are_stored(store: TaskStore,
             return "too many"
         return "stored"
 
-    assert at_once(16, add) == ["stored"] * 3 + ["too many"] * 13
+    assert concurrently(16, add) == ["stored"] * 3 + ["too many"] * 13
     assert len(all_ids(store)) == 3
 
 
-def test_memory_that_is_dropped_closes_the_bodies_of_tasks_that_wait(
+def test_collecting_a_memory_store_closes_the_bodies_of_its_tasks(
     make_task: Callable[..., AsyncRouteTask], eventually: Callable[..., Any]
 ) -> None:
-    """A large one is a file, which Python complains of that is collected open."""
+    """A large body is a file. Python warns if a file is collected while it is open."""
     store = make_store("memory://", "", "test", True)
     body = Body([b"x" * 300_000])
     file = body.open()

@@ -1,4 +1,4 @@
-"""The port of stores, the shared values and the secret; and what two stores on one file see of each other."""
+"""Shared values and the secret in every store, and the isolation of two stores on one file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 
 from flask_asyncroute.errors import IdTaken
 from flask_asyncroute.query import NEWEST_FIRST
-from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import Expect, Readers, TaskStore
-from flask_asyncroute.task import AsyncRouteTask
+from flask_asyncroute.task import AsyncRouteTask, State
 
 NewTask = Callable[..., AsyncRouteTask]
 NewStore = Callable[..., TaskStore]
@@ -29,7 +28,7 @@ def version(store: TaskStore, key: str) -> int:
     return 0 if found is None else found[1]
 
 
-def test_a_value_is_written_read_and_removed(store: TaskStore) -> None:
+def test_a_value_can_be_written_read_and_deleted(store: TaskStore) -> None:
     assert store.read_value("k") is None
     assert store.write_value("k", b"1", None) is True
     assert held(store, "k") == b"1"
@@ -48,10 +47,10 @@ def test_any_key_holds_any_bytes(store: TaskStore, key: str, value: bytes) -> No
     assert list(store.value_keys()) == [key]
 
 
-def test_a_version_is_a_condition(store: TaskStore) -> None:
+def test_a_write_requires_the_expected_version(store: TaskStore) -> None:
     assert store.write_value("k", b"1", 5) is False
     assert store.read_value("k") is None
-    assert store.write_value("k", b"1", 0) is True, "0: only if there is none"
+    assert store.write_value("k", b"1", 0) is True, "0: only if the key does not exist"
     assert store.write_value("k", b"2", 0) is False
     first = version(store, "k")
     assert first != 0
@@ -65,8 +64,8 @@ def test_a_version_is_a_condition(store: TaskStore) -> None:
     assert store.write_value("k", None, 0) is False
 
 
-def test_a_version_never_comes_again(store: TaskStore) -> None:
-    """Else somebody who read a value long ago would overwrite one that was removed and made anew."""
+def test_versions_are_never_reused(store: TaskStore) -> None:
+    """Otherwise a late writer could overwrite a value that was deleted and created again."""
     seen = set()
     for number in range(5):
         store.write_value("k", str(number).encode(), None)
@@ -78,27 +77,29 @@ def test_a_version_never_comes_again(store: TaskStore) -> None:
     assert version(store, "k") not in seen
 
 
-def test_keys_come_sorted_by_code_point(store: TaskStore) -> None:
+def test_keys_are_sorted_by_code_point(store: TaskStore) -> None:
     keys = ["b", "a", "B", "é", "\uffff", "\U0001f600", "z", "a1", "a-1", "_"]
     for key in keys:
         store.write_value(key, b"", None)
     assert list(store.value_keys()) == sorted(keys)
 
 
-def test_a_value_that_all_raise_loses_no_step(store: TaskStore) -> None:
-    def raise_by_one(_: int) -> None:
+def test_concurrent_increments_lose_no_update(store: TaskStore) -> None:
+    def increment(_: int) -> None:
         while True:
             present = store.read_value("n")
             number = 0 if present is None else int(present[0])
-            if store.write_value("n", str(number + 1).encode(), 0 if present is None else present[1]):
+            if store.write_value(
+                "n", str(number + 1).encode(), 0 if present is None else present[1]
+            ):
                 return
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(raise_by_one, range(100)))
+        list(pool.map(increment, range(100)))
     assert held(store, "n") == b"100"
 
 
-def test_the_secret_is_random_and_stays(store: TaskStore) -> None:
+def test_the_secret_is_random_and_permanent(store: TaskStore) -> None:
     secret = store.secret()
     assert type(secret) is bytes
     assert len(secret) == 32
@@ -109,7 +110,7 @@ def test_the_secret_is_random_and_stays(store: TaskStore) -> None:
     assert store.secret() == secret
 
 
-def test_the_secret_is_one_per_namespace_of_a_file(make_sqlite_store: NewStore) -> None:
+def test_each_namespace_of_a_file_has_its_own_secret(make_sqlite_store: NewStore) -> None:
     stores = [make_sqlite_store(), make_sqlite_store(), make_sqlite_store("other")]
     for store in stores:
         store.open()
@@ -117,11 +118,13 @@ def test_the_secret_is_one_per_namespace_of_a_file(make_sqlite_store: NewStore) 
     assert one == two != other
 
 
-def test_another_store_object_sees_every_write(make_sqlite_store: NewStore, make_task: NewTask) -> None:
+def test_another_store_object_sees_every_write(
+    make_sqlite_store: NewStore, make_task: NewTask
+) -> None:
     one, two = make_sqlite_store(), make_sqlite_store()
     one.open()
     two.open()
-    since = two.news(-1).change
+    since = two.newest()
     one.add(make_task(user="anna"), b"request", None, [("groups", "g")])
     assert two.get("task") == one.get("task")
     with pytest.raises(IdTaken):
@@ -130,8 +133,13 @@ def test_another_store_object_sees_every_write(make_sqlite_store: NewStore, make
     assert claim is not None and claim.request == b"request"
     assert one.claim("task", "one", T0) is None
     assert one.get("task") == claim.task
-    assert [task.id for task in two.query((), NEWEST_FIRST, 9, None, Readers(granted=(("groups", "g"),)))] == ["task"]
-    assert one.update("task", Expect((State.RUNNING,), owner="two"), {"progress": 5.0}) == two.get("task")
+    assert [
+        task.id
+        for task in two.query((), NEWEST_FIRST, 9, None, Readers(granted=(("groups", "g"),)))
+    ] == ["task"]
+    assert one.update("task", Expect((State.RUNNING,), owner="two"), {"progress": 5.0}) == two.get(
+        "task"
+    )
     assert [task.progress for task in two.news(since).tasks] == [5.0]
     assert one.write_value("k", b"1", 0)
     assert two.write_value("k", b"2", 0) is False
@@ -140,11 +148,13 @@ def test_another_store_object_sees_every_write(make_sqlite_store: NewStore, make
     assert one.get("task") is None
 
 
-def test_news_come_from_another_store_object(make_sqlite_store: NewStore, make_task: NewTask) -> None:
+def test_news_includes_changes_of_another_store_object(
+    make_sqlite_store: NewStore, make_task: NewTask
+) -> None:
     one, two = make_sqlite_store(), make_sqlite_store()
     one.open()
     two.open()
-    since = two.news(-1).change
+    since = two.newest()
     for number in range(5):
         one.add(make_task(f"t{number}"), b"", None, ())
         news = two.news(since)
@@ -155,7 +165,7 @@ def test_news_come_from_another_store_object(make_sqlite_store: NewStore, make_t
 
 
 @pytest.mark.parametrize("other_name", ["other", "TEST", "test ", "tést", "te\u0301st"])
-def test_namespaces_of_one_file_know_nothing_of_each_other(
+def test_namespaces_of_one_file_are_isolated(
     make_sqlite_store: NewStore, make_task: NewTask, other_name: str
 ) -> None:
     one, two = make_sqlite_store("test"), make_sqlite_store(other_name)
@@ -171,17 +181,32 @@ def test_namespaces_of_one_file_know_nothing_of_each_other(
             two.get("task"), two.claim("task", "me", T0), two.update("task", Expect(tuple(State)), {"error": "x"}),
             two.delete("task", Expect(tuple(State))), two.query((), NEWEST_FIRST, 9, None, None),
             two.query((), NEWEST_FIRST, 9, None, anybody), two.waiting({"work": 9}, 2 * T0),
-            two.outlived(2 * T0, 9), two.body("task").size, list(two.news(before.change).tasks), two.news(-1).change,
+            two.outlived(2 * T0, 9), two.body("task").size, list(two.news(before.change).tasks), two.newest(),
             two.read_value("k"), list(two.value_keys()), two.write_value("k", None, None),
         ]  # fmt: skip
 
-    nothing: list[Any] = [None, None, None, False, [], [], [], [], 0, [], before.change, None, [], False]
+    nothing: list[Any] = [
+        None,
+        None,
+        None,
+        False,
+        [],
+        [],
+        [],
+        [],
+        0,
+        [],
+        before.change,
+        None,
+        [],
+        False,
+    ]
     assert seen_by_two() == nothing
     one.claim("task", "me", T0)
     assert seen_by_two() == nothing
     one.update("task", Expect((State.RUNNING,)), {"state": State.FAILED, "completed_us": T0})
     assert seen_by_two() == nothing
-    # The same id and key are free in the other.
+    # The other namespace can use the same id and key.
     two.add(make_task(user="ben"), b"two", None, ())
     two.write_value("k", b"2", 0)
     assert held(one, "k") == b"1"

@@ -1,4 +1,4 @@
-"""A wall clock that is set while tasks run: what counts time here is the monotonic clock (F32)."""
+"""The wall clock is set while tasks run: timeouts use the monotonic clock."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import pytest
 from flask import Flask
 
 from flask_asyncroute import AsyncRoute, current_task
-from tests.flow.driving import Flow
+from tests.support.flow import Flow
 
 HOUR_NS = 3_600_000_000_000
 
 
+@pytest.mark.covers("F32")
 @pytest.mark.parametrize("store_url", ["memory://", "sqlite:///asyncroute.db"])
 @pytest.mark.parametrize("hours", [1, -1])
-def test_f32_a_clock_that_is_set_times_nothing_out(
+def test_setting_the_clock_does_not_affect_timeouts(
     make_app: Callable[..., Flask],
     gate: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
@@ -61,5 +62,8 @@ def test_f32_a_clock_that_is_set_times_nothing_out(
     assert ended["State"] == "Completed"
     assert 500 < ended["Result"] <= 600
     for task in flow.query():
-        times = [datetime.fromisoformat(task[name]) for name in ("CreationTime", "StartingTime", "CompletedTime")]
+        times = [
+            datetime.fromisoformat(task[name])
+            for name in ("CreationTime", "StartingTime", "CompletedTime")
+        ]
         assert times == sorted(times)

@@ -1,4 +1,6 @@
-"""Children that die in every way: their own task fails and says how, and nobody else is harmed."""
+"""Child processes that crash in various ways: their own task fails with the reason, and other tasks
+are not affected.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +12,46 @@ from typing import Any
 
 import pytest
 
+from flask_asyncroute.executors.process.executor import fork_server_of
 from flask_asyncroute.runtime import runtime_of
-from tests import child_app
-from tests.conftest import close_app, eventually_true
-from tests.flow.driving import Flow
-from tests.flow.test_processes import is_alive, unhook
+from tests.flow.test_processes import disconnect_receivers, is_alive
+from tests.support.apps import child_app, close_app
+from tests.support.flow import Flow
+from tests.support.waiting import eventually_true
 
 Eventually = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def app_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
+def shared_flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
     app = child_app.create_app(TESTING=True, instance_path=str(tmp_path_factory.mktemp("instance")))
     yield Flow(app, app.extensions["child_app"])
     close_app(app)
-    unhook(app)
+    disconnect_receivers(app)
 
 
 @pytest.fixture
-def flow(app_of_all: Flow) -> Flow:
-    return app_of_all
+def flow(shared_flow: Flow) -> Flow:
+    return shared_flow
 
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> None:
-    """The app is that of all tests here."""
+    """Disable the check for leaks, because all tests share the app."""
 
 
 def server_pid(flow: Flow) -> int:
     """Return the pid of the fork server."""
-    server = runtime_of(flow.app).runner._fork_server
-    assert server is not None and server._process is not None
-    return server._process._pid
+    return fork_server_of(runtime_of(flow.app).runner).pid
 
 
 def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()]
+    return [
+        int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
+    ]
 
 
+@pytest.mark.covers("F03", "F06", "F07")
 @pytest.mark.parametrize(
     ("how", "error"),
     [
@@ -62,18 +66,19 @@ def children_of(pid: int) -> list[int]:
         ("processor", "SIGXCPU"),
         ("close", "exit code 0"),
         ("half", "exit code 5"),
-        ("rubbish", "what it sent cannot be read"),
-        ("huge", "what it sent cannot be read"),
-        ("lie", "what it sent cannot be read"),
+        ("rubbish", "it sent invalid data"),
+        ("huge", "it sent invalid data"),
+        ("lie", "it sent invalid data"),
     ],
 )
-def test_f03_f06_f07_a_child_that_dies(flow: Flow, how: str, error: str) -> None:
-    innocents = [flow.start("/sleep/0.3"), flow.start("/wait/0.3")]
+def test_a_child_that_dies_fails_only_its_own_task(flow: Flow, how: str, error: str) -> None:
+    others = [flow.start("/sleep/0.3"), flow.start("/wait/0.3")]
     assert flow.error(f"/die/{how}") == f"Process died: {error}"
-    assert [flow.ended(task)["State"] for task in innocents] == ["Completed", "Completed"]
+    assert [flow.ended(task)["State"] for task in others] == ["Completed", "Completed"]
 
 
-def test_f03_a_child_killed_from_outside(flow: Flow) -> None:
+@pytest.mark.covers("F03")
+def test_the_task_of_a_killed_child_fails(flow: Flow) -> None:
     task = flow.start("/sleep/30.0")
     eventually_true(lambda: flow.get(task).get("Progress"))
     (pid,) = children_of(server_pid(flow))
@@ -81,11 +86,11 @@ def test_f03_a_child_killed_from_outside(flow: Flow) -> None:
     assert flow.ended(task, 1)["Error"] == "Process died: SIGKILL"
 
 
-def test_a_child_that_floods_its_output(flow: Flow, capfd: Any) -> None:
+def test_a_child_that_prints_very_much_completes(flow: Flow, capfd: Any) -> None:
     assert flow.result("/die/stdout") == "alive"
 
 
-def test_a_crash_takes_the_rest_of_its_group_along(flow: Flow, tmp_path: Path) -> None:
+def test_a_crash_kills_the_process_group_of_the_child(flow: Flow, tmp_path: Path) -> None:
     path = tmp_path / "pids"
     task = flow.start(f"/family?pids={path}")
     eventually_true(lambda: flow.get(task).get("Progress"))
@@ -96,7 +101,7 @@ def test_a_crash_takes_the_rest_of_its_group_along(flow: Flow, tmp_path: Path) -
 
 
 def test_a_fork_server_that_was_killed_is_replaced(flow: Flow) -> None:
-    """Tasks that run go on: their parent hears them still."""
+    """Running tasks continue, because their children report to the parent."""
     task = flow.start("/sleep/0.5")
     eventually_true(lambda: flow.get(task).get("Progress"))
     first = server_pid(flow)
@@ -106,7 +111,7 @@ def test_a_fork_server_that_was_killed_is_replaced(flow: Flow) -> None:
     assert server_pid(flow) != first
 
 
-def test_a_crash_whose_fork_server_is_gone_is_told_as_it_is(flow: Flow) -> None:
+def test_a_crash_without_a_fork_server_has_an_unknown_exit_status(flow: Flow) -> None:
     task = flow.start("/sleep/30.0")
     eventually_true(lambda: flow.get(task).get("Progress"))
     (pid,) = children_of(server_pid(flow))
@@ -115,7 +120,9 @@ def test_a_crash_whose_fork_server_is_gone_is_told_as_it_is(flow: Flow) -> None:
     assert flow.ended(task)["Error"] == "Process died: exit status unknown"
 
 
-def test_a_spare_that_died_is_replaced_silently(flow: Flow, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spare_that_died_is_replaced_without_a_log_message(
+    flow: Flow, caplog: pytest.LogCaptureFixture
+) -> None:
     flow.result("/spare")
     pids = eventually_true(lambda: children_of(server_pid(flow)))
     for pid in pids:
@@ -125,15 +132,17 @@ def test_a_spare_that_died_is_replaced_silently(flow: Flow, caplog: pytest.LogCa
     assert caplog.records == []
 
 
-def test_a_child_cannot_be_started(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parent has no more descriptors: the task fails and says so, the next one runs."""
+def test_a_child_that_cannot_be_started_fails_its_task(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent has no more file descriptors. The next task runs."""
     with monkeypatch.context() as patched:
-        patched.setattr("os.pipe", full)
+        patched.setattr("os.pipe", raise_too_many_files)
         assert flow.error("/where") == "OSError: [Errno 24] Too many open files"
     assert flow.result("/where")
 
 
-def full() -> Any:
+def raise_too_many_files() -> Any:
     raise OSError(24, "Too many open files")
 
 
@@ -149,5 +158,5 @@ def test_many_crashes_leave_no_descriptors(flow: Flow) -> None:
         flow.result("/where")
     eventually_true(lambda: count() <= before)
     server = server_pid(flow)
-    eventually_true(lambda: len(children_of(server)) <= 1)  # the spare
+    eventually_true(lambda: len(children_of(server)) <= 1)  # one spare child
     assert len(os.listdir(f"/proc/{server}/fd")) < 15

@@ -1,4 +1,4 @@
-"""Any order of steps by two workers, against a model of what a task is: on every store the same (I2, I4)."""
+"""Any order of steps by two workers on every store, compared with a model of a task."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from hypothesis.stateful import (
 )
 
 from flask_asyncroute.errors import IdTaken
-from flask_asyncroute.states import TERMINAL, TRANSITIONS, State
-from flask_asyncroute.stores.base import Expect, TaskStore
-from flask_asyncroute.stores.opening import make_store
-from flask_asyncroute.task import AsyncRouteTask
-from tests.conftest import new_task
+from flask_asyncroute.stores.base import Expect, SharedTaskStore, TaskStore
+from flask_asyncroute.stores.registry import make_store
+from flask_asyncroute.task import TERMINAL, TRANSITIONS, AsyncRouteTask, State
+from tests.support.tasks import new_task
 
 OWNERS = st.sampled_from(["one", "two"])
 IS_HOLDER = st.sampled_from([True, True, False])
 AGES = st.sampled_from([0, 0, 0, 1])
-"""How many claims ago the one was that a worker means."""
+"""How many claims ago the run of a worker began."""
 ENDS = st.sampled_from([State.COMPLETED, State.FAILED])
 T0 = 1_700_000_000_000_000
 _namespaces = itertools.count()
@@ -36,7 +35,7 @@ _namespaces = itertools.count()
 
 @dataclass(frozen=True)
 class Model:
-    """What a task must be."""
+    """The expected state of a task."""
 
     state: State = State.NOT_STARTED
     owner: str | None = None
@@ -48,7 +47,7 @@ class Model:
 
 
 class LifeCycle(RuleBasedStateMachine):
-    """Two workers and clients at one store. Each step may come too late, and must then do nothing."""
+    """Two workers and clients on one store. A step that comes too late must have no effect."""
 
     ids = Bundle("ids")
 
@@ -60,9 +59,9 @@ class LifeCycle(RuleBasedStateMachine):
         self.models: dict[str, Model] = {}
         self.records: dict[str, AsyncRouteTask] = {}
         self.ends: dict[str, list[State]] = {}
-        self.seen = store.news(-1).change
+        self.seen = store.newest()
         self.changed: list[str] = []
-        """Whose change is not in the news yet, the newest last."""
+        """Tasks whose change has not been read yet, the newest last."""
 
     def teardown(self) -> None:
         self.store.close()
@@ -71,24 +70,26 @@ class LifeCycle(RuleBasedStateMachine):
         self.now += 1000
         return self.now
 
-    def took(self, task_id: str, made: AsyncRouteTask | None, wanted: Model | None) -> None:
-        """Check what a step gave: the task as the model has it, or nothing where it was not to be taken."""
-        if wanted is None:
-            assert made is None, f"{task_id}: a step that was none"
+    def check(self, task_id: str, result: AsyncRouteTask | None, expected: Model | None) -> None:
+        """Check the result of a step: the task as in the model, or None if the step must have no
+        effect.
+        """
+        if expected is None:
+            assert result is None, f"{task_id}: a step that must not apply had an effect"
             return
-        assert made is not None, f"{task_id}: a step that was not taken"
+        assert result is not None, f"{task_id}: a step had no effect"
         before = self.models[task_id]
-        if wanted.state is not before.state:
-            assert wanted.state in TRANSITIONS[before.state]
-            if wanted.state in TERMINAL:
-                self.ends[task_id].append(wanted.state)
-        wanted = replace(wanted, revision=before.revision + 1)
-        self.models[task_id] = wanted
-        self.records[task_id] = made
-        self.noted(task_id)
-        assert self.store.get(task_id) == made
+        if expected.state is not before.state:
+            assert expected.state in TRANSITIONS[before.state]
+            if expected.state in TERMINAL:
+                self.ends[task_id].append(expected.state)
+        expected = replace(expected, revision=before.revision + 1)
+        self.models[task_id] = expected
+        self.records[task_id] = result
+        self.note_change(task_id)
+        assert self.store.get(task_id) == result
 
-    def noted(self, task_id: str) -> None:
+    def note_change(self, task_id: str) -> None:
         if task_id in self.changed:
             self.changed.remove(task_id)
         self.changed.append(task_id)
@@ -104,7 +105,7 @@ class LifeCycle(RuleBasedStateMachine):
         self.store.add(task, b"{}", None, [("groups", "g")])
         self.models[task_id] = Model()
         self.ends[task_id] = []
-        self.noted(task_id)
+        self.note_change(task_id)
         return task_id
 
     @rule(task_id=ids, owner=OWNERS)
@@ -115,16 +116,24 @@ class LifeCycle(RuleBasedStateMachine):
             assert claim is None
             return
         assert claim is not None and claim.request == b"{}"
-        self.took(task_id, claim.task, replace(model, state=State.RUNNING, owner=owner, epoch=model.epoch + 1))
+        self.check(
+            task_id,
+            claim.task,
+            replace(model, state=State.RUNNING, owner=owner, epoch=model.epoch + 1),
+        )
 
     def owner(self, task_id: str, is_holder: bool) -> str:
-        """Return the worker that has a task, or the other one."""
+        """Return the worker that owns a task, or the other one."""
         holder = self.models.get(task_id, Model()).owner or "one"
         return holder if is_holder else {"one": "two", "two": "one"}[holder]
 
     def is_run_of(self, model: Model | None, owner: str, age: int) -> bool:
-        """Return whether the run that a worker means, its latest or one before, is the one that has the task."""
-        return model is not None and model.state is State.RUNNING and model.owner == owner and age == 0
+        """Return whether the run to which a worker refers, its latest or an earlier one, is the
+        current one.
+        """
+        return (
+            model is not None and model.state is State.RUNNING and model.owner == owner and age == 0
+        )
 
     def of_run(self, task_id: str, owner: str, age: int) -> Expect:
         model = self.models.get(task_id, Model())
@@ -134,9 +143,13 @@ class LifeCycle(RuleBasedStateMachine):
     def progress(self, task_id: str, is_holder: bool, age: int, value: int) -> None:
         model = self.models.get(task_id)
         owner = self.owner(task_id, is_holder)
-        made = self.store.update(task_id, self.of_run(task_id, owner, age), {"progress": float(value)})
+        result = self.store.update(
+            task_id, self.of_run(task_id, owner, age), {"progress": float(value)}
+        )
         is_ours = self.is_run_of(model, owner, age)
-        self.took(task_id, made, replace(model, progress=float(value)) if model and is_ours else None)
+        self.check(
+            task_id, result, replace(model, progress=float(value)) if model and is_ours else None
+        )
 
     @rule(task_id=ids, is_holder=IS_HOLDER, age=AGES, state=ENDS)
     def finish(self, task_id: str, is_holder: bool, age: int, state: State) -> None:
@@ -144,58 +157,87 @@ class LifeCycle(RuleBasedStateMachine):
         owner = self.owner(task_id, is_holder)
         values: dict[str, Any] = {"state": state, "completed_us": self.tick()}
         values |= {"result_json": b"1"} if state is State.COMPLETED else {"error": "x"}
-        made = self.store.update(task_id, self.of_run(task_id, owner, age), values)
-        self.took(task_id, made, replace(model, state=state) if model and self.is_run_of(model, owner, age) else None)
+        result = self.store.update(task_id, self.of_run(task_id, owner, age), values)
+        self.check(
+            task_id,
+            result,
+            replace(model, state=state) if model and self.is_run_of(model, owner, age) else None,
+        )
 
     @rule(task_id=ids, is_holder=IS_HOLDER, age=AGES)
     def expire(self, task_id: str, is_holder: bool, age: int) -> None:
         model = self.models.get(task_id)
         owner = self.owner(task_id, is_holder)
-        values = {"state": State.ABORTED, "completed_us": self.tick(), "error": "Timeout", "stopping": True}
-        made = self.store.update(task_id, self.of_run(task_id, owner, age), values)
+        values = {
+            "state": State.ABORTED,
+            "completed_us": self.tick(),
+            "error": "Timeout",
+            "stopping": True,
+        }
+        result = self.store.update(task_id, self.of_run(task_id, owner, age), values)
         is_ours = self.is_run_of(model, owner, age)
-        self.took(task_id, made, replace(model, state=State.ABORTED, stopping=True) if model and is_ours else None)
+        self.check(
+            task_id,
+            result,
+            replace(model, state=State.ABORTED, stopping=True) if model and is_ours else None,
+        )
 
     @rule(task_id=ids, is_fresh=st.booleans())
     def abort(self, task_id: str, is_fresh: bool) -> None:
-        """As a client's stop does it, from what it has read, which may be old by now."""
+        """Stop a task like a client, with a record that may be outdated."""
         read = self.store.get(task_id) if is_fresh else self.records.get(task_id)
         if read is None or read.state in TERMINAL:
             return
         model = self.models.get(task_id)
         is_running = read.state is State.RUNNING
-        values = {"state": State.ABORTED, "completed_us": self.tick(), "error": "stop", "stopping": is_running}
-        made = self.store.update(task_id, Expect((read.state,), read.owner, read.epoch), values)
+        values = {
+            "state": State.ABORTED,
+            "completed_us": self.tick(),
+            "error": "stop",
+            "stopping": is_running,
+        }
+        result = self.store.update(task_id, Expect((read.state,), read.owner, read.epoch), values)
         is_same = model is not None and model.state is read.state and model.epoch == read.epoch
         is_same = is_same and (read.owner is None or model.owner == read.owner)  # type: ignore[union-attr]
-        wanted = replace(model, state=State.ABORTED, stopping=is_running) if model and is_same else None
-        self.took(task_id, made, wanted)
+        expected = (
+            replace(model, state=State.ABORTED, stopping=is_running) if model and is_same else None
+        )
+        self.check(task_id, result, expected)
 
     @rule(task_id=ids, is_holder=IS_HOLDER)
     def release(self, task_id: str, is_holder: bool) -> None:
         model = self.models.get(task_id)
         owner = self.owner(task_id, is_holder)
         expect = Expect((State.ABORTED,), owner, model.epoch if model else 0, stopping=True)
-        made = self.store.update(task_id, expect, {"stopping": False})
-        is_ours = model is not None and model.state is State.ABORTED and model.stopping and model.owner == owner
-        self.took(task_id, made, replace(model, stopping=False) if model and is_ours else None)
+        result = self.store.update(task_id, expect, {"stopping": False})
+        is_ours = (
+            model is not None
+            and model.state is State.ABORTED
+            and model.stopping
+            and model.owner == owner
+        )
+        self.check(task_id, result, replace(model, stopping=False) if model and is_ours else None)
 
     @rule(task_id=ids, is_holder=IS_HOLDER, age=AGES)
     def restart(self, task_id: str, is_holder: bool, age: int) -> None:
         model = self.models.get(task_id)
         owner = self.owner(task_id, is_holder)
-        values: dict[str, Any] = dict.fromkeys(("owner", "started_us", "expires_us", "progress", "progress_message"))
+        values: dict[str, Any] = dict.fromkeys(
+            ("owner", "started_us", "expires_us", "progress", "progress_message")
+        )
         values |= {"state": State.NOT_STARTED, "restarts": (model.restarts if model else 0) + 1}
-        made = self.store.update(task_id, self.of_run(task_id, owner, age), values)
-        wanted = None
+        result = self.store.update(task_id, self.of_run(task_id, owner, age), values)
+        expected = None
         if model and self.is_run_of(model, owner, age):
-            wanted = Model(epoch=model.epoch, restarts=model.restarts + 1)
-        self.took(task_id, made, wanted)
+            expected = Model(epoch=model.epoch, restarts=model.restarts + 1)
+        self.check(task_id, result, expected)
 
     @rule(task_id=ids, is_purge=st.booleans())
     def delete(self, task_id: str, is_purge: bool) -> Any:
         model = self.models.get(task_id)
-        expect = Expect(tuple(TERMINAL), stopping=False) if is_purge else Expect((State.NOT_STARTED,))
+        expect = (
+            Expect(tuple(TERMINAL), stopping=False) if is_purge else Expect((State.NOT_STARTED,))
+        )
         is_fit = model is not None and model.state in expect.states and not model.stopping
         assert self.store.delete(task_id, expect) is is_fit
         if is_fit:
@@ -206,39 +248,60 @@ class LifeCycle(RuleBasedStateMachine):
                 self.changed.remove(task_id)
 
     @rule()
-    def news(self) -> None:
+    def read_changes(self) -> None:
+        if not isinstance(self.store, SharedTaskStore):
+            return
         found = self.store.news(self.seen)
         assert found.change >= self.seen
         assert [task.id for task in found.tasks] == self.changed, (
             "each changed task once, in the order of its last change"
         )
         changes = [task.change for task in found.tasks]
-        assert changes == sorted(set(changes)) and all(self.seen < change <= found.change for change in changes)
+        assert changes == sorted(set(changes)) and all(
+            self.seen < change <= found.change for change in changes
+        )
         self.seen, self.changed = found.change, []
 
     @invariant()
-    def tasks_are_as_the_model_has_them(self) -> None:
+    def tasks_match_the_model(self) -> None:
         for task_id, model in self.models.items():
             task = self.store.get(task_id)
-            assert task is not None, f"I1: {task_id} is gone"
+            assert task is not None, f"{task_id} is missing"
             assert Model(
-                task.state, task.owner, task.epoch, task.restarts, task.stopping, task.progress, task.revision
+                task.state,
+                task.owner,
+                task.epoch,
+                task.restarts,
+                task.stopping,
+                task.progress,
+                task.revision,
             ) == (model), task_id
-            assert len(self.ends[task_id]) == (task.state in TERMINAL), f"I2: {task_id} ended {self.ends[task_id]}"
-            times = [at for at in (task.created_us, task.started_us, task.completed_us) if at is not None]
-            assert times == sorted(times), f"I4: {task_id}"
+            assert len(self.ends[task_id]) == (task.state in TERMINAL), (
+                f"{task_id} ended {self.ends[task_id]}"
+            )
+            times = [
+                at for at in (task.created_us, task.started_us, task.completed_us) if at is not None
+            ]
+            assert times == sorted(times), f"the times of {task_id} are not in order"
             assert (task.started_us is None) is (
                 task.state is State.NOT_STARTED or task.epoch == 0 or task.owner is None
             )
 
     @invariant()
-    def what_waits_is_what_is_not_started(self) -> None:
+    def waiting_tasks_are_those_not_started(self) -> None:
+        if not isinstance(self.store, SharedTaskStore):
+            return
         waiting = {task_id for task_id, _ in self.store.waiting({"work": 99}, self.now + 1)}
-        assert waiting == {task_id for task_id, model in self.models.items() if model.state is State.NOT_STARTED}
+        assert waiting == {
+            task_id for task_id, model in self.models.items() if model.state is State.NOT_STARTED
+        }
 
 
+@pytest.mark.covers("I2", "I4")
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "postgresql"])
-def test_i2_any_order_of_steps(kind: str, request: pytest.FixtureRequest, sqlite_path: Any) -> None:
+def test_any_order_of_steps_matches_the_model(
+    kind: str, request: pytest.FixtureRequest, sqlite_path: Any
+) -> None:
     if kind == "memory":
         url = "memory://"
     elif kind == "sqlite":
@@ -249,6 +312,9 @@ def test_i2_any_order_of_steps(kind: str, request: pytest.FixtureRequest, sqlite
     run_state_machine_as_test(
         lambda: LifeCycle(make_store(url, "", f"machine-{next(_namespaces)}", True)),
         settings=settings(
-            max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=examples,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )

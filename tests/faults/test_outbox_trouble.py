@@ -1,4 +1,6 @@
-"""An outbox that fails at its Nth call, before or after it has done what it was asked: the callback is sent all the same."""
+"""An outbox that fails at its Nth call, before or after the call took effect: the callback is still
+sent.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,15 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from flask_asyncroute import AsyncRoute, Callback, State
-from flask_asyncroute.callbacks import sender
 from flask_asyncroute.errors import CommitUnknown, StoreUnavailable
 from flask_asyncroute.runtime import runtime_of
+from flask_asyncroute.webhooks import sender
 
 WRITES = ("claim", "settle", "release")
 
 
 class FaultyOutbox:
-    """Passes all on to an outbox, but for the call with this number."""
+    """Passes all calls on to an outbox, except that the call with this number fails."""
 
     def __init__(self, outbox: Any, number: int, how: str) -> None:
         self._outbox = outbox
@@ -37,19 +39,22 @@ class FaultyOutbox:
                 self.calls += 1
                 fails = self.calls == self._number
             if fails and self._how == "before":
-                raise StoreUnavailable("A test wants it so.", retry_after=1)
+                raise StoreUnavailable("The test injected this failure.", retry_after=1)
             result = done(*arguments, **named)
             if fails:
-                raise (CommitUnknown if name in WRITES else StoreUnavailable)("A test wants it so.", retry_after=1)
+                raise (CommitUnknown if name in WRITES else StoreUnavailable)(
+                    "The test injected this failure.", retry_after=1
+                )
             return result
 
         return call
 
 
+@pytest.mark.covers("F44")
 @pytest.mark.parametrize("store", ["memory://", "sqlite:///asyncroute.db"])
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("number", range(1, 8))
-def test_f44_the_nth_call_of_the_outbox_fails(
+def test_a_callback_is_sent_if_the_nth_call_of_the_outbox_fails(
     make_app: Callable[..., Flask], httpserver: HTTPServer, eventually: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
     store: str, how: str, number: int,
 ) -> None:  # fmt: skip
@@ -63,7 +68,9 @@ def test_f44_the_nth_call_of_the_outbox_fails(
     httpserver.expect_request("/hook").respond_with_handler(take)
     app = make_app(ASYNCROUTE_STORE=store)
     async_routes = AsyncRoute(app)
-    async_routes.route("/work", methods=["POST"], callback=Callback(httpserver.url_for("/hook")))(lambda: "fine")
+    async_routes.route("/work", methods=["POST"], callback=Callback(httpserver.url_for("/hook")))(
+        lambda: "fine"
+    )
     runner = runtime_of(app).runner
     faulty = FaultyOutbox(runner.store.outbox, number, how)
     monkeypatch.setattr(runner.sender, "_outbox", faulty)

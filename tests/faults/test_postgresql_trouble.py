@@ -1,4 +1,6 @@
-"""Connections to PostgreSQL that break: before, within and at a commit, and with the whole server (F22)."""
+"""Connections to PostgreSQL that break before, within and at a commit, and a server that is
+unreachable.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,28 @@ from typing import Any
 
 import msgspec
 import pytest
+from flask import request
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
+from flask_asyncroute import AsyncRoute, task_started
 from flask_asyncroute.errors import StoreUnavailable
 from flask_asyncroute.permissions import Access, Permission
 from flask_asyncroute.query import NEWEST_FIRST
+from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.snapshot import Body
-from flask_asyncroute.states import TERMINAL, State
 from flask_asyncroute.stores.base import Claim, Expect, TaskStore
-from flask_asyncroute.stores.opening import make_store
-from flask_asyncroute.task import AsyncRouteTask
-from tests.conftest import close_app, engine_of, eventually_true, new_postgresql_database, new_task
-from tests.faults.proxy import Proxy
-from tests.flow.driving import Flow
+from flask_asyncroute.stores.registry import make_store
+from flask_asyncroute.task import TERMINAL, AsyncRouteTask, State
+from tests.support.apps import close_app
+from tests.support.databases import engine_of, new_postgresql_database
+from tests.support.flow import Flow
+from tests.support.proxy import Proxy
+from tests.support.tasks import new_task
+from tests.support.waiting import eventually_true
 
 COMMIT = b"COMMIT\x00"
-"""What the driver sends; READ COMMITTED is something else."""
+"""The message of the driver; READ COMMITTED does not match."""
 T0 = 1_700_000_000_000_000
 SHARED = {"permission_json": msgspec.json.encode(Permission(Access(groups=("g",))))}
 ROOT = Path(__file__).parent.parent.parent
@@ -37,8 +44,8 @@ ROOT = Path(__file__).parent.parent.parent
 CREATORS = """
 import os, sys
 import psycopg, sqlalchemy
-import flask_asyncroute.stores.sql.engine, flask_asyncroute.stores.sql.store
-from flask_asyncroute.stores.opening import make_store
+import flask_asyncroute.stores.sql.postgresql, flask_asyncroute.stores.sql.store
+from flask_asyncroute.stores.registry import make_store
 
 url, count = sys.argv[1], int(sys.argv[2])
 start_reader, start_writer = os.pipe()
@@ -108,43 +115,47 @@ print(os.waitstatus_to_exitcode(status), len(client.get("/tasks?limit=99").get_j
 @pytest.fixture
 def proxy(postgresql_url: str) -> Iterator[Proxy]:
     url = make_url(postgresql_url)
-    made = Proxy((url.host or "127.0.0.1", url.port or 5432))
-    yield made
-    made.close()
+    proxy = Proxy((url.host or "127.0.0.1", url.port or 5432))
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture
 def proxy_url(proxy: Proxy, postgresql_url: str) -> str:
     url = make_url(postgresql_url).set(host="127.0.0.1", port=proxy.port)
-    url = url.update_query_dict({"sslmode": "disable", "gssencmode": "disable", "connect_timeout": "5"})
+    url = url.update_query_dict(
+        {"sslmode": "disable", "gssencmode": "disable", "connect_timeout": "5"}
+    )
     return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
 def store(proxy_url: str) -> Iterator[TaskStore]:
-    """Give a store that goes through the proxy, with a task in each state that a call may want."""
-    made = make_store(proxy_url, "", "test", True)
-    made.open()
+    """Return a store that connects through the proxy, with a task in each state that calls need."""
+    store = make_store(proxy_url, "", "test", True)
+    store.open()
     for name in ("waiting", "running", "stopping", "ended", "waiting-shared", "running-shared"):
         shared = SHARED if name.endswith("shared") else {}
-        made.add(new_task(name, user="anna", **shared), b"{}", None, [("groups", "g")])
+        store.add(new_task(name, user="anna", **shared), b"{}", None, [("groups", "g")])
         if not name.startswith("waiting"):
-            assert made.claim(name, "me", T0) is not None
+            assert store.claim(name, "me", T0) is not None
     ended = {"state": State.ABORTED, "completed_us": T0, "error": "x"}
-    assert made.update("stopping", Expect((State.RUNNING,)), {**ended, "stopping": True}) is not None
-    assert made.update("ended", Expect((State.RUNNING,)), ended) is not None
-    made.write_value("key", b"1", None)
-    yield made
-    made.close()
+    assert (
+        store.update("stopping", Expect((State.RUNNING,)), {**ended, "stopping": True}) is not None
+    )
+    assert store.update("ended", Expect((State.RUNNING,)), ended) is not None
+    store.write_value("key", b"1", None)
+    yield store
+    store.close()
 
 
 @pytest.fixture
 def direct(postgresql_url: str, store: TaskStore) -> Iterator[TaskStore]:
-    """Give a store on the same tasks whose connections do not break."""
-    made = make_store(postgresql_url, "", "test", True)
-    made.open()
-    yield made
-    made.close()
+    """Return a store with the same tasks whose connections do not break."""
+    direct = make_store(postgresql_url, "", "test", True)
+    direct.open()
+    yield direct
+    direct.close()
 
 
 def _completed(store: TaskStore, task_id: str) -> AsyncRouteTask | None:
@@ -152,18 +163,18 @@ def _completed(store: TaskStore, task_id: str) -> AsyncRouteTask | None:
     return store.update(task_id, Expect((State.RUNNING,), "me", 1), values)
 
 
-def _is_claimed(made: Claim | None, direct: TaskStore, task_id: str) -> bool:
+def _is_claimed(result: Claim | None, direct: TaskStore, task_id: str) -> bool:
     return (
-        made is not None
-        and made.request == b"{}"
-        and made.task == direct.get(task_id)
-        and made.task.epoch == 1
-        and made.task.revision == 2
+        result is not None
+        and result.request == b"{}"
+        and result.task == direct.get(task_id)
+        and result.task.epoch == 1
+        and result.task.revision == 2
     )
 
 
-def _has_ended(made: AsyncRouteTask | None, direct: TaskStore, task_id: str) -> bool:
-    return made is not None and made == direct.get(task_id) and made.revision == 3
+def _has_ended(result: AsyncRouteTask | None, direct: TaskStore, task_id: str) -> bool:
+    return result is not None and result == direct.get(task_id) and result.revision == 3
 
 
 def _size_of_body(store: TaskStore, task_id: str) -> int:
@@ -175,74 +186,92 @@ def _size_of_body(store: TaskStore, task_id: str) -> int:
 WRITES: dict[str, tuple[Callable[[TaskStore], Any], Callable[[Any, TaskStore], bool]]] = {
     "add": (
         lambda store: store.add(new_task("new"), b"{}", None, ()),
-        lambda made, direct: direct.get("new") is not None,
+        lambda result, direct: direct.get("new") is not None,
     ),
     "add with readers and body": (
         lambda store: store.add(
-            new_task("new", user="anna", body_size=600_000), b"{}", Body([b"x" * 600_000]), [("groups", "h")]
+            new_task("new", user="anna", body_size=600_000),
+            b"{}",
+            Body([b"x" * 600_000]),
+            [("groups", "h")],
         ),
-        lambda made, direct: direct.get("new") is not None and _size_of_body(direct, "new") == 600_000,
+        lambda result, direct: (
+            direct.get("new") is not None and _size_of_body(direct, "new") == 600_000
+        ),
     ),
     "claim": (
         lambda store: store.claim("waiting", "me", T0 + 1),
-        lambda made, direct: _is_claimed(made, direct, "waiting"),
+        lambda result, direct: _is_claimed(result, direct, "waiting"),
     ),
     "claim with readers": (
         lambda store: store.claim("waiting-shared", "me", T0 + 1),
-        lambda made, direct: _is_claimed(made, direct, "waiting-shared"),
+        lambda result, direct: _is_claimed(result, direct, "waiting-shared"),
     ),
-    "end": (lambda store: _completed(store, "running"), lambda made, direct: _has_ended(made, direct, "running")),
+    "end": (
+        lambda store: _completed(store, "running"),
+        lambda result, direct: _has_ended(result, direct, "running"),
+    ),
     "end with readers": (
         lambda store: _completed(store, "running-shared"),
-        lambda made, direct: _has_ended(made, direct, "running-shared"),
+        lambda result, direct: _has_ended(result, direct, "running-shared"),
     ),
     "progress": (
         lambda store: store.update("running", Expect((State.RUNNING,), "me", 1), {"progress": 5.0}),
-        lambda made, direct: made is not None and made == direct.get("running") and made.revision == 3,
+        lambda result, direct: (
+            result is not None and result == direct.get("running") and result.revision == 3
+        ),
     ),
     "release": (
-        lambda store: store.update("stopping", Expect((State.ABORTED,), "me", 1, stopping=True), {"stopping": False}),
-        lambda made, direct: made is not None and made == direct.get("stopping") and made.revision == 4,
+        lambda store: store.update(
+            "stopping", Expect((State.ABORTED,), "me", 1, stopping=True), {"stopping": False}
+        ),
+        lambda result, direct: (
+            result is not None and result == direct.get("stopping") and result.revision == 4
+        ),
     ),
     "delete": (
         lambda store: store.delete("ended", Expect(tuple(TERMINAL))),
-        lambda made, direct: made is True and direct.get("ended") is None,
+        lambda result, direct: result is True and direct.get("ended") is None,
     ),
     "value": (
         lambda store: store.write_value("key", b"2", None),
-        lambda made, direct: made is True and direct.read_value("key")[0] == b"2",  # type: ignore[index]
+        lambda result, direct: result is True and direct.read_value("key")[0] == b"2",  # type: ignore[index]
     ),
     "no value": (
         lambda store: store.write_value("key", None, None),
-        lambda made, direct: made is True and direct.read_value("key") is None,
+        lambda result, direct: result is True and direct.read_value("key") is None,
     ),
 }
-ALONE = ("add", "claim", "end", "progress", "release")
-"""Those that are a single statement, which is its own commit."""
+SINGLE_STATEMENTS = ("add", "claim", "end", "progress", "release")
+"""Writes by a single statement, which commits itself."""
 
 
+@pytest.mark.covers("F22")
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("name", WRITES)
-def test_f22_a_connection_that_breaks_at_the_commit(
+def test_a_connection_that_breaks_at_the_commit(
     store: TaskStore, direct: TaskStore, proxy: Proxy, name: str, how: str
 ) -> None:
-    """Whether or not the server has still done it: it is done once, and its caller gets what belongs to it."""
+    """Whether or not the server has committed, the write happens once and the caller gets its
+    result.
+    """
     call, is_right = WRITES[name]
-    wanted = b"asyncroute_tasks" if name in ALONE else COMMIT
+    cut_at = b"asyncroute_tasks" if name in SINGLE_STATEMENTS else COMMIT
 
     def cut(data: bytes) -> str | None:
-        return how if wanted in data and not proxy.cuts else None
+        return how if cut_at in data and not proxy.cuts else None
 
     proxy.cut = cut
-    made = call(store)
+    result = call(store)
     assert proxy.cuts == 1
-    assert is_right(made, direct), made
-    assert store.get("waiting") is not None, "all goes on"
+    assert is_right(result, direct), result
+    assert store.get("waiting") is not None, "the store can be used"
 
 
+@pytest.mark.covers("F22")
 @pytest.mark.parametrize("how", ["before", "after"])
-@pytest.mark.parametrize("name", [name for name in WRITES if name not in ALONE])
-def test_f22_a_connection_that_breaks_within_a_transaction(
+@pytest.mark.parametrize("name", [name for name in WRITES if name not in SINGLE_STATEMENTS])
+def test_a_connection_that_breaks_within_a_transaction(
     store: TaskStore, direct: TaskStore, proxy: Proxy, name: str, how: str
 ) -> None:
     call, is_right = WRITES[name]
@@ -251,45 +280,50 @@ def test_f22_a_connection_that_breaks_within_a_transaction(
         return how if b"asyncroute_" in data and not proxy.cuts else None
 
     proxy.cut = cut
-    made = call(store)
+    result = call(store)
     assert proxy.cuts == 1
-    assert is_right(made, direct), made
+    assert is_right(result, direct), result
 
 
-def while_it_waits(proxy: Proxy, url: str, call: Callable[[], Any]) -> Any:
-    """Call; break the connection while the server waits for the lock that orders all writes, and have it go on when the
-    second try has joined it. A server does not notice that its client is gone: it does what it was told, later.
+def break_while_it_waits(proxy: Proxy, url: str, call: Callable[[], Any]) -> Any:
+    """Break the connection of a call while the server waits for the lock that orders all writes.
+    Release the lock when the second attempt also waits for it.
+
+    The server does not notice the disconnected client, so it completes the first attempt later.
     """
-    told: list[Any] = []
+    results: list[Any] = []
     waiters = text(
-        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = "
+        "current_database()"
     )
     with engine_of(url).connect() as other, engine_of(url).connect() as plain:
-        looker = plain.execution_options(isolation_level="AUTOCOMMIT")
+        observer = plain.execution_options(isolation_level="AUTOCOMMIT")
         other.execute(text("SELECT 1 FROM asyncroute_namespaces FOR UPDATE"))
-        thread = threading.Thread(target=lambda: told.append(call()))
+        thread = threading.Thread(target=lambda: results.append(call()))
         thread.start()
-        eventually_true(lambda: looker.execute(waiters).scalar() == 1)
+        eventually_true(lambda: observer.execute(waiters).scalar() == 1)
         proxy.break_off()
-        eventually_true(lambda: looker.execute(waiters).scalar() == 2)
+        eventually_true(lambda: observer.execute(waiters).scalar() == 2)
         other.rollback()
     thread.join(10)
-    (made,) = told
-    return made
+    (result,) = results
+    return result
 
 
+@pytest.mark.covers("F22")
 @pytest.mark.parametrize("name", ["add", "claim", "end", "release"])
-def test_f22_a_connection_that_breaks_while_the_server_waits(
+def test_a_connection_that_breaks_while_the_server_waits(
     store: TaskStore, direct: TaskStore, proxy: Proxy, postgresql_url: str, name: str
 ) -> None:
-    """The second try finds that there is nothing to do any more, and that it was this very call that did it."""
+    """The second attempt finds the change and recognizes it as its own."""
     call, is_right = WRITES[name]
-    made = while_it_waits(proxy, postgresql_url, lambda: call(store))
-    assert is_right(made, direct), made
+    result = break_while_it_waits(proxy, postgresql_url, lambda: call(store))
+    assert is_right(result, direct), result
 
 
+@pytest.mark.covers("F22")
 @pytest.mark.parametrize("how", ["before", "after"])
-def test_f22_a_connection_that_breaks_in_a_read(store: TaskStore, proxy: Proxy, how: str) -> None:
+def test_a_connection_that_breaks_in_a_read(store: TaskStore, proxy: Proxy, how: str) -> None:
     reads: list[Callable[[], Any]] = [
         lambda: store.get("waiting"),
         lambda: store.query((), NEWEST_FIRST, 9, None, None),
@@ -301,14 +335,19 @@ def test_f22_a_connection_that_breaks_in_a_read(store: TaskStore, proxy: Proxy, 
         lambda: list(store.value_keys()),
     ]
     for number, read in enumerate(reads):
-        wanted = read()
-        proxy.cut = lambda data, number=number: how if b"asyncroute_" in data and proxy.cuts == number else None
-        assert read() == wanted
+        expected = read()
+        proxy.cut = lambda data, number=number: (
+            how if b"asyncroute_" in data and proxy.cuts == number else None
+        )
+        assert read() == expected
         assert proxy.cuts == number + 1
 
 
-def test_f22_a_commit_that_cannot_be_looked_up(store: TaskStore, direct: TaskStore, proxy: Proxy) -> None:
-    """The server is gone with the commit under way: nobody knows, until it is back."""
+@pytest.mark.covers("F22")
+def test_a_commit_with_an_unknown_result_raises(
+    store: TaskStore, direct: TaskStore, proxy: Proxy
+) -> None:
+    """The server becomes unreachable during the commit."""
     call, _ = WRITES["end with readers"]
 
     def cut(data: bytes) -> str | None:
@@ -323,15 +362,19 @@ def test_f22_a_commit_that_cannot_be_looked_up(store: TaskStore, direct: TaskSto
     proxy.cut = lambda data: None
     proxy.come_back()
     eventually_true(lambda: direct.get("running-shared").state is State.COMPLETED)  # type: ignore[union-attr]
-    assert call(store) is None, "a write that comes late loses against itself"
+    assert call(store) is None, "the write is not applied twice"
     assert direct.get("running-shared") == store.get("running-shared")
 
 
-def test_f22_backends_that_are_terminated_are_replaced(
+@pytest.mark.covers("F22")
+def test_backends_that_are_terminated_are_replaced(
     store: TaskStore, direct: TaskStore, postgresql_url: str, proxy: Proxy
 ) -> None:
-    """As an administrator, or a restart, does it; those in the pool are found dead only when they are used."""
-    holders = [threading.Thread(target=lambda: store.query((), NEWEST_FIRST, 9, None, None)) for _ in range(5)]
+    """An administrator or a restart may terminate them. The pool detects it at the next use."""
+    holders = [
+        threading.Thread(target=lambda: store.query((), NEWEST_FIRST, 9, None, None))
+        for _ in range(5)
+    ]
     for holder in holders:
         holder.start()
     for holder in holders:
@@ -347,17 +390,18 @@ def test_f22_backends_that_are_terminated_are_replaced(
                 )
             )
         began = time.monotonic()
-        made = call(store)
+        result = call(store)
         assert time.monotonic() - began < 5
-        assert is_right(made, direct), name
+        assert is_right(result, direct), name
 
 
-def test_f22_a_server_that_restarts(
+@pytest.mark.covers("F22")
+def test_a_restart_of_the_server(
     make_app: Callable[..., Any], proxy: Proxy, proxy_url: str, gate: threading.Event
 ) -> None:
-    """503 while it is gone; the task that runs goes on, and all is well five seconds after at the latest."""
-    from flask_asyncroute import AsyncRoute
-
+    """Meanwhile, requests are answered 503 and the running task continues. Within five seconds
+    after the restart, all requests succeed.
+    """
     app = make_app(ASYNCROUTE_STORE=proxy_url)
     flow = Flow(app, AsyncRoute(app))
     begun = threading.Event()
@@ -383,21 +427,46 @@ def test_f22_a_server_that_restarts(
     assert flow.run()["State"] == "Completed"
 
 
+@pytest.mark.covers("F45")
+def test_a_body_is_read_when_the_server_is_back(
+    make_app: Callable[..., Any], proxy: Proxy, proxy_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(ASYNCROUTE_STORE=proxy_url)
+    flow = Flow(app, AsyncRoute(app))
+    flow.route(max_workers=1)(lambda: len(request.get_data()))
+    store = runtime_of(app).runner.store
+    read, failures = store.body, []
+
+    def body(task_id: str) -> Body:
+        try:
+            return read(task_id)
+        except StoreUnavailable as error:
+            failures.append(error)
+            raise
+
+    monkeypatch.setattr(store, "body", body)
+    with task_started.connected_to(lambda sender, **extra: proxy.go(), app):
+        task = flow.start(data=b"x" * 1_000_000)
+        eventually_true(lambda: len(failures) >= 3)
+    proxy.come_back()
+    assert flow.ended(task, 15)["Result"] == 1_000_000
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_sixteen_processes_make_the_tables_once(postgresql_server: str) -> None:
+def test_sixteen_processes_create_the_tables_once(postgresql_server: str) -> None:
     for _ in range(2):
         with new_postgresql_database(postgresql_server) as url:
             ended = subprocess.run(
                 [sys.executable, "-W", "ignore", "-c", CREATORS, url, "16"],
                 capture_output=True, text=True, timeout=60, check=True, cwd=ROOT,
             )  # fmt: skip
-        told = ended.stdout.split("\n")[:-1]
-        assert len(told) == 16
-        assert len(set(told)) == 1 and len(told[0]) == 64, told
+        outputs = ended.stdout.split("\n")[:-1]
+        assert len(outputs) == 16
+        assert len(set(outputs)) == 1 and len(outputs[0]) == 64, outputs
 
 
 def test_an_engine_of_the_app_in_a_forked_child(postgresql_server: str) -> None:
-    """Parent and child each go on with connections of their own."""
+    """Parent and child each use connections of their own."""
     with new_postgresql_database(postgresql_server) as url:
         ended = subprocess.run(
             [sys.executable, "-c", FORKING, url], capture_output=True, text=True, timeout=60, cwd=ROOT
@@ -406,7 +475,9 @@ def test_an_engine_of_the_app_in_a_forked_child(postgresql_server: str) -> None:
     assert ended.stdout.split() == ["0", "41"], ended.stderr
 
 
-def test_a_pool_of_one_connection_serves_all(make_app: Callable[..., Any], postgresql_url: str) -> None:
+def test_a_pool_of_one_connection_is_enough(
+    make_app: Callable[..., Any], postgresql_url: str
+) -> None:
     """No call needs a second connection while it holds one."""
     from flask_asyncroute import AsyncRoute
 

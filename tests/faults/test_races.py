@@ -1,6 +1,8 @@
-"""Two at once at one task: whoever loses must know it, and the task must tell of the winner alone (F15, F16, F18).
+"""Two concurrent changes of one task: exactly one wins, the other reports that it lost, and the
+task shows only the winner's change.
 
-`prove` runs the same races, many more of them: `race_in_threads` and `race_in_processes` take the number of trials.
+tests/stress runs more trials of the same races: `race_in_threads` and `race_in_processes` take
+their number.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import pytest
 from flask import Flask
 
 from flask_asyncroute import signals
-from flask_asyncroute.execution import Execution
-from flask_asyncroute.lifecycle import Lifecycle
-from flask_asyncroute.states import TERMINAL, State
+from flask_asyncroute.engine.lifecycle import Lifecycle
+from flask_asyncroute.executors.execution import Execution
 from flask_asyncroute.stores.base import Expect, TaskStore
 from flask_asyncroute.stores.memory import MemoryTaskStore
-from flask_asyncroute.task import now_us
-from tests.conftest import new_sqlite_store, new_task
+from flask_asyncroute.task import TERMINAL, State, now_us
+from tests.support.databases import new_sqlite_store
+from tests.support.tasks import new_task
 
 TRIALS = int(os.environ.get("RACE_TRIALS", "500"))
 PATIENCE = 30.0
@@ -48,7 +50,12 @@ def _complete(store: TaskStore, task_id: str) -> bool:
 
 
 def _abort(store: TaskStore, task_id: str) -> bool:
-    values = {"state": State.ABORTED, "completed_us": now_us(), "error": "Aborted by the user", "stopping": True}
+    values = {
+        "state": State.ABORTED,
+        "completed_us": now_us(),
+        "error": "Aborted by the user",
+        "stopping": True,
+    }
     return store.update(task_id, Expect((State.RUNNING,)), values) is not None
 
 
@@ -67,7 +74,9 @@ def _purge(store: TaskStore, task_id: str) -> bool:
 
 @dataclass(frozen=True)
 class Race:
-    """What two do at once, of which exactly one may happen, and the state that each leads to (None: the task is gone)."""
+    """Two concurrent changes, of which exactly one may happen, and the state after each (None:
+    removed).
+    """
 
     prepare: Callable[[TaskStore, str], None]
     first: Act
@@ -84,10 +93,13 @@ RACES = {
 }
 
 
-def race_in_threads(race: Race, first: TaskStore, second: TaskStore, trials: int) -> tuple[int, int]:
+def race_in_threads(
+    race: Race, first: TaskStore, second: TaskStore, trials: int
+) -> tuple[int, int]:
     """Run a race in two threads, each with its store; return how often each side won.
 
-    :raises AssertionError: where a trial had no winner, or two, or a task that does not tell of its winner.
+    :raises AssertionError: if a trial had no winner or two, or if its task does not match the
+        winner.
     """
     ids = [f"race-{number}" for number in range(trials)]
     for task_id in ids:
@@ -108,11 +120,11 @@ def race_in_threads(race: Race, first: TaskStore, second: TaskStore, trials: int
         side.start()
     for side in sides:
         side.join(PATIENCE * 10)
-    return judged(race, first, ids, wins)
+    return check_trials(race, first, ids, wins)
 
 
 def race_in_processes(name: str, path: Path, trials: int) -> tuple[int, int]:
-    """Run the race of this name in two processes on one SQLite file; else as `race_in_threads`."""
+    """Run the race of this name in two processes on one SQLite file, like `race_in_threads`."""
     race = RACES[name]
     store = new_sqlite_store(path)
     store.open()
@@ -124,7 +136,9 @@ def race_in_processes(name: str, path: Path, trials: int) -> tuple[int, int]:
     processes, ends = [], []
     for number in (0, 1):
         end, other_end = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=_race_in_child, args=(name, number, path, ids, barrier, other_end))
+        process = spawn.Process(
+            target=_race_in_child, args=(name, number, path, ids, barrier, other_end)
+        )
         process.start()
         other_end.close()
         processes.append(process)
@@ -139,12 +153,14 @@ def race_in_processes(name: str, path: Path, trials: int) -> tuple[int, int]:
         for process in processes:
             process.join(PATIENCE)
     try:
-        return judged(race, store, ids, (wins[0], wins[1]))
+        return check_trials(race, store, ids, (wins[0], wins[1]))
     finally:
         store.close()
 
 
-def _race_in_child(name: str, number: int, path: Path, ids: list[str], barrier: Any, end: Connection) -> None:
+def _race_in_child(
+    name: str, number: int, path: Path, ids: list[str], barrier: Any, end: Connection
+) -> None:
     act = (RACES[name].first, RACES[name].second)[number]
     store = new_sqlite_store(path)
     store.open()
@@ -157,9 +173,11 @@ def _race_in_child(name: str, number: int, path: Path, ids: list[str], barrier: 
     store.close()
 
 
-def judged(race: Race, store: TaskStore, ids: list[str], wins: tuple[list[bool], list[bool]]) -> tuple[int, int]:
+def check_trials(
+    race: Race, store: TaskStore, ids: list[str], wins: tuple[list[bool], list[bool]]
+) -> tuple[int, int]:
     """Check each trial; return how often each side won."""
-    assert len(wins[0]) == len(wins[1]) == len(ids), "a side gave up"
+    assert len(wins[0]) == len(wins[1]) == len(ids), "a side has not run all trials"
     for task_id, first, second in zip(ids, *wins, strict=True):
         assert first != second, f"{task_id}: {'both' if first else 'none'} of the two won"
         task = store.get(task_id)
@@ -171,32 +189,42 @@ def judged(race: Race, store: TaskStore, ids: list[str], wins: tuple[list[bool],
             assert (task.result_json is not None) is (state is State.COMPLETED)
             assert (task.error is not None) is (state is State.ABORTED)
             assert task.stopping is (race.second is _abort and state is State.ABORTED)
-            assert task.created_us <= (task.started_us or task.created_us) <= (task.completed_us or 0)
+            assert (
+                task.created_us <= (task.started_us or task.created_us) <= (task.completed_us or 0)
+            )
     return sum(wins[0]), sum(wins[1])
 
 
+@pytest.mark.covers("F15")
 @pytest.mark.parametrize("name", RACES)
-def test_f15_one_of_two_threads_wins(store: TaskStore, name: str) -> None:
+def test_one_of_two_threads_wins(store: TaskStore, name: str) -> None:
     assert sum(race_in_threads(RACES[name], store, store, TRIALS)) == TRIALS
 
 
+@pytest.mark.covers("F15")
 @pytest.mark.parametrize("name", RACES)
-def test_f15_one_of_two_stores_on_a_file_wins(make_sqlite_store: Callable[..., TaskStore], name: str) -> None:
+def test_one_of_two_stores_on_a_file_wins(
+    make_sqlite_store: Callable[..., TaskStore], name: str
+) -> None:
     stores = make_sqlite_store(), make_sqlite_store()
     for store in stores:
         store.open()
     assert sum(race_in_threads(RACES[name], *stores, TRIALS)) == TRIALS
 
 
+@pytest.mark.covers("F15")
 @pytest.mark.parametrize("name", ["stop-against-end", "start-against-start"])
-def test_f15_one_of_two_processes_wins(sqlite_path: Path, name: str) -> None:
+def test_one_of_two_processes_wins(sqlite_path: Path, name: str) -> None:
     assert sum(race_in_processes(name, sqlite_path, TRIALS)) == TRIALS
 
 
-def test_f15_a_race_tells_its_end_once(
+@pytest.mark.covers("F15")
+def test_a_race_sends_each_terminal_signal_once(
     store: TaskStore, make_app: Callable[..., Flask], hear: Callable[..., list[Any]]
 ) -> None:
-    """End against stop against time-out through the lifecycle: one terminal signal of each kind, that of the State."""
+    """An end, a stop and a timeout race. Each task has one signal of its State and one
+    ``task_finished``.
+    """
     trials = max(TRIALS // 4, 1)
     app = make_app()
     lifecycle = Lifecycle(app, store, "owner")
@@ -230,22 +258,23 @@ def test_f15_a_race_tells_its_end_once(
         side.start()
     for side in sides:
         side.join(PATIENCE * 10)
-    wanted = sorted(f"t{number}" for number in range(trials))
-    assert sorted(task_id for task_id, _ in won) == wanted
-    assert sorted(task.id for _, task in ends) == wanted
-    assert sorted(task.id for _, task in kinds) == wanted
+    all_ids = sorted(f"t{number}" for number in range(trials))
+    assert sorted(task_id for task_id, _ in won) == all_ids
+    assert sorted(task.id for _, task in ends) == all_ids
+    assert sorted(task.id for _, task in kinds) == all_ids
     states = dict(won)
     for name, task in kinds:
         assert name == f"task-{states[task.id].lower()}"
         stored = store.get(task.id)
         assert stored is not None and stored.state is states[task.id]
-        # Whichever way: the code has ended, and nothing says that it goes on.
+        # Whatever has won, the view has ended, so the task is no longer stopping.
         lifecycle.release(executions[int(task.id[1:])][1])
         stored = store.get(task.id)
         assert stored is not None and not stored.stopping
 
 
-def test_f16_both_of_two_stops_see_the_same_task() -> None:
+@pytest.mark.covers("F16")
+def test_a_second_stop_does_not_change_the_task() -> None:
     store = MemoryTaskStore()
     _add_running(store, "task")
     assert _abort(store, "task") is True

@@ -1,4 +1,6 @@
-"""A store that cannot be used for a while: what runs goes on, and how it ends is kept until it can be written (F19, F21, F24, F44)."""
+"""A store that cannot be used for a while: running tasks continue, and outcomes are kept until they
+can be stored.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,22 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import pytest
-from flask import Flask
+from flask import Flask, request
 
 from flask_asyncroute import AsyncRoute, current_task, signals
-from flask_asyncroute import runner as runner_module
 from flask_asyncroute.runtime import runtime_of
-from flask_asyncroute.stores.opening import make_store
-from tests.conftest import eventually_true
-from tests.faults.faulty import WRITES, Down, FaultyStore, Nth
-from tests.flow.driving import Flow
+from flask_asyncroute.stores.base import Expect
+from flask_asyncroute.stores.registry import make_store
+from flask_asyncroute.task import State, now_us
+from flask_asyncroute.workers import runner as runner_module
+from flask_asyncroute.workers.shutdown import shut_down
+from tests.support.faulty_store import WRITES, Down, FaultyStore, Nth
+from tests.support.flow import Flow
+from tests.support.waiting import eventually_true
 
 MakeFaulty = Callable[..., Flow]
 
@@ -33,31 +39,42 @@ def store_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make_faulty(make_app: Callable[..., Flask], store_url: str, monkeypatch: pytest.MonkeyPatch) -> MakeFaulty:
-    """Give ``make_faulty(fault)``: an app on each store, which fails as ``fault`` wants it. What waits is taken over soon."""
+def make_faulty(
+    make_app: Callable[..., Flask], store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> MakeFaulty:
+    """Return ``make_faulty(fault)``, which creates an app whose store fails as ``fault`` decides.
+    Waiting tasks are taken over soon.
+    """
     monkeypatch.setattr(runner_module, "TAKEOVER_AFTER_US", 20_000)
     monkeypatch.setattr(runner_module, "LOOK_SECONDS", 0.05)
 
     def make(fault: Any, **config: Any) -> Flow:
-        monkeypatch.setattr(runner_module, "make_store", lambda *given: FaultyStore(make_store(*given), fault))
+        monkeypatch.setattr(
+            runner_module, "make_store", lambda *given: FaultyStore(make_store(*given), fault)
+        )
         app = make_app(ASYNCROUTE_STORE=store_url, **config)
         return Flow(app, AsyncRoute(app))
 
     return make
 
 
-def is_kept(flow: Flow, task: dict[str, Any]) -> bool:
+def has_kept_outcome(flow: Flow, task: dict[str, Any]) -> bool:
     return task["Id"] in runtime_of(flow.app).runner.dispatcher.running
 
 
+@pytest.mark.covers("F19")
 @pytest.mark.parametrize("ending", ["return", "raise"])
-def test_f19_an_outcome_is_kept_until_it_can_be_written(
-    make_faulty: MakeFaulty, gate: threading.Event, ending: str, hear: Any, caplog: pytest.LogCaptureFixture
+def test_an_outcome_is_kept_until_it_can_be_written(
+    make_faulty: MakeFaulty,
+    gate: threading.Event,
+    ending: str,
+    hear: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "flask_asyncroute")
     fault = Down(*WRITES)
     flow = make_faulty(fault)
-    heard = hear(signals.task_finished, sender=flow.app)
+    sent_signals = hear(signals.task_finished, sender=flow.app)
     begun = threading.Event()
 
     @flow.route(max_workers=1)
@@ -74,38 +91,51 @@ def test_f19_an_outcome_is_kept_until_it_can_be_written(
     eventually_true(lambda: flow.get(task).get("Progress") == 50)
     fault.is_down = True
     refused = flow.start(status=503)
-    assert refused["type"] == "urn:flask-asyncroute:store-unavailable"
+    assert refused["type"] == "tag:flask-asyncroute.readthedocs.io,2026:store-unavailable"
     ended_by = time.time()
     gate.set()
     eventually_true(lambda: "update" in fault.refused)
     runner = runtime_of(flow.app).runner
     executor = runner.executors[0]
     eventually_true(lambda: executor.free() == 1, 5)
-    assert is_kept(flow, task), "nobody else may think it lost"
+    assert has_kept_outcome(flow, task), "no other process may recover it"
     assert flow.get(task)["State"] == "Running"
-    assert heard == []
+    assert sent_signals == []
     written_by = time.time()
     eventually_true(lambda: fault.refused.count("update") >= 3, 5)
-    assert f"What became of task {task['Id']} could not be stored" in caplog.text
+    assert f"A change of task {task['Id']} could not be stored" in caplog.text
     fault.is_down = False
     ended = flow.ended(task, 6)
     if ending == "return":
-        assert (ended["State"], ended["Result"], ended["Progress"]) == ("Completed", {"Done": True}, 100)
+        assert (ended["State"], ended["Result"], ended["Progress"]) == (
+            "Completed",
+            {"Done": True},
+            100,
+        )
     else:
-        assert (ended["State"], ended["Error"], ended["Progress"]) == ("Failed", "ValueError: no", 50)
-    eventually_true(lambda: not is_kept(flow, task))
-    eventually_true(lambda: f"What became of task {task['Id']} is stored now" in caplog.text)
-    assert [found.id for _, found in heard] == [task["Id"]]
-    completed_us = heard[0][1].completed_us
-    assert ended_by <= completed_us / 1e6 <= written_by, "when it ended, not when it was written"
-    assert flow.run()["State"] == ("Completed" if ending == "return" else "Failed"), "all goes on"
+        assert (ended["State"], ended["Error"], ended["Progress"]) == (
+            "Failed",
+            "ValueError: no",
+            50,
+        )
+    eventually_true(lambda: not has_kept_outcome(flow, task))
+    eventually_true(
+        lambda: f"The delayed change of task {task['Id']} has been stored" in caplog.text
+    )
+    assert [found.id for _, found in sent_signals] == [task["Id"]]
+    completed_us = sent_signals[0][1].completed_us
+    assert ended_by <= completed_us / 1e6 <= written_by, "the time of the end, not of the write"
+    assert flow.run()["State"] == ("Completed" if ending == "return" else "Failed"), (
+        "the next task runs"
+    )
 
 
+@pytest.mark.covers("F19")
 @pytest.mark.parametrize("ending", ["return", "raise", "check"])
-def test_f19_a_timeout_that_could_not_be_written_is_the_outcome(
+def test_a_timeout_that_is_written_late_is_the_outcome(
     make_faulty: MakeFaulty, gate: threading.Event, ending: str
 ) -> None:
-    """Whatever the view does after it was asked to stop."""
+    """The view may do anything after it was asked to stop."""
     fault = Down(*WRITES)
     flow = make_faulty(fault)
     begun = threading.Event()
@@ -126,16 +156,19 @@ def test_f19_a_timeout_that_could_not_be_written_is_the_outcome(
     task = flow.start()
     assert begun.wait(5)
     fault.is_down = True
-    assert stopped.wait(5), "the view is asked to stop all the same"
+    assert stopped.wait(5), "the view is still asked to stop"
     eventually_true(lambda: fault.refused.count("update") >= 2)
     assert flow.get(task)["State"] == "Running"
     fault.is_down = False
     ended = flow.still(task, 6)
     assert (ended["State"], ended["Error"]) == ("Aborted", "Timeout")
-    eventually_true(lambda: not is_kept(flow, task))
+    eventually_true(lambda: not has_kept_outcome(flow, task))
 
 
-def test_f19_a_timeout_is_written_while_the_view_goes_on(make_faulty: MakeFaulty, gate: threading.Event) -> None:
+@pytest.mark.covers("F19")
+def test_a_timeout_is_written_while_the_view_still_runs(
+    make_faulty: MakeFaulty, gate: threading.Event
+) -> None:
     fault = Down(*WRITES)
     flow = make_faulty(fault)
     begun = threading.Event()
@@ -156,7 +189,10 @@ def test_f19_a_timeout_is_written_while_the_view_goes_on(make_faulty: MakeFaulty
     assert "Stopping" not in flow.still(task)
 
 
-def test_f19_the_end_of_a_stopped_run_is_kept_too(make_faulty: MakeFaulty, gate: threading.Event) -> None:
+@pytest.mark.covers("F19")
+def test_the_end_of_a_stopped_view_is_kept_until_it_can_be_written(
+    make_faulty: MakeFaulty, gate: threading.Event
+) -> None:
     fault = Down(*WRITES)
     flow = make_faulty(fault)
     begun = threading.Event()
@@ -172,13 +208,16 @@ def test_f19_the_end_of_a_stopped_run_is_kept_too(make_faulty: MakeFaulty, gate:
     fault.is_down = True
     gate.set()
     eventually_true(lambda: "update" in fault.refused)
-    assert is_kept(flow, task)
+    assert has_kept_outcome(flow, task)
     fault.is_down = False
     assert flow.still(task, 6)["State"] == "Aborted"
-    eventually_true(lambda: not is_kept(flow, task))
+    eventually_true(lambda: not has_kept_outcome(flow, task))
 
 
-def test_f19_progress_is_written_with_the_next_report(make_faulty: MakeFaulty, gate: threading.Event) -> None:
+@pytest.mark.covers("F19")
+def test_progress_is_written_with_the_next_report(
+    make_faulty: MakeFaulty, gate: threading.Event
+) -> None:
     fault = Down("update")
     flow = make_faulty(fault)
     begun = threading.Event()
@@ -198,12 +237,15 @@ def test_f19_progress_is_written_with_the_next_report(make_faulty: MakeFaulty, g
     eventually_true(lambda: flow.get(task).get("Progress") == 40, 3)
 
 
-def test_f19_a_stop_while_an_outcome_is_kept_is_decided_once(make_faulty: MakeFaulty, hear: Any) -> None:
-    """Whoever can write first has it: here the stop, since the process that ran the task may not write for a while."""
+@pytest.mark.covers("F19")
+def test_a_stop_while_an_outcome_is_kept_has_one_winner(make_faulty: MakeFaulty, hear: Any) -> None:
+    """The first write wins. Here it is the stop, because the process of the task waits before it
+    tries again.
+    """
     fault = Down()
     fault.names = ()
     flow = make_faulty(fault)
-    heard = hear(signals.task_finished, sender=flow.app)
+    sent_signals = hear(signals.task_finished, sender=flow.app)
 
     @flow.route()
     def work() -> Any:
@@ -218,15 +260,20 @@ def test_f19_a_stop_while_an_outcome_is_kept_is_decided_once(make_faulty: MakeFa
     assert answer.status_code in (200, 410)
     ended = flow.still(task)
     assert ended["State"] == ("Aborted" if answer.status_code == 200 else "Completed")
-    eventually_true(lambda: not is_kept(flow, task), 6)
+    eventually_true(lambda: not has_kept_outcome(flow, task), 6)
     assert flow.still(task) == ended
-    assert [found.state.value for _, found in heard] == [ended["State"]]
+    assert [found.state.value for _, found in sent_signals] == [ended["State"]]
 
 
+@pytest.mark.covers("F19")
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
-def test_f19_a_claim_that_fails_leaves_the_task_waiting(make_faulty: MakeFaulty, how: str, hear: Any) -> None:
-    """Also where it was stored after all: the task would run for ever, and nobody would run it."""
+def test_a_claim_that_fails_leaves_the_task_waiting(
+    make_faulty: MakeFaulty, how: str, hear: Any
+) -> None:
+    """This includes a claim that was stored in spite of the error. Otherwise no process would run
+    the task.
+    """
     failed = threading.Event()
     is_failing = threading.Event()
     is_failing.set()
@@ -251,12 +298,13 @@ def test_f19_a_claim_that_fails_leaves_the_task_waiting(make_faulty: MakeFaulty,
     assert runs == [task["Id"]]
 
 
+@pytest.mark.covers("F19")
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("is_inside", [True, False])
-def test_f19_a_claim_that_fails_ends_a_task_that_only_this_process_can_run(
+def test_a_claim_that_fails_aborts_a_task_that_only_this_process_can_run(
     make_faulty: MakeFaulty, how: str, is_inside: bool
 ) -> None:
-    """Nobody else would ever take it: one that runs inside its request, or on an Executor of the app's own."""
+    """No other process can run an immediate task, or a task on an Executor of the app."""
     is_failing = threading.Event()
     is_failing.set()
     flow = make_faulty(lambda name: how if name == "claim" and is_failing.is_set() else None)
@@ -270,14 +318,120 @@ def test_f19_a_claim_that_fails_ends_a_task_that_only_this_process_can_run(
         task = flow.start()
         ended = flow.ended(task, 6)
         is_failing.clear()
-        assert flow.ended(flow.start(), 6)["State"] == "Completed", "others go on"
-    assert (ended["State"], ended["Error"], ended.get("Stopping")) == ("Aborted", "Worker lost", None)
+        assert flow.ended(flow.start(), 6)["State"] == "Completed", "other tasks run"
+    assert (ended["State"], ended["Error"], ended.get("Stopping")) == (
+        "Aborted",
+        "Worker lost",
+        None,
+    )
     assert task["Id"] not in runs
 
 
+BODY = b"x" * 400_000
+"""A body that is stored in rows of its own."""
+
+
+def add_size_view(flow: Flow, **options: Any) -> Flow:
+    @flow.route("/size", **options)
+    def size() -> Any:
+        return len(request.get_data())
+
+    return flow
+
+
+def child_app() -> Flask:
+    """Return the app that a child process loads."""
+    app = Flask("app")
+    app.config["ASYNCROUTE_STORE"] = "memory://"
+    return add_size_view(Flow(app, AsyncRoute(app))).app
+
+
+@pytest.mark.covers("F45")
+@pytest.mark.parametrize("executor", ["thread", "process"])
+def test_a_body_that_cannot_be_read_yet_is_read_later(
+    make_faulty: MakeFaulty, executor: str
+) -> None:
+    fault = Down("body")
+    flow = add_size_view(
+        make_faulty(fault, ASYNCROUTE_APP=f"{__name__}:child_app()"), executor=executor
+    )  # fmt: skip
+    fault.is_down = True
+    task = flow.start("/size", data=BODY)
+    eventually_true(lambda: len(fault.refused) >= 3)
+    assert flow.get(task)["State"] == "Running"
+    fault.is_down = False
+    assert flow.ended(task, 30)["Result"] == len(BODY)
+
+
+@pytest.mark.covers("F45")
+@pytest.mark.parametrize("end", ["stop", "timeout", "lost", "shutdown", "restart"])
 @pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
-def test_f19_a_start_that_no_executor_takes_is_withdrawn_when_the_store_is_back(make_faulty: MakeFaulty) -> None:
-    """Its client was told 503: nothing of it may run, or be seen, later."""
+def test_a_task_whose_body_cannot_be_read_can_end(make_faulty: MakeFaulty, end: str) -> None:
+    """The view does not run, and its thread is released."""
+    fault = Down("body")
+    flow = add_size_view(
+        make_faulty(fault), timeout=1.0 if end == "timeout" else 600,
+        on_loss="restart" if end == "restart" else "abort",
+    )  # fmt: skip
+    fault.is_down = True
+    task = flow.start("/size", data=BODY)
+    eventually_true(lambda: fault.refused)
+    runner = runtime_of(flow.app).runner
+    if end == "stop":
+        flow.stop(task)
+    if end == "lost":
+        stored = runner.store.get(task["Id"])
+        assert stored is not None
+        runner.lifecycle.recover(stored)
+    if end in ("shutdown", "restart"):
+        shut_down({runner: 0.0})
+    if end == "restart":
+        assert flow.get(task)["State"] == "NotStarted"
+        fault.is_down = False
+        with closing(runner.store.body(task["Id"])) as body:
+            assert body.size == len(BODY)
+    else:
+        ended = flow.still(task)
+        error = {"stop": "Aborted by the user", "timeout": "Timeout", "lost": "Worker lost"}
+        assert (ended["State"], ended["Error"]) == ("Aborted", error.get(end, "Server shutdown"))
+    eventually_true(lambda: {executor.free() for executor in runner.executors} == {2})
+
+
+@pytest.mark.covers("F45")
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+def test_a_view_does_not_run_if_a_stop_has_removed_its_body(
+    make_faulty: MakeFaulty,
+) -> None:
+    """Another process stops the task, and this one has not noticed it yet."""
+    stopped = threading.Event()
+
+    def fault(name: str) -> None:
+        if name == "body" and not stopped.is_set():
+            store = runtime_of(flow.app).runner.store
+            (task_id,) = runtime_of(flow.app).runner.dispatcher.running
+            aborted = {"state": State.ABORTED, "completed_us": now_us(), "error": "Elsewhere"}
+            stopped.set()
+            assert store.update(task_id, Expect((State.RUNNING,)), aborted) is not None
+
+    flow = make_faulty(fault)
+    runs = []
+
+    @flow.route("/size")
+    def size() -> Any:
+        runs.append(len(request.get_data()))
+
+    task = flow.start("/size", data=BODY)
+    assert flow.still(task)["Error"] == "Elsewhere"
+    eventually_true(lambda: not has_kept_outcome(flow, task))
+    assert runs == []
+
+
+@pytest.mark.covers("F19")
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+def test_a_start_refused_by_its_executor_is_removed_when_the_store_is_back(
+    make_faulty: MakeFaulty,
+) -> None:
+    """The client got 503, so the task must not run or be listed later."""
     fault = Down("delete")
     flow = make_faulty(fault)
     runs = []
@@ -296,9 +450,12 @@ def test_f19_a_start_that_no_executor_takes_is_withdrawn_when_the_store_is_back(
     assert runs == []
 
 
+@pytest.mark.covers("F44")
 @pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
-def test_f44_a_start_in_doubt_starts_nothing(make_faulty: MakeFaulty) -> None:
-    """The client was told 503, so it will try again; what may have been stored is removed."""
+def test_a_start_with_an_unknown_commit_does_not_stay_waiting(make_faulty: MakeFaulty) -> None:
+    """The client got 503, so it will try again. A task that was stored in spite of the error is
+    removed.
+    """
     fault = Nth(1, "after")
     flow = make_faulty(lambda name: fault(name) if name == "add" else None)
 
@@ -311,7 +468,7 @@ def test_f44_a_start_in_doubt_starts_nothing(make_faulty: MakeFaulty) -> None:
 
 
 class Scenario:
-    """One way of everything: two tasks, one that ends and one that is stopped; lists and a removal."""
+    """Two tasks, one that completes and one that is stopped, followed by a list and a purge."""
 
     def __init__(self, flow: Flow, hear: Any) -> None:
         self.flow = flow
@@ -329,31 +486,33 @@ class Scenario:
             current_task.sleep(20)
 
     def play(self) -> dict[str, str]:
-        """Do all of it, each request once more where it was refused; return which ids were accepted, and what they must become."""
+        """Send all requests, each refused one once more; return the accepted ids with their final
+        states.
+        """
         accepted = {}
-        ends = self._asked("POST", "/ends", 202)
+        ends = self._send("POST", "/ends", 202)
         accepted[ends["Id"]] = "Completed"
         self._until_ended(ends["Id"])
-        waits = self._asked("POST", "/waits", 202)
+        waits = self._send("POST", "/waits", 202)
         accepted[waits["Id"]] = "Aborted"
         assert self.begun.wait(5)
-        self._asked("DELETE", f"/task/{waits['Id']}", 200)
+        self._send("DELETE", f"/task/{waits['Id']}", 200)
         self._until_ended(waits["Id"])
-        listed = self._asked("GET", "/tasks?State=Completed", 200)
+        listed = self._send("GET", "/tasks?State=Completed", 200)
         assert ends["Id"] in {task["Id"] for task in listed}
         self._purge(ends["Id"])
         del accepted[ends["Id"]]
         return accepted
 
     def _purge(self, task_id: str) -> None:
-        """Remove a task; a refusal may have come after it was done."""
+        """Purge a task. A refused request may have taken effect."""
         for _ in range(2):
             answer = self.flow.request("DELETE", f"/task/{task_id}?purge=true")
             assert answer.status_code in (204, 404, 503), answer.get_data(as_text=True)
             if answer.status_code != 503:
                 break
 
-    def _asked(self, method: str, path: str, status: int) -> Any:
+    def _send(self, method: str, path: str, status: int) -> Any:
         for _ in range(2):
             answer = self.flow.request(method, path)
             if answer.status_code == status:
@@ -365,16 +524,19 @@ class Scenario:
     def _until_ended(self, task_id: str) -> None:
         def has_ended() -> bool:
             answer = self.flow.request("GET", f"/task/{task_id}")
-            assert answer.status_code in (200, 503), f"I1: {task_id} is unknown"
+            assert answer.status_code in (200, 503), f"{task_id} is unknown"
             return answer.status_code == 200 and answer.get_json()["IsCompleted"]
 
         eventually_true(has_ended, 8, 0.02)
 
 
+@pytest.mark.covers("F44", "I1", "I2", "I3", "I4")
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
-def test_f44_the_nth_call_fails(make_faulty: MakeFaulty, how: str, hear: Any, gate: threading.Event) -> None:
-    """I1 to I4 hold for each N. Housekeeping's own reads are counted as well, so the same N is not the same call each time."""
+def test_the_invariants_hold_if_the_nth_call_of_the_store_fails(
+    make_faulty: MakeFaulty, how: str, hear: Any, gate: threading.Event
+) -> None:
+    """Reads by background maintenance count as well, so the Nth call is not always the same one."""
     number = 0
     while True:
         number += 1
@@ -386,28 +548,39 @@ def test_f44_the_nth_call_fails(make_faulty: MakeFaulty, how: str, hear: Any, ga
         runner = runtime_of(flow.app).runner
         eventually_true(lambda runner=runner: not runner.dispatcher.running, 6)
         found = flow.query("limit=500")
-        assert accepted.keys() <= {task["Id"] for task in found}, f"I1, call {number}"
+        assert accepted.keys() <= {task["Id"] for task in found}, (
+            f"a task is missing after call {number}"
+        )
         for task in found:
             flow.still(task, 6)
             task = flow.get(task)
             where = f"call {number} ({fault.calls[number - 1 : number]}) failed {how}"
             assert task["State"] == accepted.get(task["Id"], task["State"]), where
-            times = [task[name] for name in ("CreationTime", "StartingTime", "CompletedTime") if name in task]
+            times = [
+                task[name]
+                for name in ("CreationTime", "StartingTime", "CompletedTime")
+                if name in task
+            ]
             assert times == sorted(times), where
-            told = [found.state.value for _, found in scenario.finished if found.id == task["Id"]]
-            assert told in ([task["State"]], []), where
+            states_sent = [
+                found.state.value for _, found in scenario.finished if found.id == task["Id"]
+            ]
+            assert states_sent in ([task["State"]], []), where
             if how == "before":
-                assert told == [task["State"]], where
-        assert {executor.free() for executor in runner.executors} == {2}, "every place was given back"
+                assert states_sent == [task["State"]], where
+        assert {executor.free() for executor in runner.executors} == {2}, "every slot was released"
         runtime_of(flow.app).close()
         if calls < number:
             break
     assert number > 12
 
 
+@pytest.mark.covers("F24")
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
-def test_f24_a_slow_store_slows_polls_alone(make_faulty: MakeFaulty, gate: threading.Event) -> None:
-    """Two seconds for each call: all that runs goes on meanwhile, is timed out and stopped, and nothing waits for ever."""
+def test_a_slow_store_does_not_delay_running_tasks(
+    make_faulty: MakeFaulty, gate: threading.Event
+) -> None:
+    """Each call takes two seconds. Running tasks continue, time out and stop meanwhile."""
     is_slow = threading.Event()
 
     def fault(name: str) -> None:
@@ -440,7 +613,9 @@ def test_f24_a_slow_store_slows_polls_alone(make_faulty: MakeFaulty, gate: threa
     began = time.monotonic()
     answers: list[int] = []
     starts = [
-        threading.Thread(target=lambda: answers.append(flow.app.test_client().post("/counts").status_code))
+        threading.Thread(
+            target=lambda: answers.append(flow.app.test_client().post("/counts").status_code)
+        )
         for _ in range(2)
     ]
     for start in starts:

@@ -1,4 +1,4 @@
-"""Setting apps up: factories, blueprints, several apps on one instance, what fails and can be repeated, and first use."""
+"""App setup: factories, blueprints, several apps per instance, failed ``init_app``, first use."""
 
 from __future__ import annotations
 
@@ -8,24 +8,29 @@ import json
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Blueprint, Flask, abort, current_app, request
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+from werkzeug.test import Client
 
 from flask_asyncroute import Access, AsyncRoute, ConfigurationError, task_created
 from flask_asyncroute.stores.memory import MemoryTaskStore
 from flask_asyncroute.stores.sql.store import SQLTaskStore
-from tests.conftest import eventually_true, new_app
-from tests.flow.driving import Flow, problem
+from tests.support.apps import close_app, new_app
+from tests.support.databases import engine_of
+from tests.support.flow import Flow, problem
+from tests.support.waiting import eventually_true
 
 MakeApp = Callable[..., Flask]
 MakeFlow = Callable[..., Flow]
 MEMORY = {"ASYNCROUTE_STORE": "memory://"}
 
 
-def test_a_factory(make_app: MakeApp, store_url: str) -> None:
+def test_app_factory_with_a_blueprint_and_a_route(make_app: MakeApp, store_url: str) -> None:
     async_routes = AsyncRoute()
     blueprint = Blueprint("shop", "shop", url_prefix="/shop")
 
@@ -52,8 +57,10 @@ def test_a_factory(make_app: MakeApp, store_url: str) -> None:
     assert len(two.query()) == 2
 
 
-def test_two_apps_keep_their_tasks_apart(make_app: MakeApp, tmp_path: Path, hear: Any) -> None:
-    """Also in one store: the namespace is the app's name where nothing else is said."""
+def test_apps_on_one_store_do_not_see_each_other_s_tasks(
+    make_app: MakeApp, tmp_path: Path, hear: Any
+) -> None:
+    """By default the namespace is the app's name."""
     async_routes = AsyncRoute()
 
     @async_routes.route("/work", methods=["POST"], id_generator=lambda: "same")
@@ -66,30 +73,123 @@ def test_two_apps_keep_their_tasks_apart(make_app: MakeApp, tmp_path: Path, hear
         app = make_app(name, ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/shared.db")
         async_routes.init_app(app)
         flows.append(Flow(app, async_routes))
-    heard = hear(task_created, sender=flows[0].app)
+    sent_signals = hear(task_created, sender=flows[0].app)
     for flow in flows:
         assert flow.result() == flow.app.name
         assert flow.ids() == ["same"]
-    assert len(heard) == 1
+    assert len(sent_signals) == 1
     flows[0].purge("same")
     assert flows[0].query() == [] and flows[1].ids() == ["same"]
 
 
-def test_two_apps_of_one_namespace_share_their_tasks(make_app: MakeApp, tmp_path: Path) -> None:
-    flows = []
-    for name in ("one", "two"):
-        app = make_app(name, ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/shared.db", ASYNCROUTE_NAMESPACE="shop")
-        async_routes = AsyncRoute(app)
-        async_routes.route("/work", methods=["POST"])(lambda: current_app.name)
-        flows.append(Flow(app, async_routes))
+def shop(app: Flask, report: Callable[[], str], endpoint: str = "report") -> Flow:
+    """Return a flow of an app with one async route."""
+    async_routes = AsyncRoute(app)
+    async_routes.route("/work", methods=["POST"], endpoint=endpoint)(report)
+    return Flow(app, async_routes)
+
+
+def name_of_app() -> str:
+    return current_app.name
+
+
+def test_one_app_in_two_processes_shares_its_tasks(
+    make_app: MakeApp, tmp_path: Path, store_url: str, separate_processes: None
+) -> None:
+    flows = [
+        shop(make_app("shop", instance_path=tmp_path, ASYNCROUTE_STORE=store_url), name_of_app)
+        for _ in range(2)
+    ]
     task = flows[0].run()
-    assert task["Result"] == "one"
-    assert flows[1].get(task)["Result"] == "one"
-    assert flows[1].ids() == [task["Id"]]
+    if store_url == "memory://":
+        flows[1].get(task, status=404)
+    else:
+        assert flows[1].get(task)["Result"] == "shop"
+        assert flows[1].ids() == [task["Id"]]
 
 
-def test_the_extension_holds_no_app() -> None:
-    """What an app has is in its own extensions; an app that is dropped is gone."""
+@pytest.mark.parametrize("store", ["sqlite", "postgresql", "engine"])
+def test_two_apps_of_one_namespace_are_refused(
+    make_app: MakeApp, tmp_path: Path, postgresql_url: str, store: str
+) -> None:
+    """For example, a module calls ``Flask(__name__)`` twice. Each would run the other's tasks."""
+
+    def report_of(name: str) -> Callable[[], str]:
+        return lambda: name
+
+    engine = engine_of(postgresql_url)
+    link = tmp_path / "link.db"
+    link.symlink_to(tmp_path / "tasks.db")
+    first_url, second_url = {
+        "sqlite": (f"sqlite:///{tmp_path}/tasks.db", f"sqlite:///{link}"),
+        "postgresql": (postgresql_url, f"{postgresql_url}?application_name=second"),
+        "engine": (postgresql_url, lambda: engine),
+    }[store]
+    front = shop(make_app("shop", ASYNCROUTE_STORE=first_url), report_of("front"))
+    back = shop(make_app("shop", ASYNCROUTE_STORE=second_url), report_of("back"))
+    mounted = Client(DispatcherMiddleware(front.app, {"/back": back.app}))
+    assert front.result() == "front"
+    assert [back.result() for _ in range(5)] == ["back"] * 5, "the newer app runs all tasks"
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="'shop' and 'shop'.*ASYNCROUTE_NAMESPACE"):
+            mounted.post("/work")
+        with pytest.raises(ConfigurationError, match="ASYNCROUTE_NAMESPACE"):
+            front.async_routes.start(front.app)
+        with front.app.app_context(), pytest.raises(ConfigurationError, match="_NAMESPACE"):
+            front.async_routes.get("x")
+    assert mounted.post("/back/work").status_code == 202
+    other = shop(
+        make_app("shop", ASYNCROUTE_STORE=second_url, ASYNCROUTE_NAMESPACE="other"),
+        report_of("other"),
+    )
+    assert [other.result() for _ in range(5)] == ["other"] * 5
+    close_app(back.app)
+    assert front.result() == "front"
+    engine.dispose()
+
+
+def test_a_newer_app_is_served_while_an_older_one_is_still_referenced(
+    make_app: MakeApp, tmp_path: Path
+) -> None:
+    """In a test suite, a task or the traceback of a failed test may still reference an app."""
+    kept = []
+    for number in range(3):
+        app = make_app("shop", ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/tasks.db")
+        kept.append(flow := shop(app, lambda number=number: str(number)))  # type: ignore[misc]
+        assert flow.result() == str(number)
+    assert len(kept) == 3
+
+
+def test_two_apps_started_at_the_same_time_are_not_both_served(
+    make_app: MakeApp, tmp_path: Path
+) -> None:
+    flows = [
+        shop(
+            make_app(
+                name, ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/tasks.db", ASYNCROUTE_NAMESPACE="shop"
+            ),
+            name_of_app,
+        )
+        for name in ("one", "two")
+    ]
+    barrier = threading.Barrier(2)
+
+    def start(flow: Flow) -> bool:
+        barrier.wait(10)
+        try:
+            for _ in range(2):
+                flow.async_routes.start(flow.app)
+                barrier.wait(10)
+        except (ConfigurationError, threading.BrokenBarrierError):
+            barrier.abort()
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(start, flows)) <= 1
+
+
+def test_the_extension_holds_no_reference_to_its_app() -> None:
     import gc
     import weakref
 
@@ -103,7 +203,7 @@ def test_the_extension_holds_no_app() -> None:
     assert reference() is None
 
 
-def test_route_before_an_app_and_after(make_app: MakeApp) -> None:
+def test_routes_added_before_and_after_init_app(make_app: MakeApp) -> None:
     async_routes = AsyncRoute()
     async_routes.route("/early", methods=["POST"], endpoint="early")(lambda: "early")
     one = make_app("one", **MEMORY)
@@ -114,11 +214,15 @@ def test_route_before_an_app_and_after(make_app: MakeApp) -> None:
     async_routes.route("/latest", methods=["POST"], endpoint="latest")(lambda: "latest")
     for app in (one, two):
         flow = Flow(app, async_routes)
-        assert [flow.result(f"/{path}") for path in ("early", "late", "latest")] == ["early", "late", "latest"]
+        assert [flow.result(f"/{path}") for path in ("early", "late", "latest")] == [
+            "early",
+            "late",
+            "latest",
+        ]
 
 
 def test_route_after_first_use(make_app: MakeApp) -> None:
-    """It goes to the apps that can still take it; where none can, that is an error."""
+    """It is added to the apps that are not in use yet. If there are none, an error is raised."""
     async_routes = AsyncRoute()
     one, two = make_app("one", **MEMORY), make_app("two", **MEMORY)
     async_routes.init_app(one)
@@ -127,12 +231,12 @@ def test_route_after_first_use(make_app: MakeApp) -> None:
     async_routes.route("/late", methods=["POST"], endpoint="late")(lambda: "late")
     assert one.test_client().post("/late").status_code == 404
     assert Flow(two, async_routes).result("/late") == "late"
-    with pytest.raises(ConfigurationError, match="after the first use"):
+    with pytest.raises(ConfigurationError, match="already in use"):
         async_routes.route("/later", methods=["POST"], endpoint="later")(lambda: "later")
     three = make_app("three", **MEMORY)
     async_routes.init_app(three)
     assert Flow(three, async_routes).result("/late") == "late"
-    assert three.test_client().post("/later").status_code == 404, "what was refused is not recorded"
+    assert three.test_client().post("/later").status_code == 404, "a refused route is not recorded"
 
 
 def test_a_view_that_becomes_an_async_route_after_first_use(make_flow: MakeFlow) -> None:
@@ -143,15 +247,20 @@ def test_a_view_that_becomes_an_async_route_after_first_use(make_flow: MakeFlow)
         return 1
 
     flow.app.post("/work")(lambda: view())
-    with pytest.raises(ConfigurationError, match="register it before"):
+    with pytest.raises(ConfigurationError, match="before the app.s first request"):
         flow.client.post("/work")
 
 
 @pytest.mark.parametrize("is_before", [True, False])
-def test_blueprints_before_and_after_the_extension(make_app: MakeApp, is_before: bool) -> None:
+def test_blueprints_registered_before_and_after_init_app(
+    make_app: MakeApp, is_before: bool
+) -> None:
     app = make_app(**MEMORY)
     async_routes = AsyncRoute()
-    outer, inner = Blueprint("outer", "outer", url_prefix="/outer"), Blueprint("inner", "inner", url_prefix="/<int:n>")
+    outer, inner = (
+        Blueprint("outer", "outer", url_prefix="/outer"),
+        Blueprint("inner", "inner", url_prefix="/<int:n>"),
+    )
 
     @inner.post("/work")
     @async_routes.task
@@ -170,18 +279,18 @@ def test_blueprints_before_and_after_the_extension(make_app: MakeApp, is_before:
     assert flow.result("/again/6/work")[1] == "again.inner.work"
 
 
-def test_the_extension_twice_on_one_app(make_app: MakeApp) -> None:
+def test_initialising_an_app_twice_is_a_configuration_error(make_app: MakeApp) -> None:
     app = make_app(**MEMORY)
     async_routes = AsyncRoute(app)
-    with pytest.raises(ConfigurationError, match="'app' already"):
+    with pytest.raises(ConfigurationError, match="already set up for the app 'app'"):
         async_routes.init_app(app)
-    with pytest.raises(ConfigurationError, match="'app' already"):
+    with pytest.raises(ConfigurationError, match="already set up for the app 'app'"):
         AsyncRoute(app)
     async_routes.route("/work", methods=["POST"])(lambda: 1)
     assert Flow(app, async_routes).result() == 1
 
 
-def test_an_init_app_that_failed_can_be_repeated(make_app: MakeApp, store_url: str) -> None:
+def test_init_app_can_be_repeated_after_a_failure(make_app: MakeApp, store_url: str) -> None:
     async_routes = AsyncRoute()
     async_routes.route("/work", methods=["POST"], endpoint="work")(lambda: 1)
     app = make_app(ASYNCROUTE_STORE=store_url, ASYNCROUTE_TIMEOUT="5")
@@ -194,8 +303,8 @@ def test_an_init_app_that_failed_can_be_repeated(make_app: MakeApp, store_url: s
     assert Flow(app, async_routes).result() == 1
 
 
-def test_an_init_app_that_failed_at_a_route_can_be_repeated(make_app: MakeApp) -> None:
-    """An endpoint that the app has already: once that is mended, everything is there once."""
+def test_init_app_can_be_repeated_after_a_route_failed(make_app: MakeApp) -> None:
+    """The app has a route's endpoint already. Once it is removed, each route is registered once."""
     async_routes = AsyncRoute()
     for path in ("one", "two", "three"):
         async_routes.route(f"/{path}", methods=["POST"], endpoint=path)(lambda: request.path)
@@ -207,12 +316,16 @@ def test_an_init_app_that_failed_at_a_route_can_be_repeated(make_app: MakeApp) -
     del app.view_functions["two"]
     async_routes.init_app(app)
     flow = Flow(app, async_routes)
-    assert [flow.result(f"/{path}") for path in ("one", "two", "three")] == ["/one", "/two", "/three"]
+    assert [flow.result(f"/{path}") for path in ("one", "two", "three")] == [
+        "/one",
+        "/two",
+        "/three",
+    ]
     assert len([rule for rule in app.url_map.iter_rules() if rule.endpoint == "one"]) == 1
     assert flow.query()
 
 
-def test_an_init_app_that_failed_at_the_blueprint_can_be_repeated(make_app: MakeApp) -> None:
+def test_init_app_can_be_repeated_after_the_blueprint_failed(make_app: MakeApp) -> None:
     async_routes = AsyncRoute()
     app = make_app(**MEMORY)
     app.register_blueprint(Blueprint("asyncroute", "other"))
@@ -224,7 +337,7 @@ def test_an_init_app_that_failed_at_the_blueprint_can_be_repeated(make_app: Make
     assert Flow(app, async_routes).query() == []
 
 
-def test_an_app_that_has_served_requests_already(make_app: MakeApp) -> None:
+def test_init_app_after_a_request_is_an_error(make_app: MakeApp) -> None:
     app = make_app(**MEMORY)
     app.get("/")(lambda: "plain")
     app.test_client().get("/")
@@ -233,10 +346,11 @@ def test_an_app_that_has_served_requests_already(make_app: MakeApp) -> None:
     assert "asyncroute" not in app.extensions
 
 
-# -- the operations ----------------------------------------------------------------------------------------------------------
+# -- the operations
+# ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_endpoints_of_the_operations(make_flow: MakeFlow) -> None:
+def test_rules_and_endpoints_of_the_operations(make_flow: MakeFlow) -> None:
     flow = make_flow()
     rules = {
         (rule.rule, method, rule.endpoint)
@@ -262,7 +376,7 @@ def test_the_endpoints_of_the_operations(make_flow: MakeFlow) -> None:
 
 
 @pytest.mark.parametrize("operations", [["get"], ["stop", "query"], ["query"]])
-def test_operations_that_are_left_out(make_flow: MakeFlow, operations: list[str]) -> None:
+def test_only_configured_operations_are_served(make_flow: MakeFlow, operations: list[str]) -> None:
     flow = make_flow(ASYNCROUTE_OPERATIONS=operations)
     flow.route()(lambda: 1)
     task = flow.start()
@@ -274,11 +388,15 @@ def test_operations_that_are_left_out(make_flow: MakeFlow, operations: list[str]
         "query": flow.request("GET", "/tasks").status_code == 200,
     }
     assert served == {name: name in operations for name in served}
-    assert (flow.request("GET", f"/task/{task['Id']}/result").status_code == 200) is ("get" in operations)
+    assert (flow.request("GET", f"/task/{task['Id']}/result").status_code == 200) is (
+        "get" in operations
+    )
 
 
-def test_other_paths(make_flow: MakeFlow) -> None:
-    flow = make_flow(ASYNCROUTE_URL_PREFIX="/api", ASYNCROUTE_TASK_PATH="/job", ASYNCROUTE_TASKS_PATH="/jobs")
+def test_configured_paths_of_operations(make_flow: MakeFlow) -> None:
+    flow = make_flow(
+        ASYNCROUTE_URL_PREFIX="/api", ASYNCROUTE_TASK_PATH="/job", ASYNCROUTE_TASKS_PATH="/jobs"
+    )
     flow.route()(lambda: 1)
     response = flow.request("POST", "/work")
     assert response.headers["Location"].startswith("/api/job/")
@@ -339,7 +457,7 @@ def test_decorators_of_the_app_guard_every_operation(make_flow: MakeFlow) -> Non
     ],
 )
 @pytest.mark.parametrize("is_before", [True, False])
-def test_a_rule_of_the_app_that_is_an_operation_too(
+def test_a_rule_of_the_app_that_conflicts_with_an_operation_is_an_error(
     make_app: MakeApp, rule: str, methods: list[str], operation: str, is_before: bool
 ) -> None:
     app = make_app(**MEMORY)
@@ -350,13 +468,15 @@ def test_a_rule_of_the_app_that_is_an_operation_too(
     if is_before:
         async_routes.init_app(app)
     for _ in range(2):
-        with pytest.raises(ConfigurationError, match=rf"'mine'.*asyncroute\.{operation}.*ASYNCROUTE_URL_PREFIX"):
+        with pytest.raises(
+            ConfigurationError, match=rf"'mine'.*asyncroute\.{operation}.*ASYNCROUTE_URL_PREFIX"
+        ):
             app.test_client().get("/whatever")
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_URL_PREFIX"):
         async_routes.start(app)
 
 
-def test_an_async_route_that_is_an_operation_too(make_flow: MakeFlow) -> None:
+def test_an_async_route_that_conflicts_with_an_operation_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
     flow.route("/tasks", endpoint="mine")(lambda: 1)
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_URL_PREFIX"):
@@ -371,7 +491,9 @@ def test_an_async_route_that_is_an_operation_too(make_flow: MakeFlow) -> None:
         ("/task/<x>/other", ["GET"]), ("/task/<a>/<b>/result", ["GET"]),
     ],
 )  # fmt: skip
-def test_a_rule_of_the_app_beside_the_operations(make_flow: MakeFlow, rule: str, methods: list[str]) -> None:
+def test_similar_rules_of_the_app_do_not_conflict(
+    make_flow: MakeFlow, rule: str, methods: list[str]
+) -> None:
     flow = make_flow()
     flow.app.add_url_rule(rule, "mine", lambda **given: "mine", methods=methods)
     flow.route()(lambda: 1)
@@ -379,27 +501,30 @@ def test_a_rule_of_the_app_beside_the_operations(make_flow: MakeFlow, rule: str,
     assert len(flow.query()) == 1
 
 
-def test_a_conflict_is_solved_by_a_prefix(make_flow: MakeFlow) -> None:
+def test_a_url_prefix_resolves_a_conflict(make_flow: MakeFlow) -> None:
     flow = make_flow(ASYNCROUTE_URL_PREFIX="/async")
     flow.app.get("/tasks")(lambda: "mine")
     assert flow.request("GET", "/tasks").text == "mine"
     assert flow.request("GET", "/async/tasks").get_json() == []
 
 
-def test_operations_that_get_in_each_other_s_way(make_flow: MakeFlow) -> None:
+def test_operations_that_conflict_with_each_other_are_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow(ASYNCROUTE_TASK_PATH="/api", ASYNCROUTE_TASKS_PATH="/api/result")
-    with pytest.raises(ConfigurationError, match="ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH.*GET /api/result"):
+    with pytest.raises(
+        ConfigurationError, match="ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH.*GET /api/result"
+    ):
         flow.client.get("/api/result")
 
 
-def test_without_get_there_is_no_location(make_flow: MakeFlow) -> None:
+def test_a_start_has_no_location_without_the_get_operation(make_flow: MakeFlow) -> None:
     flow = make_flow(ASYNCROUTE_OPERATIONS=("stop", "query"))
     flow.route()(lambda: 1)
     response = flow.request("POST", "/work")
     assert response.status_code == 202 and "Location" not in response.headers
 
 
-# -- first use -----------------------------------------------------------------------------------------------------------------
+# -- first use
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_configuration_is_read_again_at_first_use_and_frozen(make_flow: MakeFlow) -> None:
@@ -413,7 +538,7 @@ def test_configuration_is_read_again_at_first_use_and_frozen(make_flow: MakeFlow
     assert flow.request("POST", "/work").status_code == 200
 
 
-def test_bad_configuration_after_init_app_is_raised_at_each_use(make_flow: MakeFlow) -> None:
+def test_invalid_configuration_set_after_init_app_fails_each_use(make_flow: MakeFlow) -> None:
     flow = make_flow()
     flow.route()(lambda: 1)
     flow.app.get("/plain", endpoint="plain")(lambda: "plain")
@@ -444,7 +569,9 @@ def test_bad_configuration_after_init_app_is_raised_at_each_use(make_flow: MakeF
         ("TASK_ID_IN", ["query"]),
     ],
 )
-def test_what_made_the_rules_cannot_change_after_init_app(make_flow: MakeFlow, key: str, value: Any) -> None:
+def test_url_settings_cannot_change_after_init_app(
+    make_flow: MakeFlow, key: str, value: Any
+) -> None:
     flow = make_flow()
     flow.app.config[f"ASYNCROUTE_{key}"] = value
     for _ in range(2):
@@ -456,19 +583,19 @@ def test_first_use_outside_a_request(flow: Flow) -> None:
     flow.route()(lambda: 1)
     with flow.app.app_context():
         assert flow.async_routes.get("x") is None
-    with pytest.raises(ConfigurationError, match="after the first use"):
+    with pytest.raises(ConfigurationError, match="already in use"):
         flow.route("/late", endpoint="late")(lambda: 1)
     assert flow.result() == 1
 
 
-def test_start_makes_a_runner_and_may_be_repeated(flow: Flow) -> None:
+def test_start_may_be_called_twice(flow: Flow) -> None:
     flow.route()(lambda: 1)
     flow.async_routes.start(flow.app)
     flow.async_routes.start(flow.app)
     assert flow.result() == 1
 
 
-def test_nothing_runs_before_first_use(flow: Flow) -> None:
+def test_no_threads_and_no_files_before_first_use(flow: Flow) -> None:
     import threading
 
     flow.route()(lambda: 1)
@@ -476,7 +603,7 @@ def test_nothing_runs_before_first_use(flow: Flow) -> None:
     assert not list(Path(flow.app.instance_path).glob("*"))
 
 
-def test_the_store_is_made_in_the_instance_folder(make_app: MakeApp) -> None:
+def test_the_store_is_created_in_the_instance_folder(make_app: MakeApp) -> None:
     app = make_app()
     flow = Flow(app, AsyncRoute(app))
     flow.route()(lambda: 1)
@@ -485,7 +612,9 @@ def test_the_store_is_made_in_the_instance_folder(make_app: MakeApp) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_from_prefixed_env(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_from_prefixed_env(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = {
         "STORE": "memory://",
         "ACCEPTED_STATUS": 200,
@@ -495,7 +624,9 @@ def test_from_prefixed_env(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -
         "TIMEOUT": 2.5,
     }
     for name, value in values.items():
-        monkeypatch.setenv(f"FLASK_ASYNCROUTE_{name}", value if isinstance(value, str) else json.dumps(value))
+        monkeypatch.setenv(
+            f"FLASK_ASYNCROUTE_{name}", value if isinstance(value, str) else json.dumps(value)
+        )
     app = make_app()
     app.config.from_prefixed_env()
     async_routes = AsyncRoute(app)
@@ -506,20 +637,27 @@ def test_from_prefixed_env(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -
     assert response.get_json()["Cancellable"] is False
 
 
-def test_admins_can_come_from_python_alone(make_app: MakeApp) -> None:
+def test_admins_must_be_an_access_object(make_app: MakeApp) -> None:
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_ADMINS"):
         AsyncRoute(make_app(**MEMORY, ASYNCROUTE_ADMINS={"Roles": ["admin"]}))
     AsyncRoute(make_app(**MEMORY, ASYNCROUTE_ADMINS=Access(roles=("admin",))))
 
 
-def test_a_store_that_cannot_be_opened(make_app: MakeApp, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """503 and not 500, with an error in the log that names the key; well again once it can be."""
+def test_503_while_the_store_cannot_be_opened(
+    make_app: MakeApp, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log names the configuration key. Requests succeed once the store can be opened."""
     blocker = tmp_path / "folder"
     blocker.write_text("a file, not a folder")
     app = make_app(ASYNCROUTE_STORE=f"sqlite:///{blocker}/tasks.db")
     flow = Flow(app, AsyncRoute(app))
     flow.route()(lambda: 1)
-    for method, path in (("POST", "/work"), ("GET", "/task/x"), ("DELETE", "/task/x"), ("GET", "/tasks")):
+    for method, path in (
+        ("POST", "/work"),
+        ("GET", "/task/x"),
+        ("DELETE", "/task/x"),
+        ("GET", "/tasks"),
+    ):
         response = flow.request(method, path)
         problem(response, 503, "store-unavailable")
         assert int(response.headers["Retry-After"]) > 0
@@ -529,22 +667,18 @@ def test_a_store_that_cannot_be_opened(make_app: MakeApp, tmp_path: Path, caplog
 
 
 @pytest.mark.parametrize("processes", [False, True])
-def test_memory_under_several_processes_is_warned_of(
+def test_a_memory_store_in_several_processes_is_logged_as_a_warning(
     make_app: MakeApp, processes: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app(**MEMORY)
     AsyncRoute(app)
     for _ in range(2):
         app.test_client().get("/tasks", environ_overrides={"wsgi.multiprocess": processes})
-    told = [record for record in caplog.records if "memory://" in record.getMessage()]
-    assert len(told) == (1 if processes else 0)
+    warnings = [record for record in caplog.records if "memory://" in record.getMessage()]
+    assert len(warnings) == (1 if processes else 0)
 
 
-def test_several_apps_under_one_server(make_app: MakeApp) -> None:
-    """DispatcherMiddleware mounts apps under a SCRIPT_NAME each."""
-    from werkzeug.middleware.dispatcher import DispatcherMiddleware
-    from werkzeug.test import Client
-
+def test_apps_mounted_by_dispatcher_middleware(make_app: MakeApp) -> None:
     flows = []
     for name in ("one", "two"):
         app = make_app(name, **MEMORY)
@@ -561,8 +695,7 @@ def test_several_apps_under_one_server(make_app: MakeApp) -> None:
         assert flows[name == "two"].ended(response.get_json()["Id"])["Result"] == name
 
 
-def test_a_teapot_of_an_error_handler(make_flow: MakeFlow) -> None:
-    """The app's error handlers are for its own errors; ours are answered as problems whatever it registers."""
+def test_error_handlers_of_the_app_do_not_replace_problem_responses(make_flow: MakeFlow) -> None:
     flow = make_flow()
     flow.app.register_error_handler(404, lambda error: ("teapot", 418))
     flow.app.register_error_handler(Exception, lambda error: ("teapot", 418))
@@ -572,13 +705,15 @@ def test_a_teapot_of_an_error_handler(make_flow: MakeFlow) -> None:
 
 
 @pytest.mark.parametrize("executor", ["thread", "immediate"])
-def test_an_app_that_is_dropped_takes_its_threads_and_connections_along(
+def test_garbage_collection_of_an_app_ends_its_threads_and_connections(
     tmp_path: Path, store_url: str, executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody closes anything: a suite with an app for every test must not collect threads."""
+    """Otherwise a test suite that creates an app per test would accumulate threads."""
     closed: list[str] = []
     for store in (MemoryTaskStore, SQLTaskStore):
-        monkeypatch.setattr(store, "close", lambda self, close=store.close: (close(self), closed.append(store_url)))
+        monkeypatch.setattr(
+            store, "close", lambda self, close=store.close: (close(self), closed.append(store_url))
+        )
     before = set(threading.enumerate())
 
     def use_one() -> weakref.ref[Flask]:
@@ -591,13 +726,19 @@ def test_an_app_that_is_dropped_takes_its_threads_and_connections_along(
         return weakref.ref(app)
 
     dropped = use_one()
-    assert any(thread.name.startswith("asyncroute") for thread in set(threading.enumerate()) - before)
+    assert any(
+        thread.name.startswith("asyncroute") for thread in set(threading.enumerate()) - before
+    )
     eventually_true(lambda: gc.collect() and dropped() is None)
-    eventually_true(lambda: not any(t.name.startswith("asyncroute") for t in set(threading.enumerate()) - before))
+    eventually_true(
+        lambda: (
+            not any(t.name.startswith("asyncroute") for t in set(threading.enumerate()) - before)
+        )
+    )
     eventually_true(lambda: closed == [store_url])
 
 
-def test_an_app_is_kept_as_long_as_its_task_runs(tmp_path: Path, gate: threading.Event) -> None:
+def test_an_app_is_kept_alive_while_its_task_runs(tmp_path: Path, gate: threading.Event) -> None:
     app = new_app("dropped", tmp_path, {"ASYNCROUTE_STORE": "memory://"})
     flow = Flow(app, AsyncRoute(app))
     ended = threading.Event()
@@ -609,9 +750,9 @@ def test_an_app_is_kept_as_long_as_its_task_runs(tmp_path: Path, gate: threading
         ended.set()
 
     flow.became(flow.start(), "Running")
-    left = weakref.ref(app)
+    reference = weakref.ref(app)
     del app, flow, work
     gc.collect()
     gate.set()
     assert ended.wait(5)
-    eventually_true(lambda: gc.collect() and left() is None)
+    eventually_true(lambda: gc.collect() and reference() is None)

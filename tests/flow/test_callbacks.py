@@ -1,4 +1,6 @@
-"""Callbacks over HTTP, to real receivers: what is sent, when it is sent again, and what starts nothing."""
+"""Callbacks over HTTP to a real receiver: messages, repeated attempts, refused starts,
+``redeliver``.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,30 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from werkzeug import Request, Response
 
 from flask_asyncroute import AsyncRoute, Callback, callback_failed, callback_sent
-from flask_asyncroute.callbacks import sender
 from flask_asyncroute.errors import CallbackRefused, TaskNotFound, TaskUnfinished
 from flask_asyncroute.runtime import runtime_of
+from flask_asyncroute.webhooks import sender
 
 MakeApp = Callable[..., Flask]
 Eventually = Callable[..., Any]
-SECRETS = ["whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo=", "MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0NTY3ODkw"]
+SECRETS = [
+    "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo=",
+    "MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0NTY3ODkw",
+]
 STORES = ["memory://", "sqlite:///asyncroute.db"]
 
 
 @pytest.fixture
 def received(httpserver: HTTPServer) -> list[Request]:
-    """Give what the receiver has had so far; it answers 200."""
+    """Return the list of requests that the receiver got so far; it answers 200."""
     found: list[Request] = []
 
-    def take(current: Request) -> Response:
+    def record(current: Request) -> Response:
         current.get_data()
         found.append(current)
         return Response(status=200)
 
-    httpserver.expect_request("/hook").respond_with_handler(take)
+    httpserver.expect_request("/hook").respond_with_handler(record)
     return found
 
 
@@ -45,7 +50,9 @@ def make_served(make_app: MakeApp) -> Iterator[Callable[..., Flask]]:
         async_routes = AsyncRoute(app)
         app.extensions["under-test"] = async_routes
 
-        @async_routes.route("/work", methods=["POST"], callback=callback or Callback(send_result=True))
+        @async_routes.route(
+            "/work", methods=["POST"], callback=callback or Callback(send_result=True)
+        )
         def work() -> Any:
             return {"answer": 42}
 
@@ -61,7 +68,9 @@ def make_served(make_app: MakeApp) -> Iterator[Callable[..., Flask]]:
     yield make
 
 
-def start(app: Flask, path: str = "/work", *, headers: dict[str, str] | None = None, **body: Any) -> Any:
+def start(
+    app: Flask, path: str = "/work", *, headers: dict[str, str] | None = None, **body: Any
+) -> Any:
     return app.test_client().post(path, json=body, headers=headers)
 
 
@@ -113,17 +122,26 @@ def test_a_failure_is_sent_without_a_result(
 ) -> None:
     start(make_served(store=store), "/fails", callbackUrl=httpserver.url_for("/hook"))
     eventually(lambda: received)
-    assert received[0].json["State"] == "Failed" and received[0].json["Error"] == "ValueError: broken"
+    assert (
+        received[0].json["State"] == "Failed" and received[0].json["Error"] == "ValueError: broken"
+    )
     assert "Result" not in received[0].json
 
 
-def test_a18_what_is_sent_is_signed_with_each_secret(
-    make_served: Callable[..., Flask], httpserver: HTTPServer, received: list[Request], eventually: Eventually
+@pytest.mark.covers("A18")
+def test_a_message_is_signed_with_each_secret(
+    make_served: Callable[..., Flask],
+    httpserver: HTTPServer,
+    received: list[Request],
+    eventually: Eventually,
 ) -> None:
     start(make_served(ASYNCROUTE_CALLBACK_SECRET=SECRETS), callbackUrl=httpserver.url_for("/hook"))
     eventually(lambda: received)
     body = received[0].get_data()
-    headers = {name: received[0].headers[name] for name in ("webhook-id", "webhook-timestamp", "webhook-signature")}
+    headers = {
+        name: received[0].headers[name]
+        for name in ("webhook-id", "webhook-timestamp", "webhook-signature")
+    }
     for secret in SECRETS:
         assert Webhook(secret).verify(body, headers) == json.loads(body)
         for altered in (
@@ -136,8 +154,11 @@ def test_a18_what_is_sent_is_signed_with_each_secret(
                 Webhook(secret).verify(*altered)
 
 
-def test_terms_come_from_the_request(
-    make_served: Callable[..., Flask], httpserver: HTTPServer, received: list[Request], eventually: Eventually
+def test_expressions_are_resolved_from_the_request(
+    make_served: Callable[..., Flask],
+    httpserver: HTTPServer,
+    received: list[Request],
+    eventually: Eventually,
 ) -> None:
     callback = Callback(
         url="$request.query.to", content_type="$request.header.X-Kind", event_name="done",
@@ -145,23 +166,33 @@ def test_terms_come_from_the_request(
     )  # fmt: skip
     app = make_served(callback)
     answer = app.test_client().post(
-        f"/work?to={httpserver.url_for('/hook')}", json={"token": "s3cret"}, headers={"X-Kind": "application/xml"}
+        f"/work?to={httpserver.url_for('/hook')}",
+        json={"token": "s3cret"},
+        headers={"X-Kind": "application/xml"},
     )
     assert answer.status_code == 202
     assert answer.json["CallbackSettings"]["HeaderFields"] == ["X-Fixed", "X-Token", "X-None"]
     assert b"s3cret" not in answer.data
     eventually(lambda: received)
     [sent] = received
-    assert (sent.headers["X-Fixed"], sent.headers["X-Token"]) == ("1", "Bearer s3cret") and "X-None" not in sent.headers
+    assert (sent.headers["X-Fixed"], sent.headers["X-Token"]) == (
+        "1",
+        "Bearer s3cret",
+    ) and "X-None" not in sent.headers
     assert sent.mimetype == "application/xml" and b"<EventName>done</EventName>" in sent.get_data()
 
 
 @pytest.mark.parametrize("body", [{}, {"callbackUrl": None}])
 def test_without_a_url_nothing_is_sent(make_served: Callable[..., Flask], body: Any) -> None:
     answer = start(make_served(), **body)
-    assert answer.status_code == 202 and "CallbackInfo" not in answer.json and "CallbackSettings" not in answer.json
+    assert (
+        answer.status_code == 202
+        and "CallbackInfo" not in answer.json
+        and "CallbackSettings" not in answer.json
+    )
 
 
+@pytest.mark.covers("A01", "A14")
 @pytest.mark.parametrize(
     "url",
     [
@@ -173,29 +204,42 @@ def test_without_a_url_nothing_is_sent(make_served: Callable[..., Flask], body: 
         ["http://example.com/"], {"a": 1}, 5, True, "http://localhost/", "http://LOCALHOST./",
     ],
 )  # fmt: skip
-def test_a01_to_a14_what_may_not_be_called_starts_nothing(make_served: Callable[..., Flask], url: Any) -> None:
+def test_a_forbidden_url_starts_nothing(make_served: Callable[..., Flask], url: Any) -> None:
     app = make_served(ASYNCROUTE_CALLBACK_ALLOWED_HOSTS=[])
     answer = start(app, callbackUrl=url)
-    assert answer.status_code == 400 and answer.json["type"] == "urn:flask-asyncroute:callback-refused", answer.json
+    assert (
+        answer.status_code == 400
+        and answer.json["type"] == "tag:flask-asyncroute.readthedocs.io,2026:callback-refused"
+    ), answer.json
     assert app.test_client().get("/tasks").json == []
 
 
-def test_a15_no_line_break_gets_into_a_header(make_served: Callable[..., Flask]) -> None:
+@pytest.mark.covers("A15")
+def test_a_line_break_in_a_header_is_refused(make_served: Callable[..., Flask]) -> None:
     app = make_served(Callback(url="http://example.com/", headers={"X-A": "$request.body#/a"}))
     for value in ("a\r\nX-B: c", "a\nb", "a\0b"):
         assert start(app, a=value).status_code == 400
 
 
-@pytest.mark.parametrize(("depth", "status"), [("0", 202), ("3", 202), ("4", 400), ("x", 400), ("-1", 400), ("", 400)])
-def test_a17_a_loop_of_callbacks_ends(make_served: Callable[..., Flask], depth: str, status: int) -> None:
+@pytest.mark.covers("A17")
+@pytest.mark.parametrize(
+    ("depth", "status"), [("0", 202), ("3", 202), ("4", 400), ("x", 400), ("-1", 400), ("", 400)]
+)
+def test_a_request_over_depth_3_starts_no_task_with_a_callback(
+    make_served: Callable[..., Flask], depth: str, status: int
+) -> None:
     app = make_served(Callback(url="http://127.0.0.1:9/"))
     headers = {"Asyncroute-Depth": depth}
     assert start(app, headers=headers).status_code == status
     assert start(app, "/plain", headers=headers).status_code == 202
 
 
-def test_f26_a_failed_attempt_is_made_again(
-    make_served: Callable[..., Flask], httpserver: HTTPServer, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.covers("F26")
+def test_a_failed_attempt_is_repeated(
+    make_served: Callable[..., Flask],
+    httpserver: HTTPServer,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sender, "DELAYS", (0.0, 0.05, 0.05, 0.05))
     ids: list[str] = []
@@ -211,27 +255,36 @@ def test_f26_a_failed_attempt_is_made_again(
     assert info(app, task_id)["Tentative"] == 3 and len(set(ids)) == 1 and len(ids) == 3
 
 
+@pytest.mark.covers("F26", "F27")
 @pytest.mark.parametrize(("status", "attempts"), [(410, 1), (500, 4), (301, 4), (429, 4), (404, 4)])
-def test_f26_f27_when_a_callback_is_given_up(
+def test_a_callback_fails_at_410_or_after_four_attempts(
     make_served: Callable[..., Flask], httpserver: HTTPServer, eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
     hear: Any, status: int, attempts: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sender, "DELAYS", (0.0, 0.02, 0.02, 0.02))
     inside: list[Request] = []
-    httpserver.expect_request("/inside").respond_with_handler(lambda current: inside.append(current) or Response())
-    httpserver.expect_request("/hook").respond_with_data("", status, {"Location": httpserver.url_for("/inside")})
+    httpserver.expect_request("/inside").respond_with_handler(
+        lambda current: inside.append(current) or Response()
+    )
+    httpserver.expect_request("/hook").respond_with_data(
+        "", status, {"Location": httpserver.url_for("/inside")}
+    )
     app = make_served()
-    heard = hear(callback_failed, callback_sent)
+    sent_signals = hear(callback_failed, callback_sent)
     task_id = start(app, callbackUrl=httpserver.url_for("/hook")).json["Id"]
     eventually(lambda: info(app, task_id)["State"] == "Failed", 10)
     assert info(app, task_id)["Tentative"] == attempts and not inside
     task = app.test_client().get(f"/task/{task_id}").json
     assert (task["State"], task["Result"]) == ("Completed", {"answer": 42})
-    eventually(lambda: [name for name, _ in heard] == ["callback-failed"])
+    eventually(lambda: [name for name, _ in sent_signals] == ["callback-failed"])
 
 
-def test_f26_retry_after_is_honoured(
-    make_served: Callable[..., Flask], httpserver: HTTPServer, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.covers("F26")
+def test_retry_after_of_the_receiver_is_honoured(
+    make_served: Callable[..., Flask],
+    httpserver: HTTPServer,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sender, "DELAYS", (0.0, 0.02, 0.02, 0.02))
     httpserver.expect_request("/hook").respond_with_data("", 503, {"Retry-After": "100"})
@@ -245,8 +298,11 @@ def test_f26_retry_after_is_honoured(
     assert 90_000_000 < due - now_us() < 101_000_000
 
 
-def test_a_callback_can_be_sent_once_more(
-    make_served: Callable[..., Flask], httpserver: HTTPServer, received: list[Request], eventually: Eventually
+def test_redeliver_sends_a_callback_again(
+    make_served: Callable[..., Flask],
+    httpserver: HTTPServer,
+    received: list[Request],
+    eventually: Eventually,
 ) -> None:
     app = make_served(Callback(headers={"X-Fixed": "1", "X-Token": "$request.body#/token"}))
     async_routes = routes_of(app)
@@ -256,11 +312,20 @@ def test_a_callback_can_be_sent_once_more(
         assert async_routes.redeliver(task_id).callback_state == "NotStarted"
     eventually(lambda: len(received) == 2 and info(app, task_id)["State"] == "Completed")
     first, second = received
-    assert first.headers["webhook-id"] == second.headers["webhook-id"] and first.get_data() == second.get_data()
-    assert (first.headers["X-Token"], second.headers.get("X-Token"), second.headers["X-Fixed"]) == ("t", None, "1")
+    assert (
+        first.headers["webhook-id"] == second.headers["webhook-id"]
+        and first.get_data() == second.get_data()
+    )
+    assert (first.headers["X-Token"], second.headers.get("X-Token"), second.headers["X-Fixed"]) == (
+        "t",
+        None,
+        "1",
+    )
 
 
-def test_what_cannot_be_sent_once_more_says_why(make_served: Callable[..., Flask], eventually: Eventually) -> None:
+def test_redeliver_without_a_callback_or_task_raises(
+    make_served: Callable[..., Flask], eventually: Eventually
+) -> None:
     app = make_served()
     async_routes = routes_of(app)
     plain = start(app, "/plain").json["Id"]
@@ -272,10 +337,10 @@ def test_what_cannot_be_sent_once_more_says_why(make_served: Callable[..., Flask
             async_routes.redeliver("unknown")
 
 
-def test_one_that_is_being_sent_is_not_sent_once_more(
+def test_redeliver_while_the_callback_is_being_sent_raises(
     make_served: Callable[..., Flask], httpserver: HTTPServer, eventually: Eventually, gate: Any
 ) -> None:
-    """Nothing would come of it: what the attempt leads to is written over it."""
+    """The result of the current attempt would overwrite the new state."""
     httpserver.expect_request("/slow").respond_with_handler(
         lambda request: Response(status=204 if gate.wait(10) else 500)
     )
@@ -288,7 +353,7 @@ def test_one_that_is_being_sent_is_not_sent_once_more(
     eventually(lambda: info(app, task_id)["State"] == "Completed")
 
 
-def test_one_that_has_not_ended_is_not_sent(make_app: MakeApp, gate: Any) -> None:
+def test_redeliver_of_an_unfinished_task_raises(make_app: MakeApp, gate: Any) -> None:
     app = make_app(ASYNCROUTE_STORE="memory://")
     async_routes = AsyncRoute(app)
 
@@ -302,7 +367,8 @@ def test_one_that_has_not_ended_is_not_sent(make_app: MakeApp, gate: Any) -> Non
     runtime_of(app).runner.sender.is_closing = True
 
 
-def test_f30_a_restart_sends_what_was_left(
+@pytest.mark.covers("F30")
+def test_a_new_process_sends_pending_callbacks(
     make_served: Callable[..., Flask],
     httpserver: HTTPServer,
     received: list[Request],
@@ -324,7 +390,7 @@ def test_f30_a_restart_sends_what_was_left(
     eventually(lambda: info(other, task_id)["State"] == "Completed")
 
 
-def test_purge_removes_a_callback_that_waits(
+def test_a_purge_removes_a_pending_callback(
     make_served: Callable[..., Flask], httpserver: HTTPServer, eventually: Eventually
 ) -> None:
     httpserver.expect_request("/hook").respond_with_data("", 503)
@@ -336,24 +402,28 @@ def test_purge_removes_a_callback_that_waits(
     assert runtime_of(app).runner.store.outbox.next_due(2**61) is None
 
 
-def test_signals_tell_of_the_outcome(
+def test_a_delivered_callback_sends_callback_sent(
     make_served: Callable[..., Flask],
     httpserver: HTTPServer,
     received: list[Request],
     eventually: Eventually,
     hear: Any,
 ) -> None:
-    heard = hear(callback_sent, callback_failed)
+    sent_signals = hear(callback_sent, callback_failed)
     app = make_served()
     task_id = start(app, callbackUrl=httpserver.url_for("/hook")).json["Id"]
-    eventually(lambda: heard)
-    assert [(name, task.id, task.callback_state) for name, task in heard] == [("callback-sent", task_id, "Completed")]
+    eventually(lambda: sent_signals)
+    assert [(name, task.id, task.callback_state) for name, task in sent_signals] == [
+        ("callback-sent", task_id, "Completed")
+    ]
 
 
-def test_the_app_s_default_holds_for_all_routes(
+def test_the_callback_of_the_configuration_applies_to_all_routes(
     make_app: MakeApp, httpserver: HTTPServer, received: list[Request], eventually: Eventually
 ) -> None:
-    app = make_app(ASYNCROUTE_STORE="memory://", ASYNCROUTE_CALLBACK=Callback(url=httpserver.url_for("/hook")))
+    app = make_app(
+        ASYNCROUTE_STORE="memory://", ASYNCROUTE_CALLBACK=Callback(url=httpserver.url_for("/hook"))
+    )
     async_routes = AsyncRoute(app)
 
     @async_routes.route("/work", methods=["POST"])

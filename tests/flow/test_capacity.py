@@ -1,4 +1,6 @@
-"""After any amount of starts, stops, failures and time-outs at once, a pool has as many places as before."""
+"""After many concurrent starts, stops, failures and timeouts, a pool has as many free slots as
+before.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,15 @@ from typing import Any
 import pytest
 
 from flask_asyncroute import current_task
-from tests.flow.driving import Flow
+from tests.support.flow import Flow
 
 MAX_WORKERS, QUEUE_SIZE = 2, 3
 
 
-def storm(flow: Flow, seed: int, count: int, paths: list[str], started: list[str], answers: list[int]) -> None:
-    """Start tasks and stop some of them, as one of several clients."""
+def run_client(
+    flow: Flow, seed: int, count: int, paths: list[str], started: list[str], answers: list[int]
+) -> None:
+    """Start tasks and stop or purge some of them, as one of several clients."""
     chance = random.Random(seed)
     client = flow.app.test_client()
     mine: list[str] = []
@@ -33,7 +37,7 @@ def storm(flow: Flow, seed: int, count: int, paths: list[str], started: list[str
 
 
 @pytest.mark.parametrize("interrupt_after", [None, 0])
-def test_no_place_is_lost_and_none_is_won(
+def test_the_capacity_of_a_pool_is_unchanged_after_a_storm(
     flow: Flow,
     later_executor: Any,
     gate: threading.Event,
@@ -61,8 +65,8 @@ def test_no_place_is_lost_and_none_is_won(
     def late() -> None:
         current_task.sleep(0.1)
 
-    @flow.route("/deaf", **pool)
-    def deaf() -> None:
+    @flow.route("/ignores_stop", **pool)
+    def ignores_stop() -> None:
         try:
             threading.Event().wait(0.005)
         except BaseException:
@@ -75,17 +79,24 @@ def test_no_place_is_lost_and_none_is_won(
     monkeypatch.setattr(flow.app.logger, "disabled", True)
     started: list[str] = []
     answers: list[int] = []
-    paths = ["/quick", "/slow", "/bad", "/late", "/deaf"]
-    clients = [threading.Thread(target=storm, args=(flow, seed, 25, paths, started, answers)) for seed in range(4)]
+    paths = ["/quick", "/slow", "/bad", "/late", "/ignores_stop"]
+    clients = [
+        threading.Thread(target=run_client, args=(flow, seed, 25, paths, started, answers))
+        for seed in range(4)
+    ]
     for client in clients:
         client.start()
     for client in clients:
         client.join()
     assert set(answers) <= {200, 202, 204, 404, 409, 410, 503}
     assert answers.count(202) > 10
-    eventually(lambda: all(task["IsCompleted"] and "Stopping" not in task for task in flow.query("limit=500")))
-    # The last thread may still be on its way out of its place.
-    eventually(lambda: all(place.free() == MAX_WORKERS for place in executors_of(flow)))
+    eventually(
+        lambda: all(
+            task["IsCompleted"] and "Stopping" not in task for task in flow.query("limit=500")
+        )
+    )
+    # The last thread may not have released its slot yet.
+    eventually(lambda: all(executor.free() == MAX_WORKERS for executor in executors_of(flow)))
     accepted = [flow.start("/held")["Id"] for _ in range(MAX_WORKERS + QUEUE_SIZE)]
     flow.start("/held", status=503)
     gate.set()

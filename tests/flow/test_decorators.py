@@ -1,4 +1,6 @@
-"""The decorators: where they may stand, what may stand above and below them, and what they refuse."""
+"""The ``task`` and ``route`` decorators: their position, other decorators above and below, refused
+options.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from flask import Blueprint, Response, abort, g, request
 from flask.views import MethodView, View
 
 from flask_asyncroute import AsyncRoute, ConfigurationError, NoCurrentTask, current_task
-from tests.conftest import label
-from tests.flow.driving import IN_MEMORY, Flow, problem
+from tests.support.flow import IN_MEMORY, Flow, problem
+from tests.support.labels import label
 
 MakeFlow = Callable[..., Flow]
 F = Callable[..., Any]
@@ -45,7 +47,7 @@ def test_task_with_and_without_parentheses(flow: Flow) -> None:
     assert [flow.result(path) for path in ("/a", "/b", "/c")] == ["a", "b", "c"]
 
 
-def test_the_example_of_the_contract(flow: Flow) -> None:
+def test_task_and_route_together_in_one_app(flow: Flow) -> None:
     @flow.app.put("/asyncParam")
     @flow.async_routes.task(arguments={"sleep_time": 0, "message": "Hi"}, timeout=300)
     def async_param(sleep_time: int, message: str) -> Any:
@@ -63,7 +65,7 @@ def test_the_example_of_the_contract(flow: Flow) -> None:
 
 
 @IN_MEMORY
-def test_route_serves_get_where_nothing_else_is_said(flow: Flow) -> None:
+def test_route_serves_get_by_default(flow: Flow) -> None:
     @flow.async_routes.route("/work")
     def work() -> str:
         return "done"
@@ -73,8 +75,10 @@ def test_route_serves_get_where_nothing_else_is_said(flow: Flow) -> None:
 
 
 @IN_MEMORY
-def test_route_takes_what_flask_takes(flow: Flow) -> None:
-    @flow.async_routes.route("/a/", endpoint="other", methods=["PUT"], strict_slashes=False, defaults={"n": 5})
+def test_route_accepts_the_options_of_flask(flow: Flow) -> None:
+    @flow.async_routes.route(
+        "/a/", endpoint="other", methods=["PUT"], strict_slashes=False, defaults={"n": 5}
+    )
     def work(n: int) -> Any:
         return [n, request.endpoint]
 
@@ -82,7 +86,7 @@ def test_route_takes_what_flask_takes(flow: Flow) -> None:
 
 
 @IN_MEMORY
-def test_the_decorated_view_looks_like_the_view(flow: Flow) -> None:
+def test_the_decorated_view_keeps_name_docstring_and_signature(flow: Flow) -> None:
     @flow.async_routes.task(name="x")
     def report(year: int = 5, *, full: bool = False) -> int:
         """Make a report."""
@@ -103,7 +107,7 @@ def test_arguments_and_url_variables_arrive_by_name(flow: Flow) -> None:
     assert flow.result("/1/x") == [1, "x", True, [1], 3, 2]
 
 
-def test_arguments_for_a_view_that_takes_any(flow: Flow) -> None:
+def test_arguments_for_a_view_with_keyword_arguments(flow: Flow) -> None:
     @flow.route("/<n>", arguments={"a": 1})
     def work(**given: Any) -> Any:
         return given
@@ -123,7 +127,7 @@ def test_a_view_with_a_default_for_a_missing_variable(flow: Flow) -> None:
 
 
 @IN_MEMORY
-def test_a_variable_that_the_view_does_not_take_fails_the_task(flow: Flow) -> None:
+def test_a_url_variable_without_a_parameter_fails_the_task(flow: Flow) -> None:
     @flow.route("/<int:n>")
     def work() -> None: ...
 
@@ -131,7 +135,7 @@ def test_a_variable_that_the_view_does_not_take_fails_the_task(flow: Flow) -> No
 
 
 @IN_MEMORY
-def test_a_lambda(flow: Flow) -> None:
+def test_a_lambda_as_view(flow: Flow) -> None:
     view: Callable[[], Any] = lambda: 5  # noqa: E731
     flow.app.add_url_rule("/work", "work", flow.async_routes.task(view), methods=["POST"])
     assert flow.result() == 5
@@ -149,8 +153,8 @@ def test_one_async_route_under_two_endpoints(flow: Flow) -> None:
 
 
 @IN_MEMORY
-def test_one_view_both_plain_and_async(flow: Flow) -> None:
-    """Two endpoints, one of which starts tasks: nothing stands in the wrong order here."""
+def test_a_view_with_a_plain_and_an_async_endpoint(flow: Flow) -> None:
+    """This must not be reported as ``task()`` above the route decorator."""
 
     def report() -> Any:
         return {"endpoint": request.endpoint}
@@ -161,12 +165,11 @@ def test_one_view_both_plain_and_async(flow: Flow) -> None:
     assert flow.result("/later") == {"endpoint": "later"}
 
 
-# -- decorators of others ----------------------------------------------------------------------------------------------
+# -- decorators of others
+# ----------------------------------------------------------------------------------------------
 
 
-def passing(**injected: Any) -> Callable[[F], F]:
-    """Return a decorator that adds keyword arguments."""
-
+def add_arguments(**injected: Any) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -182,11 +185,11 @@ def passing(**injected: Any) -> Callable[[F], F]:
     [None, True, 0, -1.5, "é\U0001f600", "", [1, [2, {}]], {"a": {"b": None}}, (), 2**63 - 1, -(2**63), 2**64, 10**400, 1e300, "\x00"],
     ids=ascii,
 )  # fmt: skip
-def test_decorators_above_may_pass_json(make_flow: MakeFlow, value: Any) -> None:
+def test_decorators_above_may_pass_json_values(make_flow: MakeFlow, value: Any) -> None:
     flow = make_flow()
 
     @flow.app.post("/<int:n>")
-    @passing(given=value)
+    @add_arguments(given=value)
     @flow.async_routes.task(arguments={"fixed": 1})
     def work(n: int, fixed: int, given: Any) -> Any:
         return [n, fixed, given]
@@ -202,12 +205,14 @@ def test_decorators_above_may_pass_json(make_flow: MakeFlow, value: Any) -> None
     ],
     ids=lambda value: label(value)[:30],
 )  # fmt: skip
-def test_decorators_above_may_pass_nothing_else(make_flow: MakeFlow, value: Any) -> None:
+def test_decorators_above_that_pass_other_values_are_an_error(
+    make_flow: MakeFlow, value: Any
+) -> None:
     flow = make_flow()
     ran = []
 
     @flow.app.post("/work")
-    @passing(culprit=value)
+    @add_arguments(culprit=value)
     @flow.async_routes.task
     def work(culprit: Any) -> None:
         ran.append(1)
@@ -217,21 +222,21 @@ def test_decorators_above_may_pass_nothing_else(make_flow: MakeFlow, value: Any)
     assert flow.query() == [] and not ran
 
 
-def test_decorators_above_may_pass_a_cycle_and_are_told(make_flow: MakeFlow) -> None:
+def test_decorators_above_that_pass_a_cyclic_list_are_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
     cycle: list[Any] = []
     cycle.append(cycle)
 
     @flow.app.post("/work")
-    @passing(culprit=cycle)
+    @add_arguments(culprit=cycle)
     @flow.async_routes.task
     def work(culprit: Any) -> None: ...
 
     assert "'culprit'" in problem(flow.request("POST", "/work"), 500, "cannot-start")["detail"]
 
 
-def test_decorators_above_that_pass_by_position_are_told(make_flow: MakeFlow) -> None:
-    """A common way to hand on the user; there is no name to keep it under, so it is refused with a reason."""
+def test_decorators_above_that_pass_positional_arguments_are_an_error(make_flow: MakeFlow) -> None:
+    """Decorators often pass the user that way, but an argument without a name cannot be stored."""
     flow = make_flow()
 
     def with_user(function: F) -> F:
@@ -250,7 +255,7 @@ def test_decorators_above_that_pass_by_position_are_told(make_flow: MakeFlow) ->
     assert "position" in detail or "keyword" in detail
 
 
-def test_decorators_above_may_take_and_change_variables(flow: Flow) -> None:
+def test_decorators_above_may_remove_and_change_url_variables(flow: Flow) -> None:
     def loading(function: F) -> F:
         @functools.wraps(function)
         def wrapped(shop: str, n: int) -> Any:
@@ -270,7 +275,7 @@ def test_decorators_above_may_take_and_change_variables(flow: Flow) -> None:
 def test_decorators_above_run_in_the_request_and_may_refuse_it(flow: Flow, executor: Any) -> None:
     ran: list[str] = []
 
-    def gatekeeper(function: F) -> F:
+    def check_key(function: F) -> F:
         @functools.wraps(function)
         def wrapped(**kwargs: Any) -> Any:
             ran.append("above")
@@ -289,7 +294,7 @@ def test_decorators_above_run_in_the_request_and_may_refuse_it(flow: Flow, execu
         return wrapped
 
     @flow.app.post("/work")
-    @gatekeeper
+    @check_key
     @flow.async_routes.task(executor=executor)
     @below
     def work() -> str:
@@ -338,22 +343,25 @@ def test_decorators_below_may_fail_the_task(flow: Flow) -> None:
     assert flow.error() == "403 Forbidden: not you"
 
 
-def test_a_decorator_above_without_wrapped_is_an_error_that_says_so(make_flow: MakeFlow) -> None:
+def test_a_decorator_above_without_functools_wraps_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
 
-    def careless(function: F) -> F:
+    def without_wraps(function: F) -> F:
         return lambda **kwargs: function(**kwargs)
 
-    flow.app.add_url_rule("/work", "work", careless(flow.async_routes.task(lambda: 1)), methods=["POST"])
+    flow.app.add_url_rule(
+        "/work", "work", without_wraps(flow.async_routes.task(lambda: 1)), methods=["POST"]
+    )
     with pytest.raises(ConfigurationError, match="__wrapped__|functools.wraps"):
         flow.client.post("/work")
 
 
-# -- what is refused at decoration ---------------------------------------------------------------------------------------
+# -- what is refused at decoration
+# ---------------------------------------------------------------------------------------
 
 
-def test_an_argument_that_the_url_gives_too(make_flow: MakeFlow) -> None:
-    """At decoration for route(), at first use for task(), and again at each use."""
+def test_an_argument_that_is_also_a_url_variable_is_an_error(make_flow: MakeFlow) -> None:
+    """``route()`` raises at decoration, ``task()`` at first use and each later use."""
     flow = make_flow()
     with pytest.raises(ConfigurationError, match=r"'year'.*URL"):
 
@@ -373,7 +381,7 @@ def test_an_argument_that_the_url_gives_too(make_flow: MakeFlow) -> None:
         flow.async_routes.start(flow.app)
 
 
-def test_task_above_the_route_decorator(make_flow: MakeFlow) -> None:
+def test_task_above_the_route_decorator_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
 
     @flow.async_routes.task
@@ -387,7 +395,7 @@ def test_task_above_the_route_decorator(make_flow: MakeFlow) -> None:
         flow.async_routes.start(flow.app)
 
 
-def test_task_above_the_route_decorator_of_a_blueprint(make_flow: MakeFlow) -> None:
+def test_task_above_the_route_decorator_of_a_blueprint_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
     blueprint = Blueprint("shop", "shop")
 
@@ -400,9 +408,11 @@ def test_task_above_the_route_decorator_of_a_blueprint(make_flow: MakeFlow) -> N
         flow.async_routes.start(flow.app)
 
 
-def test_task_on_a_method(make_flow: MakeFlow) -> None:
+def test_task_on_a_method_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
-    with pytest.raises(ConfigurationError, match=r"get\(\) is a method.*decorators = \[async_routes.task\(\)\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"get\(\) is a method.*decorators = \[async_routes.task\(\)\]"
+    ):
 
         class Report(MethodView):
             @flow.async_routes.task
@@ -417,8 +427,7 @@ def test_task_on_a_method(make_flow: MakeFlow) -> None:
         Other()
 
 
-def test_an_async_route_made_async_again(make_flow: MakeFlow) -> None:
-    """A task that would start a task: the response of the inner one is no result."""
+def test_an_async_route_decorated_twice_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
     with pytest.raises(ConfigurationError, match="already"):
 
@@ -429,16 +438,18 @@ def test_an_async_route_made_async_again(make_flow: MakeFlow) -> None:
     with pytest.raises(ConfigurationError, match="already"):
 
         @flow.async_routes.task
-        @passing(x=1)
+        @add_arguments(x=1)
         @flow.async_routes.task
         def b() -> None: ...
 
 
-@pytest.mark.parametrize("thing", [5, "view", None, object(), [], functools.partial(print), MethodView], ids=label)
-def test_what_is_no_view_function(make_flow: MakeFlow, thing: Any) -> None:
+@pytest.mark.parametrize(
+    "value", [5, "view", None, object(), [], functools.partial(print), MethodView], ids=label
+)
+def test_a_view_that_is_not_a_function_is_an_error(make_flow: MakeFlow, value: Any) -> None:
     flow = make_flow()
     with pytest.raises((ConfigurationError, TypeError)):
-        flow.async_routes.task()(thing)
+        flow.async_routes.task()(value)
 
 
 class Report(TypedDict):
@@ -447,12 +458,12 @@ class Report(TypedDict):
 
 @dataclass
 class ReportResponse:
-    """Data, whatever it is called."""
+    """Data, in spite of the name."""
 
     rows: int
 
 
-def test_a_view_that_is_annotated_to_return_a_response(make_flow: MakeFlow) -> None:
+def test_a_view_annotated_to_return_a_response_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
     task = flow.async_routes.task
 
@@ -472,13 +483,13 @@ def test_a_view_that_is_annotated_to_return_a_response(make_flow: MakeFlow) -> N
 
     subclass.__annotations__["return"] = flask.wrappers.Response
 
-    for view in (by_text, by_path, by_class, subclass, passing()(by_text)):
+    for view in (by_text, by_path, by_class, subclass, add_arguments()(by_text)):
         with pytest.raises(ConfigurationError, match=r"annotated.*Response.*data"):
             task(view)
 
 
 @IN_MEMORY
-def test_a_view_that_is_annotated_otherwise(flow: Flow) -> None:
+def test_a_view_annotated_to_return_data(flow: Flow) -> None:
     @flow.route("/a")
     def a() -> Report:
         return {"rows": 1}
@@ -500,7 +511,7 @@ def test_a_view_that_is_annotated_otherwise(flow: Flow) -> None:
     assert [flow.result(path)["rows"] for path in ("/a", "/b", "/c", "/d")] == [1, 2, 3, 4]
 
 
-def test_arguments_that_the_view_does_not_take(make_flow: MakeFlow) -> None:
+def test_an_argument_without_a_parameter_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
     with pytest.raises(ConfigurationError, match=r"'colour'.*no such parameter"):
         flow.async_routes.task(arguments={"colour": 1})(lambda size: size)
@@ -526,25 +537,26 @@ def test_arguments_that_the_view_does_not_take(make_flow: MakeFlow) -> None:
         ({"response_types": ["text/html"]}, "response_types="),
         ({"retention": None}, "retention="),
         ({"on_loss": "retry"}, "on_loss="),
-        ({"celery": {"queues": "x"}}, "celery="),
         ({"name": ""}, "name="),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_options_are_checked_where_they_are_written(make_flow: MakeFlow, options: dict[str, Any], culprit: str) -> None:
+def test_options_are_checked_at_decoration(
+    make_flow: MakeFlow, options: dict[str, Any], culprit: str
+) -> None:
     flow = make_flow()
     for decorate in (flow.async_routes.task(**options), flow.async_routes.task(**options)):
         with pytest.raises(ConfigurationError, match=culprit):
             decorate(lambda: None)
 
 
-def test_route_leaves_unknown_options_to_flask(make_flow: MakeFlow) -> None:
+def test_an_unknown_option_of_route_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
     with pytest.raises((ConfigurationError, TypeError), match="colour"):
         flow.route("/x", colour="red")(lambda: None)
 
 
-def test_minimum_and_maximum_that_contradict_each_other(make_flow: MakeFlow) -> None:
+def test_min_workers_above_max_workers_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
 
     @flow.route(min_workers=5)
@@ -557,9 +569,17 @@ def test_minimum_and_maximum_that_contradict_each_other(make_flow: MakeFlow) -> 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("executor", "immediate"), ("min_workers", 0), ("max_workers", 3), ("queue_size", 5), ("interrupt_after", 2.0)],
+    [
+        ("executor", "immediate"),
+        ("min_workers", 0),
+        ("max_workers", 3),
+        ("queue_size", 5),
+        ("interrupt_after", 2.0),
+    ],
 )
-def test_routes_of_one_pool_that_differ(make_flow: MakeFlow, name: str, value: Any) -> None:
+def test_routes_of_one_pool_with_different_pool_options_are_an_error(
+    make_flow: MakeFlow, name: str, value: Any
+) -> None:
     flow = make_flow()
     flow.route("/a", pool="p", endpoint="a")(lambda: None)
     flow.route("/b", pool="p", endpoint="b", **{name: value})(lambda: None)
@@ -567,59 +587,15 @@ def test_routes_of_one_pool_that_differ(make_flow: MakeFlow, name: str, value: A
         flow.async_routes.start(flow.app)
 
 
-def test_routes_of_one_pool_may_differ_in_other_things(make_flow: MakeFlow) -> None:
+def test_routes_of_one_pool_may_differ_in_other_options(make_flow: MakeFlow) -> None:
     flow = make_flow()
     flow.route("/a", pool="p", endpoint="a", timeout=5)(lambda: 1)
     flow.route("/b", pool="p", endpoint="b", timeout=7)(lambda: 2)
     assert [flow.result("/a"), flow.result("/b")] == [1, 2]
 
 
-@pytest.mark.parametrize("executor_name", ["celery"])
-def test_executors_that_are_not_served_yet(make_flow: MakeFlow, executor_name: str) -> None:
-    """Accepted and checked at decoration, a configuration error at first use and at each use after it."""
-    flow = make_flow()
-    flow.app.get("/plain")(lambda: "plain")
-
-    @flow.route(executor=executor_name)
-    def work() -> None: ...
-
-    for _ in range(2):
-        with pytest.raises(ConfigurationError, match=rf'work\(\).*executor="{executor_name}"'):
-            flow.client.post("/work")
-        with pytest.raises(ConfigurationError, match=executor_name):
-            flow.client.get("/plain")
-        with pytest.raises(ConfigurationError, match=executor_name):
-            flow.client.get("/tasks")
-    with flow.app.app_context():
-        for use in (lambda: flow.async_routes.get("x"), flow.async_routes.query, lambda: flow.async_routes.state["x"]):
-            with pytest.raises(ConfigurationError, match=executor_name):
-                use()
-
-
-def test_an_app_wide_executor_that_is_not_served_yet(make_flow: MakeFlow) -> None:
-    flow = make_flow(ASYNCROUTE_EXECUTOR="celery")
-    flow.route("/fine", executor="thread", endpoint="fine")(lambda: None)
-    flow.async_routes.start(flow.app)
-    flow = make_flow(ASYNCROUTE_EXECUTOR="celery")
-    flow.route()(lambda: None)
-    with pytest.raises(ConfigurationError, match="celery"):
-        flow.async_routes.start(flow.app)
-
-
-def test_later_options_are_accepted_already(flow: Flow) -> None:
-    from flask_asyncroute import Sse
-
-    @flow.route(
-        "/<int:n>", sse=Sse(group="g", send_result=True), on_loss="restart", celery={"queue": "q"}, summary="s", description="d", tags=["t"],
-        request_schema={"type": "object"}, result_schema={"type": "integer"},
-    )  # fmt: skip
-    def work(n: int) -> int:
-        return n
-
-    assert flow.result("/3") == 3
-
-
-# -- classes -------------------------------------------------------------------------------------------------------------
+# -- classes
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_view_class(flow: Flow, executor: Any) -> None:
@@ -663,7 +639,7 @@ def test_a_method_view(flow: Flow) -> None:
 def test_a_view_class_with_arguments_and_decorators_above(flow: Flow) -> None:
     class Report(View):
         methods = ["POST"]
-        decorators = [flow.async_routes.task(arguments={"a": 1}), passing(b=2)]
+        decorators = [flow.async_routes.task(arguments={"a": 1}), add_arguments(b=2)]
 
         def dispatch_request(self, a: int, b: int) -> Any:  # type: ignore[override]
             return [a, b]
@@ -673,7 +649,7 @@ def test_a_view_class_with_arguments_and_decorators_above(flow: Flow) -> None:
 
 
 @IN_MEMORY
-def test_two_view_classes_have_options_of_their_own(flow: Flow) -> None:
+def test_view_classes_have_their_own_options(flow: Flow) -> None:
     for name, cancellable in (("a", True), ("b", False)):
 
         class Report(View):
@@ -686,15 +662,16 @@ def test_two_view_classes_have_options_of_their_own(flow: Flow) -> None:
     assert [flow.start(f"/{name}")["Cancellable"] for name in "ab"] == [True, False]
 
 
-# -- outside ---------------------------------------------------------------------------------------------------------------
+# -- elsewhere
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def test_current_task_elsewhere(make_flow: MakeFlow) -> None:
+def test_current_task_outside_a_task_raises(make_flow: MakeFlow) -> None:
     flow = make_flow()
 
     @flow.app.get("/plain")
     def plain() -> str:
-        with pytest.raises(NoCurrentTask, match="where no task runs"):
+        with pytest.raises(NoCurrentTask, match="outside a running task"):
             current_task.progress = 5
         return "fine"
 
@@ -711,13 +688,18 @@ def test_current_task_in_a_view(flow: Flow, executor: Any) -> None:
         remaining = current_task.remaining()
         assert remaining is not None and 45 < remaining <= 50
         current_task.check()
-        return [current_task.id, current_task.user, current_task.stop_requested, current_task.progress]
+        return [
+            current_task.id,
+            current_task.user,
+            current_task.stop_requested,
+            current_task.progress,
+        ]
 
     task = flow.run()
     assert task["Result"] == [task["Id"], None, False, 0]
 
 
-def test_current_task_knows_its_user(flow: Flow) -> None:
+def test_current_task_has_its_user(flow: Flow) -> None:
     @flow.route(timeout=None)
     def work() -> Any:
         return [current_task.user, current_task.remaining()]
@@ -728,8 +710,7 @@ def test_current_task_knows_its_user(flow: Flow) -> None:
     assert "ExpireTime" not in task
 
 
-def test_a_view_that_calls_another_async_route_gets_a_clear_error(make_flow: MakeFlow) -> None:
-    """It starts tasks of the endpoint that was asked for; any other use is a mistake with a name."""
+def test_a_plain_view_that_calls_an_async_route_gets_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
 
     @flow.route()
@@ -740,7 +721,7 @@ def test_a_view_that_calls_another_async_route_gets_a_clear_error(make_flow: Mak
         flow.client.post("/other")
 
 
-def test_before_task_and_g(flow: Flow) -> None:
+def test_a_before_task_function_sets_g(flow: Flow) -> None:
     @flow.async_routes.before_task
     def load() -> None:
         g.user = request.headers["X-User"]
@@ -753,7 +734,7 @@ def test_before_task_and_g(flow: Flow) -> None:
     assert flow.result() == "anna"
 
 
-def test_an_instance_without_an_app_is_refused_by_name() -> None:
+def test_the_error_without_init_app_names_the_app() -> None:
     async_routes = AsyncRoute()
     app = flask.Flask("shop")
     with pytest.raises(ConfigurationError, match="'shop'.*init_app"):
@@ -765,9 +746,11 @@ def test_an_instance_without_an_app_is_refused_by_name() -> None:
 
 
 @IN_MEMORY
-def test_async_methods_of_a_class_based_view(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flask calls them, and cannot without asgiref: that is told before anything is started."""
-    monkeypatch.setattr("flask_asyncroute.registry.find_spec", lambda name: None)
+def test_async_methods_of_a_class_based_view_need_asgiref(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is raised before a task is started."""
+    monkeypatch.setattr("flask_asyncroute.routes.find_spec", lambda name: None)
 
     class Posted(MethodView):
         decorators = [flow.async_routes.task]
@@ -787,11 +770,13 @@ def test_async_methods_of_a_class_based_view(flow: Flow, monkeypatch: pytest.Mon
         app.config.update(TESTING=True, ASYNCROUTE_STORE="memory://")
         flow.async_routes.init_app(app)
         app.add_url_rule("/work", view_func=view.as_view("work"))
-        with pytest.raises(ConfigurationError, match=rf"{view.__name__}\.{name}\(\) is async.*flask\[async\]"):
+        with pytest.raises(
+            ConfigurationError, match=rf"{view.__name__}\.{name}\(\) is async.*flask\[async\]"
+        ):
             app.test_client().post("/nowhere")
 
 
-def test_async_methods_of_a_class_based_view_where_the_app_runs_them(make_flow: MakeFlow) -> None:
+def test_async_methods_of_a_class_based_view_if_the_app_runs_them(make_flow: MakeFlow) -> None:
     flow = make_flow()
 
     class Async(flask.Flask):
@@ -810,18 +795,20 @@ def test_async_methods_of_a_class_based_view_where_the_app_runs_them(make_flow: 
     assert flow.result() == 1
 
 
-def test_a_misspelt_option_of_route_is_told_where_it_is_written() -> None:
+def test_a_misspelt_option_of_route_is_an_error_at_the_call() -> None:
     async_routes = AsyncRoute()
     with pytest.raises(ConfigurationError, match=r"route\('/work'\): 'max_worker' .*max_workers"):
         async_routes.route("/work", methods=["POST"], max_worker=3)
-    async_routes.route("/work", methods=["POST"], strict_slashes=False, provide_automatic_options=False)(lambda: 1)
+    async_routes.route(
+        "/work", methods=["POST"], strict_slashes=False, provide_automatic_options=False
+    )(lambda: 1)
 
 
-def test_task_above_the_route_with_a_decorator_between(make_flow: MakeFlow) -> None:
+def test_task_above_the_route_with_a_decorator_between_is_an_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
 
     @flow.async_routes.task
-    @passing()
+    @add_arguments()
     @flow.app.post("/work")
     def work() -> int:
         return 1
@@ -834,14 +821,14 @@ async def load_nothing() -> None: ...
 
 
 @pytest.mark.parametrize("function", [load_nothing, 5, None, int], ids=label)
-def test_functions_that_cannot_be_called_plainly(function: Any) -> None:
-    """They would be called without being awaited, and whatever came of it be taken for an answer."""
+def test_functions_that_are_not_plain_functions_are_an_error(function: Any) -> None:
+    """For example, a coroutine function would not be awaited."""
     async_routes = AsyncRoute()
     for register in (async_routes.before_task, async_routes.identity_loader):
-        with pytest.raises(ConfigurationError, match="plain function"):
+        with pytest.raises(ConfigurationError, match="a function that is not async"):
             register(function)
     if function is not None:
         with pytest.raises(ConfigurationError, match=r"permission=… must be"):
             async_routes.task(permission=function)(lambda: 1)
-        with pytest.raises(ConfigurationError, match=r"id_generator=… must be a plain function"):
+        with pytest.raises(ConfigurationError, match=r"id_generator=… must be a function"):
             async_routes.task(id_generator=function)(lambda: 1)

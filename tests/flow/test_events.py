@@ -1,4 +1,4 @@
-"""Streams of events over HTTP: what a client gets, when it comes back, and what it never gets."""
+"""Event streams over HTTP: events, resumption, permissions, slots and ends."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import pytest
 from flask import Flask, abort, request
 
 from flask_asyncroute import Access, AsyncRoute, Permission, Sse, State, current_task
-from flask_asyncroute.followers import Follower
-from flask_asyncroute.http import streams
-from flask_asyncroute.http.event_ids import EventIds
+from flask_asyncroute.engine.notifier import Follower
+from flask_asyncroute.http import streams, waits
+from flask_asyncroute.http.sse_format import EventIds
 from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.stores.base import Expect
-from tests.flow.streaming import Message, messages, opened, read, told
+from tests.support.event_streams import Message, messages, opened, read, told
 
 MakeApp = Callable[..., Flask]
 Eventually = Callable[..., Any]
-POSITION = re.compile(rb"id: (\S{32})\n\n")
-"""What the stream of a group begins with."""
+FIRST_ID = re.compile(rb"id: (\S{32})\n\n")
+"""The first block of a group's stream."""
 
 
 class Served:
-    """An app with routes whose views go on until they are let."""
+    """An app whose views run until ``gate`` is set."""
 
     def __init__(self, app: Flask) -> None:
         self.app = app
@@ -37,9 +37,13 @@ class Served:
         self.client = app.test_client()
 
         @self.async_routes.identity_loader
-        def who() -> Any:
+        def identify() -> Any:
             name = request.headers.get("X-User")
-            return None if name is None else {"id": name, "roles": request.headers.get("X-Roles", "").split()}
+            return (
+                None
+                if name is None
+                else {"id": name, "roles": request.headers.get("X-Roles", "").split()}
+            )
 
         @self.async_routes.route("/work/<int:count>", methods=["PUT"], max_workers=8)
         def work(count: int) -> str:
@@ -71,7 +75,10 @@ class Served:
             self.gate.wait(20)
 
         @self.async_routes.route(
-            "/owned", methods=["PUT"], permission=Permission(read=Access(roles=("reader",))), max_workers=8
+            "/owned",
+            methods=["PUT"],
+            permission=Permission(read=Access(roles=("reader",))),
+            max_workers=8,
         )
         def owned() -> None:
             self.gate.wait(20)
@@ -89,17 +96,21 @@ class Served:
 
     def running(self, task_id: str) -> None:
         with self.app.app_context():
-            runtime_of(self.app).runner.notifier.wait(task_id, lambda task: task.state is State.RUNNING, 10)
+            runtime_of(self.app).runner.notifier.wait(
+                task_id, lambda task: task.state is State.RUNNING, 10
+            )
 
 
 @pytest.fixture(params=["memory://", "sqlite:///asyncroute.db"])
 def served(request: pytest.FixtureRequest, make_app: MakeApp) -> Iterator[Served]:
-    made = Served(make_app(ASYNCROUTE_STORE=request.param, ASYNCROUTE_ADMINS=Access(roles=("admin",))))
+    made = Served(
+        make_app(ASYNCROUTE_STORE=request.param, ASYNCROUTE_ADMINS=Access(roles=("admin",)))
+    )
     yield made
     made.gate.set()
 
 
-def test_a_stream_tells_all_to_the_end(served: Served) -> None:
+def test_a_stream_sends_all_events_to_the_end(served: Served) -> None:
     task_id = served.start("/work/3")
     stream = messages(opened(served.client, f"/task/{task_id}/events").iter_encoded())
     first = next(stream)
@@ -117,35 +128,47 @@ def test_a_stream_tells_all_to_the_end(served: Served) -> None:
     assert None not in ids and len(set(ids)) == len(ids)
 
 
-def test_a_finished_task_is_told_whole(served: Served) -> None:
+def test_a_stream_of_a_finished_task_sends_all_events(served: Served) -> None:
     task_id = served.start("/work/2")
     served.end(task_id)
     found = read(served.client, f"/task/{task_id}/events")
     assert told(found) == ["Completed", "step", "step", "message", "Completed"]
     assert [m.name for m in found] == ["task.state", "step", "step", "message", "task.completed"]
     for number in range(1, 4):
-        assert told(read(served.client, f"/task/{task_id}/events", found[number].id)) == told(found[number + 1 :])
+        assert told(read(served.client, f"/task/{task_id}/events", found[number].id)) == told(
+            found[number + 1 :]
+        )
     answer = opened(served.client, f"/task/{task_id}/events", found[-1].id)
     assert (answer.status_code, answer.data) == (204, b"")
 
 
-def test_the_result_comes_where_the_route_sends_it(served: Served) -> None:
+def test_send_result_adds_the_result_to_the_last_event(served: Served) -> None:
     task_id = served.start("/full")
-    assert served.last["Sse"] == {"Group": "full", "Url": f"/task/{task_id}/events", "SendResult": True}
+    assert served.last["Sse"] == {
+        "Group": "full",
+        "Url": f"/task/{task_id}/events",
+        "SendResult": True,
+    }
     served.end(task_id)
     first, *_, last = read(served.client, f"/task/{task_id}/events")
     assert last.data["Result"] == [1, 2] and "Result" not in first.data
 
 
-def test_a_failed_task_is_completed_too(served: Served) -> None:
+def test_a_failed_task_ends_with_task_completed(served: Served) -> None:
     task_id = served.start("/fails")
     served.end(task_id)
     last = read(served.client, f"/task/{task_id}/events")[-1]
-    assert (last.name, last.data["State"], last.data["Error"]) == ("task.completed", "Failed", "ValueError: broken")
+    assert (last.name, last.data["State"], last.data["Error"]) == (
+        "task.completed",
+        "Failed",
+        "ValueError: broken",
+    )
 
 
-def test_who_comes_back_gets_what_came_after(served: Served, eventually: Eventually) -> None:
-    """Each event once, in the same order, wherever the stream was cut."""
+def test_a_resumed_stream_sends_each_later_event_once(
+    served: Served, eventually: Eventually
+) -> None:
+    """The order is the same wherever the stream was cut."""
     task_id = served.start("/work/30")
     store = runtime_of(served.app).runner.store
     eventually(lambda: len(store.events(0, 100, task_id).events) == 32)
@@ -167,15 +190,19 @@ def test_who_comes_back_gets_what_came_after(served: Served, eventually: Eventua
     assert told(found) == ["Running", *whole]
 
 
-@pytest.mark.parametrize("last_id", ["", "0", "-1", "9" * 40, "é", "A" * 32, "A" * 31 + "=", "x" * 5000])
-def test_a63_an_id_that_is_not_ours_is_ignored(served: Served, last_id: str) -> None:
+@pytest.mark.covers("A63")
+@pytest.mark.parametrize(
+    "last_id", ["", "0", "-1", "9" * 40, "é", "A" * 32, "A" * 31 + "=", "x" * 5000]
+)
+def test_an_unknown_last_event_id_is_ignored(served: Served, last_id: str) -> None:
     task_id = served.start("/work/1")
     served.end(task_id)
     whole = told(read(served.client, f"/task/{task_id}/events"))
     assert told(read(served.client, f"/task/{task_id}/events", last_id)) == whole
 
 
-def test_a63_an_id_of_another_task_is_ignored(served: Served) -> None:
+@pytest.mark.covers("A63")
+def test_a_last_event_id_of_another_task_is_ignored(served: Served) -> None:
     ids = [served.start("/work/1") for _ in range(2)]
     for task_id in ids:
         served.end(task_id)
@@ -183,20 +210,21 @@ def test_a63_an_id_of_another_task_is_ignored(served: Served) -> None:
     assert len(read(served.client, f"/task/{ids[0]}/events", other[-1].id)) == len(other)
 
 
-def test_a63_an_id_from_a_store_that_was_there_before_is_ignored(served: Served) -> None:
+@pytest.mark.covers("A63")
+def test_a_last_event_id_from_an_earlier_store_is_ignored(served: Served) -> None:
     task_id = served.start("/work/1")
     served.end(task_id)
     ahead = EventIds(runtime_of(served.app).runner.store.secret()).seal(10**9, task_id)
     assert told(read(served.client, f"/task/{task_id}/events", ahead))[0] == "Completed"
 
 
-def test_a_group_is_told_only_what_comes(served: Served) -> None:
+def test_a_group_stream_sends_only_new_events(served: Served) -> None:
     before = served.start("/full")
     served.end(before)
     answer = opened(served.client, "/tasks/events?group=full")
     stream = messages(answer.iter_encoded())
     chunks = answer.iter_encoded()
-    assert POSITION.fullmatch(next(chunks)), "an id, and no event"
+    assert FIRST_ID.fullmatch(next(chunks)), "an id, and no event"
     task_id = served.start("/full")
     found: list[Message] = []
     for message in messages(chunks):
@@ -213,15 +241,17 @@ def test_a_group_is_told_only_what_comes(served: Served) -> None:
     again.close()
 
 
-@pytest.mark.parametrize("has_place", [True, False])
-def test_a_group_is_resumed_from_before_its_first_event(served: Served, has_place: bool) -> None:
-    """By who was cut off before one came, and by who found no place."""
-    if not has_place:
-        runtime_of(served.app).runner.places._left = 0
+@pytest.mark.parametrize("has_slot", [True, False])
+def test_a_group_stream_can_be_resumed_before_its_first_event(
+    served: Served, has_slot: bool
+) -> None:
+    """With a slot, the client disconnects. Without one, the stream ends after its first id."""
+    if not has_slot:
+        runtime_of(served.app).runner.stream_slots._value = 0
     answer = opened(served.client, "/tasks/events?group=full")
-    first = POSITION.fullmatch(next(answer.iter_encoded()))
+    first = FIRST_ID.fullmatch(next(answer.iter_encoded()))
     answer.close()
-    runtime_of(served.app).runner.places._left = 2
+    runtime_of(served.app).runner.stream_slots._value = 2
     task_id = served.start("/full")
     served.end(task_id)
     assert first is not None
@@ -231,28 +261,34 @@ def test_a_group_is_resumed_from_before_its_first_event(served: Served, has_plac
     again.close()
 
 
-def test_groups_default_to_the_rule(served: Served) -> None:
+def test_the_default_group_is_the_rule(served: Served) -> None:
     task_id = served.start("/work/0")
-    assert served.last["Sse"] == {"Group": "/work/<int:count>", "Url": f"/task/{task_id}/events", "SendResult": False}
+    assert served.last["Sse"] == {
+        "Group": "/work/<int:count>",
+        "Url": f"/task/{task_id}/events",
+        "SendResult": False,
+    }
 
 
-def test_a_group_that_nobody_is_in_is_silent(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_of_an_empty_group_sends_only_heartbeats(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(streams, "HEARTBEAT_SECONDS", 0.05)
     answer = opened(served.client, "/tasks/events?group=nobody")
     chunks = answer.iter_encoded()
     served.end(served.start("/full"))
-    assert POSITION.fullmatch(next(chunks))
+    assert FIRST_ID.fullmatch(next(chunks))
     assert [next(chunks) for _ in range(3)] == [b":\n\n"] * 3
     answer.close()
 
 
 @pytest.mark.parametrize("query", ["group=a&group=b", "group=", "group=%00", "group=" + "x" * 256])
-def test_what_cannot_be_a_group_is_refused(served: Served, query: str) -> None:
+def test_an_invalid_group_is_refused(served: Served, query: str) -> None:
     answer = served.client.get(f"/tasks/events?{query}")
     assert answer.status_code == 400, query
 
 
-def test_tasks_of_quiet_routes_have_no_events(served: Served) -> None:
+def test_tasks_of_routes_without_sse_have_no_events(served: Served) -> None:
     task_id = served.start("/quiet")
     assert "Sse" not in served.last
     assert served.client.get(f"/task/{task_id}/events").status_code == 404
@@ -261,20 +297,26 @@ def test_tasks_of_quiet_routes_have_no_events(served: Served) -> None:
     assert not store.events(0, 100).events
 
 
-def test_who_may_not_read_gets_what_an_unknown_id_gets(served: Served) -> None:
+def test_an_unreadable_task_is_answered_like_an_unknown_one(served: Served) -> None:
     task_id = served.start("/owned", **{"X-User": "ann"})
-    for who in ({"X-User": "bob"}, {}):
-        theirs = served.client.get(f"/task/{task_id}/events", headers=who)
-        unknown = served.client.get(f"/task/{'0' * len(task_id)}/events", headers=who)
+    for headers in ({"X-User": "bob"}, {}):
+        theirs = served.client.get(f"/task/{task_id}/events", headers=headers)
+        unknown = served.client.get(f"/task/{'0' * len(task_id)}/events", headers=headers)
         assert theirs.status_code == unknown.status_code == 404
-        assert theirs.data.replace(task_id.encode(), b"") == unknown.data.replace(b"0" * len(task_id), b"")
-    for who in ({"X-User": "ann"}, {"X-User": "cat", "X-Roles": "reader"}, {"X-User": "dan", "X-Roles": "admin"}):
-        answer = opened(served.client, f"/task/{task_id}/events", **who)
-        assert answer.status_code == 200, who
+        assert theirs.data.replace(task_id.encode(), b"") == unknown.data.replace(
+            b"0" * len(task_id), b""
+        )
+    for headers in (
+        {"X-User": "ann"},
+        {"X-User": "cat", "X-Roles": "reader"},
+        {"X-User": "dan", "X-Roles": "admin"},
+    ):
+        answer = opened(served.client, f"/task/{task_id}/events", **headers)
+        assert answer.status_code == 200, headers
         answer.close()
 
 
-def test_a_group_has_only_what_its_caller_may_list(served: Served) -> None:
+def test_a_group_stream_has_only_tasks_that_its_caller_may_list(served: Served) -> None:
     seen: dict[str, set[str]] = {}
     callers = {
         "ann": {"X-User": "ann"},
@@ -283,8 +325,10 @@ def test_a_group_has_only_what_its_caller_may_list(served: Served) -> None:
         "admin": {"X-User": "dan", "X-Roles": "admin"},
         "nobody": {},
     }
-    runtime_of(served.app).runner.places._left = len(callers)
-    open_streams = {name: opened(served.client, "/tasks/events", **headers) for name, headers in callers.items()}
+    runtime_of(served.app).runner.stream_slots = threading.BoundedSemaphore(len(callers))
+    open_streams = {
+        name: opened(served.client, "/tasks/events", **headers) for name, headers in callers.items()
+    }
     chunks = {name: answer.iter_encoded() for name, answer in open_streams.items()}
     for stream in chunks.values():
         next(stream)
@@ -304,12 +348,13 @@ def test_a_group_has_only_what_its_caller_may_list(served: Served) -> None:
     }
 
 
-def test_a63_the_caller_is_looked_up_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.covers("A63")
+def test_a_stream_checks_its_caller_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "LOOK_AGAIN_SECONDS", 0.05)
     allowed = {"ann": True}
 
     @served.async_routes.identity_loader
-    def who() -> Any:
+    def identify() -> Any:
         assert request.path.startswith(("/task/", "/owned")) and request.headers["X-Kept"] == "yes"
         return {"id": "ann"} if allowed["ann"] else None
 
@@ -319,12 +364,12 @@ def test_a63_the_caller_is_looked_up_again(served: Served, monkeypatch: pytest.M
     chunks = answer.iter_encoded()
     next(chunks)
     allowed["ann"] = False
-    assert b"completed" not in b"".join(chunks), "the stream ends, and not for the task's end"
+    assert b"completed" not in b"".join(chunks), "the stream ends before the task"
     answer.close()
     assert served.client.get(f"/task/{task_id}/events", headers=headers).status_code == 404
 
 
-def test_a_stream_beats_and_ends_for_its_age(
+def test_a_stream_sends_heartbeats_and_ends_at_its_maximum_age(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
 ) -> None:
     monkeypatch.setattr(streams, "HEARTBEAT_SECONDS", 0.2)
@@ -337,16 +382,20 @@ def test_a_stream_beats_and_ends_for_its_age(
     served.gate.set()
 
 
-def test_streams_of_servers_without_threads_are_short(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_asyncroute.http.sse.UNTHREADED_SECONDS", 0.2)
+def test_streams_of_servers_without_threads_are_short(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "BLOCKING_SECONDS", 0.2)
     served = Served(make_app())
     task_id = served.start("/work/0")
-    answer = served.client.get(f"/task/{task_id}/events", environ_overrides={"wsgi.multithread": False})
+    answer = served.client.get(
+        f"/task/{task_id}/events", environ_overrides={"wsgi.multithread": False}
+    )
     assert answer.data.endswith(b"retry: 1000\n\n")
     served.gate.set()
 
 
-def test_over_the_cap_a_stream_is_a_look(make_app: MakeApp) -> None:
+def test_a_stream_over_the_limit_sends_the_current_state_and_ends(make_app: MakeApp) -> None:
     served = Served(make_app(ASYNCROUTE_MAX_STREAMS=1))
     task_id = served.start("/work/1")
     held = opened(served.client, f"/task/{task_id}/events")
@@ -354,35 +403,48 @@ def test_over_the_cap_a_stream_is_a_look(make_app: MakeApp) -> None:
     for path in (f"/task/{task_id}/events", "/tasks/events"):
         answer = served.client.get(path)
         assert answer.status_code == 200 and answer.data.endswith(b"retry: 3000\n\n"), path
-    look = list(messages([served.client.get(f"/task/{task_id}/events").data]))
-    assert [(m.name, m.id) for m in look] == [("task.state", None)]
+    current = list(messages([served.client.get(f"/task/{task_id}/events").data]))
+    assert [(m.name, m.id) for m in current] == [("task.state", None)]
     served.end(task_id)
-    assert told(read(served.client, f"/task/{task_id}/events"))[-1] == "Completed", "a finished one is sent whole"
+    assert told(read(served.client, f"/task/{task_id}/events"))[-1] == "Completed", (
+        "all events of a finished task are sent"
+    )
     held.close()
     again = served.start("/full")
-    assert told(read(served.client, f"/task/{again}/events"))[-1] == "Completed", "the place is free again"
+    assert told(read(served.client, f"/task/{again}/events"))[-1] == "Completed", (
+        "the slot is free again"
+    )
 
 
-def test_a_stream_that_is_never_read_gives_its_place_back(served: Served) -> None:
+def test_a_stream_that_is_closed_unread_releases_its_slot(served: Served) -> None:
     task_id = served.start("/work/0")
     for _ in range(5):
         opened(served.client, f"/task/{task_id}/events").close()
-    assert runtime_of(served.app).runner.places._left == 2
+    assert runtime_of(served.app).runner.stream_slots._value == 2
 
 
-def test_head_holds_nothing(served: Served) -> None:
+def test_head_of_a_stream_uses_no_slot(served: Served) -> None:
     task_id = served.start("/work/0")
     for path in (f"/task/{task_id}/events", "/tasks/events"):
         answer = served.client.head(path)
-        assert (answer.status_code, answer.content_type, answer.data) == (200, "text/event-stream", b"")
-    assert runtime_of(served.app).runner.places._left == 2
+        assert (answer.status_code, answer.content_type, answer.data) == (
+            200,
+            "text/event-stream",
+            b"",
+        )
+    assert runtime_of(served.app).runner.stream_slots._value == 2
 
 
-@pytest.mark.parametrize(("accept", "status"), [("application/json", 406), ("*/*", 200), ("text/*", 200)])
+@pytest.mark.parametrize(
+    ("accept", "status"), [("application/json", 406), ("*/*", 200), ("text/*", 200)]
+)
 def test_events_are_negotiated(served: Served, accept: str, status: int) -> None:
     task_id = served.start("/full")
     served.end(task_id)
-    assert served.client.get(f"/task/{task_id}/events", headers={"Accept": accept}).status_code == status
+    assert (
+        served.client.get(f"/task/{task_id}/events", headers={"Accept": accept}).status_code
+        == status
+    )
 
 
 def test_headers_of_streams(served: Served) -> None:
@@ -394,7 +456,7 @@ def test_headers_of_streams(served: Served) -> None:
     assert headers["Vary"] == "Accept, Authorization, Cookie"
 
 
-def test_events_can_be_left_out(make_app: MakeApp) -> None:
+def test_no_streams_without_the_events_operation(make_app: MakeApp) -> None:
     served = Served(make_app(ASYNCROUTE_OPERATIONS=("get",)))
     task_id = served.start("/full")
     assert "Sse" not in served.last
@@ -402,7 +464,7 @@ def test_events_can_be_left_out(make_app: MakeApp) -> None:
     assert served.client.get("/tasks/events").status_code == 404
 
 
-def test_events_where_ids_are_in_the_query_alone(make_app: MakeApp) -> None:
+def test_the_stream_url_if_ids_are_only_in_the_query(make_app: MakeApp) -> None:
     served = Served(make_app(ASYNCROUTE_TASK_ID_IN=("query",), ASYNCROUTE_URL_PREFIX="/api"))
     task_id = served.start("/full")
     assert served.last["Sse"]["Url"] == f"/api/task/events?Id={task_id}"
@@ -410,7 +472,7 @@ def test_events_where_ids_are_in_the_query_alone(make_app: MakeApp) -> None:
     assert told(read(served.client, served.last["Sse"]["Url"]))[-1] == "Completed"
 
 
-def test_a_restart_is_told_too(served: Served) -> None:
+def test_a_stream_reports_a_restart(served: Served) -> None:
     task_id = served.start("/work/0")
     served.running(task_id)
     answer = opened(served.client, f"/task/{task_id}/events")
@@ -424,7 +486,7 @@ def test_a_restart_is_told_too(served: Served) -> None:
     served.gate.set()
 
 
-def test_streams_end_with_the_server(served: Served) -> None:
+def test_streams_end_when_the_server_exits(served: Served) -> None:
     task_id = served.start("/work/0")
     served.running(task_id)
     answer = opened(served.client, f"/task/{task_id}/events")
@@ -436,7 +498,9 @@ def test_streams_end_with_the_server(served: Served) -> None:
 
 
 @pytest.mark.parametrize("has_ended", [False, True])
-def test_a_store_that_fails_ends_a_stream(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, has_ended: bool) -> None:
+def test_a_store_failure_ends_a_stream(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, has_ended: bool
+) -> None:
     from flask_asyncroute.errors import StoreUnavailable
 
     served = Served(make_app())
@@ -456,35 +520,25 @@ def test_a_store_that_fails_ends_a_stream(make_app: MakeApp, monkeypatch: pytest
     served.gate.set()
 
 
-def test_f21_the_stream_of_a_group_ends_where_its_store_is_replaced(
-    make_app: MakeApp, tmp_path: Path, eventually: Eventually
+@pytest.mark.covers("F21")
+def test_a_stream_ends_when_the_file_of_the_store_is_deleted(
+    make_app: MakeApp, tmp_path: Path
 ) -> None:
-    """The numbers of the new one begin anew: what happens there would not be after what the client has."""
     path = tmp_path / "there.db"
     served = Served(make_app(ASYNCROUTE_STORE=f"sqlite:///{path}"))
-    for _ in range(3):
-        served.end(served.start("/full"))
-    threaded = {"wsgi.multithread": True}  # else it would end for its age
-    chunks = served.client.get("/tasks/events", environ_overrides=threaded, buffered=False).iter_encoded()
+    threaded = {"wsgi.multithread": True}  # Otherwise the stream ends at its maximum age.
+    chunks = served.client.get(
+        "/tasks/events", environ_overrides=threaded, buffered=False
+    ).iter_encoded()
     next(chunks)
     for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
         path.with_name(name).unlink()
-    eventually(lambda: served.client.put("/full").status_code == 202 and path.exists())
-    thread = threading.Thread(target=lambda: rest.extend(chunks), daemon=True)
-    rest: list[bytes] = []
-    thread.start()
-    thread.join(10)
-    assert rest == [b"retry: 1000\n\n"]
-    again = opened(served.client, "/tasks/events")
-    chunks = again.iter_encoded()
-    next(chunks)
-    task_id = served.start("/full")
-    assert task_id.encode() in next(chunks)
-    again.close()
+    assert list(chunks) == [b"retry: 1000\n\n"]
+    assert served.client.put("/full").status_code == 503
 
 
-def test_a_group_s_first_id_does_not_tell_whether_anything_was_written(served: Served) -> None:
-    """Two that are alike would: also of tasks that the caller may not see."""
+def test_the_first_id_of_a_group_stream_does_not_reveal_activity(served: Served) -> None:
+    """Equal ids would reveal that no task has changed, hidden tasks included."""
     firsts = set()
     for _ in range(2):
         answer = opened(served.client, "/tasks/events")
@@ -493,20 +547,24 @@ def test_a_group_s_first_id_does_not_tell_whether_anything_was_written(served: S
     assert len(firsts) == 2
 
 
-def test_f40_large_events_are_sent_piece_by_piece(served: Served) -> None:
-    """So that what waits for a slow client is one of them, not all that there are."""
+@pytest.mark.covers("F40")
+def test_large_events_are_sent_in_pieces(served: Served) -> None:
+    """Only one piece is then buffered for a slow client, not all events."""
     task_id = served.start("/large/40")
     served.end(task_id)
     answer = opened(served.client, f"/task/{task_id}/events")
     pieces = list(answer.iter_encoded())
     answer.close()
-    assert [message.data["n"] for message in messages(pieces) if message.name == "step"] == list(range(40))
+    assert [message.data["n"] for message in messages(pieces) if message.name == "step"] == list(
+        range(40)
+    )
     assert max(map(len, pieces)) <= streams.PIECE
-    assert len(pieces) < 40, "small ones go together"
+    assert len(pieces) < 40, "small events share a piece"
 
 
-def test_f40_a_large_result_is_sent_in_pieces(served: Served) -> None:
-    """A client that reads slowly, but reads, gets on with each, and so gets all of it in the end."""
+@pytest.mark.covers("F40")
+def test_a_large_result_is_sent_in_pieces(served: Served) -> None:
+    """A slow client makes progress with each piece and receives the whole result."""
     task_id = served.start("/huge")
     served.end(task_id)
     answer = opened(served.client, f"/task/{task_id}/events")
@@ -515,34 +573,38 @@ def test_f40_a_large_result_is_sent_in_pieces(served: Served) -> None:
     assert max(map(len, pieces)) <= streams.PIECE
 
 
-def test_what_was_sent_is_not_held(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiting_stream_keeps_no_sent_data(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task_id = served.start("/work/3")
     served.running(task_id)
     answer = opened(served.client, f"/task/{task_id}/events")
-    held: set[str] = set()
+    kept: set[str] = set()
     wait = Follower.wait
 
-    def look(follower: Follower, seconds: float | None) -> bool:
+    def check_frames(follower: Follower, seconds: float | None) -> bool:
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             if frame.f_code.co_filename == streams.__file__:
-                held.update(name for name in ("data", "piece", "found") if name in frame.f_locals)
+                kept.update(name for name in ("data", "piece", "found") if name in frame.f_locals)
             frame = frame.f_back
         served.gate.set()
         return wait(follower, seconds)
 
-    monkeypatch.setattr(Follower, "wait", look)
+    monkeypatch.setattr(Follower, "wait", check_frames)
     assert len(list(messages(answer.iter_encoded()))) > 4
     assert served.gate.is_set()
-    assert not held
+    assert not kept
 
 
-def test_the_stream_of_a_finished_task_waits_for_nothing(served: Served) -> None:
-    """It has no place, so it must hold its thread no longer than to send; also where the task is removed meanwhile."""
+def test_a_stream_of_a_finished_task_never_waits(served: Served) -> None:
+    """It has no slot, so it holds its thread only while it sends, even if the task is removed."""
     task_id = served.start("/work/2")
     served.end(task_id)
-    threaded = {"wsgi.multithread": True}  # else it would end for its age
-    answer = served.client.get(f"/task/{task_id}/events", environ_overrides=threaded, buffered=False)
+    threaded = {"wsgi.multithread": True}  # Otherwise the stream ends at its maximum age.
+    answer = served.client.get(
+        f"/task/{task_id}/events", environ_overrides=threaded, buffered=False
+    )
     chunks = answer.iter_encoded()
     next(chunks)
     assert served.client.delete(f"/task/{task_id}?purge=true").status_code == 204
@@ -552,8 +614,10 @@ def test_the_stream_of_a_finished_task_waits_for_nothing(served: Served) -> None
     assert not thread.is_alive()
 
 
-def test_a_result_that_is_gone_by_now_is_left_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results are read one by one when their turn has come; the task may be removed by then."""
+def test_a_task_removed_before_its_last_event_is_sent_has_none(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are read one by one, each just before it is sent."""
     task_id = served.start("/full")
     served.end(task_id)
     store = runtime_of(served.app).runner.store
@@ -564,8 +628,11 @@ def test_a_result_that_is_gone_by_now_is_left_out(served: Served, monkeypatch: p
     assert not [message for message in messages(list(chunks)) if message.name == "task.completed"]
 
 
-def test_f40_what_a_stream_says_at_last_has_its_time_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where its store fails, it tells its client when to come back; one that does not read would hold the thread by that."""
+@pytest.mark.covers("F40")
+def test_the_last_block_of_a_stream_must_be_sent_in_time(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that does not read the ``retry:`` block would otherwise hold the thread."""
     from flask_asyncroute.errors import StoreUnavailable
 
     task_id = served.start("/work/0")
@@ -580,17 +647,21 @@ def test_f40_what_a_stream_says_at_last_has_its_time_too(served: Served, monkeyp
 
     monkeypatch.setattr(runner.store, "events", fail)
     assert next(chunks) == b"retry: 1000\n\n"
-    (follower,) = (follower for followers in runner.notifier._waiting.values() for follower in followers)
+    (follower,) = (
+        follower for followers in runner.notifier._waiting.values() for follower in followers
+    )
     assert follower.must_be_sent_by is not None
     answer.close()
 
 
 @pytest.mark.parametrize("is_raised", [True, False])
-def test_a_stream_that_the_app_takes_away_gives_its_place_back(served: Served, is_raised: bool) -> None:
-    """An ``after_request`` function may fail, or answer with something else: nobody closes the stream's response then."""
+def test_a_stream_that_the_app_replaces_releases_its_slot(served: Served, is_raised: bool) -> None:
+    """If an ``after_request`` function fails or returns another response, nothing closes the
+    stream's response.
+    """
 
     @served.app.after_request
-    def instead(response: Any) -> Any:
+    def replace(response: Any) -> Any:
         if response.content_type != "text/event-stream":
             return response
         if is_raised:
@@ -603,19 +674,21 @@ def test_a_stream_that_the_app_takes_away_gives_its_place_back(served: Served, i
     for _ in range(3):
         answer = served.client.get(f"/task/{task_id}/events")
         assert answer.status_code == (500 if is_raised else 418)
-    assert runtime_of(served.app).runner.places._left == 2
+    assert runtime_of(served.app).runner.stream_slots._value == 2
 
 
-def test_a_caller_that_the_app_refuses_meanwhile_ends_the_stream(
+def test_a_stream_ends_if_the_identity_loader_refuses_its_caller(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An identity loader may refuse by an exception, as of a token that has run out; the client then learns it itself."""
+    """A loader may raise, for example if a token has expired. The client gets the error when it
+    reconnects.
+    """
     monkeypatch.setattr(streams, "LOOK_AGAIN_SECONDS", 0.05)
     served = Served(make_app())
     is_refused = threading.Event()
 
     @served.async_routes.identity_loader
-    def who() -> Any:
+    def identify() -> Any:
         if is_refused.is_set():
             abort(401)
         return {"id": "me"}
@@ -630,4 +703,4 @@ def test_a_caller_that_the_app_refuses_meanwhile_ends_the_stream(
     stream.close()
     served.gate.set()
     assert served.client.get(f"/task/{task_id}/events").status_code == 401
-    assert runtime_of(served.app).runner.places._left == 2
+    assert runtime_of(served.app).runner.stream_slots._value == 2

@@ -1,4 +1,4 @@
-"""What Flask offers a view, inside a task: proxies, hosts, templates, further threads, further requests."""
+"""Flask features in tasks: proxies, hosts, templates, threads, nested requests, hooks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from typing import Any
 
 import flask
 import pytest
-from flask import Flask, after_this_request, copy_current_request_context, g, render_template_string, request, url_for
+from flask import (
+    Flask,
+    after_this_request,
+    copy_current_request_context,
+    g,
+    render_template_string,
+    request,
+    url_for,
+)
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from flask_asyncroute import AsyncRoute, ConfigurationError, current_task
-from tests.conftest import close_app
-from tests.flow.driving import Flow
+from tests.support.apps import close_app
+from tests.support.flow import Flow
 
 MakeFlow = Callable[..., Flow]
 MakeApp = Callable[..., Flask]
@@ -44,8 +52,8 @@ def test_behind_a_proxy(flow: Flow) -> None:
     ]  # fmt: skip
 
 
-def asking(app: Flask, async_routes: AsyncRoute, path: str, base_url: str) -> Any:
-    """Start a task at ``base_url`` and use every operation there, as a client that knows no other address."""
+def use_every_operation(app: Flask, async_routes: AsyncRoute, path: str, base_url: str) -> Any:
+    """Start a task and call every operation at ``base_url``; return the result of the task."""
     client = app.test_client()
     started = client.post(path, base_url=base_url)
     assert started.status_code == 202, started.text
@@ -55,7 +63,9 @@ def asking(app: Flask, async_routes: AsyncRoute, path: str, base_url: str) -> An
         async_routes.wait(task_id, 5)
     found = client.get(location, base_url=base_url)
     assert found.status_code == 200 and found.get_json()["Id"] == task_id
-    assert client.get(f"{location}/result", base_url=base_url).get_json() == found.get_json()["Result"]
+    assert (
+        client.get(f"{location}/result", base_url=base_url).get_json() == found.get_json()["Result"]
+    )
     assert client.delete(location, base_url=base_url).status_code == 410
     for answer in (
         client.get("/tasks", base_url=base_url),
@@ -73,7 +83,13 @@ def test_subdomains(tmp_path: Any) -> None:
 
     @async_routes.route("/work/<int:n>", methods=["POST"], subdomain="<tenant>")
     def work(tenant: str, n: int) -> Any:
-        return [tenant, n, request.host, url_for("work", tenant="b", n=2), url_for("asyncroute.get", task_id="x")]
+        return [
+            tenant,
+            n,
+            request.host,
+            url_for("work", tenant="b", n=2),
+            url_for("asyncroute.get", task_id="x"),
+        ]
 
     @async_routes.route("/main", methods=["POST"])
     def main() -> Any:
@@ -85,11 +101,14 @@ def test_subdomains(tmp_path: Any) -> None:
 
     try:
         for tenant in ("a", "b.c"):
-            assert asking(app, async_routes, "/work/1", f"http://{tenant}.shop.example/") == [
+            assert use_every_operation(app, async_routes, "/work/1", f"http://{tenant}.shop.example/") == [
                 tenant, 1, f"{tenant}.shop.example", "http://b.shop.example/work/2", "http://shop.example/task/x",
             ]  # fmt: skip
-        assert asking(app, async_routes, "/main", "http://shop.example/") == "/task/x"
-        assert app.test_client().get("/tasks", base_url="http://admin.shop.example/").text == "of the app"
+        assert use_every_operation(app, async_routes, "/main", "http://shop.example/") == "/task/x"
+        assert (
+            app.test_client().get("/tasks", base_url="http://admin.shop.example/").text
+            == "of the app"
+        )
     finally:
         close_app(app)
 
@@ -107,37 +126,44 @@ def test_host_matching(tmp_path: Any) -> None:
 
     try:
         for host in ("a.example", "b.example:8000"):
-            assert asking(app, async_routes, "/work", f"http://{host}/") == [host, "/task/x", "/tasks"]
+            assert use_every_operation(app, async_routes, "/work", f"http://{host}/") == [
+                host,
+                "/task/x",
+                "/tasks",
+            ]
     finally:
         close_app(app)
 
 
-@pytest.mark.parametrize("place", ["a.example", "<anywhere>"])
-def test_a_rule_that_would_hide_an_operation_where_tasks_are_started(tmp_path: Any, place: str) -> None:
+@pytest.mark.parametrize("host", ["a.example", "<anywhere>"])
+def test_a_rule_that_hides_an_operation_on_the_host_of_a_route_is_an_error(
+    tmp_path: Any, host: str
+) -> None:
     app = Flask("app", host_matching=True, static_host="a.example", instance_path=str(tmp_path))
     app.config.update(TESTING=True, ASYNCROUTE_STORE="memory://")
     async_routes = AsyncRoute(app)
     app.post("/work", host="a.example")(async_routes.task(lambda: 1))
-    app.add_url_rule("/tasks", "mine", lambda **given: "mine", host=place)
+    app.add_url_rule("/tasks", "mine", lambda **given: "mine", host=host)
     with pytest.raises(ConfigurationError, match=r"'mine'.*ASYNCROUTE_URL_PREFIX"):
         app.test_client().get("/tasks", base_url="http://a.example/")
 
 
-def test_templates(flow: Flow) -> None:
+def test_templates_in_a_task(flow: Flow) -> None:
     flow.app.context_processor(lambda: {"added": "by a processor"})
 
     @flow.route()
     def work() -> Any:
         g.thing = "in g"
         return render_template_string(
-            "{{ request.args.x }}, {{ g.thing }}, {{ session.get('y') }}, {{ added }}, {{ url_for('work') }}"
+            "{{ request.args.x }}, {{ g.thing }}, {{ session.get('y') }}, {{ added }}, {{ "
+            "url_for('work') }}"
         )
 
     assert flow.result("/work?x=1") == "1, in g, None, by a processor, /work"
 
 
-def test_threads_of_the_view_with_the_request(flow: Flow) -> None:
-    """Flask hands the request on; the task is handed on as an object."""
+def test_threads_of_a_view_have_its_request(flow: Flow) -> None:
+    """``copy_current_request_context`` copies the request. The task is passed as an object."""
 
     @flow.route()
     def work() -> Any:
@@ -157,26 +183,28 @@ def test_threads_of_the_view_with_the_request(flow: Flow) -> None:
     assert task["Result"] == [["1", task["Id"]]]
 
 
-def test_f13_state_follows_the_return_of_the_view(flow: Flow, gate: threading.Event) -> None:
-    """Threads that it has started may go on."""
-    left: list[threading.Thread] = []
+@pytest.mark.covers("F13")
+def test_a_task_completes_when_its_view_returns(flow: Flow, gate: threading.Event) -> None:
+    """Threads that the view has started may still run."""
+    threads: list[threading.Thread] = []
 
     @flow.route()
     def work() -> str:
         thread = threading.Thread(target=lambda: gate.wait(10))
         thread.start()
-        left.append(thread)
+        threads.append(thread)
         return "done"
 
     assert flow.result() == "done"
-    assert left[0].is_alive()
+    assert threads[0].is_alive()
     gate.set()
-    left[0].join()
+    threads[0].join()
 
 
-def test_a_task_that_starts_another(flow: Flow, executor: Any) -> None:
-    """Its request is a request like any other: the new task is its own."""
-    flow.route("/other", endpoint="other", executor=executor)(lambda: [current_task.id, request.path])
+def test_a_task_starts_another_by_a_request(flow: Flow, executor: Any) -> None:
+    flow.route("/other", endpoint="other", executor=executor)(
+        lambda: [current_task.id, request.path]
+    )
 
     @flow.route()
     def work() -> Any:
@@ -191,7 +219,7 @@ def test_a_task_that_starts_another(flow: Flow, executor: Any) -> None:
     assert result == [other, "/other"] and other != own
 
 
-def test_a_client_that_keeps_its_context(flow: Flow, executor: Any) -> None:
+def test_a_test_client_that_preserves_its_context(flow: Flow, executor: Any) -> None:
     flow.route(endpoint="work", executor=executor)(lambda: request.path)
     with flow.app.test_client() as client:
         response = client.post("/work")
@@ -200,7 +228,7 @@ def test_a_client_that_keeps_its_context(flow: Flow, executor: Any) -> None:
     assert flow.ended(task)["Result"] == "/work"
 
 
-def test_a_view_that_is_called_in_a_test_request(flow: Flow) -> None:
+def test_a_view_called_in_a_test_request_starts_a_task(flow: Flow) -> None:
     @flow.route("/a/<int:n>")
     def work(n: int) -> int:
         return n + 1
@@ -215,7 +243,7 @@ def test_a_view_that_is_called_in_a_test_request(flow: Flow) -> None:
     "content_type", ["multipart/form-data", "application/x-www-form-urlencoded", "application/json"]
 )
 def test_forms_in_debug_mode(make_flow: MakeFlow, content_type: str) -> None:
-    """Flask replaces `files` then, to explain itself where the encoding of a form is wrong."""
+    """In debug mode Flask replaces ``files``, to explain a wrong form encoding."""
     flow = make_flow(DEBUG=True)
     flow.app.before_request(lambda: request.form.get("a") and None)
 
@@ -229,7 +257,7 @@ def test_forms_in_debug_mode(make_flow: MakeFlow, content_type: str) -> None:
         assert flow.result(data={"a": "1"}, content_type=content_type) == ["1", None]
 
 
-def test_after_this_request_is_without_effect(flow: Flow) -> None:
+def test_after_this_request_in_a_task_has_no_effect(flow: Flow) -> None:
     ran = []
 
     def later(response: Any) -> Any:
@@ -246,27 +274,31 @@ def test_after_this_request_is_without_effect(flow: Flow) -> None:
 
 
 @pytest.mark.parametrize("method", ["PATCH", "DELETE", "REPORT", "PROPFIND"])
-def test_other_methods(flow: Flow, method: str) -> None:
+def test_routes_with_other_methods(flow: Flow, method: str) -> None:
     flow.route(endpoint="work", methods=[method])(lambda: request.method)
     task = flow.run("/work", method)
-    assert (task["Method"], task["AsyncRouteId"], task["Result"]) == (method, f"[{method.capitalize()}]/work", method)
+    assert (task["Method"], task["AsyncRouteId"], task["Result"]) == (
+        method,
+        f"[{method.capitalize()}]/work",
+        method,
+    )
 
 
-def test_a_redirect_for_a_slash_starts_nothing(flow: Flow) -> None:
+def test_a_redirect_to_a_trailing_slash_starts_nothing(flow: Flow) -> None:
     flow.route("/work/", endpoint="work")(lambda: 1)
     assert flow.request("POST", "/work").status_code == 308
     assert flow.query() == []
     assert flow.result("/work/") == 1
 
 
-def test_flask_s_hooks_may_refuse_a_start(flow: Flow) -> None:
+def test_a_before_request_function_may_refuse_a_start(flow: Flow) -> None:
     flow.app.before_request(lambda: flask.abort(403) if request.method == "POST" else None)
     flow.route(endpoint="work")(lambda: 1)
     assert flow.request("POST", "/work").status_code == 403
     assert flow.query() == []
 
 
-def test_flask_s_hooks_may_change_the_answer(flow: Flow) -> None:
+def test_an_after_request_function_may_change_the_response(flow: Flow) -> None:
     @flow.app.after_request
     def mark(response: Any) -> Any:
         response.headers["X-Marked"] = "yes"
@@ -278,8 +310,7 @@ def test_flask_s_hooks_may_change_the_answer(flow: Flow) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-def test_a_before_task_function_that_is_async(make_flow: MakeFlow) -> None:
-    """It runs, or is refused where it is registered; silently leaving it out would be neither."""
+def test_an_async_before_task_function_runs_or_is_refused(make_flow: MakeFlow) -> None:
     flow = make_flow()
     ran = []
 
@@ -296,7 +327,7 @@ def test_a_before_task_function_that_is_async(make_flow: MakeFlow) -> None:
     assert ran
 
 
-def test_a_server_name_in_the_configuration(make_flow: MakeFlow) -> None:
+def test_url_for_with_a_configured_server_name(make_flow: MakeFlow) -> None:
     flow = make_flow(SERVER_NAME="shop.example", APPLICATION_ROOT="/app")
     flow.route(endpoint="work")(lambda: url_for("work", _external=True))
     flow.app.post("/plain")(lambda: url_for("work", _external=True))
@@ -305,7 +336,7 @@ def test_a_server_name_in_the_configuration(make_flow: MakeFlow) -> None:
         assert url_for("asyncroute.get", task_id="x") == "http://shop.example/app/task/x"
 
 
-def test_trusted_hosts_hold_at_the_start(make_flow: MakeFlow) -> None:
+def test_trusted_hosts_are_checked_at_the_start(make_flow: MakeFlow) -> None:
     flow = make_flow(TRUSTED_HOSTS=["localhost"])
     flow.route(endpoint="work")(lambda: request.host)
     assert flow.request("POST", "/work", headers={"Host": "evil.example"}).status_code == 400

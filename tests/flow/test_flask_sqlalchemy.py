@@ -1,4 +1,6 @@
-"""An app whose own tables are in the same PostgreSQL database, by Flask-SQLAlchemy and Alembic, as the page on deployment has it."""
+"""An app with tables of its own in the same PostgreSQL database, by Flask-SQLAlchemy and Alembic,
+as on the page on deployment.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ from flask import Flask
 from sqlalchemy import Column, Integer, MetaData, Table, inspect
 
 from flask_asyncroute import AsyncRoute, ConfigurationError, metadata
-from flask_asyncroute.stores.opening import make_store
-from tests.conftest import close_app, engine_of, new_postgresql_database
-from tests.flow.driving import Flow
+from flask_asyncroute.stores.registry import make_store
+from tests.support.apps import close_app
+from tests.support.databases import engine_of, new_postgresql_database
+from tests.support.flow import Flow
 
 ENV = """
 import flask_asyncroute
@@ -49,11 +52,15 @@ def upgrade():
 '''
 
 
-def test_the_engine_of_flask_sqlalchemy(make_app: Callable[..., Flask], postgresql_url: str) -> None:
+def test_a_store_on_the_engine_of_flask_sqlalchemy(
+    make_app: Callable[..., Flask], postgresql_url: str
+) -> None:
     flask_sqlalchemy = pytest.importorskip("flask_sqlalchemy")
     db = flask_sqlalchemy.SQLAlchemy()
     app = make_app(
-        SQLALCHEMY_DATABASE_URI=postgresql_url, ASYNCROUTE_STORE=lambda: db.engine, ASYNCROUTE_LIST_ANONYMOUS=True
+        SQLALCHEMY_DATABASE_URI=postgresql_url,
+        ASYNCROUTE_STORE=lambda: db.engine,
+        ASYNCROUTE_LIST_ANONYMOUS=True,
     )
     db.init_app(app)
     flow = Flow(app, AsyncRoute(app))
@@ -65,7 +72,7 @@ def test_the_engine_of_flask_sqlalchemy(make_app: Callable[..., Flask], postgres
     task = flow.run()
     assert (task["State"], task["Result"]) == ("Completed", 42)
     assert flow.ids() == [task["Id"]]
-    # First use may come where there is no app context.
+    # First use may happen outside an app context.
     assert flow.async_routes.start(app) is None
     close_app(app)
     with app.app_context():
@@ -75,7 +82,7 @@ def test_the_engine_of_flask_sqlalchemy(make_app: Callable[..., Flask], postgres
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Any]:
-    """Give ``make_config(engine, target, leaves_alone)``: Alembic's configuration for a folder of migrations."""
+    """Return ``make_config(engine, target, leaves_alone)``, which configures Alembic."""
     pytest.importorskip("alembic")
     from alembic.config import Config
 
@@ -93,7 +100,9 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
-def test_alembic_leaves_the_tables_alone(postgresql_server: str, make_config: Callable[..., Any]) -> None:
+def test_alembic_can_ignore_the_tables_of_the_extension(
+    postgresql_server: str, make_config: Callable[..., Any]
+) -> None:
     pytest.importorskip("alembic")
     from alembic import command
 
@@ -116,8 +125,10 @@ def test_alembic_leaves_the_tables_alone(postgresql_server: str, make_config: Ca
         store.close()
 
 
-def test_alembic_makes_the_tables(postgresql_server: str, make_config: Callable[..., Any]) -> None:
-    """And finds nothing to change in them afterwards, whoever made them."""
+def test_alembic_can_create_the_tables_of_the_extension(
+    postgresql_server: str, make_config: Callable[..., Any]
+) -> None:
+    """Afterwards it finds no difference, whether Alembic or the store created the tables."""
     pytest.importorskip("alembic")
     from alembic import command
 

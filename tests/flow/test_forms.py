@@ -1,4 +1,4 @@
-"""Forms and files in a task: as they were sent, also where something before the view has parsed or read them already."""
+"""Forms and files in a task: as the client sent them, even if a hook has read them first."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from flask import request, session
-from flask_wtf.csrf import CSRFProtect, generate_csrf
+from flask import request
 from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.test import EnvironBuilder
 
-from tests.flow.driving import IN_MEMORY, Flow
+from tests.support.flow import IN_MEMORY, Flow
 
 MakeFlow = Callable[..., Flow]
 
@@ -53,15 +52,18 @@ READERS: dict[str, Callable[[], Any]] = {
     "get_data, then form": lambda: (request.get_data(), request.form),
     "form, then get_data": lambda: (request.form, request.get_data()),
     "form, then data": lambda: (request.form, request.data),
-    "form, then get_json by force": lambda: (request.form, request.get_json(force=True, silent=True)),
+    "form, then get_json by force": lambda: (
+        request.form,
+        request.get_json(force=True, silent=True),
+    ),
     "a file": lambda: [file.read(3) for file in request.files.values()],
     "all of a file": lambda: [file.read() for file in request.files.values()],
 }
-"""What hooks before the view do with a body."""
+"""How hooks read the body before the view."""
 
 
-def seen() -> dict[str, Any]:
-    """Return all that is in a form, in JSON."""
+def form_content() -> dict[str, Any]:
+    """Return all fields and files of the current request's form."""
     return {
         "form": list(request.form.items(multi=True)),
         "files": [
@@ -71,8 +73,8 @@ def seen() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def hook(flow: Flow, read: Callable[[], Any]) -> None:
-    """Have something read each request before the view gets it."""
+def add_reading_hook(flow: Flow, read: Callable[[], Any]) -> None:
+    """Read each POST request in a ``before_request`` function."""
 
     @flow.app.before_request
     def before() -> None:
@@ -80,22 +82,22 @@ def hook(flow: Flow, read: Callable[[], Any]) -> None:
             read()
 
 
-def with_echo(flow: Flow, read: Callable[[], Any]) -> None:
-    """Add an async route that returns what it sees, and a plain view beside it that does the same."""
+def add_echo_views(flow: Flow, read: Callable[[], Any]) -> None:
+    """Add an async route and a plain view that both return the form."""
 
-    hook(flow, read)
+    add_reading_hook(flow, read)
 
     @flow.route()
     def work() -> Any:
-        return seen()
+        return form_content()
 
     @flow.app.post("/plain")
     def plain() -> Any:
-        return seen()
+        return form_content()
 
 
-def both(flow: Flow, **given: Any) -> tuple[Any, Any]:
-    """Return what the task sees and what a plain view sees of the same request."""
+def results_of_both(flow: Flow, **given: Any) -> tuple[Any, Any]:
+    """Send a request to both views; return the results of the task and of the plain view."""
     task = flow.result("/work", **given)
     response = flow.client.post("/plain", **given)
     assert response.status_code == 200
@@ -103,17 +105,19 @@ def both(flow: Flow, **given: Any) -> tuple[Any, Any]:
 
 
 def multipart(*parts: tuple[str, bytes]) -> dict[str, Any]:
-    """Return a multipart body, the headers of each part as they are given."""
-    body = b"".join(b"--B\r\n" + headers.encode() + b"\r\n\r\n" + data + b"\r\n" for headers, data in parts)
+    """Return a multipart body whose parts have exactly these headers."""
+    body = b"".join(
+        b"--B\r\n" + headers.encode() + b"\r\n\r\n" + data + b"\r\n" for headers, data in parts
+    )
     return {"data": body + b"--B--\r\n", "content_type": f"{MULTIPART}; boundary=B"}
 
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("kind", [MULTIPART, URLENCODED])
-def test_a_form_that_something_read_before(make_flow: MakeFlow, kind: str, read: str) -> None:
-    """The task sees what a plain view would have seen, and that is all of it unless the hook threw it away."""
+def test_a_form_that_a_hook_has_read(make_flow: MakeFlow, kind: str, read: str) -> None:
+    """The task gets the whole form, unless the hook has read the body without caching it."""
     flow = make_flow()
-    with_echo(flow, READERS[read])
+    add_echo_views(flow, READERS[read])
     sent: dict[str, Any] = {"a": ["1", "2"], "b": "é"}
     if kind == MULTIPART:
         sent["file"] = (io.BytesIO(b"content" * 1000), "name.csv", "text/csv")
@@ -127,18 +131,20 @@ def test_a_form_that_something_read_before(make_flow: MakeFlow, kind: str, read:
 
     if read == "get_data, not cached":
         response = flow.request("POST", "/work", **given())
-        assert response.status_code == 500, "what is gone cannot be stored, and half a request must not start"
+        assert response.status_code == 500, "a body that the hook consumed cannot be stored"
         return
     task = flow.result("/work", **given())
     assert task["form"] == [["a", "1"], ["a", "2"], ["b", "é"]]
     if kind == MULTIPART:
-        assert [file[:3] + file[5:] for file in task["files"]] == [["file", "name.csv", "text/csv", 7000]]
+        assert [file[:3] + file[5:] for file in task["files"]] == [
+            ["file", "name.csv", "text/csv", 7000]
+        ]
 
 
 @pytest.mark.parametrize("read", ["nothing", "form", "get_data"])
 @pytest.mark.parametrize("kind", [MULTIPART, URLENCODED])
-def test_awkward_names_and_values(flow: Flow, kind: str, read: str) -> None:
-    with_echo(flow, READERS[read])
+def test_unusual_names_and_values(flow: Flow, kind: str, read: str) -> None:
+    add_echo_views(flow, READERS[read])
     for data in (
         MultiDict([(name, f"value of {name}") for name in NAMES]),
         MultiDict([("x", value) for value in VALUES]),
@@ -147,25 +153,32 @@ def test_awkward_names_and_values(flow: Flow, kind: str, read: str) -> None:
     ):
         builder = EnvironBuilder(method="POST", data=data, content_type=kind)
         environ = builder.get_environ()
-        task, plain = both(flow, data=environ["wsgi.input"].read(), content_type=environ["CONTENT_TYPE"])
+        task, plain = results_of_both(
+            flow, data=environ["wsgi.input"].read(), content_type=environ["CONTENT_TYPE"]
+        )
         assert task == plain
-        # Whoever writes %22 in a multipart name means a quote; nobody can tell the two apart.
+        # In a multipart name, %22 stands for a quote, so the two cannot be distinguished.
         assert task["form"] == [
-            [name.replace("%22", '"') if kind == MULTIPART else name, value] for name, value in data.items(multi=True)
+            [name.replace("%22", '"') if kind == MULTIPART else name, value]
+            for name, value in data.items(multi=True)
         ]
 
 
-AWKWARD_PARTS = {
+UNUSUAL_PARTS = {
     "escaped quote": ('Content-Disposition: form-data; name="a\\"b"; filename="c\\"d.txt"', b"x"),
     "percent quote": ('Content-Disposition: form-data; name="a%22b"; filename="c%22d.txt"', b"x"),
-    "percent line break": ('Content-Disposition: form-data; name="a%0D%0Ab"; filename="c%0D%0Ad.txt"', b"x"),
+    "percent line break": ('Content-Disposition: form-data; name="a%0D%0Ab"; '
+                           'filename="c%0D%0Ad.txt"', b"x"),
     "backslash": ('Content-Disposition: form-data; name="a\\\\b"; filename="C:\\\\temp\\\\d.txt"', b"x"),
     "lone backslash": ('Content-Disposition: form-data; name="a"; filename="C:\\temp\\new.txt"', b"x"),
     "backslash at the end": ('Content-Disposition: form-data; name="a\\\\"; filename="d\\\\"', b"x"),
     "filename*": ("Content-Disposition: form-data; name=\"a\"; filename*=UTF-8''%e2%82%ac%20x.txt", b"x"),
-    "filename* with a line break": ("Content-Disposition: form-data; name=\"a\"; filename*=UTF-8''a%0D%0AX-Bad:%201", b"x"),
-    "filename* with percent": ("Content-Disposition: form-data; name=\"a\"; filename*=UTF-8''a%2522b%250Dc", b"x"),
-    "filename* with a quote": ("Content-Disposition: form-data; name=\"a\"; filename*=UTF-8''a%22;%20name=%22b", b"x"),
+    "filename* with a line break": ("Content-Disposition: form-data; name=\"a\"; "
+                                    "filename*=UTF-8''a%0D%0AX-Bad:%201", b"x"),
+    "filename* with percent": ("Content-Disposition: form-data; name=\"a\"; "
+                               "filename*=UTF-8''a%2522b%250Dc", b"x"),
+    "filename* with a quote": ("Content-Disposition: form-data; name=\"a\"; "
+                               "filename*=UTF-8''a%22;%20name=%22b", b"x"),
     "name* with a line break": ("Content-Disposition: form-data; name*=UTF-8''a%0D%0A%0D%0AX", b"x"),
     "raw emoji": ('Content-Disposition: form-data; name="\U0001f600"; filename="\U0001f680.bin"', b"x"),
     "raw latin": ('Content-Disposition: form-data; name="é"; filename="ü.txt"', b"x"),
@@ -177,12 +190,17 @@ AWKWARD_PARTS = {
     "unquoted": ("Content-Disposition: form-data; name=a; filename=d.txt", b"x"),
     "semicolon": ('Content-Disposition: form-data; name="a;b"; filename="c;d.txt"', b"x"),
     "path": ('Content-Disposition: form-data; name="a"; filename="../../etc/passwd"', b"x"),
-    "type with parameters": ('Content-Disposition: form-data; name="a"; filename="d"\r\nContent-Type: text/csv; charset=utf-8; header="a b"', b"x"),
-    "field with a charset": ('Content-Disposition: form-data; name="a"\r\nContent-Type: text/plain; charset=iso-8859-1', b"\xe9"),
-    "field with an unknown charset": ('Content-Disposition: form-data; name="a"\r\nContent-Type: text/plain; charset=utf-7', b"+AGE-"),
+    "type with parameters": ('Content-Disposition: form-data; name="a"; '
+                             'filename="d"\r\nContent-Type: text/csv; charset=utf-8; header="a b"', b"x"),
+    "field with a charset": ('Content-Disposition: form-data; name="a"\r\nContent-Type: '
+                             'text/plain; charset=iso-8859-1', b"\xe9"),
+    "field with an unknown charset": ('Content-Disposition: form-data; name="a"\r\nContent-Type: '
+                                      'text/plain; charset=utf-7', b"+AGE-"),
     "field that is no UTF-8": ('Content-Disposition: form-data; name="a"', b"\xff\xfe"),
-    "more headers": ('Content-Disposition: form-data; name="a"; filename="d"\r\nX-Thing: \u00e9\r\nContent-Length: 1\r\nContent-Transfer-Encoding: binary', b"x"),
-    "empty file": ('Content-Disposition: form-data; name="a"; filename="d"\r\nContent-Type: text/csv', b""),
+    "more headers": ('Content-Disposition: form-data; name="a"; filename="d"\r\nX-Thing: '
+                     '\u00e9\r\nContent-Length: 1\r\nContent-Transfer-Encoding: binary', b"x"),
+    "empty file": ('Content-Disposition: form-data; name="a"; filename="d"\r\nContent-Type: '
+                   'text/csv', b""),
     "a boundary inside": ('Content-Disposition: form-data; name="a"; filename="d"', b"\r\n--C\r\n--C--\r\n--\r\n"),
     "line breaks at both ends": ('Content-Disposition: form-data; name="a"; filename="d"', b"\r\nx\r\n"),
     "bytes": ('Content-Disposition: form-data; name="a"; filename="d"', bytes(range(256))),
@@ -190,18 +208,18 @@ AWKWARD_PARTS = {
 
 
 @pytest.mark.parametrize("read", ["nothing", "form", "get_data"])
-@pytest.mark.parametrize("part", AWKWARD_PARTS)
-def test_awkward_parts(make_flow: MakeFlow, part: str, read: str) -> None:
-    """The task sees what a plain view sees: as the wire has it, or as it was parsed before."""
+@pytest.mark.parametrize("part", UNUSUAL_PARTS)
+def test_parts_with_unusual_headers(make_flow: MakeFlow, part: str, read: str) -> None:
+    """The task sees what a plain view sees, whether or not a hook has parsed the body."""
     flow = make_flow()
-    with_echo(flow, READERS[read])
-    task, plain = both(flow, **multipart(AWKWARD_PARTS[part]))
+    add_echo_views(flow, READERS[read])
+    task, plain = results_of_both(flow, **multipart(UNUSUAL_PARTS[part]))
     assert task == plain
 
 
 @pytest.mark.parametrize("read", ["nothing", "form"])
-def test_several_files_under_one_name_and_empty_ones(flow: Flow, read: str) -> None:
-    with_echo(flow, READERS[read])
+def test_several_and_empty_files_with_one_name(flow: Flow, read: str) -> None:
+    add_echo_views(flow, READERS[read])
     parts = [
         ('Content-Disposition: form-data; name="f"; filename="1"', b"one"),
         ('Content-Disposition: form-data; name="x"', b"between"),
@@ -209,59 +227,80 @@ def test_several_files_under_one_name_and_empty_ones(flow: Flow, read: str) -> N
         ('Content-Disposition: form-data; name="f"; filename="1"', b"three"),
         ('Content-Disposition: form-data; name="f"; filename=""', b""),
     ]
-    task, plain = both(flow, **multipart(*parts))
+    task, plain = results_of_both(flow, **multipart(*parts))
     assert task == plain
     assert [file[1] for file in task["files"]] == ["1", "2", "1", ""]
 
 
 @pytest.mark.parametrize("read", ["nothing", "form"])
-def test_a_large_file_beside_fields(flow: Flow, read: str) -> None:
+def test_a_large_file_between_fields(flow: Flow, read: str) -> None:
     data = b"".join(b"%d;%d\r\n" % (number, number**3) for number in range(150_000))
-    with_echo(flow, READERS[read])
+    add_echo_views(flow, READERS[read])
     sent = multipart(
         ('Content-Disposition: form-data; name="a"', b"1"),
-        ('Content-Disposition: form-data; name="f"; filename="big.csv"\r\nContent-Type: text/csv', data),
+        (
+            'Content-Disposition: form-data; name="f"; filename="big.csv"\r\nContent-Type: text/csv',
+            data,
+        ),
         ('Content-Disposition: form-data; name="b"', b"2"),
     )
     found = flow.result("/work", **sent)
     assert found["form"] == [["a", "1"], ["b", "2"]]
-    assert found["files"] == [["f", "big.csv", "text/csv", "text/csv", hashlib.sha256(data).hexdigest(), len(data)]]
+    assert found["files"] == [
+        ["f", "big.csv", "text/csv", "text/csv", hashlib.sha256(data).hexdigest(), len(data)]
+    ]
 
 
 @pytest.mark.parametrize("read", ["nothing", "form"])
-def test_urlencoded_bytes_that_are_no_utf8(make_flow: MakeFlow, read: str) -> None:
+def test_urlencoded_bytes_that_are_not_utf8(make_flow: MakeFlow, read: str) -> None:
     flow = make_flow()
-    with_echo(flow, READERS[read])
-    for data in (b"a=%FF%C3%A9&%E9=x", b"a=\xff\xc3\xa9", b"a=%&b=%4&c=%zz", b"&&=&a", b"a=%00%0D%0A", b"a=%ED%A0%80"):
-        task, plain = both(flow, data=data, content_type=URLENCODED)
+    add_echo_views(flow, READERS[read])
+    for data in (
+        b"a=%FF%C3%A9&%E9=x",
+        b"a=\xff\xc3\xa9",
+        b"a=%&b=%4&c=%zz",
+        b"&&=&a",
+        b"a=%00%0D%0A",
+        b"a=%ED%A0%80",
+    ):
+        task, plain = results_of_both(flow, data=data, content_type=URLENCODED)
         assert task == plain, data
 
 
 @pytest.mark.parametrize(
-    "content_type", [f"{URLENCODED}; charset=latin-1", "Application/X-WWW-Form-URLEncoded", f"{URLENCODED};"]
+    "content_type",
+    [f"{URLENCODED}; charset=latin-1", "Application/X-WWW-Form-URLEncoded", f"{URLENCODED};"],
 )
 @pytest.mark.parametrize("read", ["nothing", "form"])
 def test_content_types_of_a_form(make_flow: MakeFlow, content_type: str, read: str) -> None:
     flow = make_flow()
-    with_echo(flow, READERS[read])
-    task, plain = both(flow, data=b"a=%C3%A9", content_type=content_type)
+    add_echo_views(flow, READERS[read])
+    task, plain = results_of_both(flow, data=b"a=%C3%A9", content_type=content_type)
     assert task == plain == {"form": [["a", "é"]], "files": []}
 
 
-def test_a_form_parsed_before_keeps_other_headers(make_flow: MakeFlow) -> None:
+def test_a_form_that_a_hook_has_parsed_keeps_other_headers(make_flow: MakeFlow) -> None:
     flow = make_flow()
-    hook(flow, READERS["form"])
+    add_reading_hook(flow, READERS["form"])
 
     @flow.route()
     def work() -> Any:
-        return [request.mimetype, request.headers["X-Thing"], request.content_length == len(request.get_data())]
+        return [
+            request.mimetype,
+            request.headers["X-Thing"],
+            request.content_length == len(request.get_data()),
+        ]
 
-    assert flow.result(data={"a": "1"}, content_type=MULTIPART, headers={"X-Thing": "y"}) == [MULTIPART, "y", True]
+    assert flow.result(data={"a": "1"}, content_type=MULTIPART, headers={"X-Thing": "y"}) == [
+        MULTIPART,
+        "y",
+        True,
+    ]
 
 
 @IN_MEMORY
-def test_json_behind_a_hook_that_looks_for_a_form(flow: Flow) -> None:
-    hook(flow, READERS["form"])
+def test_json_after_a_hook_that_reads_a_form(flow: Flow) -> None:
+    add_reading_hook(flow, READERS["form"])
 
     @flow.route()
     def work() -> Any:
@@ -272,8 +311,8 @@ def test_json_behind_a_hook_that_looks_for_a_form(flow: Flow) -> None:
 
 @IN_MEMORY
 @pytest.mark.parametrize("read", ["get_data", "data", "get_json", "get_json by force", "values"])
-def test_json_behind_a_hook_that_reads_it(flow: Flow, read: str) -> None:
-    hook(flow, READERS[read])
+def test_json_after_a_hook_that_reads_it(flow: Flow, read: str) -> None:
+    add_reading_hook(flow, READERS[read])
 
     @flow.route()
     def work() -> Any:
@@ -296,73 +335,9 @@ def test_files_can_be_saved_by_the_request_and_by_the_task(flow: Flow, tmp_path:
     assert (tmp_path / "early").read_bytes() == (tmp_path / "late").read_bytes() == b"content"
 
 
-@pytest.fixture
-def protected(make_flow: MakeFlow, store_url: str) -> Flow:
-    """Give an app behind Flask-WTF's CSRFProtect, its operations exempt, a token in its session."""
-    flow = make_flow(ASYNCROUTE_STORE=store_url)
-    csrf = CSRFProtect(flow.app)
-    csrf.exempt(flow.async_routes.blueprint)
-
-    @flow.app.get("/token")
-    def token() -> str:
-        session["user"] = "anna"
-        return generate_csrf()
-
-    return flow
-
-
-@pytest.mark.parametrize("kind", [MULTIPART, URLENCODED])
-def test_a_form_behind_csrf_protection(protected: Flow, executor: Any, kind: str) -> None:
-    @protected.route(executor=executor)
-    def work() -> Any:
-        return {**seen(), "user": session["user"]}
-
-    token = protected.client.get("/token").get_data(as_text=True)
-    data: dict[str, Any] = {"csrf_token": token, "a": ["1", "é\U0001f600"]}
-    if kind == MULTIPART:
-        data["f"] = [(io.BytesIO(b"one"), "naïve; \U0001f600.csv", "text/csv"), (io.BytesIO(b""), "empty")]
-    found = protected.result(data=data, content_type=kind)
-    assert found["user"] == "anna"
-    assert found["form"] == [["csrf_token", token], ["a", "1"], ["a", "é\U0001f600"]]
-    if kind == MULTIPART:
-        assert [(file[1], file[5]) for file in found["files"]] == [("naïve; \U0001f600.csv", 3), ("empty", 0)]
-
-
-def test_json_behind_csrf_protection(protected: Flow) -> None:
-    @protected.route()
-    def work() -> Any:
-        return request.json
-
-    token = protected.client.get("/token").get_data(as_text=True)
-    assert protected.result(json={"a": 1}, headers={"X-CSRFToken": token}) == {"a": 1}
-
-
-@pytest.mark.parametrize("kind", [MULTIPART, URLENCODED])
-def test_csrf_protection_refuses_and_nothing_is_started(protected: Flow, kind: str) -> None:
-    @protected.route()
-    def work() -> None:
-        raise AssertionError("started")
-
-    protected.client.get("/token")
-    for data in ({"a": "1"}, {"a": "1", "csrf_token": "forged"}):
-        assert protected.request("POST", "/work", data=data, content_type=kind).status_code == 400
-    assert protected.query() == []
-
-
-def test_a_stop_of_an_exempt_blueprint_needs_no_token(protected: Flow, gate: Any) -> None:
-    @protected.route(methods=["GET"])
-    def work() -> None:
-        gate.wait(10)
-
-    task = protected.start("/work", "GET")
-    assert protected.stop(task)["State"] == "Aborted"
-    gate.set()
-    protected.still(task)
-
-
 @IN_MEMORY
-def test_a_file_storage_without_a_name(flow: Flow) -> None:
-    with_echo(flow, READERS["form"])
+def test_a_file_without_a_filename(flow: Flow) -> None:
+    add_echo_views(flow, READERS["form"])
     data = {"f": FileStorage(io.BytesIO(b"x"), filename="", name="f")}
     found = flow.result(data=data, content_type=MULTIPART)
     assert [(file[0], file[5]) for file in found["files"] or []] in ([("f", 1)], [])

@@ -1,6 +1,7 @@
-"""Requests made of nasty pieces, with exceptions let through: only declared answers, and each 4xx names the culprit.
+"""Generated requests with invalid parts: only declared responses occur, no exception is raised, and
+each error has a detail.
 
-``ASYNCROUTE_FUZZ`` is the number of requests; `prove` raises it.
+``ASYNCROUTE_FUZZ`` is the number of requests. The stress tests raise it.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_asyncroute import Access, AsyncRoute, Permission
-from tests.flow.conftest import identity_of_header
+from tests.support.flow import identity_of_header
 
 REQUESTS = int(os.environ.get("ASYNCROUTE_FUZZ", "600"))
 
 DECLARED: dict[str, set[int]] = {
-    "start": {202, 400, 401, 403, 404, 405, 406, 413, 422, 501, 503},
+    "start": {202, 400, 401, 403, 404, 405, 406, 411, 413, 422, 501, 503},
     "get": {200, 304, 400, 404, 405, 406},
     "result": {200, 400, 404, 405, 406, 409, 410, 500},
     "stop": {200, 204, 400, 403, 404, 405, 406, 409, 410, 423},
     "query": {200, 400, 405, 406, 413, 415},
     "none": {404, 405, 308, 200},
 }
-"""Which answers each operation may give. 404 and 405 of a start, and all of "none", are Flask's own; 500 of a result is that of its task."""
+"""The statuses that each operation may return. 404 and 405 of a start and all statuses of "none"
+come from Flask. 500 of a result is the error of its task.
+"""
 
 NASTY = [
     "", " ", "x", "0", "-1", "1e999", "NaN", "null", "true", "True", "Completed", "a,b", "a=b", "a&b", "%", "%00", "%ff", "%ED%A0%80", "%zz", "%252e", "..", "../..", "é",
@@ -62,9 +65,13 @@ FIELDS = [
 OPERATORS = ["EQ", "NE", "GT", "LT", "GE", "LE", "LIKE", "NOTLIKE", "eq", "op", "value", "IS", ""]
 
 nasty = st.one_of(
-    st.sampled_from(NASTY), st.text(max_size=8), st.lists(st.sampled_from(NASTY), min_size=2, max_size=3).map("".join)
+    st.sampled_from(NASTY),
+    st.text(max_size=8),
+    st.lists(st.sampled_from(NASTY), min_size=2, max_size=3).map("".join),
 )
-raw = st.one_of(nasty.map(lambda text: text.encode("utf-8", "surrogatepass")), st.binary(max_size=12))
+raw = st.one_of(
+    nasty.map(lambda text: text.encode("utf-8", "surrogatepass")), st.binary(max_size=12)
+)
 values: st.SearchStrategy[Any] = st.recursive(
     st.one_of(
         st.none(),
@@ -82,11 +89,15 @@ conditions = st.one_of(
     st.fixed_dictionaries({"value": values}, optional={"op": st.one_of(st.sampled_from(OPERATORS), values)}), values,
     st.lists(st.fixed_dictionaries({"op": st.sampled_from(OPERATORS), "value": values}), max_size=3),
 )  # fmt: skip
-documents = st.one_of(st.dictionaries(st.one_of(st.sampled_from(FIELDS), nasty), conditions, max_size=3), values)
+documents = st.one_of(
+    st.dictionaries(st.one_of(st.sampled_from(FIELDS), nasty), conditions, max_size=3), values
+)
 bodies = st.one_of(
     raw,
     documents.map(lambda document: json.dumps(document).encode("utf-8", "surrogatepass")),
-    documents.map(lambda document: json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass")),
+    documents.map(
+        lambda document: json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ),
     documents.map(lambda document: json.dumps(document).encode("utf-16")),
     st.sampled_from(
         [
@@ -102,10 +113,14 @@ bodies = st.one_of(
 )
 parameters = st.one_of(
     st.builds("{}={}".format, st.sampled_from(FIELDS), nasty),
-    st.builds("filter[{}][{}]={}".format, st.sampled_from(FIELDS), st.sampled_from(OPERATORS), nasty),
+    st.builds(
+        "filter[{}][{}]={}".format, st.sampled_from(FIELDS), st.sampled_from(OPERATORS), nasty
+    ),
     st.builds(
         "{}={}".format,
-        st.sampled_from(["limit", "sort", "cursor", "purge", "Id", "id", "filter", "filter[", "wait"]),
+        st.sampled_from(
+            ["limit", "sort", "cursor", "purge", "Id", "id", "filter", "filter[", "wait"]
+        ),
         nasty,
     ),
     st.builds("{}={}".format, nasty, nasty),
@@ -154,8 +169,8 @@ HEADERS: dict[str, st.SearchStrategy[str]] = {
 
 
 @dataclass
-class Asked:
-    """One request as a server hands it on: one character for each byte (PEP 3333)."""
+class GeneratedRequest:
+    """A request as a server passes it on: one character for each byte (PEP 3333)."""
 
     method: str
     path: bytes
@@ -166,7 +181,9 @@ class Asked:
     is_terminated: bool = True
 
     def environ(self) -> dict[str, Any]:
-        environ = EnvironBuilder(method=self.method if self.method.isascii() else "GET").get_environ()
+        environ = EnvironBuilder(
+            method=self.method if self.method.isascii() else "GET"
+        ).get_environ()
         for name in ("CONTENT_LENGTH", "CONTENT_TYPE"):
             environ.pop(name, None)
         environ.update(
@@ -188,7 +205,7 @@ class Asked:
 
 
 def without_breaks(text: bytes) -> str:
-    """Return what a server passes on: no line break, which would end the line, and no NUL."""
+    """Decode as a server does, without line breaks, which would end a header, and without NUL."""
     return text.decode("latin-1").translate(dict.fromkeys(map(ord, "\r\n\x00")))
 
 
@@ -207,19 +224,28 @@ class Input:
 
 KNOWN = [b"done", b"failed", b"private", b"fixed", b"missing"]
 ids = st.one_of(st.sampled_from(KNOWN), st.sampled_from(KNOWN), raw)
-queries = st.lists(st.one_of(parameters.map(lambda text: text.encode("utf-8", "surrogatepass")), raw), max_size=2).map(
-    b"&".join
-)
+queries = st.lists(
+    st.one_of(parameters.map(lambda text: text.encode("utf-8", "surrogatepass")), raw), max_size=2
+).map(b"&".join)
 some_headers = st.lists(st.sampled_from(sorted(HEADERS)), max_size=2, unique=True).flatmap(
     lambda names: st.fixed_dictionaries({name: HEADERS[name] for name in names})
 )
-as_json = st.sampled_from([{"CONTENT_TYPE": "application/json"}, {"CONTENT_TYPE": "application/json; charset=utf-8"}])
+as_json = st.sampled_from(
+    [{"CONTENT_TYPE": "application/json"}, {"CONTENT_TYPE": "application/json; charset=utf-8"}]
+)
 
 
-def requests(methods: list[str], paths: st.SearchStrategy[bytes], **more: Any) -> st.SearchStrategy[Asked]:
-    given: dict[str, Any] = {"query": queries, "body": st.just(b""), "headers": some_headers, **more}
+def requests(
+    methods: list[str], paths: st.SearchStrategy[bytes], **more: Any
+) -> st.SearchStrategy[GeneratedRequest]:
+    given: dict[str, Any] = {
+        "query": queries,
+        "body": st.just(b""),
+        "headers": some_headers,
+        **more,
+    }
     return st.builds(
-        Asked,
+        GeneratedRequest,
         method=st.sampled_from(methods),
         path=paths,
         is_chunked=st.booleans(),
@@ -228,7 +254,7 @@ def requests(methods: list[str], paths: st.SearchStrategy[bytes], **more: Any) -
     )
 
 
-asked = st.one_of(
+generated = st.one_of(
     requests(["GET", "GET", "HEAD"], ids.map(lambda one: b"/task/" + one)),
     requests(["GET"], ids.map(lambda one: b"/task/" + one + b"/result")),
     requests(
@@ -240,7 +266,13 @@ asked = st.one_of(
     requests(["GET"], st.just(b"/tasks")),
     requests(["GET"], st.just(b"/tasks"), headers=st.just({})),
     requests(["POST"], st.sampled_from([b"/tasks", b"/tasks/query"]), body=bodies),
-    requests(["POST"], st.sampled_from([b"/tasks", b"/tasks/query"]), body=bodies, headers=as_json, query=st.just(b"")),
+    requests(
+        ["POST"],
+        st.sampled_from([b"/tasks", b"/tasks/query"]),
+        body=bodies,
+        headers=as_json,
+        query=st.just(b""),
+    ),
     requests(["POST", "GET", "HEAD"], st.sampled_from([b"/work", b"/plain/5"]), body=bodies),
     requests(["PUT"], raw.map(lambda piece: b"/named/" + piece), body=bodies),
     requests(
@@ -253,7 +285,7 @@ asked = st.one_of(
 
 @pytest.fixture(scope="module", params=["memory://", "sqlite:///asyncroute.db"])
 def target(request: pytest.FixtureRequest, make_module_app: Callable[..., Flask]) -> Flask:
-    """Give an app with routes and tasks of several kinds, on each store."""
+    """Return an app with several kinds of routes and tasks, on each store."""
     app = make_module_app(
         "target", ASYNCROUTE_STORE=request.param, PROPAGATE_EXCEPTIONS=True, ASYNCROUTE_MAX_BODY=100_000, ASYNCROUTE_EXECUTOR="immediate",
         ASYNCROUTE_TASK_ID_IN=["path", "query", "header", "cookie"], ASYNCROUTE_ADMINS=Access(roles=("admin",)),
@@ -261,7 +293,7 @@ def target(request: pytest.FixtureRequest, make_module_app: Callable[..., Flask]
     async_routes = AsyncRoute(app)
 
     @async_routes.identity_loader
-    def who() -> Any:
+    def identify() -> Any:
         found = identity_of_header()
         return found if found is not None and 0 < len(found["id"]) <= 255 else None
 
@@ -275,7 +307,12 @@ def target(request: pytest.FixtureRequest, make_module_app: Callable[..., Flask]
 
     add("/stock/done", lambda: {"a": [1, "é\x00"]}, id_generator=lambda: "done")
     add("/stock/failed", lambda: 1 / 0, id_generator=lambda: "failed")
-    add("/stock/private", lambda: 1, id_generator=lambda: "private", permission=Permission(read=Access(groups=["g"])))
+    add(
+        "/stock/private",
+        lambda: 1,
+        id_generator=lambda: "private",
+        permission=Permission(read=Access(groups=["g"])),
+    )
     add("/stock/fixed", lambda: None, id_generator=lambda: "fixed", cancellable=False)
     add("/work", read_all)
     add("/plain/<int:n>", lambda n: n)
@@ -283,72 +320,91 @@ def target(request: pytest.FixtureRequest, make_module_app: Callable[..., Flask]
     return app
 
 
-def restock(app: Flask) -> None:
-    """Start the tasks that requests are about, where one of them has purged it. No request may: their ids are taken."""
+def restore_tasks(app: Flask) -> None:
+    """Start the tasks with known ids again that a request has purged."""
     client = app.test_client()
     for task_id in ("done", "failed", "private", "fixed"):
-        if client.get(f"/task/{task_id}", headers={"X-User": "root;roles=admin"}).status_code == 404:
+        if (
+            client.get(f"/task/{task_id}", headers={"X-User": "root;roles=admin"}).status_code
+            == 404
+        ):
             owner = {"X-User": "anna"} if task_id in ("private", "fixed") else {}
             assert client.post(f"/stock/{task_id}", headers=owner).status_code == 202
 
 
 def read_all() -> Any:
-    """Look at everything that a request has, as a view might."""
-    for look in (
+    """Read all parts of a request, as a view might."""
+    for read in (
         lambda: request.args.to_dict(), lambda: request.form.to_dict(), lambda: [file.read() for file in request.files.values()], lambda: request.json,
         lambda: dict(request.cookies), lambda: dict(request.headers), lambda: request.authorization, lambda: request.url, lambda: request.get_data(),
     ):  # fmt: skip
-        look()
+        read()
     return request.args.to_dict(flat=False)
 
 
-# Not shrunk: each step is a request, and what fails is readable as it is.
+# Not shrunk, because each step sends a request and the failing example is readable anyway.
 @settings(
-    max_examples=max(REQUESTS // 2, 1), suppress_health_check=list(HealthCheck), phases=[Phase.reuse, Phase.generate]
+    max_examples=max(REQUESTS // 2, 1),
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.reuse, Phase.generate],
 )
-@given(asked=asked)
-def test_only_declared_answers(target: Flask, asked: Asked) -> None:
-    restock(target)
-    answer, status_line, headers = run_wsgi_app(target, asked.environ(), buffered=True)
+@given(generated=generated)
+def test_only_declared_responses(target: Flask, generated: GeneratedRequest) -> None:
+    restore_tasks(target)
+    answer, status_line, headers = run_wsgi_app(target, generated.environ(), buffered=True)
     body, status = b"".join(answer), int(status_line.split()[0])
-    operation = operation_of(target, asked)
+    operation = operation_of(target, generated)
     event(f"{operation}: {status}")
     declared = DECLARED[operation]
-    if operation == "start" and "HTTP_IDEMPOTENCY_KEY" in asked.headers:
-        declared = declared | {200}  # of a start that came before, whose task has ended
+    if operation == "start" and "HTTP_IDEMPOTENCY_KEY" in generated.headers:
+        declared = declared | {200}  # An earlier start had this key, and its task has finished.
     assert status in declared, (operation, status, body[:500])
     for name, value in headers.items():
         f"{name}: {value}".encode("latin-1")
         assert not set(value) & {"\r", "\n", "\0"}
-    if status in (204, 304) or asked.method == "HEAD":
+    if status in (204, 304) or generated.method == "HEAD":
         assert body == b""
         return
     kind = headers.get("Content-Type", "").partition(";")[0]
-    if kind == "text/html" and operation in ("none", "start") or status == 405 and kind == "text/html":
+    if (
+        kind == "text/html"
+        and operation in ("none", "start")
+        or status == 405
+        and kind == "text/html"
+    ):
         return
-    if asked.method == "OPTIONS":
+    if generated.method == "OPTIONS":
         return
     assert headers["Cache-Control"] == "no-store"
-    assert {"Accept", "Authorization", "Cookie"} <= {name.strip() for name in headers["Vary"].split(",")}
+    assert {"Accept", "Authorization", "Cookie"} <= {
+        name.strip() for name in headers["Vary"].split(",")
+    }
     document = parsed(body, kind)
     if status == 202 and kind != "application/xml":
-        assert document["IsCompleted"] is True, "they run inside the request, and whatever comes has an outcome"
+        assert document["IsCompleted"] is True, (
+            "a task runs inside its request and always has an outcome"
+        )
     if status < 400:
         return
     assert kind in ("application/problem+json", "application/problem+xml", "application/yaml")
     if kind != "application/problem+xml":
-        assert document["status"] == status and document["type"].startswith("urn:flask-asyncroute:")
+        assert document["status"] == status and document["type"].startswith(
+            "tag:flask-asyncroute.readthedocs.io,2026:"
+        )
         detail = document["detail"]
-        assert detail and detail == document["Error"] and detail.isprintable() and len(detail) <= 2000
+        assert (
+            detail and detail == document["Error"] and detail.isprintable() and len(detail) <= 2000
+        )
         assert not any(
-            word in detail for word in ("Traceback", "sqlite3", "msgspec", "werkzeug", "codec", "object at 0x")
+            word in detail
+            for word in ("Traceback", "sqlite3", "msgspec", "werkzeug", "codec", "object at 0x")
         )
 
 
-def operation_of(app: Flask, asked: Asked) -> str:
-    if asked.method == "OPTIONS":
+def operation_of(app: Flask, generated: GeneratedRequest) -> str:
+    if generated.method == "OPTIONS":
         return "none"
-    environ = asked.environ()
+    environ = generated.environ()
     environ["HTTP_HOST"] = "localhost"
     try:
         endpoint, _ = app.url_map.bind_to_environ(environ).match()
@@ -364,7 +420,7 @@ def operation_of(app: Flask, asked: Asked) -> str:
 
 
 def parsed(body: bytes, kind: str) -> Any:
-    """Read an answer with a parser of its kind: whatever was asked, it is well formed."""
+    """Parse a response body, which must be well formed, by its content type."""
     if kind.endswith("json"):
         return json.loads(body, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     if kind.endswith("xml"):

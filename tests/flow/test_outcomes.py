@@ -1,4 +1,4 @@
-"""How tasks end by themselves: what a view may return, what it may not, and what its exceptions become."""
+"""Outcomes of tasks: valid and invalid results, exceptions, asynchronous views."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from typing import Any
 
 import flask
 import pytest
-from flask import Response, abort, got_request_exception, jsonify
+from flask import Response, abort, got_request_exception, jsonify, make_response
 from flask.json.provider import DefaultJSONProvider
-from werkzeug.exceptions import Conflict, HTTPException
+from werkzeug.exceptions import Conflict, HTTPException, NotFound
 
 from flask_asyncroute import TaskAborted, current_task, task_failed
-from tests.flow.driving import Flow, problem
+from tests.support.flow import Flow, problem
+from tests.support.waiting import eventually_true
 
 MakeFlow = Callable[..., Flow]
 
 
-def returning(flow: Flow, make: Callable[[], Any], **options: Any) -> None:
-    """Add a route that returns what ``make`` makes."""
+def add_route(flow: Flow, make: Callable[[], Any], **options: Any) -> None:
+    """Add a route that returns the return value of ``make``."""
     flow.route(endpoint="work", **options)(lambda: make())
 
 
@@ -57,9 +58,9 @@ class Point:
     ],
     ids=lambda value: ascii(value)[:25],
 )  # fmt: skip
-def test_results(make_flow: MakeFlow, value: Any, wire: Any) -> None:
+def test_results_are_encoded_as_json(make_flow: MakeFlow, value: Any, wire: Any) -> None:
     flow = make_flow()
-    returning(flow, lambda: value)
+    add_route(flow, lambda: value)
     task = flow.run()
     assert task["State"] == "Completed"
     if value is None:
@@ -69,13 +70,13 @@ def test_results(make_flow: MakeFlow, value: Any, wire: Any) -> None:
     assert flow.request("GET", f"/task/{task['Id']}/result").get_json() == wire
 
 
-def test_results_survive_the_store(flow: Flow) -> None:
+def test_a_result_is_the_same_after_storage(flow: Flow) -> None:
     value = {"é": [1.5, None, "\U0001f600\x00", 2**70], "large": "x" * 500_000}
-    returning(flow, lambda: value)
+    add_route(flow, lambda: value)
     assert flow.result() == value
 
 
-def test_what_the_app_s_json_provider_makes_of_it(flow: Flow) -> None:
+def test_the_json_provider_of_the_app_encodes_results(flow: Flow) -> None:
     class Money:
         amount = 5
 
@@ -87,7 +88,7 @@ def test_what_the_app_s_json_provider_makes_of_it(flow: Flow) -> None:
             return DefaultJSONProvider.default(value)
 
     flow.app.json = Provider(flow.app)
-    returning(flow, lambda: [Money(), datetime(2026, 1, 2)])
+    add_route(flow, lambda: [Money(), datetime(2026, 1, 2)])
     assert flow.result() == [{"amount": 5}, "2026-01-02T00:00:00Z"]
 
 
@@ -104,7 +105,7 @@ def deep() -> Any:
     return value
 
 
-class Liar(dict[str, Any]):
+class BrokenDict(dict[str, Any]):
     def items(self) -> Any:
         raise RuntimeError("secret")
 
@@ -113,6 +114,7 @@ async def coroutine() -> int:
     return 1
 
 
+@pytest.mark.covers("F11", "A68")
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
@@ -131,7 +133,7 @@ async def coroutine() -> int:
         (lambda: "x" * 1_048_577, "ASYNCROUTE_MAX_RESULT"),
         (lambda: ["xxxxxxxxxx"] * 200_000, "ASYNCROUTE_MAX_RESULT"),
         (lambda: {(1, 2): 3}, "key"),
-        (lambda: Liar(a=1), "RuntimeError|cannot be read"),
+        (lambda: BrokenDict(a=1), "RuntimeError|cannot be read"),
         (lambda: lambda: 1, "function"),
         (lambda: dict, "type"),
         (lambda: iter([1]), "list"),
@@ -139,70 +141,77 @@ async def coroutine() -> int:
         (lambda: open("/dev/null"), "open file"),
     ],
 )
-def test_f11_a68_results_that_cannot_be_stored(make_flow: MakeFlow, make: Callable[[], Any], advice: str) -> None:
-    """Failed, never Completed without a result; the Error says why, and holds no repr of the value."""
+def test_results_that_cannot_be_stored(
+    make_flow: MakeFlow, make: Callable[[], Any], advice: str
+) -> None:
+    """The task fails. The Error gives advice and contains no repr of the value."""
     import re
 
     flow = make_flow()
-    made: list[Any] = []
+    results: list[Any] = []
 
     def work() -> Any:
-        made.append(make())
-        return made[0]
+        results.append(make())
+        return results[0]
 
     flow.route()(work)
     error = flow.error()
     assert re.search(advice, error), error
     assert error.startswith("ResultError: ")
     assert len(error) < 600 and "0x" not in error and "secret" not in error
-    if hasattr(made[0], "close"):
-        made[0].close()
+    if hasattr(results[0], "close"):
+        results[0].close()
 
 
-def test_a68_a_result_at_the_limit_of_the_app(make_flow: MakeFlow) -> None:
+@pytest.mark.covers("A68")
+def test_a_result_over_max_result_fails_the_task(make_flow: MakeFlow) -> None:
     flow = make_flow(ASYNCROUTE_MAX_RESULT=100)
-    returning(flow, lambda: "x" * int(flask.request.args["n"]))
+    add_route(flow, lambda: "x" * int(flask.request.args["n"]))
     assert flow.result("/work?n=98") == "x" * 98
     assert "ASYNCROUTE_MAX_RESULT (100 bytes)" in flow.error("/work?n=99")
 
 
-def generating() -> Iterator[int]:
+def generator() -> Iterator[int]:
     yield 1
 
 
-async def generating_async() -> AsyncIterator[int]:
+async def async_generator() -> AsyncIterator[int]:
     yield 1
 
 
+@pytest.mark.covers("F12")
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
-        (lambda: Response("x"), "response.*return the data"),
-        (lambda: jsonify(a=1), "response.*return the data"),
+        (lambda: Response("x"), "response.*return only the data.*decorator.*above task"),
+        (lambda: jsonify(a=1), "response.*return only the data"),
         (lambda: {"a": Response("x")}, "response.*"),
-        (lambda: ({"a": 1}, 201), "tuple.*data alone"),
-        (lambda: ({"a": 1}, 201, {"X": "y"}), "tuple"),
+        (lambda: ({"a": 1}, 201), "tuple.*only the data"),
+        (lambda: ({"a": 1}, 201, {"X": "y"}), "tuple.*decorator.*above task"),
         (lambda: (), "tuple"),
         (lambda: flask.redirect("/x"), "response"),
-        (lambda: Response(generating()), "response"),
-        (generating, r"generator.*list\(…\)"),
-        (lambda: {"rows": generating()}, "generator.*rows.*list"),
-        (lambda: generating_async(), "async_generator"),
+        (lambda: Response(generator()), "response"),
+        (generator, r"generator.*list\(…\)"),
+        (lambda: {"rows": generator()}, "generator.*rows.*list"),
+        (lambda: async_generator(), "async_generator"),
         (lambda: Conflict("x"), "response.*abort"),
         (lambda: flask.send_file(io.BytesIO(b"x"), "text/plain"), "response"),
     ],
 )
-def test_f12_responses_and_generators(make_flow: MakeFlow, make: Callable[[], Any], advice: str) -> None:
+def test_responses_and_generators_as_result_fail_the_task(
+    make_flow: MakeFlow, make: Callable[[], Any], advice: str
+) -> None:
     import re
 
     flow = make_flow()
-    returning(flow, make)
+    add_route(flow, make)
     error = flow.error()
     assert re.search(advice, error), error
     assert "<" not in error and "0x" not in error
 
 
-def test_f12_a_generator_view(flow: Flow, executor: Any) -> None:
+@pytest.mark.covers("F12")
+def test_a_generator_view_fails_the_task(flow: Flow, executor: Any) -> None:
     ran = []
 
     @flow.route(executor=executor)
@@ -214,13 +223,15 @@ def test_f12_a_generator_view(flow: Flow, executor: Any) -> None:
     assert not ran
 
 
-def test_f12_a_coroutine_inside_a_result(make_flow: MakeFlow) -> None:
+@pytest.mark.covers("F12")
+def test_a_coroutine_inside_a_result_fails_the_task(make_flow: MakeFlow) -> None:
     flow = make_flow()
-    returning(flow, lambda: {"a": coroutine()})
+    add_route(flow, lambda: {"a": coroutine()})
     assert "await it" in flow.error()
 
 
-# -- exceptions ------------------------------------------------------------------------------------------------------------
+# -- exceptions
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_an_exception_fails_the_task(flow: Flow, executor: Any) -> None:
@@ -229,18 +240,22 @@ def test_an_exception_fails_the_task(flow: Flow, executor: Any) -> None:
         raise ValueError("bad luck")
 
     task = flow.run()
-    assert (task["State"], task["Error"], task["IsCompleted"]) == ("Failed", "ValueError: bad luck", True)
+    assert (task["State"], task["Error"], task["IsCompleted"]) == (
+        "Failed",
+        "ValueError: bad luck",
+        True,
+    )
     assert "Result" not in task and "Stopping" not in task
     found = problem(flow.request("GET", f"/task/{task['Id']}/result"), 500, "task-failed")
     assert "ValueError: bad luck" in found["detail"] and found["Id"] == task["Id"]
 
 
-class Nasty(Exception):
+class BrokenText(Exception):
     def __str__(self) -> str:
         raise RuntimeError("secret")
 
 
-class NastyBase(Exception):
+class ExitingText(Exception):
     def __str__(self) -> str:
         raise SystemExit(3)
 
@@ -250,32 +265,33 @@ class Long(Exception):
         return "x" * 10_000_000
 
 
-class NoText(Exception):
+class NumberText(Exception):
     def __str__(self) -> Any:  # type: ignore[override]
         return 5
 
 
-class Surrogate(Exception):
+class SurrogateText(Exception):
     def __str__(self) -> str:
         return "a\ud800\x00b"
 
 
-def recursing() -> Any:
-    return recursing()
+def recursion() -> Any:
+    return recursion()
 
 
 def raise_(error: BaseException) -> Any:
     raise error
 
 
+@pytest.mark.covers("F09", "A72", "A73")
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (lambda: raise_(Nasty()), "Nasty: (its message could not be read)"),
-        (lambda: raise_(NastyBase()), "NastyBase: (its message could not be read)"),
-        (lambda: raise_(NoText()), "NoText: (its message could not be read)"),
+        (lambda: raise_(BrokenText()), "BrokenText: (its message could not be read)"),
+        (lambda: raise_(ExitingText()), "ExitingText: (its message could not be read)"),
+        (lambda: raise_(NumberText()), "NumberText: (its message could not be read)"),
         (lambda: raise_(Long()), "Long: " + "x" * 1994),
-        (lambda: raise_(Surrogate()), "Surrogate: a\ufffd\ufffdb"),
+        (lambda: raise_(SurrogateText()), "SurrogateText: a\ufffd\ufffdb"),
         (lambda: raise_(ValueError()), "ValueError"),
         (lambda: raise_(ValueError("a", 1)), "ValueError: ('a', 1)"),
         (lambda: raise_(KeyError("x")), "KeyError: 'x'"),
@@ -288,23 +304,42 @@ def raise_(error: BaseException) -> Any:
         (lambda: raise_(StopIteration(5)), "StopIteration: 5"),
         (lambda: raise_(TaskAborted("by itself")), "TaskAborted: by itself"),
         (lambda: raise_(asyncio.CancelledError()), "CancelledError"),
-        (lambda: raise_(ExceptionGroup("several", [ValueError("a")])), "ExceptionGroup: several (1 sub-exception)"),
-        (recursing, "RecursionError: maximum recursion depth exceeded"),
+        (
+            lambda: raise_(ExceptionGroup("several", [ValueError("a")])),
+            "ExceptionGroup: several (1 sub-exception)",
+        ),
+        (recursion, "RecursionError: maximum recursion depth exceeded"),
         (lambda: "x" * (1 << 62), "MemoryError"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-def test_f09_a72_a73_exceptions(make_flow: MakeFlow, make: Callable[[], Any], error: str) -> None:
-    """Whatever is raised: the task has an outcome, the pool goes on, and there is no traceback in it."""
+def test_messages_of_exceptions(make_flow: MakeFlow, make: Callable[[], Any], error: str) -> None:
+    """Each task gets an outcome without a traceback, and the pool runs further tasks."""
     flow = make_flow()
-    returning(flow, make, max_workers=1)
+    add_route(flow, make, max_workers=1)
     returned = flow.error()
     assert returned.startswith(error) and len(returned) <= 2000
     assert "Traceback" not in returned and "secret" not in returned and ".py" not in returned
     assert flow.error().startswith(error), "the next task runs"
 
 
-class Untold(HTTPException):
+def with_data(status: int, /, **data: Any) -> Any:
+    """Abort with ``data``, as Flask-RESTX, Flask-RESTful and webargs do."""
+    try:
+        abort(status)
+    except HTTPException as error:
+        error.data = data  # type: ignore[attr-defined]
+        raise
+
+
+def raise_with(data: object) -> Any:
+    """Raise an error whose ``data`` is set by the app itself and must not be shown."""
+    error = Conflict()
+    error.data = data  # type: ignore[attr-defined]
+    raise error
+
+
+class UnreadableDescription(HTTPException):
     code = 409
 
     def __init__(self) -> None:
@@ -329,16 +364,28 @@ class Untold(HTTPException):
         (lambda: abort(500, "broken"), "500 Internal Server Error: broken", 500),
         (lambda: abort(503), "503 Service Unavailable: ", 500),
         (lambda: abort(302), "LookupError: no exception for 302", 500),
-        (lambda: abort(Response("x", 403)), "403 Forbidden", 403),
+        (lambda: abort(Response("x", 403)), "403 Forbidden: x", 403),
+        (lambda: abort(make_response({"message": "busy"}, 409)), "409 Conflict: busy", 409),
+        (lambda: abort(Response(generator(), 403)), "403 Forbidden", 403),
+        (lambda: raise_(Conflict("own", response=Response("other", 409))), "409 Conflict: own", 409),
+        (lambda: with_data(409, message="busy"), "409 Conflict: busy", 409),
+        (lambda: with_data(422, messages={"json": {0: ["Missing é."]}}, schema=object()),
+         '422 Unprocessable Entity: {"json": {"0": ["Missing é."]}}', 422),
+        (lambda: with_data(422, message="bad", errors=["a", "b"]),
+         '422 Unprocessable Entity: bad; ["a", "b"]', 422),
+        (lambda: with_data(404, code="X1"), "404 Not Found: The requested URL was not found", 404),
+        (lambda: raise_with(object()), "409 Conflict: A conflict happened", 409),
         (lambda: raise_(HTTPException("odd")), "500 ", 500),
-        (lambda: raise_(Untold()), "", 0),
+        (lambda: raise_(UnreadableDescription()), "", 0),
         (lambda: flask.request.args["missing"], "400 Bad Request: ", 400),
     ],
 )  # fmt: skip
-def test_http_exceptions(make_flow: MakeFlow, make: Callable[[], Any], error: str, status: int) -> None:
+def test_http_exceptions_keep_their_code(
+    make_flow: MakeFlow, make: Callable[[], Any], error: str, status: int
+) -> None:
     flow = make_flow()
 
-    returning(flow, make)
+    add_route(flow, make)
     assert flow.error().startswith(error)
     task_id = flow.ids()[0]
     response = flow.request("GET", f"/task/{task_id}/result")
@@ -346,35 +393,44 @@ def test_http_exceptions(make_flow: MakeFlow, make: Callable[[], Any], error: st
     problem(response, response.status_code, "task-failed")
 
 
-def test_errors_are_shown_by_type_alone_where_the_app_wants_it(make_flow: MakeFlow, store_url: str) -> None:
-    """Applied when written: what was hidden stays hidden whatever the configuration says later."""
+def test_expose_errors_off_shows_only_the_type(make_flow: MakeFlow, store_url: str) -> None:
+    """It applies when the error is stored, whatever the configuration is later."""
     flow = make_flow(ASYNCROUTE_STORE=store_url, ASYNCROUTE_EXPOSE_ERRORS=False)
     errors: list[Callable[[], Any]] = [
         lambda: raise_(ValueError("password=secret")),
         lambda: abort(404, "shown"),
         lambda: {1},
     ]
-    returning(flow, lambda: errors.pop(0)())
-    heard: list[str | None] = []
+    add_route(flow, lambda: errors.pop(0)())
+    errors_sent: list[str | None] = []
 
     def receive(sender: Any, task: Any, **extra: Any) -> None:
-        heard.append(task.error)
+        errors_sent.append(task.error)
 
     with task_failed.connected_to(receive):
-        assert [flow.error(), flow.error(), flow.error()] == ["ValueError", "404 Not Found: shown", "ResultError"]
-    assert heard == ["ValueError", "404 Not Found: shown", "ResultError"]
+        assert [flow.error(), flow.error(), flow.error()] == [
+            "ValueError",
+            "404 Not Found: shown",
+            "ResultError",
+        ]
+        eventually_true(lambda: len(errors_sent) == 3)  # the signal follows the commit
+    assert errors_sent == ["ValueError", "404 Not Found: shown", "ResultError"]
     for task in flow.query():
         response = flow.request("GET", f"/task/{task['Id']}/result")
         assert "secret" not in response.get_data(as_text=True)
 
 
-def test_an_exception_is_logged_once_with_its_task(flow: Flow, executor: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_is_logged_once_with_its_task(
+    flow: Flow, executor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     @flow.route(executor=executor)
     def work() -> None:
         raise ValueError("bad luck")
 
     task = flow.run()
-    records = [record for record in caplog.records if getattr(record, "task_id", None) == task["Id"]]
+    records = [
+        record for record in caplog.records if getattr(record, "task_id", None) == task["Id"]
+    ]
     assert len(records) == 1
     assert records[0].levelno == logging.ERROR
     assert records[0].exc_info is not None and records[0].exc_info[0] is ValueError
@@ -382,11 +438,11 @@ def test_an_exception_is_logged_once_with_its_task(flow: Flow, executor: Any, ca
     assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
 
 
-def test_an_exception_is_sent_by_flask_s_signal_once_where_it_ran(flow: Flow, executor: Any) -> None:
-    heard: list[Any] = []
+def test_got_request_exception_is_sent_once_in_the_request(flow: Flow, executor: Any) -> None:
+    calls: list[Any] = []
 
     def receive(sender: Flow, exception: BaseException, **extra: Any) -> None:
-        heard.append((sender, exception, current_task.id, flask.request.path))
+        calls.append((sender, exception, current_task.id, flask.request.path))
 
     @flow.route(executor=executor)
     def work() -> None:
@@ -394,12 +450,14 @@ def test_an_exception_is_sent_by_flask_s_signal_once_where_it_ran(flow: Flow, ex
 
     with got_request_exception.connected_to(receive, flow.app):
         task = flow.run()
-    [(sender, exception, task_id, path)] = heard
+    [(sender, exception, task_id, path)] = calls
     assert sender is flow.app and isinstance(exception, ValueError)
     assert (task_id, path) == (task["Id"], "/work")
 
 
-def test_a_receiver_of_flask_s_signal_that_raises_leaves_the_error_alone(make_flow: MakeFlow) -> None:
+def test_a_failing_receiver_does_not_change_the_error(
+    make_flow: MakeFlow,
+) -> None:
     flow = make_flow()
 
     def receive(sender: Flow, **extra: Any) -> None:
@@ -413,11 +471,13 @@ def test_a_receiver_of_flask_s_signal_that_raises_leaves_the_error_alone(make_fl
         assert flow.error() == "ValueError: of the view"
 
 
-def test_an_exit_is_known_like_an_exception(flow: Flow, executor: Any, caplog: pytest.LogCaptureFixture) -> None:
-    heard: list[BaseException] = []
+def test_system_exit_is_reported_like_an_exception(
+    flow: Flow, executor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    exceptions: list[BaseException] = []
 
     def receive(sender: Flow, exception: BaseException, **extra: Any) -> None:
-        heard.append(exception)
+        exceptions.append(exception)
 
     @flow.route(executor=executor)
     def work() -> None:
@@ -426,35 +486,62 @@ def test_an_exit_is_known_like_an_exception(flow: Flow, executor: Any, caplog: p
     with got_request_exception.connected_to(receive, flow.app):
         task = flow.run()
     assert task["Error"] == "SystemExit: 3"
-    assert [type(error) for error in heard] == [SystemExit]
-    assert len([record for record in caplog.records if getattr(record, "task_id", None) == task["Id"]]) == 1
+    assert [type(error) for error in exceptions] == [SystemExit]
+    assert (
+        len([record for record in caplog.records if getattr(record, "task_id", None) == task["Id"]])
+        == 1
+    )
 
 
-def test_a_result_that_cannot_be_stored_is_logged(make_flow: MakeFlow, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_result_that_cannot_be_stored_is_logged(
+    make_flow: MakeFlow, caplog: pytest.LogCaptureFixture
+) -> None:
     flow = make_flow()
     flow.route()(lambda: {1, 2})
     task = flow.run()
-    [record] = [record for record in caplog.records if getattr(record, "task_id", None) == task["Id"]]
+    [record] = [
+        record for record in caplog.records if getattr(record, "task_id", None) == task["Id"]
+    ]
     assert record.levelno == logging.ERROR and record.exc_info is None
     assert task["Error"].removeprefix("ResultError: ") in record.getMessage()
 
 
-def test_an_abort_is_neither_logged_nor_sent(make_flow: MakeFlow, caplog: pytest.LogCaptureFixture) -> None:
-    """As in a plain view: it is an answer, no fault."""
+def test_an_abort_is_not_reported_as_an_exception(
+    make_flow: MakeFlow, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a plain view, it is a response and not a failure."""
     flow = make_flow()
-    heard = []
+    calls = []
 
     def receive(sender: Flow, **extra: Any) -> None:
-        heard.append(1)
+        calls.append(1)
 
     flow.route()(lambda: abort(404))
     with got_request_exception.connected_to(receive, flow.app):
         flow.error()
-    assert not heard and not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not calls and not [
+        record for record in caplog.records if record.levelno >= logging.ERROR
+    ]
+
+
+class Translated:
+    """A text in the language of the request, like a lazy string of Flask-Babel."""
+
+    def __str__(self) -> str:
+        return {"de": "nicht gefunden"}[flask.request.headers["Accept-Language"]]
+
+
+@pytest.mark.parametrize("kind", ["abort", "raise"])
+def test_the_message_of_an_exception_is_read_in_the_request(make_flow: MakeFlow, kind: str) -> None:
+    flow = make_flow()
+    errors = {"abort": NotFound(Translated()), "raise": LookupError(Translated())}  # type: ignore[arg-type]
+    flow.route()(lambda: raise_(errors[kind]))
+    wanted = {"abort": "404 Not Found: nicht gefunden", "raise": "LookupError: nicht gefunden"}
+    assert flow.error(headers={"Accept-Language": "de"}) == wanted[kind]
 
 
 def test_error_handlers_of_the_app_do_not_run(make_flow: MakeFlow) -> None:
-    """They make responses, and the response was sent."""
+    """They create responses, but the start has already been answered."""
     flow = make_flow()
     ran = []
     flow.app.register_error_handler(ValueError, lambda error: ran.append(1) or "handled")
@@ -465,19 +552,18 @@ def test_error_handlers_of_the_app_do_not_run(make_flow: MakeFlow) -> None:
 
 @pytest.mark.parametrize("teardown", ["teardown_request", "teardown_appcontext"])
 @pytest.mark.parametrize("broken", [ValueError("in teardown"), SystemExit(3)], ids=repr)
-def test_a_teardown_function_that_raises(
+def test_a_failing_teardown_function_is_logged_and_does_not_change_the_outcome(
     make_flow: MakeFlow, teardown: str, broken: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The outcome is decided by then, and stands; the app's author finds the traceback in the log."""
     flow = make_flow()
-    given: list[BaseException | None] = []
+    errors: list[BaseException | None] = []
 
-    def break_down(error: BaseException | None) -> None:
+    def teardown_function(error: BaseException | None) -> None:
         if hasattr(flask.g, "ran"):
-            given.append(error)
+            errors.append(error)
             raise broken
 
-    getattr(flow.app, teardown)(break_down)
+    getattr(flow.app, teardown)(teardown_function)
 
     def work() -> dict[str, int]:
         flask.g.ran = True
@@ -489,15 +575,21 @@ def test_a_teardown_function_that_raises(
     for _ in range(2):
         task = flow.run()
         assert (task["State"], task["Result"]) == ("Completed", {"important": 1})
-    told = [record for record in caplog.records if record.name == "flask_asyncroute" and record.exc_info]
-    assert told[0].getMessage() == f"A teardown function raised after task {told[0].task_id}. Its outcome stands."  # type: ignore[attr-defined]
+    told = [
+        record for record in caplog.records if record.name == "flask_asyncroute" and record.exc_info
+    ]
+    assert (
+        told[0].getMessage()
+        == f"A teardown function raised an exception after task {told[0].task_id}, "
+        "whose outcome is unchanged."
+    )  # type: ignore[attr-defined]
     failed = flow.run("/work?fail")
     assert failed["Error"] == "404 Not Found: no such report"
     assert flow.request("GET", f"/task/{failed['Id']}/result").status_code == 404
-    assert [type(error).__name__ for error in given] == ["NoneType", "NoneType", "NotFound"]
+    assert [type(error).__name__ for error in errors] == ["NoneType", "NoneType", "NotFound"]
 
 
-def test_a_log_handler_that_raises_harms_no_task(make_flow: MakeFlow) -> None:
+def test_a_failing_log_handler_does_not_change_the_error(make_flow: MakeFlow) -> None:
     flow = make_flow()
 
     class Broken(logging.Handler):
@@ -514,7 +606,8 @@ def test_a_log_handler_that_raises_harms_no_task(make_flow: MakeFlow) -> None:
     assert flow.error() == "ValueError: of the view"
 
 
-# -- async views -------------------------------------------------------------------------------------------------------------
+# -- async views
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_an_async_view(flow: Flow, executor: Any) -> None:
@@ -522,14 +615,16 @@ def test_an_async_view(flow: Flow, executor: Any) -> None:
     async def work() -> Any:
         await asyncio.sleep(0)
         current_task.progress = 50
-        results = await asyncio.gather(*(asyncio.to_thread(lambda: flask.request.path) for _ in range(3)))
+        results = await asyncio.gather(
+            *(asyncio.to_thread(lambda: flask.request.path) for _ in range(3))
+        )
         return [flask.request.args["x"], current_task.id, results]
 
     task = flow.run("/work?x=1")
     assert task["Result"] == ["1", task["Id"], ["/work"] * 3]
 
 
-def test_an_async_view_under_a_decorator_that_is_not_async(flow: Flow) -> None:
+def test_an_async_view_with_a_decorator_that_is_not_async(flow: Flow) -> None:
     import functools
 
     def plain(function: Any) -> Any:
@@ -560,7 +655,9 @@ def test_an_async_view_under_a_decorator_that_is_not_async(flow: Flow) -> None:
         (lambda: coroutine(), "ResultError: "),
     ],
 )
-def test_async_views_that_fail(make_flow: MakeFlow, make: Callable[[], Any], error: str) -> None:
+def test_exceptions_and_invalid_results_of_async_views(
+    make_flow: MakeFlow, make: Callable[[], Any], error: str
+) -> None:
     flow = make_flow()
 
     @flow.route(max_workers=1)
@@ -572,7 +669,7 @@ def test_async_views_that_fail(make_flow: MakeFlow, make: Callable[[], Any], err
     assert flow.error().startswith(error)
 
 
-def test_an_async_generator_view(make_flow: MakeFlow) -> None:
+def test_an_async_generator_view_fails_the_task(make_flow: MakeFlow) -> None:
     flow = make_flow()
 
     @flow.route()
@@ -583,7 +680,7 @@ def test_an_async_generator_view(make_flow: MakeFlow) -> None:
 
 
 def test_a_stop_cancels_an_async_view_at_once(flow: Flow) -> None:
-    """Not after interrupt_after, and in the middle of its sleep."""
+    """It does not wait for ``interrupt_after``; the view may be asleep."""
     ended: list[float] = []
     begun = threading.Event()
 
@@ -603,7 +700,7 @@ def test_a_stop_cancels_an_async_view_at_once(flow: Flow) -> None:
     assert ended[0] - stopped < 0.5
 
 
-def test_an_async_view_that_swallows_its_cancellation(flow: Flow) -> None:
+def test_an_async_view_that_catches_its_cancellation(flow: Flow) -> None:
     begun, may_end = threading.Event(), threading.Event()
 
     @flow.route()
@@ -625,7 +722,7 @@ def test_an_async_view_that_swallows_its_cancellation(flow: Flow) -> None:
     assert found["State"] == "Aborted" and "Result" not in found
 
 
-def test_an_async_view_runs_out_of_time(flow: Flow) -> None:
+def test_an_async_view_times_out(flow: Flow) -> None:
     @flow.route(timeout=0.2)
     async def work() -> None:
         await asyncio.sleep(30)

@@ -1,4 +1,4 @@
-"""Who may read and stop what, on every surface: the operations one by one, and lists, which must agree with them."""
+"""Permissions to read and stop tasks, for single operations and for lists, which must agree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flask import Blueprint, request
 from flask_login import LoginManager, UserMixin, current_user, login_required, login_user
 
 from flask_asyncroute import Access, AsyncRoute, Permission
-from tests.flow.driving import Flow, problem
+from tests.support.flow import Flow, problem
 
 MakeFlow = Callable[..., Flow]
 MakeApp = Callable[..., Any]
@@ -24,12 +24,16 @@ MakeApp = Callable[..., Any]
 KINDS = ("users", "groups", "roles", "scopes")
 
 
-def test_one_row_for_each_kind_of_grant(flow: Flow) -> None:
-    """Exact match on any of users, groups, roles, scopes; write implies read; kinds are not mixed up."""
+def test_each_kind_of_grant_gives_access(flow: Flow) -> None:
+    """Users, groups, roles and scopes match exactly and separately. Write access includes read
+    access.
+    """
     ids: dict[tuple[str, str], str] = {}
     for side, kind in itertools.product(("read", "write"), KINDS):
         permission = Permission(**{side: Access(**{kind: ["x", "ü Y"]})})
-        flow.route(f"/{side}/{kind}", endpoint=f"{side}{kind}", permission=permission, executor="immediate")(lambda: 1)
+        flow.route(
+            f"/{side}/{kind}", endpoint=f"{side}{kind}", permission=permission, executor="immediate"
+        )(lambda: 1)
     for side, kind in itertools.product(("read", "write"), KINDS):
         ids[side, kind] = flow.start(f"/{side}/{kind}", headers={"X-User": "anna"})["Id"]
     assert len(flow.query("limit=500", headers={"X-User": "anna"})) == 8
@@ -38,10 +42,12 @@ def test_one_row_for_each_kind_of_grant(flow: Flow) -> None:
         for side in ("read", "write"):
             caller = {"X-User": granted}
             flow.get(ids[side, kind], headers=caller)
-            assert flow.request("DELETE", f"/task/{ids[side, kind]}", headers=caller).status_code == (
-                410 if side == "write" else 403
+            assert flow.request(
+                "DELETE", f"/task/{ids[side, kind]}", headers=caller
+            ).status_code == (410 if side == "write" else 403)
+            assert sorted(flow.ids(headers=caller)) == sorted(
+                [ids["read", kind], ids["write", kind]]
             )
-            assert sorted(flow.ids(headers=caller)) == sorted([ids["read", kind], ids["write", kind]])
             for other in KINDS:
                 if other != kind:
                     flow.get(ids[side, other], headers=caller, status=404)
@@ -51,10 +57,11 @@ def test_one_row_for_each_kind_of_grant(flow: Flow) -> None:
             assert flow.ids(headers=caller) == []
 
 
-def test_a24_who_may_read_and_who_may_stop(flow: Flow, gate: threading.Event) -> None:
-    flow.route(endpoint="work", permission=Permission(read=Access(["reader"]), write=Access(["writer"])))(
-        lambda: gate.wait(10) and None
-    )
+@pytest.mark.covers("A24", "I5")
+def test_readers_may_read_and_writers_may_stop(flow: Flow, gate: threading.Event) -> None:
+    flow.route(
+        endpoint="work", permission=Permission(read=Access(["reader"]), write=Access(["writer"]))
+    )(lambda: gate.wait(10) and None)
     task = flow.start(headers={"X-User": "owner"})
     for user, read, stop in (
         (None, 404, 404),
@@ -69,7 +76,9 @@ def test_a24_who_may_read_and_who_may_stop(flow: Flow, gate: threading.Event) ->
     gate.set()
 
 
-def test_a_task_of_nobody_is_anybodys_who_has_its_id(flow: Flow, gate: threading.Event) -> None:
+def test_anyone_with_the_id_may_read_and_stop_an_anonymous_task(
+    flow: Flow, gate: threading.Event
+) -> None:
     flow.route(endpoint="work")(lambda: gate.wait(10) and None)
     task = flow.start()
     for headers in ({}, {"X-User": "bert"}):
@@ -88,15 +97,19 @@ def test_anonymous_tasks_in_lists(
     flow = make_flow(ASYNCROUTE_STORE=store_url, ASYNCROUTE_LIST_ANONYMOUS=listed, TESTING=False)
     flow.route(endpoint="work", executor="immediate")(lambda: 1)
     assert flow.query() == []
-    assert "ASYNCROUTE_LIST_ANONYMOUS" not in caplog.text, "nothing is left out yet"
+    assert "ASYNCROUTE_LIST_ANONYMOUS" not in caplog.text, "no task is omitted yet"
     nobody = flow.start()["Id"]
     anna = flow.start(headers={"X-User": "anna"})["Id"]
     for _ in range(2):
         assert flow.ids() == ([nobody] if listed else [])
         assert flow.ids(headers={"X-User": "anna"}) == ([anna, nobody] if listed else [anna])
         assert flow.ids(headers={"X-User": "bert"}) == ([nobody] if listed else [])
-    told = [record for record in caplog.records if "ASYNCROUTE_LIST_ANONYMOUS" in record.getMessage()]
-    assert len(told) == (0 if listed else 1), "the first query that leaves some out says why, once"
+    records = [
+        record for record in caplog.records if "ASYNCROUTE_LIST_ANONYMOUS" in record.getMessage()
+    ]
+    assert len(records) == (0 if listed else 1), (
+        "the first query that omits tasks logs the reason once"
+    )
     assert flow.get(nobody, headers={"X-User": "bert"})
 
 
@@ -108,12 +121,19 @@ def test_anonymous_tasks_are_listed_in_debug_and_testing(make_flow: MakeFlow, mo
     assert len(flow.query()) == 1
 
 
-def test_admins_may_read_and_stop_all(make_flow: MakeFlow, store_url: str, gate: threading.Event) -> None:
+def test_admins_may_read_and_stop_all_tasks(
+    make_flow: MakeFlow, store_url: str, gate: threading.Event
+) -> None:
     flow = make_flow(
-        ASYNCROUTE_STORE=store_url, ASYNCROUTE_ADMINS=Access(roles=("admin",), users=("root",)), TESTING=False
+        ASYNCROUTE_STORE=store_url,
+        ASYNCROUTE_ADMINS=Access(roles=("admin",), users=("root",)),
+        TESTING=False,
     )
     flow.route(endpoint="work")(lambda: gate.wait(10) and None)
-    tasks = [flow.start(headers=headers)["Id"] for headers in ({}, {"X-User": "anna"}, {"X-User": "bert"})]
+    tasks = [
+        flow.start(headers=headers)["Id"]
+        for headers in ({}, {"X-User": "anna"}, {"X-User": "bert"})
+    ]
     for admin in ("root", "x;roles=admin"):
         assert flow.ids(headers={"X-User": admin}) == tasks[::-1]
         for task_id in tasks:
@@ -124,10 +144,12 @@ def test_admins_may_read_and_stop_all(make_flow: MakeFlow, store_url: str, gate:
     gate.set()
 
 
-def test_a_permission_is_the_one_of_the_start(flow: Flow) -> None:
-    """What the route says later is for later tasks."""
+def test_a_permission_is_evaluated_at_the_start(flow: Flow) -> None:
+    """Later results of the function apply to later tasks."""
     readers = ["bert"]
-    flow.route(endpoint="work", permission=lambda: Permission(read=Access(readers)), executor="immediate")(lambda: 1)
+    flow.route(
+        endpoint="work", permission=lambda: Permission(read=Access(readers)), executor="immediate"
+    )(lambda: 1)
     first = flow.start(headers={"X-User": "anna"})
     readers[:] = ["carl"]
     second = flow.start(headers={"X-User": "anna"})
@@ -135,11 +157,15 @@ def test_a_permission_is_the_one_of_the_start(flow: Flow) -> None:
     assert flow.ids(headers={"X-User": "carl"}) == [second["Id"]]
 
 
-def test_a25_lists_hold_what_may_be_read_and_links_lead_to_no_more(flow: Flow) -> None:
-    """Permission comes before the limit: a page is full while there is more, and the last one has no Link."""
-    flow.route("/shared", endpoint="shared", permission=Permission(read=Access(groups=["g"])), executor="immediate")(
-        lambda: 1
-    )
+@pytest.mark.covers("A25", "I5")
+def test_lists_and_their_pages_have_only_readable_tasks(flow: Flow) -> None:
+    """Permission applies before the limit, so each page except the last is full."""
+    flow.route(
+        "/shared",
+        endpoint="shared",
+        permission=Permission(read=Access(groups=["g"])),
+        executor="immediate",
+    )(lambda: 1)
     flow.route("/own", endpoint="own", executor="immediate")(lambda: 1)
     shared = []
     for number in range(6):
@@ -161,7 +187,8 @@ def test_a25_lists_hold_what_may_be_read_and_links_lead_to_no_more(flow: Flow) -
     assert "Link" not in flow.request("GET", "/tasks?limit=6", headers=caller).headers
 
 
-def test_a27_asking_for_a_victim_is_asking_for_nobody(flow: Flow) -> None:
+@pytest.mark.covers("A27")
+def test_a_query_for_another_user_does_not_reveal_its_tasks(flow: Flow) -> None:
     flow.route(endpoint="work", executor="immediate")(lambda: 1)
     for _ in range(3):
         flow.start(headers={"X-User": "victim"})
@@ -177,14 +204,16 @@ def test_a27_asking_for_a_victim_is_asking_for_nobody(flow: Flow) -> None:
             flow.request("GET", f"/tasks?{query.format(user)}", headers={"X-User": "bert"})
             for user in ("victim", "nobody")
         ]
-        assert answers[0].data == answers[1].data == b"[]"
+        assert answers[0].data == answers[1].data == b"[]\n"
         assert sorted(answers[0].headers) == sorted(answers[1].headers)
 
 
 def test_a_caller_of_many_groups_sees_each_task_once(flow: Flow) -> None:
-    """Granted several times over, also beyond the number of groups that are asked for one by one."""
+    """Several grants match, and the caller has more groups than the query tests one by one."""
     groups = [f"g{number}" for number in range(60)]
-    everything = Permission(read=Access(["bert"], groups, ["r"], ["s"]), write=Access(["bert"], groups[:3]))
+    everything = Permission(
+        read=Access(["bert"], groups, ["r"], ["s"]), write=Access(["bert"], groups[:3])
+    )
     flow.route(endpoint="work", permission=everything, executor="immediate")(lambda: 1)
     ids = [flow.start(headers={"X-User": user})["Id"] for user in ("anna", "bert", "carl")]
     for held in (groups[:2], groups[:30], groups):
@@ -195,7 +224,7 @@ def test_a_caller_of_many_groups_sees_each_task_once(flow: Flow) -> None:
 
 
 def test_lists_and_get_agree(flow: Flow) -> None:
-    """For random tasks and callers: whatever is listed can be got, whatever can be got by somebody known is listed (I5)."""
+    """For random tasks and callers, a task is listed if and only if the caller can get it."""
     chance = random.Random(7)
     names = ["a", "b", "c"]
 
@@ -221,7 +250,11 @@ def test_lists_and_get_agree(flow: Flow) -> None:
         for kind in ("groups", "roles", "scopes"):
             callers.append({"X-User": f"{user};{kind}={chance.choice(names)}"})
     for caller in callers:
-        readable = [one for one in started if flow.request("GET", f"/task/{one}", headers=caller).status_code == 200]
+        readable = [
+            one
+            for one in started
+            if flow.request("GET", f"/task/{one}", headers=caller).status_code == 200
+        ]
         assert flow.ids(headers=caller) == readable[::-1]
         assert flow.ids("State=Completed&sort=CreationTime", headers=caller) == readable
         for one in started:
@@ -230,7 +263,7 @@ def test_lists_and_get_agree(flow: Flow) -> None:
             assert status in (403, 404, 410)
 
 
-def test_who_is_unknown_with_a_cursor_of_somebody(flow: Flow) -> None:
+def test_an_anonymous_caller_cannot_use_the_cursor_of_a_user(flow: Flow) -> None:
     flow.route(endpoint="work", executor="immediate")(lambda: 1)
     for _ in range(3):
         flow.start(headers={"X-User": "anna"})
@@ -240,7 +273,8 @@ def test_who_is_unknown_with_a_cursor_of_somebody(flow: Flow) -> None:
     assert re.search("cursor", target)
 
 
-# -- Flask-Login -------------------------------------------------------------------------------------------------------------
+# -- Flask-Login
+# -------------------------------------------------------------------------------------------------------------
 
 
 class User(UserMixin):  # type: ignore[misc]
@@ -251,7 +285,7 @@ class User(UserMixin):  # type: ignore[misc]
 
 @pytest.fixture
 def login(make_app: MakeApp, store_url: str) -> Flow:
-    """Give an app with Flask-Login and without an identity loader."""
+    """Return an app with Flask-Login and without an identity loader."""
     app = make_app(ASYNCROUTE_STORE=store_url)
     manager = LoginManager(app)
     manager.user_loader(lambda name: User(name, ("staff",) if name == "carl" else ()))
@@ -265,10 +299,12 @@ def login(make_app: MakeApp, store_url: str) -> Flow:
     return flow
 
 
-def test_flask_login_tells_who_asks(login: Flow, executor: Any) -> None:
+def test_flask_login_identifies_the_caller(login: Flow, executor: Any) -> None:
     @login.app.post("/work")
     @login_required
-    @login.async_routes.task(executor=executor, permission=Permission(read=Access(groups=["staff"])))
+    @login.async_routes.task(
+        executor=executor, permission=Permission(read=Access(groups=["staff"]))
+    )
     def work() -> Any:
         return current_user.id
 
@@ -285,8 +321,9 @@ def test_flask_login_tells_who_asks(login: Flow, executor: Any) -> None:
     login.get(task, status=404)
 
 
-def test_flask_login_by_a_remembered_cookie(login: Flow) -> None:
-    """Its session cookie is gone; the task still knows who started it, and does not try to write to the session."""
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning:flask_login")
+def test_flask_login_identifies_the_caller_by_the_remember_cookie(login: Flow) -> None:
+    """The session cookie is missing. The task has its user and does not write to the session."""
 
     @login.route()
     def work() -> Any:
@@ -298,10 +335,12 @@ def test_flask_login_by_a_remembered_cookie(login: Flow) -> None:
     assert (task["User"], task["Result"]) == ("anna", "anna")
 
 
-def test_flask_login_by_a_request_loader(make_app: MakeApp) -> None:
+def test_flask_login_identifies_the_caller_by_a_request_loader(make_app: MakeApp) -> None:
     app = make_app(ASYNCROUTE_STORE="memory://")
     manager = LoginManager(app)
-    manager.request_loader(lambda request: User(request.headers["X-Key"]) if "X-Key" in request.headers else None)
+    manager.request_loader(
+        lambda request: User(request.headers["X-Key"]) if "X-Key" in request.headers else None
+    )
     flow = Flow(app, AsyncRoute(app))
     flow.route(endpoint="work")(lambda: current_user.get_id())
     task = flow.start(headers={"X-Key": "anna"})
@@ -312,7 +351,7 @@ def test_flask_login_by_a_request_loader(make_app: MakeApp) -> None:
     assert "User" not in flow.start()
 
 
-def test_an_identity_loader_goes_before_flask_login(login: Flow) -> None:
+def test_an_identity_loader_takes_precedence_over_flask_login(login: Flow) -> None:
     login.async_routes.identity_loader(lambda: {"id": "from the loader"})
     login.route(endpoint="work")(lambda: 1)
     login.client.get("/login/anna")
@@ -337,12 +376,12 @@ def test_operations_behind_login_required(make_app: MakeApp) -> None:
     assert flow.get(task)["State"] == "Completed"
 
 
-def test_a_loader_of_a_blueprint_s_app_is_asked_in_the_request(flow: Flow) -> None:
+def test_the_identity_loader_runs_in_each_request_of_an_app_with_blueprints(flow: Flow) -> None:
     seen: list[str | None] = []
     blueprint = Blueprint("shop", "shop")
 
     @flow.async_routes.identity_loader
-    def who() -> dict[str, str]:
+    def load_identity() -> dict[str, str]:
         seen.append(request.endpoint)
         return {"id": "anna"}
 
@@ -359,7 +398,7 @@ def test_a_loader_of_a_blueprint_s_app_is_asked_in_the_request(flow: Flow) -> No
     assert seen == ["shop.work", "asyncroute.get", "asyncroute.query", "asyncroute.stop"]
 
 
-class Role(str, Enum):  # noqa: UP042 - StrEnum is another one
+class Role(str, Enum):  # noqa: UP042 - StrEnum is a separate case
     ADMIN = "admin"
 
 
@@ -369,8 +408,8 @@ class Team(Enum):
 
 def test_members_of_an_enum_count_by_their_value(make_flow: MakeFlow) -> None:
     flow = make_flow(ASYNCROUTE_ADMINS=Access(roles=(Role.ADMIN,)))
-    who: dict[str, Any] = {"id": "owner"}
-    flow.async_routes.identity_loader(lambda: who)
+    current_identity: dict[str, Any] = {"id": "owner"}
+    flow.async_routes.identity_loader(lambda: current_identity)
     flow.route(endpoint="work", permission=Permission(read=Access(groups=("finance",))))(lambda: 1)
     task = flow.start()
     for identity in (
@@ -378,8 +417,8 @@ def test_members_of_an_enum_count_by_their_value(make_flow: MakeFlow) -> None:
         {"id": "b", "groups": [Team.FINANCE]},
         {"id": Role.ADMIN, "roles": ["admin"]},
     ):
-        who.clear()
-        who.update(identity)
+        current_identity.clear()
+        current_identity.update(identity)
         flow.get(task)
         assert flow.ids() == [task["Id"]]
     assert flow.start()["User"] == "admin"
@@ -388,16 +427,31 @@ def test_members_of_an_enum_count_by_their_value(make_flow: MakeFlow) -> None:
 @pytest.mark.parametrize(
     "identity",
     [
-        {"id": "a\0"}, {"id": "\ud800"}, {"id": ""}, {"id": None}, {"id": b"anna"}, {"id": True}, {"id": "x" * 256},
-        {"id": "a", "groups": [None]}, {"id": "a", "groups": b"g"}, {"id": "a", "groups": "g"}, {"id": "a", "roles": ["r\0"]},
+        {"id": "a", "groups": [None]}, {"id": "a", "groups": b"g"}, {"id": "a", "roles": ["r\0"]},
         {"id": "a", "scopes": ["\udfff"]}, {"id": "a", "scopes": 5}, {"id": "a", "scopes": [b"s"]},
     ],
     ids=repr,
 )  # fmt: skip
-def test_an_identity_that_cannot_be_stored_or_compared(make_flow: MakeFlow, identity: dict[str, Any]) -> None:
-    """The app's own mistake, told at once: a store would refuse it later, or nothing would ever match."""
+def test_names_that_cannot_be_stored_or_compared_are_500(
+    make_flow: MakeFlow, identity: dict[str, Any]
+) -> None:
+    """The store would refuse them later, or they would never match."""
     flow = make_flow()
     flow.async_routes.identity_loader(lambda: identity)
     flow.route(endpoint="work")(lambda: 1)
     for method, path in (("POST", "/work"), ("GET", "/task/x"), ("GET", "/tasks")):
         problem(flow.request(method, path), 500, "cannot-start")
+
+
+@pytest.mark.parametrize(
+    "user_id", ["a\0", "\ud800", "", None, b"anna", True, "x" * 256], ids=ascii
+)
+def test_a_user_id_that_cannot_be_stored_starts_and_owns_no_task(
+    make_flow: MakeFlow, user_id: Any
+) -> None:
+    flow = make_flow()
+    flow.async_routes.identity_loader(lambda: {"id": user_id})
+    flow.route(endpoint="work")(lambda: 1)
+    problem(flow.request("POST", "/work"), 500, "cannot-start")
+    problem(flow.request("GET", "/task/x"), 404, "task-not-found")
+    assert flow.query() == []

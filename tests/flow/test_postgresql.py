@@ -1,4 +1,6 @@
-"""An app whose tasks are in PostgreSQL: by URL, through an Engine of its own, through a function that returns one."""
+"""An app with its tasks in PostgreSQL: by URL, by an Engine, and by a function that returns an
+Engine.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine
 
 from flask_asyncroute import AsyncRoute, ConfigurationError
-from flask_asyncroute.store_url import checked_engine
-from tests.conftest import engine_of
-from tests.flow.driving import Flow
+from flask_asyncroute.stores.sql.postgresql import check_setting
+from tests.support.databases import engine_of
+from tests.support.flow import Flow
 
 MakeFlow = Callable[..., Flow]
 
@@ -33,7 +35,7 @@ def setting(request: pytest.FixtureRequest, postgresql_url: str) -> Any:
     return engine if request.param == "engine" else lambda: engine
 
 
-def test_the_way_of_a_task(make_flow: MakeFlow, setting: Any) -> None:
+def test_a_task_runs_with_each_kind_of_setting(make_flow: MakeFlow, setting: Any) -> None:
     flow = make_flow(ASYNCROUTE_STORE=setting)
 
     @flow.route()
@@ -46,10 +48,14 @@ def test_the_way_of_a_task(make_flow: MakeFlow, setting: Any) -> None:
 
 
 def test_a_stop_from_another_process(
-    make_flow: MakeFlow, postgresql_url: str, gate: threading.Event, eventually: Callable[..., Any]
-) -> None:
-    """Two apps of one name know each other only by the store, as two machines do."""
-    one, two = make_flow(ASYNCROUTE_STORE=postgresql_url), make_flow(ASYNCROUTE_STORE=postgresql_url)
+    make_flow: MakeFlow, postgresql_url: str, gate: threading.Event, eventually: Callable[..., Any],
+    separate_processes: None,
+) -> None:  # fmt: skip
+    """Two apps of one name share only the store, like two machines."""
+    one, two = (
+        make_flow(ASYNCROUTE_STORE=postgresql_url),
+        make_flow(ASYNCROUTE_STORE=postgresql_url),
+    )
     begun = threading.Event()
     stopped = threading.Event()
 
@@ -72,7 +78,9 @@ def test_a_stop_from_another_process(
 
 
 @pytest.mark.parametrize("make", [lambda: "sqlite://", lambda: create_engine("sqlite://")])
-def test_a_function_that_returns_something_else(make_app: Callable[..., Flask], make: Callable[[], Any]) -> None:
+def test_a_function_that_does_not_return_a_postgresql_engine_is_refused(
+    make_app: Callable[..., Flask], make: Callable[[], Any]
+) -> None:
     app = make_app(ASYNCROUTE_STORE=make)
     AsyncRoute(app)
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_STORE"):
@@ -84,10 +92,12 @@ def test_a_function_that_returns_something_else(make_app: Callable[..., Flask], 
 )
 def test_an_engine_with_another_driver_is_refused(name: str, driver: str) -> None:
     engine: Any = SimpleNamespace(dialect=SimpleNamespace(name=name, driver=driver))
-    with pytest.raises(ConfigurationError, match=f"ASYNCROUTE_STORE: .* {driver} .*postgresql.psycopg"):
-        checked_engine("ASYNCROUTE_STORE", engine)
+    with pytest.raises(
+        ConfigurationError, match=f"ASYNCROUTE_STORE: .* {driver} .*postgresql.psycopg"
+    ):
+        check_setting("ASYNCROUTE_STORE", engine)
 
 
 def test_an_engine_for_sqlite_is_refused(make_app: Callable[..., Flask]) -> None:
-    with pytest.raises(ConfigurationError, match=r"ASYNCROUTE_STORE.*'sqlite:///'"):
+    with pytest.raises(ConfigurationError, match=r"ASYNCROUTE_STORE.*'sqlite:///path'"):
         AsyncRoute(make_app(ASYNCROUTE_STORE=create_engine("sqlite://")))

@@ -1,4 +1,6 @@
-"""Tasks in child processes, through HTTP: the same as in threads, but for what a process of their own changes."""
+"""Tasks in child processes, over HTTP. They behave like tasks in threads, except for the
+differences that separate processes cause.
+"""
 
 from __future__ import annotations
 
@@ -15,34 +17,39 @@ from flask import Flask
 from flask_asyncroute import AsyncRoute, task_completed, task_failed, task_progressed, task_started
 from flask_asyncroute.errors import ConfigurationError
 from flask_asyncroute.runtime import runtime_of
-from flask_asyncroute.stores.events import PROGRESS, STATE
-from tests import child_app
-from tests.conftest import close_app, eventually_true
-from tests.flow.driving import Flow
+from flask_asyncroute.stores.base import PROGRESS, STATE
+from tests.support.apps import child_app, close_app
+from tests.support.flow import Flow
+from tests.support.waiting import eventually_true
 
 STORES = {"memory": "memory://", "sqlite": "sqlite:///asyncroute.db"}
 
 
 @pytest.fixture(scope="module")
 def make_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Flow]]:
-    """Give ``make_children(store)``: the app of `child_app`, one for each store, whose fork server serves all tests."""
+    """Return ``make_children(store)``, which returns the app of `child_app` on a store.
+
+    All tests share one app, and so one fork server, per store.
+    """
     made: dict[str, Flow] = {}
 
     def make(store: str) -> Flow:
         if store not in made:
             folder = tmp_path_factory.mktemp("instance")
-            app = child_app.create_app(ASYNCROUTE_STORE=store, TESTING=True, instance_path=str(folder))
+            app = child_app.create_app(
+                ASYNCROUTE_STORE=store, TESTING=True, instance_path=str(folder)
+            )
             made[store] = Flow(app, app.extensions["child_app"])
         return made[store]
 
     yield make
     for flow in made.values():
         close_app(flow.app)
-        unhook(flow.app)
+        disconnect_receivers(flow.app)
 
 
-def unhook(app: Flask) -> None:
-    """Disconnect what `child_app` has connected."""
+def disconnect_receivers(app: Flask) -> None:
+    """Disconnect the receivers that `child_app` has connected."""
     from flask import got_request_exception
 
     for signal in (got_request_exception, task_completed):
@@ -52,11 +59,11 @@ def unhook(app: Flask) -> None:
 
 @pytest.fixture
 def fresh_child(tmp_path: Path) -> Iterator[Flow]:
-    """Give an app whose fork server is this test's own, and writes to where the test looks."""
+    """Return an app whose own fork server writes to the captured output."""
     app = child_app.create_app(TESTING=True, instance_path=str(tmp_path))
     yield Flow(app, app.extensions["child_app"])
     close_app(app)
-    unhook(app)
+    disconnect_receivers(app)
 
 
 @pytest.fixture(params=list(STORES))
@@ -66,13 +73,13 @@ def children(request: pytest.FixtureRequest, make_children: Callable[[str], Flow
 
 @pytest.fixture
 def child(make_children: Callable[[str], Flow]) -> Flow:
-    """Give the app on ``memory://``, where the store makes no difference."""
+    """Return the app on ``memory://``, for tests that do not depend on the store."""
     return make_children("memory://")
 
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> None:
-    """Leaks are looked for where the app is closed; its threads are those of all tests here."""
+    """Disable the check for leaks, because the tests share apps with running threads."""
 
 
 def is_alive(pid: int) -> bool:
@@ -83,17 +90,17 @@ def is_alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def test_a_task_runs_in_a_child_of_its_own(children: Flow) -> None:
+def test_each_task_runs_in_its_own_child(children: Flow) -> None:
     first, second = (children.result("/where") for _ in range(2))
     assert len({first["pid"], second["pid"], os.getpid()}) == 3
     assert first["session"] == first["group"] == first["pid"]
     assert first["prepared_in"] == first["pid"]
-    assert first["main"] is None, "nobody's __main__ is run again"
+    assert first["main"] is None, "__main__ is not run in the child"
     assert first["loaded"] == 1
     assert first["threads"] == 1
 
 
-def test_the_request_is_there(children: Flow) -> None:
+def test_the_request_is_rebuilt_in_the_child(children: Flow) -> None:
     with children.client.session_transaction() as held:
         held["name"] = "Anna"
     found = children.result("/echo/5?a=1", json={"b": [2]}, headers={"X-Own": "own"})
@@ -102,11 +109,13 @@ def test_the_request_is_there(children: Flow) -> None:
     assert children.get(task_id)["State"] == "Completed"
     assert found == {
         "number": 5, "fixed": "yes", "user": None, "args": {"a": "1"}, "form": {}, "json": {"b": [2]}, "header": "own",
-        "session": "Anna", "url": "/plain", "size": 0, "app": "tests.child_app",
+        "session": "Anna", "url": "/plain", "size": 0, "app": "tests.support.apps.child_app",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [0, 1, 8 * 1024, 8 * 1024 + 1, 256 * 1024, 256 * 1024 + 1, 20_000_000])
+@pytest.mark.parametrize(
+    "size", [0, 1, 8 * 1024, 8 * 1024 + 1, 256 * 1024, 256 * 1024 + 1, 20_000_000]
+)
 def test_bodies_of_any_size_arrive(children: Flow, size: int) -> None:
     assert children.result("/size", data=b"x" * size) == {"size": size}
 
@@ -119,7 +128,7 @@ def test_an_upload_arrives(children: Flow, tmp_path: Path) -> None:
     assert (found["size"], found["form"]) == (400_000, {"a": "b"})
 
 
-def test_results(children: Flow) -> None:
+def test_results_of_a_child(children: Flow) -> None:
     assert children.run("/return/none").get("Result", "left out") == "left out"
     assert children.result("/return/list") == [1, None]
     assert children.result("/return/text") == "é\ufffd"
@@ -127,6 +136,7 @@ def test_results(children: Flow) -> None:
     assert children.result("/async") == [1, 2]
 
 
+@pytest.mark.covers("F09", "F11")
 @pytest.mark.parametrize(
     ("path", "error"),
     [
@@ -141,12 +151,15 @@ def test_results(children: Flow) -> None:
         ("/return/big", r"ResultError: .*1,048,576.*"),
         ("/return/set", r"ResultError: .*set.*"),
         ("/return/response", r"ResultError: .*Response.*"),
-        ("/write", r"SessionIsReadOnly: .*"),
         ("/die/memory", r"MemoryError"),
     ],
 )
-def test_f09_f11_what_a_view_raises_or_cannot_return(child: Flow, path: str, error: str) -> None:
+def test_exceptions_and_invalid_results_of_a_child(child: Flow, path: str, error: str) -> None:
     assert re.fullmatch(error, child.error(path)), child.error(path)
+
+
+def test_a_write_to_the_session_is_visible_in_the_child(child: Flow) -> None:
+    assert child.result("/write") == "x"
 
 
 def test_the_code_of_an_http_exception_is_kept(child: Flow) -> None:
@@ -154,47 +167,58 @@ def test_the_code_of_an_http_exception_is_kept(child: Flow) -> None:
     assert child.request("GET", f"/task/{task['Id']}/result").status_code == 404
 
 
-def test_an_exception_is_made_known_once_where_it_ran(fresh_child: Flow, tmp_path: Path, capfd: Any) -> None:
+def test_an_exception_is_reported_once_in_the_child(
+    fresh_child: Flow, tmp_path: Path, capfd: Any
+) -> None:
     child = fresh_child
-    heard, torn = tmp_path / "exceptions", tmp_path / "teardown"
-    task = child.run(f"/raise/value?exceptions={heard}&teardown={torn}")
-    ((pid, name),) = (line.split() for line in heard.read_text().splitlines())
+    exceptions, teardowns = tmp_path / "exceptions", tmp_path / "teardown"
+    task = child.run(f"/raise/value?exceptions={exceptions}&teardown={teardowns}")
+    ((pid, name),) = (line.split() for line in exceptions.read_text().splitlines())
     assert (int(pid) != os.getpid(), name) == (True, "ValueError")
-    assert f"{pid} ValueError" in torn.read_text().splitlines()
+    assert f"{pid} ValueError" in teardowns.read_text().splitlines()
     written = capfd.readouterr().err
-    assert written.count(f"The view of task {task['Id']} raised.") == 1
+    assert written.count(f"The view of task {task['Id']} raised an exception.") == 1
     assert written.count("ValueError: bad thing") == 1
 
 
-def test_signals_are_sent_in_the_parent_alone(child: Flow, hear: Callable[..., Any]) -> None:
-    heard = hear(task_started, task_progressed, task_completed, task_failed, sender=child.app)
+def test_signals_are_sent_only_in_the_parent(child: Flow, hear: Callable[..., Any]) -> None:
+    sent_signals = hear(
+        task_started, task_progressed, task_completed, task_failed, sender=child.app
+    )
     child.result("/where")
-    assert [name for name, _ in heard] == ["task-started", "task-completed"]
-    heard.clear()
+    assert [name for name, _ in sent_signals] == ["task-started", "task-completed"]
+    sent_signals.clear()
     assert child.result("/signals") == []
     child.error("/die/exit3")
-    assert [name for name, _ in heard] == ["task-started", "task-completed", "task-started", "task-failed"]
+    assert [name for name, _ in sent_signals] == [
+        "task-started",
+        "task-completed",
+        "task-started",
+        "task-failed",
+    ]
 
 
 def test_progress_arrives_coalesced(child: Flow, hear: Callable[..., Any]) -> None:
-    heard = hear(task_progressed, sender=child.app)
+    sent_signals = hear(task_progressed, sender=child.app)
     began = time.monotonic()
     task = child.run("/progress")
     took = time.monotonic() - began
     assert (task["Result"], task["Progress"], task["ProgressMessage"]) == (100, 100, "step 99999")
-    assert len(heard) <= took * 10 + 2
+    assert len(sent_signals) <= took * 10 + 2
 
 
 def test_events_of_a_child_are_stored_in_order(child: Flow) -> None:
     task = child.run("/events")
     events = runtime_of(child.app).runner.store.events(0, 5000, task["Id"]).events
     sent = [event for event in events if event.name != STATE and event.name != PROGRESS]
-    assert [event.data for event in sent[-1000:-1]] == [b'{"n":%d}' % number for number in range(501, 1500)]
+    assert [event.data for event in sent[-1000:-1]] == [
+        b'{"n":%d}' % number for number in range(501, 1500)
+    ]
     assert (sent[-1].name, sent[-1].data) == ("message", b'"bye"')
     assert events[-1].name == STATE and task["State"] == "Completed"
 
 
-def test_progress_by_itself(child: Flow) -> None:
+def test_progress_over_updates_progress_of_a_child(child: Flow) -> None:
     task = child.start("/climb")
     eventually_true(lambda: child.get(task).get("Progress") == 80)
     assert child.get(task)["State"] == "Running"
@@ -202,7 +226,7 @@ def test_progress_by_itself(child: Flow) -> None:
 
 
 @pytest.mark.parametrize("path", ["/spin", "/sleep/30.0", "/deaf"])
-def test_a_stop_kills_at_once(children: Flow, path: str) -> None:
+def test_a_stop_kills_the_child_at_once(children: Flow, path: str) -> None:
     task = children.start(path)
     eventually_true(lambda: children.get(task).get("Progress"))
     began = time.monotonic()
@@ -212,7 +236,7 @@ def test_a_stop_kills_at_once(children: Flow, path: str) -> None:
     assert time.monotonic() - began < 0.5
 
 
-def test_a_stop_before_the_child_is_there(child: Flow) -> None:
+def test_a_stop_before_the_child_has_started(child: Flow) -> None:
     for _ in range(10):
         task = child.start("/spin")
         child.stop(task)
@@ -220,7 +244,7 @@ def test_a_stop_before_the_child_is_there(child: Flow) -> None:
     assert child.result("/where")
 
 
-def test_a_timeout_kills(children: Flow) -> None:
+def test_a_timeout_kills_the_child(children: Flow) -> None:
     began = time.monotonic()
     task = children.still(children.start("/brief"))
     assert (task["State"], task["Error"]) == ("Aborted", "Timeout")
@@ -238,35 +262,37 @@ def test_a_stop_kills_the_whole_group(child: Flow, tmp_path: Path) -> None:
     eventually_true(lambda: not any(map(is_alive, pids)), 1)
 
 
-def test_what_a_view_leaves_behind_goes_with_it(child: Flow, tmp_path: Path) -> None:
+def test_processes_started_by_a_view_are_killed_at_its_end(child: Flow, tmp_path: Path) -> None:
     path = tmp_path / "pids"
     assert child.result(f"/family?returns=1&pids={path}") == "returned"
     pids = [int(pid) for pid in path.read_text().split()]
     eventually_true(lambda: not any(map(is_alive, pids)))
 
 
-def test_f13_a_thread_that_stays_holds_the_child_up_for_a_while(child: Flow) -> None:
+@pytest.mark.covers("F13")
+def test_a_thread_that_outlives_its_view_keeps_the_child_alive_briefly(child: Flow) -> None:
     pid = child.result("/stays")
-    assert is_alive(pid), "the task has ended when its view has"
+    assert is_alive(pid), "the task finishes when its view returns"
     eventually_true(lambda: not is_alive(pid))
     assert child.result("/where")
 
 
-def test_tasks_wait_for_a_free_place(child: Flow) -> None:
+def test_tasks_wait_for_a_free_slot(child: Flow) -> None:
     tasks = [child.start("/sleep/0.4") for _ in range(3)]
     child.became(tasks[0], "Running")
     assert child.get(tasks[2])["State"] == "NotStarted"
     assert [child.ended(task)["State"] for task in tasks] == ["Completed"] * 3
 
 
-def test_f18_a_waiting_task_is_stopped(child: Flow) -> None:
+@pytest.mark.covers("F18")
+def test_a_stopped_waiting_task_does_not_start(child: Flow) -> None:
     tasks = [child.start("/sleep/0.5") for _ in range(3)]
     assert child.stop(tasks[2])["State"] == "Aborted"
     assert "StartingTime" not in child.get(tasks[2])
     assert [child.ended(task)["State"] for task in tasks] == ["Completed", "Completed", "Aborted"]
 
 
-def test_with_a_store_a_child_may_use_it(make_children: Callable[[str], Flow]) -> None:
+def test_a_child_may_use_a_shared_store(make_children: Callable[[str], Flow]) -> None:
     flow = make_children(STORES["sqlite"])
     before = flow.result("/store/state")
     assert flow.result("/store/state") == before + 1
@@ -275,15 +301,16 @@ def test_with_a_store_a_child_may_use_it(make_children: Callable[[str], Flow]) -
     assert flow.result("/store/get") == "Running"
     assert flow.result("/store/query") >= 2
     assert flow.result("/store/client")["State"] == "Running"
-    assert "A child process starts no tasks" in flow.result("/store/start")["detail"]
+    assert "A child process cannot start tasks" in flow.result("/store/start")["detail"]
     task = flow.still(flow.start("/store/stop"))
     assert (task["State"], task["Error"]) == ("Aborted", "Aborted by the user")
 
 
 @pytest.mark.parametrize("what", ["state", "get", "query", "stop"])
-def test_in_memory_a_child_has_current_task_alone(child: Flow, what: str) -> None:
+def test_with_a_memory_store_a_child_has_only_current_task(child: Flow, what: str) -> None:
     assert re.fullmatch(
-        "ConfigurationError: In a child process .*memory://.*current_task.*", child.error(f"/store/{what}")
+        "ConfigurationError: With memory://, a child process .*current_task.*",
+        child.error(f"/store/{what}"),
     )
 
 
@@ -291,24 +318,36 @@ def test_a_child_may_have_children(child: Flow) -> None:
     assert child.result("/nested") is True
 
 
-def test_what_a_child_writes_comes_out(fresh_child: Flow, capfd: Any) -> None:
+@pytest.mark.covers("A80")
+def test_a_view_calls_another_view_in_the_same_child(children: Flow) -> None:
+    task = children.ended(children.start("/calling/1"), seconds=20)
+    found = task["Result"]
+    assert found[0] == found[2] == task["Id"]
+    assert found[1] == found[3] != os.getpid()
+
+
+def test_output_and_logs_of_a_child_reach_the_parent_s_output(
+    fresh_child: Flow, capfd: Any
+) -> None:
     fresh_child.result("/log")
     written = capfd.readouterr()
     assert "printed in the child" in written.out
     assert "logged in the child" in written.err
 
 
-def test_spares_are_ready_and_replaced(child: Flow) -> None:
+def test_each_task_uses_another_spare_child(child: Flow) -> None:
     pids = [child.result("/spare")["pid"] for _ in range(4)]
     assert len(set(pids)) == 4
 
 
-def test_threads_and_processes_live_side_by_side(child: Flow) -> None:
+def test_threads_and_processes_in_one_app(child: Flow) -> None:
     assert child.result("/thread") == {"pid": os.getpid()}
 
 
-def test_values_of_the_parent_win(tmp_path: Path) -> None:
-    app = child_app.create_app(ASYNCROUTE_MAX_RESULT=100, ASYNCROUTE_EXPOSE_ERRORS=False, instance_path=str(tmp_path))
+def test_the_configuration_of_the_parent_applies(tmp_path: Path) -> None:
+    app = child_app.create_app(
+        ASYNCROUTE_MAX_RESULT=100, ASYNCROUTE_EXPOSE_ERRORS=False, instance_path=str(tmp_path)
+    )
     flow = Flow(app, app.extensions["child_app"])
     try:
         assert flow.error("/return/half") == "ResultError"
@@ -316,7 +355,7 @@ def test_values_of_the_parent_win(tmp_path: Path) -> None:
         assert flow.error("/die/exit3") == "Process died: exit code 3"
     finally:
         close_app(app)
-        unhook(app)
+        disconnect_receivers(app)
 
 
 @pytest.mark.parametrize(
@@ -325,15 +364,15 @@ def test_values_of_the_parent_win(tmp_path: Path) -> None:
         (None, "__main__.*ASYNCROUTE_APP"),
         ("no_such_module:app", "ASYNCROUTE_APP.*no_such_module"),
         ("tests.no_such_module", "ASYNCROUTE_APP.*no_such_module"),
-        ("tests.child_app:no_such_name", "ASYNCROUTE_APP.*no_such_name"),
-        ("tests.flow.driving", "tests.flow.driving.*ASYNCROUTE_APP"),
+        ("tests.support.apps.child_app:no_such_name", "ASYNCROUTE_APP.*no_such_name"),
+        ("tests.support.flow", "tests.support.flow.*ASYNCROUTE_APP"),
     ],
 )
-def test_an_app_that_no_child_could_load_is_an_error_at_first_use(
+def test_an_app_that_a_child_could_not_import_is_an_error_at_first_use(
     make_app: Callable[..., Flask], path: str | None, error: str
 ) -> None:
     app = make_app("__main__", ASYNCROUTE_APP=path, ASYNCROUTE_STORE="memory://")
-    AsyncRoute(app).start(app)  # without such a route nobody minds
+    AsyncRoute(app).start(app)  # Without a process route it does not matter.
     app = make_app("__main__", ASYNCROUTE_APP=path, ASYNCROUTE_STORE="memory://")
     async_routes = AsyncRoute(app)
     async_routes.route("/work", executor="process")(noop)
@@ -345,15 +384,20 @@ def test_an_app_that_no_child_could_load_is_an_error_at_first_use(
 @pytest.mark.parametrize(
     ("path", "error"),
     [
-        ("tests.child_app:create_app", "ConfigurationError: ASYNCROUTE_APP.*|RuntimeError.*"),
-        ("tests.child_app:create_app('x')", "ConfigurationError: ASYNCROUTE_APP.*"),
-        ("tests.child_app:is_socket(1)", "ConfigurationError: ASYNCROUTE_APP.*"),
+        (
+            "tests.support.apps.child_app:create_app",
+            "ConfigurationError: ASYNCROUTE_APP.*|RuntimeError.*",
+        ),
+        ("tests.support.apps.child_app:create_app('x')", "ConfigurationError: ASYNCROUTE_APP.*"),
+        ("tests.support.apps.child_app:is_socket(1)", "ConfigurationError: ASYNCROUTE_APP.*"),
     ],
 )
 def test_an_app_that_a_child_cannot_load_fails_its_task(
     make_app: Callable[..., Flask], path: str, error: str, capfd: Any
 ) -> None:
-    app = make_app("tests.child_app", ASYNCROUTE_APP=path, ASYNCROUTE_STORE="memory://")
+    app = make_app(
+        "tests.support.apps.child_app", ASYNCROUTE_APP=path, ASYNCROUTE_STORE="memory://"
+    )
     flow = Flow(app, AsyncRoute(app))
     flow.route(executor="process")(noop)
     found = flow.error()
@@ -362,14 +406,14 @@ def test_an_app_that_a_child_cannot_load_fails_its_task(
 
 
 @pytest.mark.parametrize("system", ["Windows", "Darwin"])
-def test_elsewhere_than_on_linux_it_is_an_error(
+def test_process_routes_are_an_error_on_other_systems_than_linux(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, system: str
 ) -> None:
     monkeypatch.setattr("platform.system", lambda: system)
     app = make_app(ASYNCROUTE_STORE="memory://")
     async_routes = AsyncRoute(app)
     async_routes.route("/work", executor="process")(noop)
-    with pytest.raises(ConfigurationError, match='executor="process" works on Linux alone'):
+    with pytest.raises(ConfigurationError, match='executor="process" works only on Linux'):
         async_routes.start(app)
 
 

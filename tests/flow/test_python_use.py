@@ -1,4 +1,4 @@
-"""From the app's own code: get, exists, query, stop, wait and the shared state; and what its tests are given."""
+"""The Python API: get, exists, query, stop, wait, shared state, and helpers for tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flask_asyncroute import (
     current_task,
 )
 from flask_asyncroute.testing import fake_task, inline
-from tests.flow.driving import IN_MEMORY, Flow
+from tests.support.flow import IN_MEMORY, Flow
 
 MakeFlow = Callable[..., Flow]
 MakeApp = Callable[..., Flask]
@@ -36,15 +36,16 @@ MakeApp = Callable[..., Flask]
 
 @pytest.fixture
 def context(flow: Flow) -> Iterator[AsyncRoute]:
-    """Give the extension inside an app context."""
+    """Return the extension within an app context."""
     with flow.app.app_context():
         yield flow.async_routes
 
 
-# -- tasks -----------------------------------------------------------------------------------------------------------------
+# -- tasks
+# -----------------------------------------------------------------------------------------------------------------
 
 
-def test_get_gives_a_frozen_record(flow: Flow, context: AsyncRoute) -> None:
+def test_get_returns_a_frozen_record(flow: Flow, context: AsyncRoute) -> None:
     flow.route(permission=Permission(), timeout=50, endpoint="work")(lambda: {"a": [1, None]})
     task = flow.start(headers={"X-User": "anna"})
     record = context.wait(task["Id"], 5)
@@ -65,7 +66,9 @@ def test_get_gives_a_frozen_record(flow: Flow, context: AsyncRoute) -> None:
     assert record.to_dict() == flow.get(task, headers={"X-User": "anna"})
 
 
-def test_no_permission_is_checked(flow: Flow, context: AsyncRoute, gate: threading.Event) -> None:
+def test_the_python_api_checks_no_permission(
+    flow: Flow, context: AsyncRoute, gate: threading.Event
+) -> None:
     @flow.route()
     def work() -> None:
         gate.wait(10)
@@ -78,7 +81,7 @@ def test_no_permission_is_checked(flow: Flow, context: AsyncRoute, gate: threadi
     gate.set()
 
 
-def test_they_need_an_app_context(make_flow: MakeFlow) -> None:
+def test_the_python_api_needs_an_app_context(make_flow: MakeFlow) -> None:
     async_routes = make_flow().async_routes
     uses: list[Callable[[], Any]] = [
         lambda: async_routes.get("x"), lambda: async_routes.exists("x"), async_routes.query, lambda: async_routes.stop("x"),
@@ -91,14 +94,16 @@ def test_they_need_an_app_context(make_flow: MakeFlow) -> None:
             use()
 
 
-def test_stop(flow: Flow, context: AsyncRoute, begun: threading.Semaphore, gate: threading.Event) -> None:
+def test_stop_aborts_a_task_or_raises(
+    flow: Flow, context: AsyncRoute, begun: threading.Semaphore, gate: threading.Event
+) -> None:
     @flow.route("/slow", cancellable=True)
     def slow() -> None:
         begun.release()
         gate.wait(10)
 
-    @flow.route("/stubborn", cancellable=False)
-    def stubborn() -> None:
+    @flow.route("/not_cancellable", cancellable=False)
+    def not_cancellable() -> None:
         begun.release()
         gate.wait(10)
 
@@ -109,12 +114,16 @@ def test_stop(flow: Flow, context: AsyncRoute, begun: threading.Semaphore, gate:
     for path in ("/quick", "/bad"):
         with pytest.raises(TaskFinished, match="has ended"):
             context.stop(flow.run(path)["Id"])
-    running, other = flow.start("/slow"), flow.start("/stubborn")
+    running, other = flow.start("/slow"), flow.start("/not_cancellable")
     assert begun.acquire(timeout=5) and begun.acquire(timeout=5)
     with pytest.raises(NotCancellable):
         context.stop(other["Id"])
     stopped = context.stop(running["Id"])
-    assert (stopped.state, stopped.stopping, stopped.error) == (State.ABORTED, True, "Aborted by the user")
+    assert (stopped.state, stopped.stopping, stopped.error) == (
+        State.ABORTED,
+        True,
+        "Aborted by the user",
+    )
     assert context.stop(running["Id"]) == stopped
     for error in (TaskNotFound, TaskFinished, NotCancellable, InvalidQuery, ConfigurationError):
         assert issubclass(error, AsyncRouteError)
@@ -122,7 +131,9 @@ def test_stop(flow: Flow, context: AsyncRoute, begun: threading.Semaphore, gate:
     gate.set()
 
 
-def test_wait(flow: Flow, context: AsyncRoute, gate: threading.Event) -> None:
+def test_wait_returns_the_finished_task_or_raises(
+    flow: Flow, context: AsyncRoute, gate: threading.Event
+) -> None:
     @flow.route()
     def work() -> int:
         gate.wait(10)
@@ -142,12 +153,14 @@ def test_wait(flow: Flow, context: AsyncRoute, gate: threading.Event) -> None:
 
 @IN_MEMORY
 @pytest.mark.parametrize("timeout", [-1, "5", True, math.nan, [], timedelta(seconds=-1)], ids=repr)
-def test_wait_for_a_time_that_is_none(context: AsyncRoute, timeout: Any) -> None:
+def test_wait_with_an_invalid_timeout_raises(context: AsyncRoute, timeout: Any) -> None:
     with pytest.raises((ConfigurationError, ValueError, TypeError), match="timeout"):
         context.wait("x", timeout)
 
 
-def test_wait_ends_with_a_stop_and_with_a_purge(flow: Flow, context: AsyncRoute, gate: threading.Event) -> None:
+def test_wait_ends_if_the_task_is_stopped(
+    flow: Flow, context: AsyncRoute, gate: threading.Event
+) -> None:
     @flow.route(max_workers=1)
     def work() -> None:
         gate.wait(10)
@@ -168,7 +181,7 @@ def test_wait_ends_with_a_stop_and_with_a_purge(flow: Flow, context: AsyncRoute,
     context.wait(running["Id"], 5)
 
 
-def test_many_wait_for_one_task(flow: Flow, gate: threading.Event) -> None:
+def test_several_threads_wait_for_one_task(flow: Flow, gate: threading.Event) -> None:
     @flow.route()
     def work() -> int:
         gate.wait(10)
@@ -190,16 +203,20 @@ def test_many_wait_for_one_task(flow: Flow, gate: threading.Event) -> None:
     assert results == [5] * 10
 
 
-def test_query(flow: Flow, context: AsyncRoute) -> None:
+def test_query_returns_matching_tasks(flow: Flow, context: AsyncRoute) -> None:
     flow.route("/<int:n>", endpoint="work")(lambda n: 1 / n)
     for n in (1, 0, 2):
         context.wait(flow.start(f"/{n}", headers={"X-User": f"u{n}"})["Id"], 5)
     assert [record.user for record in context.query()] == ["u2", "u0", "u1"]
     assert [record.user for record in context.query({})] == ["u2", "u0", "u1"]
-    assert [record.user for record in context.query({"State": {"op": "EQ", "value": "Failed"}})] == ["u0"]
+    assert [
+        record.user for record in context.query({"State": {"op": "EQ", "value": "Failed"}})
+    ] == ["u0"]
     assert [
         record.user
-        for record in context.query({"State": {"value": State.COMPLETED}, "user": {"op": "ne", "value": "u2"}})
+        for record in context.query(
+            {"State": {"value": State.COMPLETED}, "user": {"op": "ne", "value": "u2"}}
+        )
     ] == ["u1"]
     middle = list(context.query())[1].creation_time
     both = {"CreationTime": [{"op": "GE", "value": middle}, {"op": "LE", "value": middle}]}
@@ -210,7 +227,7 @@ def test_query(flow: Flow, context: AsyncRoute) -> None:
     )
 
 
-def test_a_query_goes_on_over_pages_and_outlives_its_context(flow: Flow) -> None:
+def test_a_query_reads_several_pages_after_its_context_has_ended(flow: Flow) -> None:
     flow.route(queue_size=2000, executor="immediate", endpoint="work")(lambda: 1)
     ids = [flow.start()["Id"] for _ in range(450)]
     with flow.app.app_context():
@@ -225,20 +242,21 @@ def test_a_query_goes_on_over_pages_and_outlives_its_context(flow: Flow) -> None
      {"State": {"value": "Sleeping"}}, {"User": {"value": None}}],
     ids=repr,
 )  # fmt: skip
-def test_a_query_that_is_none_raises_at_the_call(context: AsyncRoute, conditions: Any) -> None:
+def test_an_invalid_query_raises_at_the_call(context: AsyncRoute, conditions: Any) -> None:
     with pytest.raises(InvalidQuery):
         context.query(conditions)
 
 
 @pytest.mark.parametrize("task_id", ["", "a/b", "x" * 1000, "\x00", "\ud800", "é"], ids=ascii)
-def test_ids_that_are_none_are_unknown(context: AsyncRoute, task_id: str) -> None:
+def test_invalid_ids_are_unknown(context: AsyncRoute, task_id: str) -> None:
     assert context.get(task_id) is None
     assert not context.exists(task_id)
     with pytest.raises(TaskNotFound):
         context.stop(task_id)
 
 
-# -- state -----------------------------------------------------------------------------------------------------------------
+# -- state
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_state_is_a_mapping(context: AsyncRoute) -> None:
@@ -250,7 +268,12 @@ def test_state_is_a_mapping(context: AsyncRoute) -> None:
     assert state["a"] is None and "a" in state
     assert list(state) == ["a", "b"] and len(state) == 2
     assert dict(state.items()) == {"a": None, "b": {"x": [1, None, 1.5, "é\U0001f600"]}}
-    assert state.get("c", 5) == 5 and state.setdefault("c", 7) == 7 and state.pop("c") == 7 and state.pop("c", 8) == 8
+    assert (
+        state.get("c", 5) == 5
+        and state.setdefault("c", 7) == 7
+        and state.pop("c") == 7
+        and state.pop("c", 8) == 8
+    )
     del state["a"]
     assert "a" not in state
     state.update(d=1, e=2)
@@ -261,14 +284,15 @@ def test_state_is_a_mapping(context: AsyncRoute) -> None:
 
 @IN_MEMORY
 @pytest.mark.parametrize(
-    "use", [lambda s: s["x"], lambda s: s.__delitem__("x"), lambda s: s.pop("x"), lambda s: s.popitem()]
+    "use",
+    [lambda s: s["x"], lambda s: s.__delitem__("x"), lambda s: s.pop("x"), lambda s: s.popitem()],
 )
-def test_state_without_the_key(context: AsyncRoute, use: Callable[[Any], Any]) -> None:
+def test_a_missing_key_of_state_raises(context: AsyncRoute, use: Callable[[Any], Any]) -> None:
     with pytest.raises(KeyError):
         use(context.state)
 
 
-def test_what_is_read_is_a_copy(context: AsyncRoute) -> None:
+def test_values_of_state_are_copies(context: AsyncRoute) -> None:
     value = [1]
     context.state["a"] = value
     value.append(2)
@@ -276,7 +300,7 @@ def test_what_is_read_is_a_copy(context: AsyncRoute) -> None:
     assert context.state["a"] == [1]
 
 
-def test_requests_and_tasks_share_it(flow: Flow, executor: Any) -> None:
+def test_requests_and_tasks_share_state(flow: Flow, executor: Any) -> None:
     state = flow.async_routes.state
 
     @flow.app.get("/set/<int:n>")
@@ -295,8 +319,10 @@ def test_requests_and_tasks_share_it(flow: Flow, executor: Any) -> None:
 
 
 @IN_MEMORY
-@pytest.mark.parametrize("key", ["", "x" * 256, 5, None, b"a", "a\x00", "\ud800", ("a",)], ids=ascii)
-def test_keys_that_are_none(context: AsyncRoute, key: Any) -> None:
+@pytest.mark.parametrize(
+    "key", ["", "x" * 256, 5, None, b"a", "a\x00", "\ud800", ("a",)], ids=ascii
+)
+def test_invalid_keys_of_state_raise(context: AsyncRoute, key: Any) -> None:
     for use in (
         lambda: context.state.__setitem__(key, 1), lambda: context.state[key], lambda: context.state.__delitem__(key), lambda: context.state.apply(key, len),
     ):  # fmt: skip
@@ -306,9 +332,11 @@ def test_keys_that_are_none(context: AsyncRoute, key: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [{1}, b"x", object(), iter([1]), "x" * 1_048_575, lambda: 1], ids=lambda value: type(value).__name__
+    "value",
+    [{1}, b"x", object(), iter([1]), "x" * 1_048_575, lambda: 1],
+    ids=lambda value: type(value).__name__,
 )
-def test_values_that_are_none(context: AsyncRoute, value: Any) -> None:
+def test_invalid_values_of_state_raise(context: AsyncRoute, value: Any) -> None:
     with pytest.raises((AsyncRouteError, ValueError), match=r"state\['k'\]"):
         context.state["k"] = value
     with pytest.raises((AsyncRouteError, ValueError), match=r"state\['k'\]"):
@@ -316,12 +344,12 @@ def test_values_that_are_none(context: AsyncRoute, value: Any) -> None:
     assert "k" not in context.state
 
 
-def test_the_largest_value(context: AsyncRoute) -> None:
+def test_the_largest_value_of_state(context: AsyncRoute) -> None:
     context.state["x" * 255] = "x" * 1_048_574
     assert len(context.state["x" * 255]) == 1_048_574
 
 
-def test_apply(context: AsyncRoute) -> None:
+def test_apply_changes_a_value(context: AsyncRoute) -> None:
     assert context.state.apply("hits", lambda n: n + 1, default=0) == 1
     assert context.state.apply("hits", lambda n: n + 1, default=0) == 2
     assert context.state["hits"] == 2
@@ -347,8 +375,8 @@ def test_apply_is_atomic(flow: Flow) -> None:
         assert flow.async_routes.state["hits"] == 200
 
 
-def test_apply_sees_what_came_in_between(context: AsyncRoute) -> None:
-    """Also where the value was removed and set again meanwhile."""
+def test_apply_calls_the_function_again_if_the_value_has_changed(context: AsyncRoute) -> None:
+    """This includes a value that was removed and set again."""
     calls: list[Any] = []
 
     def change(value: Any) -> Any:
@@ -363,9 +391,11 @@ def test_apply_sees_what_came_in_between(context: AsyncRoute) -> None:
     assert calls == ["first", "other"]
 
 
-def test_state_of_two_apps(make_app: MakeApp, tmp_path: Any) -> None:
+def test_apps_have_separate_state(make_app: MakeApp, tmp_path: Any) -> None:
     async_routes = AsyncRoute()
-    apps = [make_app(name, ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/s.db") for name in ("one", "two")]
+    apps = [
+        make_app(name, ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/s.db") for name in ("one", "two")
+    ]
     for app in apps:
         async_routes.init_app(app)
         with app.app_context():
@@ -376,12 +406,13 @@ def test_state_of_two_apps(make_app: MakeApp, tmp_path: Any) -> None:
             assert dict(async_routes.state) == {"k": app.name}
 
 
-# -- for tests of users ------------------------------------------------------------------------------------------------------
+# -- helpers for tests of apps
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def shop(make_app: MakeApp) -> Flow:
-    """Give an app as a user of the package has it: threads and SQLite, nothing for tests."""
+    """Return an app as users configure it, with threads and SQLite."""
     app = make_app()
     flow = Flow(app, AsyncRoute(app))
 
@@ -396,7 +427,7 @@ def shop(make_app: MakeApp) -> Flow:
     return flow
 
 
-def test_inline_for_good(shop: Flow, tmp_path: Any) -> None:
+def test_inline_without_a_block(shop: Flow, tmp_path: Any) -> None:
     inline(shop.app)
     for _ in range(3):
         task = shop.start()
@@ -406,7 +437,7 @@ def test_inline_for_good(shop: Flow, tmp_path: Any) -> None:
     assert not list(tmp_path.glob("**/*.db"))
 
 
-def test_inline_for_a_block(shop: Flow) -> None:
+def test_inline_in_a_block(shop: Flow) -> None:
     with inline(shop.app):
         inside = shop.start()
         assert inside["Result"] == [True, True]
@@ -420,16 +451,17 @@ def test_inline_for_a_block(shop: Flow) -> None:
     assert shop.get(outside) == outside
 
 
-def test_inline_whatever_the_route_says(make_flow: MakeFlow, own_pool: Any) -> None:
+def test_inline_replaces_any_executor(make_flow: MakeFlow, own_pool: Any) -> None:
     flow = make_flow()
-    flow.route("/own", executor=own_pool, endpoint="own")(lambda: threading.current_thread() is threading.main_thread())
+    flow.route("/own", executor=own_pool, endpoint="own")(
+        lambda: threading.current_thread() is threading.main_thread()
+    )
     flow.route("/process", executor="process", endpoint="process")(lambda: 5)
-    flow.route("/celery", executor="celery", endpoint="celery")(lambda: 6)
     inline(flow.app)
-    assert [flow.start(path)["Result"] for path in ("/own", "/process", "/celery")] == [True, 5, 6]
+    assert [flow.start(path)["Result"] for path in ("/own", "/process")] == [True, 5]
 
 
-def test_inline_in_blocks_that_are_nested(shop: Flow) -> None:
+def test_inline_in_nested_blocks(shop: Flow) -> None:
     with inline(shop.app):
         shop.start()
         with inline(shop.app):
@@ -438,13 +470,13 @@ def test_inline_in_blocks_that_are_nested(shop: Flow) -> None:
     assert shop.start()["State"] == "NotStarted"
 
 
-def test_a_block_that_raises_is_left_all_the_same(shop: Flow) -> None:
+def test_inline_ends_if_its_block_raises(shop: Flow) -> None:
     with pytest.raises(LookupError), inline(shop.app):
         raise LookupError
     assert shop.start()["State"] == "NotStarted"
 
 
-def test_a_fake_task() -> None:
+def test_a_fake_task_runs_a_view() -> None:
     def view() -> str:
         for _ in current_task.track([1, 2, 3, 4], max_progress=80):
             current_task.check()
@@ -460,7 +492,7 @@ def test_a_fake_task() -> None:
         view()
 
 
-def test_a_fake_task_with_a_limit() -> None:
+def test_a_fake_task_with_a_timeout() -> None:
     with fake_task("mine", "anna", 0.05) as task:
         assert (current_task.id, current_task.user) == ("mine", "anna")
         assert 0 < (current_task.remaining() or 0) <= 0.05
@@ -477,8 +509,8 @@ def test_fake_tasks_nest() -> None:
         assert current_task.id == "a"
 
 
-def test_a_fake_task_wakes_at_the_end_of_its_time() -> None:
-    """There is no housekeeper here that would wake it."""
+def test_a_sleep_in_a_fake_task_ends_at_its_timeout() -> None:
+    """No background maintenance runs that could wake it."""
     with fake_task(timeout=0.1):
         begun = time.monotonic()
         current_task.sleep(5)

@@ -1,4 +1,4 @@
-"""How many unfinished tasks one user may have, over all processes: ``ASYNCROUTE_MAX_TASKS_PER_USER`` (A70)."""
+"""The quota of unfinished tasks per user, over all processes: ``ASYNCROUTE_MAX_TASKS_PER_USER``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from flask_asyncroute import AsyncRoute
 from flask_asyncroute.runtime import runtime_of
-from tests.conftest import close_app, eventually_true, new_app
-from tests.flow.conftest import identity_of_header
-from tests.flow.driving import Flow, problem
+from tests.support.apps import close_app, new_app
+from tests.support.flow import Flow, identity_of_header, problem
+from tests.support.waiting import eventually_true
 
 MakeFlow = Callable[..., Flow]
 ANNA, BEN = {"X-User": "anna"}, {"X-User": "ben"}
@@ -20,7 +20,7 @@ ANNA, BEN = {"X-User": "anna"}, {"X-User": "ben"}
 
 @pytest.fixture
 def flow(make_flow: MakeFlow, store_url: str, gate: threading.Event) -> Flow:
-    """Give an app whose users may have two unfinished tasks, with a view that waits."""
+    """Return an app whose users may have two unfinished tasks, with a view that waits."""
     flow = make_flow(ASYNCROUTE_STORE=store_url, ASYNCROUTE_MAX_TASKS_PER_USER=2)
 
     @flow.route(max_workers=1, queue_size=5)
@@ -36,7 +36,8 @@ def refused(flow: Flow, **given: Any) -> dict[str, Any]:
     return problem(response, 429, "too-many-tasks")
 
 
-def test_a70_one_user_is_refused_and_others_are_served(flow: Flow) -> None:
+@pytest.mark.covers("A70")
+def test_a_user_over_the_quota_is_refused_and_others_are_served(flow: Flow) -> None:
     flow.app.config["ASYNCROUTE_LIST_ANONYMOUS"] = True
     for _ in range(2):
         flow.start(headers=ANNA)
@@ -47,7 +48,8 @@ def test_a70_one_user_is_refused_and_others_are_served(flow: Flow) -> None:
         flow.start()
 
 
-def test_a70_a_refusal_takes_no_place(flow: Flow) -> None:
+@pytest.mark.covers("A70")
+def test_a_start_over_the_quota_takes_no_slot(flow: Flow) -> None:
     for _ in range(2):
         flow.start(headers=ANNA)
     for _ in range(10):
@@ -57,7 +59,8 @@ def test_a70_a_refusal_takes_no_place(flow: Flow) -> None:
     problem(flow.request("POST", "/work"), 503, "queue-full")
 
 
-def test_a70_a_task_that_ends_makes_room(flow: Flow, gate: threading.Event) -> None:
+@pytest.mark.covers("A70")
+def test_a_finished_task_does_not_count(flow: Flow, gate: threading.Event) -> None:
     ids = [flow.start(headers=ANNA)["Id"] for _ in range(2)]
     flow.headers = ANNA
     flow.stop(ids[1])
@@ -69,18 +72,21 @@ def test_a70_a_task_that_ends_makes_room(flow: Flow, gate: threading.Event) -> N
     flow.ended(flow.start())
 
 
-def test_a70_a_large_body_is_refused_too(flow: Flow) -> None:
+@pytest.mark.covers("A70")
+def test_a_start_with_a_large_body_over_the_quota_is_refused(flow: Flow) -> None:
     for _ in range(2):
         flow.start(headers=ANNA, data=b"x" * 600_000)
     refused(flow, headers=ANNA, data=b"x" * 600_000)
     refused(flow, headers={**ANNA, "Idempotency-Key": "k"}, data=b"x" * 600_000)
 
 
+@pytest.mark.covers("A70")
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a70_over_all_processes(
-    request: pytest.FixtureRequest, tmp_path: Any, gate: threading.Event, kind: str
-) -> None:
-    """Two runners on one store, as two processes have them: at once they start no more than the user may have."""
+def test_the_quota_holds_over_processes(
+    request: pytest.FixtureRequest, tmp_path: Any, gate: threading.Event, kind: str,
+    separate_processes: None,
+) -> None:  # fmt: skip
+    """Two runners on one store, like two processes, start concurrently."""
     url = "sqlite:///quota.db" if kind == "sqlite" else request.getfixturevalue("postgresql_url")
     config = {"ASYNCROUTE_STORE": url, "ASYNCROUTE_MAX_TASKS_PER_USER": 3}
     flows = []
@@ -90,7 +96,7 @@ def test_a70_over_all_processes(
             async_routes = AsyncRoute(app)
             async_routes.identity_loader(identity_of_header)
             flows.append(Flow(app, async_routes))
-            flows[-1].route(max_workers=1)(waiting_for(gate))
+            flows[-1].route(max_workers=1)(waiting_view(gate))
         barrier = threading.Barrier(12)
         answers: list[int] = []
 
@@ -98,7 +104,9 @@ def test_a70_over_all_processes(
             barrier.wait(10)
             answers.append(flow.app.test_client().post("/work", headers=ANNA).status_code)
 
-        threads = [threading.Thread(target=start, args=(flows[number % 2],)) for number in range(12)]
+        threads = [
+            threading.Thread(target=start, args=(flows[number % 2],)) for number in range(12)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -110,13 +118,15 @@ def test_a70_over_all_processes(
             flows[0].ended(task_id)
         for flow in flows:
             executors = runtime_of(flow.app).runner.executors
-            eventually_true(lambda executors=executors: all(executor.free() == 1 for executor in executors))
+            eventually_true(
+                lambda executors=executors: all(executor.free() == 1 for executor in executors)
+            )
     finally:
         for flow in flows:
             close_app(flow.app)
 
 
-def waiting_for(gate: threading.Event) -> Callable[[], None]:
+def waiting_view(gate: threading.Event) -> Callable[[], None]:
     def work() -> None:
         gate.wait(10)
 

@@ -1,4 +1,4 @@
-"""What a view finds of the request that started it, long after that was answered."""
+"""The request in a view, rebuilt after the original request was answered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from flask import Blueprint, Flask, current_app, g, request, url_for
 from werkzeug.routing import BaseConverter
 
-from tests.flow.driving import IN_MEMORY, Flow
+from tests.support.flow import IN_MEMORY, Flow
 
 MakeFlow = Callable[..., Flow]
 
@@ -67,7 +67,11 @@ def test_args_headers_cookies_and_authorization(flow: Flow, executor: Any) -> No
 def test_a_json_body(flow: Flow, executor: Any) -> None:
     @flow.route(executor=executor)
     def work() -> Any:
-        return {"json": request.json, "data": request.get_data(as_text=True), "is_json": request.is_json}
+        return {
+            "json": request.json,
+            "data": request.get_data(as_text=True),
+            "is_json": request.is_json,
+        }
 
     sent = {"a": [1, None, "\u00e9\U0001f600"], "b": {"c": 1.5}}
     assert flow.result(json=sent) == {"json": sent, "data": json.dumps(sent), "is_json": True}
@@ -81,7 +85,10 @@ def test_a_body_of_another_type_is_kept_byte_for_byte(flow: Flow) -> None:
         assert request.get_data() == sent
         return [request.content_length, request.mimetype]
 
-    assert flow.result(data=sent, content_type="application/x-thing") == [len(sent), "application/x-thing"]
+    assert flow.result(data=sent, content_type="application/x-thing") == [
+        len(sent),
+        "application/x-thing",
+    ]
 
 
 def test_a_compressed_body_is_kept_as_it_is(flow: Flow) -> None:
@@ -89,32 +96,40 @@ def test_a_compressed_body_is_kept_as_it_is(flow: Flow) -> None:
     def work() -> Any:
         return [request.headers["Content-Encoding"], request.get_data().hex()]
 
-    assert flow.result(data=b"\x1f\x8b\x08", headers={"Content-Encoding": "gzip"}) == ["gzip", "1f8b08"]
+    assert flow.result(data=b"\x1f\x8b\x08", headers={"Content-Encoding": "gzip"}) == [
+        "gzip",
+        "1f8b08",
+    ]
 
 
 @IN_MEMORY
-def test_no_body(flow: Flow) -> None:
+def test_a_request_without_a_body(flow: Flow) -> None:
     @flow.route()
     def work() -> Any:
-        return [request.get_data().hex(), len(request.form), len(request.files), request.get_json(silent=True)]
+        return [
+            request.get_data().hex(),
+            len(request.form),
+            len(request.files),
+            request.get_json(silent=True),
+        ]
 
     assert flow.result() == ["", 0, 0, None]
 
 
 @IN_MEMORY
-def test_the_view_gets_no_json_error_but_its_own(flow: Flow) -> None:
-    """What cannot be read fails the task as it would fail the request."""
-
+def test_invalid_json_fails_the_task_as_it_would_fail_a_request(flow: Flow) -> None:
     @flow.route()
     def work() -> Any:
         return request.json
 
     assert flow.error(data="{", content_type="application/json").startswith("400 Bad Request: ")
-    assert flow.error(data="x", content_type="text/plain").startswith("415 Unsupported Media Type: ")
+    assert flow.error(data="x", content_type="text/plain").startswith(
+        "415 Unsupported Media Type: "
+    )
 
 
 def test_a_large_body(flow: Flow) -> None:
-    """Far over the 256 KiB that stay in memory; how much memory it takes is measured elsewhere."""
+    """It exceeds the 256 KiB that stay in memory."""
     sent = b"0123456789abcdef" * 200_000
 
     @flow.route()
@@ -146,8 +161,8 @@ def test_url_variables(flow: Flow, rule: str, path: str, arguments: dict[str, An
     assert flow.result(path) == [arguments, arguments]
 
 
-def test_url_variables_that_are_no_json(flow: Flow) -> None:
-    """They are matched again, so that they need not be stored."""
+def test_url_variables_that_are_not_json(flow: Flow) -> None:
+    """They are matched again from the URL instead of being stored."""
 
     class Listed(BaseConverter):
         regex = "[^/]+"
@@ -179,7 +194,7 @@ def test_defaults_of_the_rule(flow: Flow) -> None:
 
 
 @IN_MEMORY
-def test_a_url_value_preprocessor_may_take_a_variable_away(flow: Flow) -> None:
+def test_a_url_value_preprocessor_may_remove_a_variable(flow: Flow) -> None:
     @flow.app.url_value_preprocessor
     def take(endpoint: str | None, values: dict[str, Any] | None) -> None:
         if values is not None:
@@ -193,7 +208,9 @@ def test_a_url_value_preprocessor_may_take_a_variable_away(flow: Flow) -> None:
 
 
 def test_url_processors_of_an_app_and_of_its_blueprints(flow: Flow) -> None:
-    """The pattern of Flask's documentation: what a preprocessor takes out, `url_defaults` put back. A hook's g does not return."""
+    """As in Flask's documentation, a preprocessor removes a value that ``url_defaults`` adds again.
+    Preprocessors also run in the task, because its ``g`` is fresh.
+    """
     outer = Blueprint("outer", __name__, url_prefix="/<language>/x")
     inner = Blueprint("inner", __name__, url_prefix="/<int:number>")
     order: list[tuple[str, str | None]] = []
@@ -216,7 +233,13 @@ def test_url_processors_of_an_app_and_of_its_blueprints(flow: Flow) -> None:
         values.setdefault("language", g.language)
 
     def seen(number: int, name: str) -> Any:
-        return [number, name, request.view_args, g.language, url_for(".work", number=2, name="other")]
+        return [
+            number,
+            name,
+            request.view_args,
+            g.language,
+            url_for(".work", number=2, name="other"),
+        ]
 
     inner.add_url_rule("/work/<name>", "work", flow.async_routes.task(seen), methods=["POST"])
     inner.add_url_rule("/plain/<name>", "plain", seen)
@@ -224,12 +247,14 @@ def test_url_processors_of_an_app_and_of_its_blueprints(flow: Flow) -> None:
     flow.app.register_blueprint(outer)
     found = flow.result("/de/x/7/work/caf%C3%A9")
     called = [place for place, endpoint in order if endpoint == "outer.inner.work"]
-    assert called == 2 * ["app", "outer", "inner"], "in the request and in the task"
+    assert called == 2 * ["app", "outer", "inner"], "they run in the request and in the task"
     assert found == [7, "café", {"number": 7, "name": "café"}, "de", "/de/x/2/work/other"]
     assert found == flow.request("GET", "/de/x/7/plain/caf%C3%A9").get_json()
 
 
-def test_a_url_value_preprocessor_that_raises_in_the_task(flow: Flow, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_url_value_preprocessor_that_raises_in_the_task(
+    flow: Flow, caplog: pytest.LogCaptureFixture
+) -> None:
     calls: list[int] = []
 
     @flow.app.url_value_preprocessor
@@ -270,8 +295,8 @@ def test_a_url_value_preprocessor_may_add_a_variable(flow: Flow) -> None:
     assert flow.result("/page/7") == [7, "acme"]
 
 
-def test_a_url_value_preprocessor_beside_variables_that_are_objects(flow: Flow) -> None:
-    """They are no JSON and equal to nothing but themselves; the preprocessor leaves them alone."""
+def test_a_url_value_preprocessor_with_variables_that_are_objects(flow: Flow) -> None:
+    """They are not JSON and equal only themselves. The preprocessor does not change them."""
 
     class Thing:
         def __init__(self, name: str) -> None:
@@ -282,7 +307,9 @@ def test_a_url_value_preprocessor_beside_variables_that_are_objects(flow: Flow) 
             return Thing(value)
 
     flow.app.url_map.converters["thing"] = Things
-    flow.app.url_value_preprocessor(lambda endpoint, values: (values or {}).pop("language", None) and None)
+    flow.app.url_value_preprocessor(
+        lambda endpoint, values: (values or {}).pop("language", None) and None
+    )
 
     @flow.route("/<language>/<thing:thing>")
     def work(thing: Thing) -> Any:
@@ -293,7 +320,7 @@ def test_a_url_value_preprocessor_beside_variables_that_are_objects(flow: Flow) 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1"], ids=repr)
 def test_a_decorator_may_change_the_type_of_a_variable(make_flow: MakeFlow, value: Any) -> None:
-    """What is equal is not the same: 1 is no True."""
+    """Equal values may differ in type, like 1 and True."""
     flow = make_flow()
 
     def changing(function: Any) -> Any:
@@ -313,7 +340,7 @@ def test_a_decorator_may_change_the_type_of_a_variable(make_flow: MakeFlow, valu
 
 
 @IN_MEMORY
-def test_url_for(flow: Flow) -> None:
+def test_url_for_in_a_task(flow: Flow) -> None:
     @flow.route("/a/<int:n>")
     def work(n: int) -> Any:
         return [
@@ -373,8 +400,13 @@ def test_hooks_of_the_request_run_once(flow: Flow, executor: Any) -> None:
         if executor == "immediate":
             assert ran == ["before", "view", f"teardown {error}", "after", "teardown NoneType"]
         else:
-            assert sorted(ran) == sorted(["before", "after", "teardown NoneType", "view", f"teardown {error}"])
-            assert ran.index("view") + 1 == len(ran) - ran[::-1].index(f"teardown {error}") - 1 or error == "NoneType"
+            assert sorted(ran) == sorted(
+                ["before", "after", "teardown NoneType", "view", f"teardown {error}"]
+            )
+            assert (
+                ran.index("view") + 1 == len(ran) - ran[::-1].index(f"teardown {error}") - 1
+                or error == "NoneType"
+            )
         ran.clear()
 
 
@@ -408,7 +440,9 @@ def test_g_is_fresh(flow: Flow, executor: Any) -> None:
     assert flow.result() is False
 
 
-def test_before_task_functions_run_in_order_in_the_rebuilt_request(flow: Flow, executor: Any) -> None:
+def test_before_task_functions_run_in_order_in_the_rebuilt_request(
+    flow: Flow, executor: Any
+) -> None:
     @flow.async_routes.before_task
     def first() -> None:
         g.seen = [request.args["x"]]
@@ -444,16 +478,25 @@ def test_an_exception_in_before_task_fails_the_task(flow: Flow, executor: Any) -
     assert task["StartingTime"] >= task["CreationTime"]
 
 
-def test_headers_and_cookies_that_must_not_be_stored(make_flow: MakeFlow, store_url: str) -> None:
-    flow = make_flow(ASYNCROUTE_STORE=store_url, ASYNCROUTE_SNAPSHOT_DROP=["Authorization", "X-Secret", "token"])
+def test_snapshot_drop_removes_headers_and_cookies(make_flow: MakeFlow, store_url: str) -> None:
+    flow = make_flow(
+        ASYNCROUTE_STORE=store_url, ASYNCROUTE_SNAPSHOT_DROP=["Authorization", "X-Secret", "token"]
+    )
 
     @flow.route()
     def work() -> Any:
-        return [request.authorization, "X-Secret" in request.headers, request.headers["X-Other"], dict(request.cookies)]
+        return [
+            request.authorization,
+            "X-Secret" in request.headers,
+            request.headers["X-Other"],
+            dict(request.cookies),
+        ]
 
     for name, value in {"token": "secret", "colour": 'grün; "x"', "empty": "", "b": "2"}.items():
         flow.client.set_cookie(name, value)
-    found = flow.result(headers={"Authorization": "Bearer secret", "X-Secret": "secret", "X-Other": "y"})
+    found = flow.result(
+        headers={"Authorization": "Bearer secret", "X-Secret": "secret", "X-Other": "y"}
+    )
     assert found == [None, False, "y", {"colour": 'grün; "x"', "empty": "", "b": "2"}]
 
 
@@ -470,8 +513,7 @@ def test_headers_and_cookies_that_must_not_be_stored(make_flow: MakeFlow, store_
         'a=1;TOKEN="x; b=2',
     ],
 )
-def test_awkward_cookies_beside_one_that_is_dropped(make_flow: MakeFlow, cookies: str) -> None:
-    """What is kept reads as it did before."""
+def test_dropping_a_cookie_keeps_unusual_cookies(make_flow: MakeFlow, cookies: str) -> None:
     flow = make_flow(ASYNCROUTE_SNAPSHOT_DROP=["token"])
     at_start: list[Any] = []
 
@@ -479,7 +521,9 @@ def test_awkward_cookies_beside_one_that_is_dropped(make_flow: MakeFlow, cookies
     def before() -> None:
         if request.endpoint == "work":
             at_start[:] = [
-                (name, value) for name, value in request.cookies.items(multi=True) if name.lower() != "token"
+                (name, value)
+                for name, value in request.cookies.items(multi=True)
+                if name.lower() != "token"
             ]
 
     @flow.route()
@@ -491,8 +535,12 @@ def test_awkward_cookies_beside_one_that_is_dropped(make_flow: MakeFlow, cookies
     assert [tuple(pair) for pair in found] == at_start
 
 
-@pytest.mark.parametrize("cookies", ["a=\xff; token=2", "a=\xc3\xbc; token=1", "a=\\303; token=1", "\xe9=1; token=2"])
-def test_cookies_that_are_not_utf_8_beside_one_that_is_dropped(make_flow: MakeFlow, cookies: str) -> None:
+@pytest.mark.parametrize(
+    "cookies", ["a=\xff; token=2", "a=\xc3\xbc; token=1", "a=\\303; token=1", "\xe9=1; token=2"]
+)
+def test_dropping_a_cookie_keeps_cookies_that_are_not_utf_8(
+    make_flow: MakeFlow, cookies: str
+) -> None:
     flow = make_flow(ASYNCROUTE_SNAPSHOT_DROP=["token"])
     flow.client = flow.app.test_client(use_cookies=False)
 
@@ -505,7 +553,7 @@ def test_cookies_that_are_not_utf_8_beside_one_that_is_dropped(make_flow: MakeFl
     assert flow.result(**given) == flow.client.get("/plain", **given).get_json() != []
 
 
-def test_a_long_cookie_beside_one_that_is_dropped(make_flow: MakeFlow) -> None:
+def test_dropping_a_cookie_keeps_a_long_cookie(make_flow: MakeFlow) -> None:
     flow = make_flow(ASYNCROUTE_SNAPSHOT_DROP=["token"])
 
     @flow.route()
@@ -516,11 +564,12 @@ def test_a_long_cookie_beside_one_that_is_dropped(make_flow: MakeFlow) -> None:
     assert flow.result(environ_overrides={"HTTP_COOKIE": f"token=1; a={'x' * 6000}"}) == {"a": 6000}
 
 
-def test_a_dropped_header_is_gone_from_the_store_too(
+def test_dropped_headers_and_cookies_are_not_stored(
     make_flow: MakeFlow, gate: Any, tmp_path: Any, eventually: Any
 ) -> None:
     flow = make_flow(
-        ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/tasks.db", ASYNCROUTE_SNAPSHOT_DROP=["authorization", "token"]
+        ASYNCROUTE_STORE=f"sqlite:///{tmp_path}/tasks.db",
+        ASYNCROUTE_SNAPSHOT_DROP=["authorization", "token"],
     )
 
     @flow.route()
@@ -535,8 +584,8 @@ def test_a_dropped_header_is_gone_from_the_store_too(
     flow.ended(task)
 
 
-def test_what_the_extension_keeps_of_the_environ_is_plain(flow: Flow) -> None:
-    """Objects of the server stay behind: a task has no socket, no file of the request and no WSGI callables."""
+def test_the_environ_of_a_task_has_only_plain_values(flow: Flow) -> None:
+    """Objects of the server are dropped: sockets, files and WSGI callables."""
 
     @flow.route()
     def work() -> Any:
@@ -546,26 +595,30 @@ def test_what_the_extension_keeps_of_the_environ_is_plain(flow: Flow) -> None:
             if not isinstance(value, (str, int, bool)) and not key.startswith("werkzeug.")
         )
 
-    found = flow.result(environ_overrides={"server.socket": object(), "server.list": [1], "server.text": "kept"})
-    assert [name.partition(":")[0] for name in found] == ["wsgi.errors", "wsgi.input", "wsgi.version"]
+    found = flow.result(
+        environ_overrides={"server.socket": object(), "server.list": [1], "server.text": "kept"}
+    )
+    assert [name.partition(":")[0] for name in found] == [
+        "wsgi.errors",
+        "wsgi.input",
+        "wsgi.version",
+    ]
 
 
 @IN_MEMORY
-def test_a_url_that_is_gone_fails_the_task(flow: Flow) -> None:
-    """It cannot go on where its rule does not lead any more; that is the task's failure and nobody else's."""
-
-    class Fickle(BaseConverter):
+def test_a_url_that_no_longer_matches_fails_the_task(flow: Flow) -> None:
+    class MatchesOnce(BaseConverter):
         is_there = True
 
         def to_python(self, value: str) -> str:
-            if not Fickle.is_there:
+            if not MatchesOnce.is_there:
                 from werkzeug.routing import ValidationError
 
                 raise ValidationError
-            Fickle.is_there = False
+            MatchesOnce.is_there = False
             return value
 
-    flow.app.url_map.converters["fickle"] = Fickle
+    flow.app.url_map.converters["fickle"] = MatchesOnce
 
     @flow.route("/a/<fickle:n>")
     def work(n: str) -> str:
@@ -574,7 +627,9 @@ def test_a_url_that_is_gone_fails_the_task(flow: Flow) -> None:
     assert flow.error("/a/x").startswith("404 Not Found: ")
 
 
-def test_an_app_of_its_own_request_class(make_app: Callable[..., Flask], make_flow: MakeFlow) -> None:
+def test_an_app_with_its_own_request_class(
+    make_app: Callable[..., Flask], make_flow: MakeFlow
+) -> None:
     flow = make_flow()
 
     class MyRequest(flow.app.request_class):  # type: ignore[name-defined, misc]

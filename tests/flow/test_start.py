@@ -1,4 +1,4 @@
-"""Starting a task: the 202, what comes with it, and every way to be refused with nothing stored."""
+"""Starts of tasks: the 202 response, its headers and fields, and refusals, which store nothing."""
 
 from __future__ import annotations
 
@@ -16,17 +16,28 @@ import yaml
 from flask import request
 
 from flask_asyncroute import Access, Permission
-from tests.conftest import label
-from tests.flow.driving import IN_MEMORY, Flow, assert_not_cached, loaded, problem
+from tests.support.flow import IN_MEMORY, Flow, assert_not_cached, loaded, problem
+from tests.support.labels import label
 
 MakeFlow = Callable[..., Flow]
 
-ALWAYS = ["Id", "AsyncRouteId", "State", "IsCompleted", "Cancellable", "CreationTime", "Url", "Method"]
+ALWAYS = [
+    "Id",
+    "AsyncRouteId",
+    "State",
+    "IsCompleted",
+    "Cancellable",
+    "CreationTime",
+    "Url",
+    "Method",
+]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
-def test_a_start_answers_202_with_the_task(flow: Flow, executor: Any, gate: threading.Event) -> None:
+def test_a_start_answers_202_with_the_task(
+    flow: Flow, executor: Any, gate: threading.Event
+) -> None:
     gate.set()
 
     @flow.route("/auth/asyncUsing", methods=["PUT"], executor=executor)
@@ -47,25 +58,31 @@ def test_a_start_answers_202_with_the_task(flow: Flow, executor: Any, gate: thre
     assert began <= datetime.fromisoformat(task["CreationTime"]) <= datetime.now(UTC)
     assert (task["Url"], task["Method"]) == ("http://localhost/auth/asyncUsing", "PUT")
     assert response.headers["Location"] == f"/task/{task['Id']}"
-    assert task["Sse"] == {"Group": "/auth/asyncUsing", "Url": f"/task/{task['Id']}/events", "SendResult": False}
+    assert task["Sse"] == {
+        "Group": "/auth/asyncUsing",
+        "Url": f"/task/{task['Id']}/events",
+        "SendResult": False,
+    }
     if executor == "immediate":
         assert (task["State"], task["IsCompleted"]) == ("Completed", True)
         assert task["Result"] == {"InnerValue": 1}
         assert "Retry-After" not in response.headers
     else:
-        assert list(task) == [*ALWAYS, "Sse"], "a field that does not apply is left out"
+        assert list(task) == [*ALWAYS, "Sse"], "fields that do not apply are omitted"
         assert (task["State"], task["IsCompleted"]) == ("NotStarted", False)
         assert int(response.headers["Retry-After"]) > 0
     ended = flow.ended(task)
-    assert ended["CreationTime"] <= ended["StartingTime"] <= ended["CompletedTime"], "I4"
-    timeout = datetime.fromisoformat(ended["ExpireTime"]) - datetime.fromisoformat(ended["StartingTime"])
+    assert ended["CreationTime"] <= ended["StartingTime"] <= ended["CompletedTime"], (
+        "the times are in order"
+    )
+    timeout = datetime.fromisoformat(ended["ExpireTime"]) - datetime.fromisoformat(
+        ended["StartingTime"]
+    )
     assert timeout == timedelta(seconds=36000)
 
 
 @pytest.mark.parametrize("executor_name", ["thread", "immediate"])
-def test_a_task_is_in_the_store_before_its_answer_is_sent(flow: Flow, executor_name: str) -> None:
-    """I1: whoever has the answer can get the task at once."""
-
+def test_a_task_is_stored_before_the_response_is_sent(flow: Flow, executor_name: str) -> None:
     @flow.route(executor=executor_name)
     def work() -> None: ...
 
@@ -73,7 +90,7 @@ def test_a_task_is_in_the_store_before_its_answer_is_sent(flow: Flow, executor_n
         assert flow.get(flow.start())["Id"]
 
 
-def test_a_strict_pode_client_gets_200(make_flow: MakeFlow, store_url: str) -> None:
+def test_the_accepted_status_of_the_configuration(make_flow: MakeFlow, store_url: str) -> None:
     flow = make_flow(ASYNCROUTE_STORE=store_url, ASYNCROUTE_ACCEPTED_STATUS=200)
 
     @flow.route()
@@ -84,7 +101,7 @@ def test_a_strict_pode_client_gets_200(make_flow: MakeFlow, store_url: str) -> N
     assert response.headers["Location"] == f"/task/{loaded(response)['Id']}"
 
 
-def test_a_name_stands_in_for_method_and_rule(flow: Flow) -> None:
+def test_a_name_replaces_method_and_rule_in_the_route_id(flow: Flow) -> None:
     @flow.route("/a/<int:n>", methods=["POST", "PATCH"])
     def plain(n: int) -> None: ...
 
@@ -110,7 +127,9 @@ def test_a_name_stands_in_for_method_and_rule(flow: Flow) -> None:
         ({"ASYNCROUTE_TASK_ID_IN": ["header"]}, "http://localhost/", "/task"),
     ],
 )  # fmt: skip
-def test_location_is_path_absolute(make_flow: MakeFlow, config: dict[str, Any], base_url: str, location: str) -> None:
+def test_location_is_path_absolute(
+    make_flow: MakeFlow, config: dict[str, Any], base_url: str, location: str
+) -> None:
     flow = make_flow(**config)
 
     @flow.route(id_generator=lambda: "x1")
@@ -120,14 +139,15 @@ def test_location_is_path_absolute(make_flow: MakeFlow, config: dict[str, Any], 
     assert response.headers["Location"] == location
     if "header" not in config.get("ASYNCROUTE_TASK_ID_IN", ()):
         path = location.removeprefix(
-            base_url.partition("//")[2].partition("/")[1] + base_url.partition("//")[2].partition("/")[2]
+            base_url.partition("//")[2].partition("/")[1]
+            + base_url.partition("//")[2].partition("/")[2]
         )
         found = flow.request("GET", "/" + path.lstrip("/"), base_url=base_url)
         assert loaded(found)["Id"] == "x1"
 
 
 def test_location_under_a_mount_point_that_is_not_ascii(make_flow: MakeFlow) -> None:
-    """Headers are Latin-1 at most: a server would fail to send anything else."""
+    """Headers are Latin-1. A server would fail to send anything else."""
     flow = make_flow()
 
     @flow.route(id_generator=lambda: "x1")
@@ -138,8 +158,11 @@ def test_location_under_a_mount_point_that_is_not_ascii(make_flow: MakeFlow) -> 
     assert response.headers["Location"] == "/B%C3%BCcher%20%E2%82%AC/x/task/x1"
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:81", "a@evil.example", "user:secret@evil.example"])
-def test_a76_a_forged_host_reaches_no_link(make_flow: MakeFlow, host: str) -> None:
+@pytest.mark.covers("A76")
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:81", "a@evil.example", "user:secret@evil.example"]
+)
+def test_a_forged_host_is_not_in_a_link(make_flow: MakeFlow, host: str) -> None:
     flow = make_flow()
 
     @flow.route()
@@ -189,18 +212,22 @@ def test_url_behind_script_name_and_scheme(flow: Flow) -> None:
     @flow.route()
     def work() -> None: ...
 
-    assert flow.start(base_url="https://shop.example:8443/app")["Url"] == "https://shop.example:8443/app/work"
+    assert (
+        flow.start(base_url="https://shop.example:8443/app")["Url"]
+        == "https://shop.example:8443/app/work"
+    )
 
 
 @IN_MEMORY
-def test_url_of_a_long_path_is_cut(flow: Flow) -> None:
+def test_url_of_a_long_path_is_shortened(flow: Flow) -> None:
     @flow.route("/a/<path:x>")
     def work(x: str) -> None: ...
 
     assert len(flow.start(f"/a/{'x' * 50_000}")["Url"]) == 2048
 
 
-# -- methods -----------------------------------------------------------------------------------------------------------
+# -- methods
+# -----------------------------------------------------------------------------------------------------------
 
 
 @IN_MEMORY
@@ -238,24 +265,30 @@ def test_options_starts_nothing(flow: Flow) -> None:
     assert flow.query() == []
 
 
+@pytest.mark.covers("A58")
 @IN_MEMORY
 @pytest.mark.parametrize("header", ["X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override"])
-def test_a58_a_method_cannot_be_overridden(flow: Flow, header: str) -> None:
+def test_a_method_cannot_be_overridden(flow: Flow, header: str) -> None:
     @flow.route()
     def work() -> Any:
         return request.method
 
     task = flow.run(headers={header: "DELETE"}, data={"_method": "DELETE"})
     assert (task["Method"], task["Result"]) == ("POST", "POST")
-    assert flow.request("POST", f"/task/{task['Id']}", headers={header: "DELETE"}).status_code == 405
+    assert (
+        flow.request("POST", f"/task/{task['Id']}", headers={header: "DELETE"}).status_code == 405
+    )
 
 
-# -- negotiation -----------------------------------------------------------------------------------------------------------
+# -- negotiation
+# -----------------------------------------------------------------------------------------------------------
 
 
 @IN_MEMORY
-@pytest.mark.parametrize("accept", ["text/html", "image/*", "application/json;q=0", "application/xml"])
-def test_nothing_acceptable_starts_nothing(flow: Flow, accept: str) -> None:
+@pytest.mark.parametrize(
+    "accept", ["text/html", "image/*", "application/json;q=0", "application/xml"]
+)
+def test_an_unsupported_accept_header_starts_nothing(flow: Flow, accept: str) -> None:
     @flow.route()
     def work() -> None: ...
 
@@ -267,20 +300,28 @@ def test_nothing_acceptable_starts_nothing(flow: Flow, accept: str) -> None:
     assert flow.query() == []
 
 
-def test_the_answer_is_of_the_type_that_is_accepted(flow: Flow) -> None:
+def test_the_response_has_the_accepted_media_type(flow: Flow) -> None:
     @flow.route(response_types=["application/yaml", "application/xml"])
     def work() -> None: ...
 
-    def asked(accept: str | None) -> Any:
-        response = flow.request("POST", "/work", headers={} if accept is None else {"Accept": accept})
+    def start(accept: str | None) -> Any:
+        response = flow.request(
+            "POST", "/work", headers={} if accept is None else {"Accept": accept}
+        )
         assert response.status_code == 202
         return response
 
-    for accept in (None, "*/*", "text/yaml", "application/x-yaml", "application/json;q=0.9, */*;q=0.1"):
-        response = asked(accept)
+    for accept in (
+        None,
+        "*/*",
+        "text/yaml",
+        "application/x-yaml",
+        "application/json;q=0.9, */*;q=0.1",
+    ):
+        response = start(accept)
         assert response.content_type == "application/yaml; charset=utf-8"
         assert yaml.safe_load(response.data)["State"] == "NotStarted"
-    response = asked("application/yaml;q=0.5, text/xml")
+    response = start("application/yaml;q=0.5, text/xml")
     assert response.content_type == "application/xml; charset=utf-8"
     root = ElementTree.fromstring(response.data)
     assert root.tag == "AsyncRouteTask"
@@ -289,10 +330,12 @@ def test_the_answer_is_of_the_type_that_is_accepted(flow: Flow) -> None:
     assert_not_cached(response)
 
 
-# -- permission ------------------------------------------------------------------------------------------------------------
+# -- permission
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_a77_a_route_with_a_permission_is_for_known_callers(flow: Flow) -> None:
+@pytest.mark.covers("A77")
+def test_a_route_with_a_permission_refuses_anonymous_callers(flow: Flow) -> None:
     @flow.route(permission=Permission())
     def fixed() -> None: ...
 
@@ -308,20 +351,21 @@ def test_a77_a_route_with_a_permission_is_for_known_callers(flow: Flow) -> None:
     assert len(flow.query()) == 2
 
 
-def raising() -> Permission:
+def fail() -> Permission:
     raise RuntimeError("secret")
 
 
+@pytest.mark.covers("A77")
 @IN_MEMORY
 @pytest.mark.parametrize(
     "function",
     [
-        raising, lambda: None, lambda: True, lambda: "anna", lambda: Access(users=["anna"]), lambda: {"Read": {}}, lambda: Permission,
+        fail, lambda: None, lambda: True, lambda: "anna", lambda: Access(users=["anna"]), lambda: {"Read": {}}, lambda: Permission,
         lambda: request.args["missing"], lambda: 1 / 0,
     ],
     ids=["raises", "None", "True", "string", "Access", "mapping", "class", "bad key", "zero"],
 )  # fmt: skip
-def test_a77_a_permission_function_that_does_not_tell(
+def test_a_permission_function_that_returns_no_permission_refuses_the_start(
     flow: Flow, function: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     ran = []
@@ -337,14 +381,15 @@ def test_a77_a_permission_function_that_does_not_tell(
     assert flow.query() == [] and not ran
 
 
-def test_a77_nobody_is_asked_for_a_permission_before_a_caller_is_known(flow: Flow) -> None:
-    asked = []
+@pytest.mark.covers("A77")
+def test_the_permission_function_is_not_called_for_anonymous_callers(flow: Flow) -> None:
+    calls = []
 
-    @flow.route(permission=lambda: asked.append(1))
+    @flow.route(permission=lambda: calls.append(1))
     def work() -> None: ...
 
     problem(flow.request("POST", "/work"), 401, "not-authenticated")
-    assert not asked
+    assert not calls
 
 
 def test_a_permission_function_runs_in_the_request(flow: Flow) -> None:
@@ -357,7 +402,9 @@ def test_a_permission_function_runs_in_the_request(flow: Flow) -> None:
 
 
 def test_a_permission_is_shown_with_the_owner_in_both_users(flow: Flow) -> None:
-    permission = Permission(read=Access(["b"], ["g"], ["r"], ["s"]), write=Access(groups=["w"], users=["anna"]))
+    permission = Permission(
+        read=Access(["b"], ["g"], ["r"], ["s"]), write=Access(groups=["w"], users=["anna"])
+    )
 
     @flow.route(permission=permission)
     def work() -> None: ...
@@ -373,7 +420,10 @@ def test_a_permission_is_shown_with_the_owner_in_both_users(flow: Flow) -> None:
     }
     nobody: dict[str, list[str]] = {"Groups": [], "Roles": [], "Scopes": []}
     task = flow.start("/plain", headers={"X-User": "anna"})
-    assert task["Permission"] == {"Read": {"Users": ["anna"], **nobody}, "Write": {"Users": ["anna"], **nobody}}
+    assert task["Permission"] == {
+        "Read": {"Users": ["anna"], **nobody},
+        "Write": {"Users": ["anna"], **nobody},
+    }
     assert not {"User", "Permission"} & set(flow.start("/plain"))
 
 
@@ -391,7 +441,8 @@ def test_an_app_wide_permission(make_flow: MakeFlow) -> None:
     assert flow.start(headers={"X-User": "anna"})["Permission"]["Read"]["Groups"] == ["staff"]
 
 
-# -- identity ------------------------------------------------------------------------------------------------------------
+# -- identity
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Person:
@@ -413,7 +464,7 @@ class Person:
     ],
     ids=label,
 )
-def test_identities(flow: Flow, identity: Any, user: str | None) -> None:
+def test_valid_identities(flow: Flow, identity: Any, user: str | None) -> None:
     flow.async_routes.identity_loader(lambda: identity)
 
     @flow.route()
@@ -428,10 +479,19 @@ def test_identities(flow: Flow, identity: Any, user: str | None) -> None:
 @IN_MEMORY
 @pytest.mark.parametrize(
     "identity",
-    [{}, {"id": None}, {"id": ""}, {"id": "x" * 256}, Person(), {"id": "anna", "groups": "staff"}, "anna", 7],
+    [
+        {},
+        {"id": None},
+        {"id": ""},
+        {"id": "x" * 256},
+        Person(),
+        {"id": "anna", "groups": [None]},
+        "anna",
+        7,
+    ],
     ids=["empty", "None", "blank", "long", "object", "groups", "text", "number"],
 )
-def test_an_identity_that_is_none_starts_nothing(flow: Flow, identity: Any) -> None:
+def test_an_invalid_identity_starts_nothing(flow: Flow, identity: Any) -> None:
     flow.async_routes.identity_loader(lambda: identity)
 
     @flow.route()
@@ -443,11 +503,13 @@ def test_an_identity_that_is_none_starts_nothing(flow: Flow, identity: Any) -> N
 
 
 @pytest.mark.parametrize("kind", ["groups", "roles", "scopes"])
-@pytest.mark.parametrize("held", [5, True, {"a": 1}.items], ids=label)
-def test_an_identity_with_something_else_than_names(make_flow: MakeFlow, kind: str, held: Any) -> None:
-    """Whatever the app's loader returns: an answer that says what is wrong with it, and no exception of ours."""
+@pytest.mark.parametrize("names", [5, True, {"a": 1}.items], ids=label)
+def test_groups_roles_and_scopes_of_an_identity_must_be_names(
+    make_flow: MakeFlow, kind: str, names: Any
+) -> None:
+    """The response names the invalid field."""
     flow = make_flow()
-    flow.async_routes.identity_loader(lambda: {"id": "anna", kind: held})
+    flow.async_routes.identity_loader(lambda: {"id": "anna", kind: names})
 
     @flow.route()
     def work() -> None: ...
@@ -456,8 +518,8 @@ def test_an_identity_with_something_else_than_names(make_flow: MakeFlow, kind: s
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\x00b"])
-def test_an_identity_that_no_store_can_hold(flow: Flow, name: str) -> None:
-    """A token may well hold half a surrogate pair: JSON does."""
+def test_a_user_id_that_no_store_can_hold(flow: Flow, name: str) -> None:
+    """A JSON token may contain one half of a surrogate pair."""
     flow.async_routes.identity_loader(lambda: {"id": name})
 
     @flow.route()
@@ -472,7 +534,7 @@ def test_an_identity_that_no_store_can_hold(flow: Flow, name: str) -> None:
     loaded(response)
 
 
-def test_another_field_of_the_identity(make_flow: MakeFlow) -> None:
+def test_the_user_id_field_of_the_configuration(make_flow: MakeFlow) -> None:
     flow = make_flow(ASYNCROUTE_USER_ID_FIELD="sub")
     flow.async_routes.identity_loader(lambda: {"id": "wrong", "sub": "right"})
 
@@ -483,7 +545,7 @@ def test_another_field_of_the_identity(make_flow: MakeFlow) -> None:
 
 
 @IN_MEMORY
-def test_an_identity_loader_may_abort_as_any_view(flow: Flow) -> None:
+def test_an_identity_loader_may_abort(flow: Flow) -> None:
     from flask import abort
 
     flow.async_routes.identity_loader(lambda: abort(401))
@@ -494,11 +556,12 @@ def test_an_identity_loader_may_abort_as_any_view(flow: Flow) -> None:
     assert flow.request("POST", "/work").status_code == 401
 
 
-# -- ids ---------------------------------------------------------------------------------------------------------------------
+# -- ids
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("good", ["a", "x" * 128, "A.b_c~d-9", "...", ".a", "-", "~"])
-def test_ids_of_the_app(flow: Flow, good: str) -> None:
+def test_valid_ids_of_an_id_generator(flow: Flow, good: str) -> None:
     @flow.route(id_generator=lambda: good)
     def work() -> int:
         return 1
@@ -532,7 +595,9 @@ def test_ids_of_the_app(flow: Flow, good: str) -> None:
     ],
     ids=label,
 )
-def test_a_bad_id_starts_nothing(flow: Flow, bad: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_id_starts_nothing(
+    flow: Flow, bad: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     @flow.route(id_generator=lambda: bad)
     def work() -> None:
         raise AssertionError("started")
@@ -544,7 +609,9 @@ def test_a_bad_id_starts_nothing(flow: Flow, bad: Any, caplog: pytest.LogCapture
 
 
 @IN_MEMORY
-def test_an_id_generator_that_raises_starts_nothing(flow: Flow, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_id_generator_that_raises_starts_nothing(
+    flow: Flow, caplog: pytest.LogCaptureFixture
+) -> None:
     def generate() -> str:
         raise LookupError("secret")
 
@@ -556,12 +623,12 @@ def test_an_id_generator_that_raises_starts_nothing(flow: Flow, caplog: pytest.L
     assert flow.query() == []
 
 
-def test_a_taken_id_is_generated_anew_three_times(flow: Flow) -> None:
+def test_a_taken_id_is_generated_again_up_to_three_times(flow: Flow) -> None:
     ids: Iterator[str] = iter([])
-    asked = itertools.count()
+    calls = itertools.count()
 
     def generate() -> str:
-        next(asked)
+        next(calls)
         return next(ids)
 
     @flow.route(id_generator=generate)
@@ -588,16 +655,20 @@ def test_an_app_wide_id_generator(make_flow: MakeFlow) -> None:
     assert [flow.start()["Id"] for _ in range(3)] == ["1", "2", "3"]
 
 
-# -- places ----------------------------------------------------------------------------------------------------------------
+# -- slots
+# ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("A69")
 @pytest.mark.parametrize("executor_name", ["thread", "own"])
-def test_a69_a_full_queue_refuses_and_leaves_no_trace(
+def test_a_full_queue_refuses_a_start_and_stores_nothing(
     flow: Flow, gate: threading.Event, executor_name: str, own_pool: ThreadPoolExecutor
 ) -> None:
     ran = []
 
-    @flow.route(max_workers=2, queue_size=3, executor=own_pool if executor_name == "own" else "thread")
+    @flow.route(
+        max_workers=2, queue_size=3, executor=own_pool if executor_name == "own" else "thread"
+    )
     def work(**given: Any) -> None:
         ran.append(1)
         gate.wait(10)
@@ -612,10 +683,11 @@ def test_a69_a_full_queue_refuses_and_leaves_no_trace(
     for task_id in accepted:
         flow.ended(task_id)
     assert len(ran) == 5
-    assert flow.run()["State"] == "Completed", "places are given back"
+    assert flow.run()["State"] == "Completed", "slots are released"
 
 
-def test_a69_a_queue_of_none(flow: Flow, gate: threading.Event) -> None:
+@pytest.mark.covers("A69")
+def test_a_queue_of_size_zero(flow: Flow, gate: threading.Event) -> None:
     @flow.route(max_workers=1, queue_size=0)
     def work() -> None:
         gate.wait(10)
@@ -626,7 +698,8 @@ def test_a69_a_queue_of_none(flow: Flow, gate: threading.Event) -> None:
     flow.ended(task)
 
 
-def test_a69_many_at_once(flow: Flow, gate: threading.Event) -> None:
+@pytest.mark.covers("A69")
+def test_concurrent_starts_do_not_exceed_the_queue(flow: Flow, gate: threading.Event) -> None:
     @flow.route(max_workers=1, queue_size=5)
     def work() -> None:
         gate.wait(10)
@@ -649,8 +722,7 @@ def test_a69_many_at_once(flow: Flow, gate: threading.Event) -> None:
         flow.ended(task_id)
 
 
-def test_a_place_is_given_back_where_the_start_fails(flow: Flow) -> None:
-    """Whatever refuses a start after its place was taken: no place is lost."""
+def test_a_failed_start_releases_its_slot(flow: Flow) -> None:
     bad = True
 
     @flow.route(max_workers=1, queue_size=0, id_generator=lambda: "" if bad else "good")
@@ -662,7 +734,7 @@ def test_a_place_is_given_back_where_the_start_fails(flow: Flow) -> None:
     flow.start()
 
 
-def test_routes_of_one_pool_share_its_places(flow: Flow, gate: threading.Event) -> None:
+def test_routes_of_one_pool_share_its_slots(flow: Flow, gate: threading.Event) -> None:
     @flow.route("/a", pool="p", max_workers=1, queue_size=1)
     def a() -> None:
         gate.wait(10)
@@ -683,7 +755,7 @@ def test_routes_of_one_pool_share_its_places(flow: Flow, gate: threading.Event) 
         flow.ended(task)
 
 
-def test_an_executor_that_was_shut_down_refuses_and_leaves_no_trace(flow: Flow) -> None:
+def test_a_start_on_an_executor_that_was_shut_down_is_refused(flow: Flow) -> None:
     pool = ThreadPoolExecutor(1)
     pool.shutdown()
 
@@ -694,8 +766,8 @@ def test_an_executor_that_was_shut_down_refuses_and_leaves_no_trace(flow: Flow) 
     assert flow.query() == []
 
 
-def test_an_executor_of_the_app_that_raises_leaves_no_trace(flow: Flow) -> None:
-    """A task that nobody will ever run must not stay NotStarted (I3)."""
+def test_a_start_on_an_executor_that_raises_stores_nothing(flow: Flow) -> None:
+    """A task that no process will run must not stay NotStarted."""
 
     class Broken(Executor):
         def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -709,8 +781,8 @@ def test_an_executor_of_the_app_that_raises_leaves_no_trace(flow: Flow) -> None:
     assert flow.query() == []
 
 
-def test_an_id_of_a_kind_of_text_is_its_text(flow: Flow) -> None:
-    """The answer's encoder would refuse it, with the task stored and running."""
+def test_an_id_of_a_string_subclass_is_converted(flow: Flow) -> None:
+    """Otherwise the encoder of the response would refuse it after the task was stored."""
 
     class Kind(str):
         pass
@@ -720,7 +792,7 @@ def test_an_id_of_a_kind_of_text_is_its_text(flow: Flow) -> None:
 
 
 @pytest.mark.parametrize("host", ["e vil<x>", ""])
-def test_url_is_absolute_whatever_the_host_header_says(flow: Flow, host: str) -> None:
+def test_url_is_absolute_with_an_invalid_host_header(flow: Flow, host: str) -> None:
     flow.route(endpoint="work")(lambda: 1)
     task = flow.start(environ_overrides={"HTTP_HOST": host})
     assert re.fullmatch(r"http://[^/]+/work", task["Url"])

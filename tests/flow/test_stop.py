@@ -1,4 +1,4 @@
-"""Stop and purge: the order of what is looked at, and who may."""
+"""Stop and purge: responses, order of the checks, and permissions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from flask import abort
 
 from flask_asyncroute import Access, Permission
-from tests.flow.driving import IN_MEMORY, Flow, assert_not_cached, loaded, problem
+from tests.support.flow import IN_MEMORY, Flow, assert_not_cached, loaded, problem
 
 MakeFlow = Callable[..., Flow]
 
@@ -19,10 +19,12 @@ READERS = Permission(read=Access(groups=["readers"]), write=Access(groups=["writ
 
 @pytest.fixture
 def tasks(flow: Flow, begun: threading.Semaphore, gate: threading.Event) -> dict[str, str]:
-    """Give the ids of tasks of anna in every state, by its name."""
+    """Return the ids of tasks of anna in each state, by name."""
 
     def add(name: str, view: Any, **options: Any) -> None:
-        flow.route(f"/{name}", endpoint=name, permission=READERS, interrupt_after=None, **options)(view)
+        flow.route(f"/{name}", endpoint=name, permission=READERS, interrupt_after=None, **options)(
+            view
+        )
 
     def slow() -> str:
         begun.release()
@@ -54,7 +56,7 @@ def tasks(flow: Flow, begun: threading.Semaphore, gate: threading.Event) -> dict
     return found
 
 
-def test_the_order_of_what_is_looked_at(flow: Flow, tasks: dict[str, str], gate: threading.Event) -> None:
+def test_the_order_of_the_checks(flow: Flow, tasks: dict[str, str], gate: threading.Event) -> None:
     def status(name: str, user: str | None, query: str = "") -> int:
         headers = {} if user is None else {"X-User": user}
         return flow.request("DELETE", f"/task/{tasks[name]}{query}", headers=headers).status_code
@@ -86,14 +88,17 @@ def test_the_order_of_what_is_looked_at(flow: Flow, tasks: dict[str, str], gate:
     assert flow.ended(tasks["fixed"])["Result"] == "late"
 
 
-def test_answers_of_a_stop(flow: Flow, gate: threading.Event) -> None:
+def test_responses_to_a_stop(flow: Flow, gate: threading.Event) -> None:
     flow.route("/quick", endpoint="quick")(lambda: 1)
     flow.route("/fixed", endpoint="fixed", cancellable=False)(lambda: gate.wait(10) and None)
     flow.route("/slow", endpoint="slow")(lambda: gate.wait(10) and None)
     done, fixed, slow = flow.run("/quick"), flow.start("/fixed"), flow.start("/slow")
     found = problem(flow.request("DELETE", f"/task/{done['Id']}"), 410, "task-finished")
     assert found["Id"] == done["Id"] and "Completed" in found["detail"]
-    assert problem(flow.request("DELETE", f"/task/{fixed['Id']}"), 423, "not-cancellable")["Id"] == fixed["Id"]
+    assert (
+        problem(flow.request("DELETE", f"/task/{fixed['Id']}"), 423, "not-cancellable")["Id"]
+        == fixed["Id"]
+    )
     response = flow.request("DELETE", f"/task?Id={slow['Id']}")
     assert response.status_code == 200
     assert loaded(response)["State"] == "Aborted"
@@ -105,8 +110,10 @@ def test_answers_of_a_stop(flow: Flow, gate: threading.Event) -> None:
     flow.ended(fixed)
 
 
-@pytest.mark.parametrize("accept", ["application/json", "application/xml", "application/yaml", "*/*"])
-def test_a_purge_answers_204_with_nothing(flow: Flow, accept: str) -> None:
+@pytest.mark.parametrize(
+    "accept", ["application/json", "application/xml", "application/yaml", "*/*"]
+)
+def test_a_purge_is_answered_204_without_a_body(flow: Flow, accept: str) -> None:
     flow.route(endpoint="work")(lambda: 1)
     for query in ("purge=true", "purge=True", "purge=TRUE"):
         task = flow.run()
@@ -138,13 +145,20 @@ def test_a_purge_by_query(flow: Flow) -> None:
         "purge=%00",
     ],
 )
-def test_a_purge_that_is_not_clear_does_nothing(flow: Flow, gate: threading.Event, query: str) -> None:
+def test_an_invalid_purge_parameter_is_refused(
+    flow: Flow, gate: threading.Event, query: str
+) -> None:
     @flow.route()
     def work() -> None:
         gate.wait(10)
 
     task = flow.start()
-    assert "purge" in problem(flow.request("DELETE", f"/task/{task['Id']}?{query}"), 400, "invalid-request")["detail"]
+    assert (
+        "purge"
+        in problem(flow.request("DELETE", f"/task/{task['Id']}?{query}"), 400, "invalid-request")[
+            "detail"
+        ]
+    )
     assert flow.get(task)["State"] in ("NotStarted", "Running")
     gate.set()
     flow.ended(task)
@@ -158,12 +172,14 @@ def test_purge_false_is_a_stop(flow: Flow, gate: threading.Event) -> None:
         gate.wait(10)
 
     task = flow.start()
-    assert flow.request("DELETE", f"/task/{task['Id']}?purge=false").get_json()["State"] == "Aborted"
+    assert (
+        flow.request("DELETE", f"/task/{task['Id']}?purge=false").get_json()["State"] == "Aborted"
+    )
     gate.set()
     flow.still(task)
 
 
-def test_a_purge_of_what_has_not_ended(flow: Flow, gate: threading.Event) -> None:
+def test_a_purge_of_an_unfinished_task_is_refused(flow: Flow, gate: threading.Event) -> None:
     @flow.route(max_workers=1)
     def work() -> None:
         gate.wait(10)
@@ -188,7 +204,9 @@ def test_a_purged_id_can_be_used_again(flow: Flow) -> None:
         flow.purge("one")
 
 
-def test_a_stop_by_another_than_the_owner_leaves_owner_and_grants(flow: Flow, gate: threading.Event) -> None:
+def test_a_stop_by_another_user_keeps_owner_and_permission(
+    flow: Flow, gate: threading.Event
+) -> None:
     flow.route(endpoint="work", permission=READERS)(lambda: gate.wait(10) and None)
     task = flow.start(headers={"X-User": "anna"})
     stopped = flow.stop(task, headers={"X-User": "bert;groups=writers"})
@@ -196,64 +214,8 @@ def test_a_stop_by_another_than_the_owner_leaves_owner_and_grants(flow: Flow, ga
     gate.set()
 
 
-# -- pages of other sites ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("headers", "is_refused"),
-    [
-        ({"Sec-Fetch-Site": "cross-site", "Cookie": "session=x"}, True),
-        ({"Sec-Fetch-Site": "Cross-Site", "Cookie": "session=x"}, True),
-        ({"Sec-Fetch-Site": "cross-site", "Cookie": "session=x", "Origin": "https://evil.example"}, True),
-        ({"Sec-Fetch-Site": "cross-site", "Cookie": "session=x", "Origin": "null"}, True),
-        ({"Sec-Fetch-Site": "cross-site", "Cookie": "session=x", "Origin": "https://app.example.evil.example"}, True),
-        ({"Sec-Fetch-Site": "cross-site", "Cookie": "session=x", "Origin": "http://app.example"}, True),
-        ({"Sec-Fetch-Site": "cross-site", "Cookie": "session=x", "Origin": "https://app.example:444"}, True),
-        ({"Sec-Fetch-Site": "cross-site", "Cookie": "session=x", "Origin": "https://app.example, https://evil.example"}, True),
-        ({"Sec-Fetch-Site": "cross-site", "Cookie": "session=x", "Origin": "https://app.example"}, False),
-        ({"Sec-Fetch-Site": "cross-site", "Cookie": "session=x", "Origin": "HTTPS://APP.example"}, False),
-        ({"Sec-Fetch-Site": "cross-site", "Authorization": "Bearer x"}, False),
-        ({"Sec-Fetch-Site": "same-site", "Cookie": "session=x"}, False),
-        ({"Sec-Fetch-Site": "same-origin", "Cookie": "session=x"}, False),
-        ({"Sec-Fetch-Site": "none", "Cookie": "session=x"}, False),
-        ({"Cookie": "session=x", "Origin": "https://evil.example"}, False),
-        ({}, False),
-    ],
-)  # fmt: skip
-def test_a59_a_stop_that_a_foreign_page_asks_for(
-    make_flow: MakeFlow, headers: dict[str, str], is_refused: bool
-) -> None:
-    flow = make_flow(ASYNCROUTE_TRUSTED_ORIGINS=["https://app.example"])
-    flow.client = flow.app.test_client(use_cookies=False)
-    flow.route(endpoint="work")(lambda: 1)
-    task = flow.run()
-    for query, fine in (("", 410), ("?purge=true", 204)):
-        response = flow.request("DELETE", f"/task/{task['Id']}{query}", headers=headers)
-        if is_refused:
-            assert "ASYNCROUTE_TRUSTED_ORIGINS" in problem(response, 403, "not-permitted")["detail"]
-        else:
-            assert response.status_code == fine
-    for method, path in (("GET", "/tasks"), ("POST", "/tasks")):
-        response = flow.request(method, path, headers=headers, json={} if method == "POST" else None)
-        assert response.status_code == 200, "reading changes nothing, and its answer stays with the browser"
-        assert not [name for name in response.headers.keys() if name.lower().startswith("access-control-")]
-
-
 @IN_MEMORY
-def test_a59_a_foreign_page_learns_nothing_about_ids(flow: Flow) -> None:
-    """The refusal comes before the task is looked up."""
-    flow.client = flow.app.test_client(use_cookies=False)
-    flow.route(endpoint="work", id_generator=lambda: "one")(lambda: 1)
-    flow.run()
-    foreign = {"Sec-Fetch-Site": "cross-site", "Cookie": "session=x"}
-    answers = [flow.request("DELETE", f"/task/{task_id}", headers=foreign).get_json() for task_id in ("one", "two")]
-    for answer in answers:
-        answer.pop("instance")
-    assert answers[0] == answers[1]
-
-
-@IN_MEMORY
-def test_other_methods_on_a_task(flow: Flow) -> None:
+def test_other_methods_on_operations_are_refused(flow: Flow) -> None:
     for method in ("PUT", "POST", "PATCH"):
         assert flow.request(method, "/task/x").status_code == 405
         assert flow.request(method, "/task/x/result").status_code == 405

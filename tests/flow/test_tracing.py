@@ -1,4 +1,4 @@
-"""Tasks under a tracer: coverage, a debugger, a profiler."""
+"""Tasks under a tracer, such as coverage, a debugger or a profiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ print(cProfile.Profile().runcall(lambda: [start_and_wait() for _ in range(3)]))
 """
 
 
-def test_a_profiler_in_the_process_hangs_nothing() -> None:
-    """CPython 3.11 turns in a circle under a tracer where an exception for a thread was taken back."""
-    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
+def test_tasks_complete_under_a_profiler() -> None:
+    """Under a tracer, CPython 3.11 loops forever if an exception for a thread was withdrawn."""
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True
+    )
     assert ended.stdout.count("COMPLETED") == 3, ended

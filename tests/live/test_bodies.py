@@ -1,4 +1,6 @@
-"""Request bodies that do not arrive as they should, byte by byte against a real server: refused, and nothing is stored."""
+"""Incomplete, malformed and large request bodies, sent over a raw connection to a real server: they
+are refused and store nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from prove.client import send
-from prove.server import Server, gunicorn
-from prove.uploads import upload
+from tests.support.client import send
+from tests.support.server import Server, gunicorn
+from tests.support.uploads import upload
 
 pytestmark = pytest.mark.live
 
@@ -28,9 +30,13 @@ BAD_CHUNKS = {
 
 
 @pytest.fixture(scope="module", params=["gthread", "sync"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("bodies")
-    app = f"prove.apps.csv:create_app({str(folder)!r}, max_body={LIMIT}, list_anonymous=True)"
+    app = (
+        f"tests.support.apps.csv:create_app({str(folder)!r}, max_body={LIMIT}, list_anonymous=True)"
+    )
     threads = ("--threads", "4") if request.param == "gthread" else ()
     options = ("--workers", "1", "--worker-class", request.param, *threads)
     with gunicorn(folder / "log", app, *options) as running:
@@ -39,7 +45,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 class Wire:
-    """A bare connection."""
+    """A raw connection."""
 
     def __init__(self, server: Server) -> None:
         self.socket = socket.create_connection(("127.0.0.1", server.port), 20)
@@ -54,15 +60,24 @@ class Wire:
 
     def head(self, *fields: str, method: str = "POST", path: str = "/csv") -> None:
         """Send the head of a request."""
-        lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: text/csv", *fields, "", ""]
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            "Host: 127.0.0.1",
+            "Content-Type: text/csv",
+            *fields,
+            "",
+            "",
+        ]
         self.socket.sendall("\r\n".join(lines).encode("ascii"))
 
     def end(self) -> None:
-        """Send no more."""
+        """Close the sending side."""
         self.socket.shutdown(socket.SHUT_WR)
 
     def answer(self) -> tuple[int, str]:
-        """Read one answer; return its status and body, 0 where the server just closed."""
+        """Read a response; return its status and body, or status 0 if the server closed the
+        connection.
+        """
         status = self._file.readline()
         if not status:
             return 0, ""
@@ -76,7 +91,7 @@ class Wire:
 
 @pytest.fixture
 def wire(server: Server) -> Iterator[Wire]:
-    """Give a connection; whatever is sent over it, no task may come of it, and the server goes on."""
+    """Yield a connection. Check afterwards that no task was created and that the server answers."""
     before = send(server.port, "GET", "/tasks?limit=500").json()
     with Wire(server) as connected:
         yield connected
@@ -85,21 +100,23 @@ def wire(server: Server) -> Iterator[Wire]:
 
 
 @pytest.mark.parametrize("sent", [b"", b"half of it"])
-def test_a_body_that_is_cut_short(wire: Wire, sent: bytes) -> None:
+def test_a_body_cut_short_is_refused(wire: Wire, sent: bytes) -> None:
     wire.head("Content-Length: 1000")
     wire.socket.sendall(sent)
     wire.end()
     status, body = wire.answer()
-    assert status == 400 and "cut short" in body
+    assert status == 400 and "incomplete" in body
 
 
-def test_a_client_that_goes_away(wire: Wire) -> None:
+def test_a_client_that_disconnects_starts_no_task(server: Server, wire: Wire) -> None:
     wire.head("Content-Length: 1000")
     wire.socket.sendall(b"half of it")
+    wire.__exit__()
+    assert send(server.port, "GET", "/pid").status == 200
 
 
 @pytest.mark.parametrize("name", BAD_CHUNKS)
-def test_bad_chunks(wire: Wire, name: str) -> None:
+def test_invalid_chunks_are_refused(wire: Wire, name: str) -> None:
     wire.head("Transfer-Encoding: chunked")
     wire.socket.sendall(BAD_CHUNKS[name])
     wire.end()
@@ -115,7 +132,8 @@ def test_an_announced_body_that_is_too_large_is_refused_unread(wire: Wire) -> No
     assert status == 413 and "ASYNCROUTE_MAX_BODY" in body
 
 
-def test_a49_a_chunked_body_without_end_is_refused(wire: Wire) -> None:
+@pytest.mark.covers("A49")
+def test_a_chunked_body_without_end_is_refused(wire: Wire) -> None:
     wire.head("Transfer-Encoding: chunked")
     try:
         for _ in range(1000):
@@ -126,7 +144,8 @@ def test_a49_a_chunked_body_without_end_is_refused(wire: Wire) -> None:
         pytest.fail("the server read 64 MB")
 
 
-def test_a49_a_chunked_body_over_the_limit_is_refused(wire: Wire) -> None:
+@pytest.mark.covers("A49")
+def test_a_chunked_body_over_the_limit_is_refused(wire: Wire) -> None:
     wire.head("Transfer-Encoding: chunked")
     for _ in range(LIMIT // len(PIECE) + 1):
         wire.socket.sendall(b"%x\r\n%s\r\n" % (len(PIECE), PIECE))
@@ -135,16 +154,18 @@ def test_a49_a_chunked_body_over_the_limit_is_refused(wire: Wire) -> None:
     assert status == 413 and "ASYNCROUTE_MAX_BODY" in body
 
 
-def test_a_body_that_nobody_read_is_not_taken_for_the_next_request(server: Server, wire: Wire) -> None:
+def test_an_unread_body_is_not_parsed_as_the_next_request(server: Server, wire: Wire) -> None:
     smuggled = b"GET /pid HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     wire.head(f"Content-Length: {len(smuggled)}", "Accept: image/png")
     wire.socket.sendall(smuggled)
     assert wire.answer()[0] == 406
-    wire.socket.sendall(b"GET /tasks?limit=0 HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+    wire.socket.sendall(
+        b"GET /tasks?limit=0 HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    )
     assert wire.answer()[0] in (400, 0)
     assert wire.answer()[0] == 0
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_whole_body_is_taken(server: Server, is_chunked: bool) -> None:
+def test_a_whole_body_is_accepted(server: Server, is_chunked: bool) -> None:
     upload(server.port, LIMIT // 2, is_chunked)

@@ -1,4 +1,6 @@
-"""A server that is killed, or ends, with a callback in flight: another worker sends it again, with the same id (F30, F31)."""
+"""A server is killed or shut down while it sends a callback: another worker sends it again with the
+same id.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from pytest_httpserver import HTTPServer
 from standardwebhooks import Webhook
 from werkzeug import Request, Response
 
-from prove.apps.calling import SECRET
-from prove.client import send
-from prove.server import gunicorn
-from tests.conftest import engine_of
+from tests.support.apps.calling import SECRET
+from tests.support.client import send
+from tests.support.databases import engine_of
+from tests.support.server import gunicorn
 
 from .test_loss import WORKERS, both_run, gone, task
 
@@ -29,11 +31,13 @@ RESUMED_SECONDS = 3.0
 
 
 class Receiver:
-    """Keeps the first callback waiting until it may be answered; those that follow it are answered at once."""
+    """A receiver that answers the first callback when ``may_answer`` is set, and the others at
+    once.
+    """
 
     def __init__(self, server: HTTPServer) -> None:
         self.requests: list[Request] = []
-        self.over = threading.Event()
+        self.may_answer = threading.Event()
         self.url = server.url_for("/hook")
         server.expect_request("/hook").respond_with_handler(self._take)
 
@@ -41,7 +45,7 @@ class Receiver:
         request.get_data()
         self.requests.append(request)
         if len(self.requests) == 1:
-            self.over.wait(20)
+            self.may_answer.wait(20)
         return Response(status=204)
 
 
@@ -50,7 +54,7 @@ def receiver() -> Iterator[Receiver]:
     with HTTPServer("127.0.0.1", threaded=True) as server:
         found = Receiver(server)
         yield found
-        found.over.set()
+        found.may_answer.set()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -61,7 +65,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def holder_of(store_url: str, task_id: str) -> int:
-    """Return the process that has the callback of a task in flight: the name of a worker begins with it."""
+    """Return the process that sends the callback of a task; a worker's name begins with its pid."""
     with engine_of(store_url).connect() as connection:
         holder = connection.exec_driver_sql(
             f"SELECT holder FROM asyncroute_callbacks WHERE task_id = '{task_id}'"
@@ -69,11 +73,12 @@ def holder_of(store_url: str, task_id: str) -> int:
     return int(holder.split("-")[0])
 
 
-@pytest.mark.parametrize("how", ["KILL", "TERM"])
-def test_f30_f31_a_callback_in_flight(
-    tmp_path: Path, eventually: Eventually, store_url: str, receiver: Receiver, how: str
+@pytest.mark.covers("F30", "F31")
+@pytest.mark.parametrize("signal_name", ["KILL", "TERM"])
+def test_a_callback_in_flight_is_sent_again(
+    tmp_path: Path, eventually: Eventually, store_url: str, receiver: Receiver, signal_name: str
 ) -> None:
-    app = f"prove.apps.calling:create_app({str(tmp_path)!r}, store={store_url!r}, drain=0.5, attempt_seconds=15)"
+    app = f"tests.support.apps.calling:create_app({str(tmp_path)!r}, store={store_url!r}, drain=0.5, attempt_seconds=15)"
     with gunicorn(tmp_path / "log", app, *WORKERS) as server:
         both_run(server, eventually)
         task_id = send(server.port, "PUT", "/call/1", {"callbackUrl": receiver.url}).json()["Id"]
@@ -82,14 +87,17 @@ def test_f30_f31_a_callback_in_flight(
         assert before["CallbackInfo"]["State"] == "Running"
         pid = holder_of(store_url, task_id)
         began = time.monotonic()
-        os.kill(pid, getattr(signal, f"SIG{how}"))
+        os.kill(pid, getattr(signal, f"SIG{signal_name}"))
         eventually(lambda: len(receiver.requests) == 2, RESUMED_SECONDS + 2)
         assert time.monotonic() - began <= RESUMED_SECONDS
         eventually(lambda: gone(pid), 5)
         eventually(lambda: task(server.port, task_id)["CallbackInfo"]["State"] == "Completed", 5)
-        receiver.over.set()
+        receiver.may_answer.set()
         after = task(server.port, task_id)
-        assert after == {**before, "CallbackInfo": {**before["CallbackInfo"], "State": "Completed", "Tentative": 1}}
+        assert after == {
+            **before,
+            "CallbackInfo": {**before["CallbackInfo"], "State": "Completed", "Tentative": 1},
+        }
         first, second = receiver.requests
         assert first.headers["webhook-id"] == second.headers["webhook-id"]
         assert first.get_data() == second.get_data()

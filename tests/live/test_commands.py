@@ -1,4 +1,6 @@
-"""The commands of the README, the start page and the tutorial, run as printed by a shell against a real server."""
+"""The commands of the README, the tour, the start page and the tutorial, run as printed against a
+real server.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,7 @@ from urllib.request import urlopen
 import pytest
 
 from example_app import trials
-from flask_asyncroute import testing
-from tests.flow.streaming import messages
+from tests.support.event_streams import messages
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.rst"
@@ -28,8 +29,12 @@ TUTORIAL = ROOT / "docs" / "tutorial"
 
 
 def blocks_of(page: Path, language: str) -> list[list[str]]:
-    """Return the lines of each block of a page in a language."""
-    found = re.findall(rf"^\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", page.read_text("utf-8"), re.MULTILINE)
+    """Return the lines of each code block of a page in a language."""
+    found = re.findall(
+        rf"^\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)",
+        page.read_text("utf-8"),
+        re.MULTILINE,
+    )
     return [[line[4:] for line in block.rstrip().split("\n")] for block in found]
 
 
@@ -44,11 +49,15 @@ def eventually(condition: Callable[[], Any], seconds: float) -> Any:
 
 @contextmanager
 def serving(folder: Path, log: Path, *command: str) -> Iterator[str]:
-    """Run a server in ``folder``, its output in ``log``; give its address once it listens."""
+    """Run a server in ``folder`` with its output in ``log``; yield its address once it listens."""
     with log.open("wb") as file:
         environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environ
+            [sys.executable, "-m", *command],
+            cwd=folder,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environ,
         )
     try:
         address = r"(?:Listening at|Running on)\S* (http://127\.0\.0\.1:\d+)"
@@ -63,13 +72,22 @@ def serving(folder: Path, log: Path, *command: str) -> Iterator[str]:
     assert "Traceback" not in log.read_text(), log.read_text()
 
 
-GUNICORN = ("gunicorn", "--workers", "4", "--threads", "4", "--bind", "127.0.0.1:0", "--no-control-socket")
+GUNICORN = (
+    "gunicorn",
+    "--workers",
+    "4",
+    "--threads",
+    "4",
+    "--bind",
+    "127.0.0.1:0",
+    "--no-control-socket",
+)
 HOOKS = ("--config", "python:example_app.server")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start the example application as `make demo` does, on a free port; give its address."""
+    """Run the example application as `make demo` does, on a free port; yield its address."""
     folder = tmp_path_factory.mktemp("server")
     factory = f"example_app:create_app(instance_path={str(folder / 'instance')!r})"
     with serving(ROOT, folder / "log", *GUNICORN, *HOOKS, factory) as address:
@@ -77,13 +95,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class Shell:
-    """A shell that runs one line after the other, as somebody would who copies them; it keeps ``$ID``.
+    """A shell that runs printed lines one after the other and keeps ``$ID``.
 
-    :param printed: the address that the lines name instead of ``address``.
+    :param printed: the address in the lines, which is replaced by ``address``.
     """
 
     CURL = "curl() { command curl -sS --max-time 20 -w '%{stderr}%{http_code}\\n' \"$@\"; }\n"
-    """Notes the status of each answer beside the output."""
+    """Prints the status of each response to stderr."""
 
     def __init__(self, name: str, address: str, printed: str = "http://127.0.0.1:8000") -> None:
         for program in (name, "curl"):
@@ -98,7 +116,7 @@ class Shell:
         self.id = ""
 
     def run(self, line: str) -> tuple[list[int], str]:
-        """Run one line; return the status of each answer in it and what it printed."""
+        """Run a line; return the statuses of its responses and its output."""
         is_assignment = line.startswith("ID=")
         script = self.CURL + line.replace(self.printed, self.address)
         done = subprocess.run(
@@ -113,13 +131,13 @@ class Shell:
         return [int(status) for status in done.stderr.split()], done.stdout
 
     def task(self, line: str) -> dict[str, Any]:
-        """Run a line that must answer 200; return the task, or what else there is, in its output."""
+        """Run a line that must be answered 200; return the task, or other JSON, in its output."""
         statuses, printed = self.run(line)
         assert statuses == [200], printed
         return json.loads(printed)
 
     def state(self) -> str | None:
-        """Return the State of the task; None where it is not there for everybody."""
+        """Return the State of the task, or None if anonymous callers cannot read it."""
         try:
             with urlopen(f"{self.address}/task/{self.id}", timeout=20) as answer:
                 return str(json.load(answer)["State"])
@@ -129,7 +147,7 @@ class Shell:
             return None
 
     def wait(self, line: str) -> None:
-        """Stand in for a line that sleeps: wait until the task has ended."""
+        """Wait until the task has ended, instead of running a line that sleeps."""
         assert line.startswith("sleep ")
         eventually(lambda: self.state() in ("Completed", "Failed", "Aborted"), 30)
 
@@ -140,14 +158,16 @@ def shell(request: pytest.FixtureRequest, server: str) -> Shell:
 
 
 def started(printed: str) -> tuple[str, dict[str, Any]]:
-    """Return the head and the task of an answer that ``curl -i`` printed."""
+    """Return the head and the task of a response that ``curl -i`` printed."""
     head, _, body = printed.replace("\r\n", "\n").partition("\n\n")
     return head, json.loads(body)
 
 
 @pytest.mark.live
-def test_the_readme_commands(shell: Shell) -> None:
-    start, poll, stop, query, upload, process, follow, permission = blocks_of(README, "sh")
+def test_the_tour(shell: Shell) -> None:
+    start, poll, stop, query, upload, process, follow, permission = blocks_of(
+        TUTORIAL / "tour.rst", "sh"
+    )
 
     statuses, printed = shell.run(*start)
     head, task = started(printed)
@@ -159,7 +179,10 @@ def test_the_readme_commands(shell: Shell) -> None:
     assert shell.task(get)["State"] == "Running"
     shell.wait(wait)
     task = shell.task(get_again)
-    assert (task["State"], task["Result"]) == ("Completed", {"InnerValue": "coming from an argument"})
+    assert (task["State"], task["Result"]) == (
+        "Completed",
+        {"InnerValue": "coming from an argument"},
+    )
     assert shell.task(result) == task["Result"]
 
     keep, delete = stop
@@ -194,19 +217,33 @@ def test_the_readme_commands(shell: Shell) -> None:
     assert [shell.run(line)[0] for line in permission] == [[202], [200], [403], [404], [200]]
 
 
-def test_the_readme_sample() -> None:
+@pytest.mark.live
+def test_the_readme(tmp_path: Path) -> None:
     (lines,) = blocks_of(README, "python")
-    assert len(lines) <= 20
-    names: dict[str, Any] = {"__name__": "sample"}
-    exec("\n".join(lines), names)
-    with testing.inline(names["app"]):
-        start = names["app"].test_client().post("/letters/2027", data={"name": ["Ada", "Bob"]})
-        assert start.status_code == 202
-        assert start.json["Result"] == {"letters": ["Dear Ada, happy 2027!", "Dear Bob, happy 2027!"]}
+    start, (get, wait) = blocks_of(README, "sh")
+    assert len(lines) <= 16
+    (tmp_path / "app.py").write_text("\n".join(lines), "utf-8")
+    head, after = blocks_of(README, "text")
+    with serving(tmp_path, tmp_path / "log", "flask", "run", "--port", "0") as address:
+        shell = Shell("sh", address, "http://127.0.0.1:5000")
+        statuses, printed = shell.run(*start)
+        answer, task = started(printed)
+        assert statuses == [202]
+        for line in head[:3]:
+            assert re.sub("[0-9a-f-]{36}", task["Id"], line) in answer
+        for name in re.findall(r'"(\w+)":', head[4]):
+            assert name in task
+        shell.id = task["Id"]
+        get, wait = (line.replace("<id>", task["Id"]) for line in (get, wait))
+        eventually(lambda: shell.task(get).get("Progress") == 50, 20)
+        ended = shell.task(wait)
+    assert f'{{"State":"{ended["State"]}","Result":{json.dumps(ended["Result"])}'.replace(
+        " ", ""
+    ) in after[1].replace(" ", "")
 
 
 @pytest.mark.live
-def test_the_commands_on_the_page(shell: Shell) -> None:
+def test_the_commands_on_the_start_page(shell: Shell) -> None:
     expected = {
         "An argument": [[202]],
         "A closure": [[202], [200], [409]],
@@ -219,8 +256,8 @@ def test_the_commands_on_the_page(shell: Shell) -> None:
         "Simple": [[200]],
         "deepObject": [[200]],
         "JSON": [[200]],
-        "Nobody known: 401": [[401]],
-        "The group may look": [[202], [200], [403], [404]],
+        "Anonymous caller: 401": [[401]],
+        "The group may read": [[202], [200], [403], [404]],
         "The group may stop": [[202], [200]],
         "Named in the request": [[202], [200]],
     }
@@ -235,8 +272,10 @@ def test_the_commands_on_the_page(shell: Shell) -> None:
 
 
 @pytest.mark.live
-def test_the_tutorial(tmp_path: Path) -> None:
-    start, keep_one, ended, progress, stop, fail, query, operators, workers = blocks_of(TUTORIAL / "index.rst", "sh")
+def test_the_commands_of_the_tutorial(tmp_path: Path) -> None:
+    start, keep_one, ended, progress, stop, fail, query, operators, workers = blocks_of(
+        TUTORIAL / "index.rst", "sh"
+    )
     log = tmp_path / "log"
     flask = ("flask", "--app", "app", "run", "--port", "0")
 
@@ -248,7 +287,11 @@ def test_the_tutorial(tmp_path: Path) -> None:
         shell = printed(address)
         statuses, output = shell.run(*start)
         head, task = started(output)
-        assert statuses == [202] and f"Location: /task/{task['Id']}\n" in head and "Retry-After: 1" in head
+        assert (
+            statuses == [202]
+            and f"Location: /task/{task['Id']}\n" in head
+            and "Retry-After: 1" in head
+        )
         assert shell.run(keep_one[0])[0] == [202]
         assert shell.task(keep_one[1])["State"] == "Running"
         shell.wait(ended[0])
@@ -271,12 +314,12 @@ def test_the_tutorial(tmp_path: Path) -> None:
         eventually(lambda: shell.state() == "Failed", 20)
         assert shell.task(fail[1])["Error"] == "400 Bad Request: The regions are north and south."
         assert shell.run(fail[2])[0] == [400]
-        assert [shell.run(line) for line in query] == [([200], "[]")] * 2
+        assert [shell.run(line) for line in query] == [([200], "[]\n")] * 2
 
     (line,) = blocks_of(TUTORIAL / "index.rst", "python")
-    place = "app = Flask(__name__)\n"
-    assert place in app
-    (tmp_path / "app.py").write_text(app.replace(place, place + line[0] + "\n"))
+    anchor = "app = Flask(__name__)\n"
+    assert anchor in app
+    (tmp_path / "app.py").write_text(app.replace(anchor, anchor + line[0] + "\n"))
     with serving(tmp_path, log, *flask) as address:
         shell = printed(address)
         assert [len(shell.task(line)) for line in query] == [4, 1]
@@ -287,6 +330,10 @@ def test_the_tutorial(tmp_path: Path) -> None:
 
     (tmp_path / "test_reports.py").write_text((TUTORIAL / "test_reports.py").read_text())
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "pytest", "-q"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout

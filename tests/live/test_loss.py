@@ -1,4 +1,4 @@
-"""Workers that are killed, and servers that shut down, while tasks run: nothing is lost, and nothing claims to run."""
+"""Workers are killed and servers shut down while tasks run: no task is lost or stays Running."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from prove.client import send
-from prove.server import Server, gunicorn
+from tests.support.client import send
+from tests.support.server import Server, gunicorn
 
 from .test_gunicorn import crowd, lines, state
 
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.live
 Eventually = Callable[..., Any]
 WORKERS = ("--workers", "2", "--threads", "4")
 FOUND_SECONDS = 2.0
-"""Within which a lost worker of the same host is found."""
+"""The time within which a lost worker on the same host is detected."""
 
 
 def begin(port: int, path: str, folder: Path, eventually: Eventually) -> tuple[str, int]:
-    """Start a task, wait until its code runs; return its id and the process that runs it."""
+    """Start a task and wait until its view runs; return its id and the process that runs it."""
     task_id = send(port, "PUT", path).json()["Id"]
     (line,) = eventually(lambda: lines(folder, "begin")[task_id], 10)
     return task_id, line["pid"]
@@ -36,13 +36,13 @@ def task(port: int, task_id: str) -> Any:
 
 
 def both_run(server: Server, eventually: Eventually) -> None:
-    """Wait until two workers that live have served a request, and so are runners."""
+    """Wait until two living workers have served a request and can therefore run tasks."""
     pids: set[int] = set()
 
     def two_answer() -> bool:
         try:
             pids.add(send(server.port, "GET", "/pid").pid)
-        except OSError:  # of a worker that was killed a moment ago
+        except OSError:  # The worker was just killed.
             return False
         return len([pid for pid in pids if not gone(pid)]) == 2
 
@@ -56,7 +56,10 @@ def store_url(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("postgresql_url"))
 
 
-def test_f01_a_running_task_of_a_killed_worker(tmp_path: Path, eventually: Eventually, store_url: str) -> None:
+@pytest.mark.covers("F01")
+def test_a_running_task_of_a_killed_worker_is_aborted(
+    tmp_path: Path, eventually: Eventually, store_url: str
+) -> None:
     with gunicorn(tmp_path / "log", crowd(tmp_path, store=store_url), *WORKERS) as server:
         both_run(server, eventually)
         task_id, pid = begin(server.port, "/work/60000", tmp_path, eventually)
@@ -73,11 +76,12 @@ def test_f01_a_running_task_of_a_killed_worker(tmp_path: Path, eventually: Event
         finished = eventually(lambda: lines(tmp_path, "finished")[task_id])
         assert [line["state"] for line in finished] == ["Aborted"]
         assert len(lines(tmp_path, "begin")[task_id]) == 1
-        # Killed by a signal is what the log of the arbiter says; none of ours.
+        # Only the arbiter logs that the worker was killed.
         assert "Traceback" not in server.output()
 
 
-def test_f01_a_task_that_is_to_be_restarted(tmp_path: Path, eventually: Eventually) -> None:
+@pytest.mark.covers("F01")
+def test_a_task_with_on_loss_restart_runs_again(tmp_path: Path, eventually: Eventually) -> None:
     with gunicorn(tmp_path / "log", crowd(tmp_path), *WORKERS) as server:
         both_run(server, eventually)
         task_id, pid = begin(server.port, "/again/1500", tmp_path, eventually)
@@ -88,21 +92,25 @@ def test_f01_a_task_that_is_to_be_restarted(tmp_path: Path, eventually: Eventual
         assert len(lines(tmp_path, "end")[task_id]) == 1
 
 
-def test_f01_restarted_twice_and_no_more(tmp_path: Path, eventually: Eventually) -> None:
+@pytest.mark.covers("F01")
+def test_a_task_is_restarted_at_most_twice(tmp_path: Path, eventually: Eventually) -> None:
     with gunicorn(tmp_path / "log", crowd(tmp_path), *WORKERS) as server:
         both_run(server, eventually)
         task_id, pid = begin(server.port, "/again/60000", tmp_path, eventually)
         for runs in (2, 3):
             os.kill(pid, signal.SIGKILL)
             both_run(server, eventually)
-            pid = eventually(lambda runs=runs: lines(tmp_path, "begin")[task_id][runs - 1 :], 10)[0]["pid"]
+            pid = eventually(lambda runs=runs: lines(tmp_path, "begin")[task_id][runs - 1 :], 10)[
+                0
+            ]["pid"]
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: state(server.port, task_id) == "Aborted", FOUND_SECONDS + 3)
         assert task(server.port, task_id)["Error"] == "Worker lost"
         assert len(lines(tmp_path, "begin")[task_id]) == 3
 
 
-def test_f06_a_view_that_ends_the_process(tmp_path: Path, eventually: Eventually) -> None:
+@pytest.mark.covers("F06")
+def test_a_task_that_exits_its_process_is_lost(tmp_path: Path, eventually: Eventually) -> None:
     with gunicorn(tmp_path / "log", crowd(tmp_path), *WORKERS) as server:
         both_run(server, eventually)
         task_id = send(server.port, "PUT", "/exit/1").json()["Id"]
@@ -113,16 +121,18 @@ def test_f06_a_view_that_ends_the_process(tmp_path: Path, eventually: Eventually
         assert len(lines(tmp_path, "begin")[task_id]) == 1
 
 
-def test_a_view_that_forks_and_lets_the_copy_return(tmp_path: Path, eventually: Eventually) -> None:
-    """The copy writes nothing and serves nobody."""
+def test_a_view_that_returns_in_a_forked_copy(tmp_path: Path, eventually: Eventually) -> None:
+    """The copy writes no outcome and serves no requests."""
     with gunicorn(tmp_path / "log", crowd(tmp_path), "--workers", "1", "--threads", "4") as server:
         task_id = send(server.port, "PUT", "/fork").json()["Id"]
         eventually(lambda: state(server.port, task_id) == "Completed")
         assert task(server.port, task_id)["Result"] == {"Copy": False}
-        assert "and the copy returned from it" in server.output()
+        assert "and the forked process returned from the view" in server.output()
 
 
-def test_a_backup_of_the_folder_makes_nobody_look_dead(tmp_path: Path, eventually: Eventually) -> None:
+def test_a_backup_of_the_folder_does_not_make_workers_look_dead(
+    tmp_path: Path, eventually: Eventually
+) -> None:
     with gunicorn(tmp_path / "log", crowd(tmp_path), *WORKERS) as server:
         both_run(server, eventually)
         backups = [begin(server.port, "/copy", tmp_path, eventually)[0] for _ in range(2)]
@@ -132,8 +142,11 @@ def test_a_backup_of_the_folder_makes_nobody_look_dead(tmp_path: Path, eventuall
         assert [state(server.port, backup) for backup in backups] == ["Running", "Running"]
 
 
-def test_f38_a_task_that_holds_the_interpreter(tmp_path: Path, eventually: Eventually) -> None:
-    """Its process answers nobody meanwhile, and is taken for dead by nobody."""
+@pytest.mark.covers("F38")
+def test_a_worker_with_a_blocked_interpreter_is_not_taken_for_dead(
+    tmp_path: Path, eventually: Eventually
+) -> None:
+    """Its process answers no requests meanwhile."""
     with gunicorn(tmp_path / "log", crowd(tmp_path), *WORKERS, "--timeout", "60") as server:
         both_run(server, eventually)
         task_id = begin(server.port, "/frozen/6000", tmp_path, eventually)[0]
@@ -150,11 +163,22 @@ def gone(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.covers("F04")
 @pytest.mark.parametrize("worker_class", ["sync", "gthread"])
 @pytest.mark.parametrize("how", ["TERM", "HUP", "max_requests"])
-def test_f04_a_worker_that_ends(tmp_path: Path, eventually: Eventually, how: str, worker_class: str) -> None:
-    """What runs has the drain's time; the rest is aborted or waits for the next worker; waiting ones lose nothing."""
-    options = ["--workers", "1", "--worker-class", worker_class, *(["--threads", "4"] * (worker_class == "gthread"))]
+def test_tasks_of_a_worker_that_exits(
+    tmp_path: Path, eventually: Eventually, how: str, worker_class: str
+) -> None:
+    """Running tasks may finish within the drain time. The others are aborted or wait for the next
+    worker. Waiting tasks are kept.
+    """
+    options = [
+        "--workers",
+        "1",
+        "--worker-class",
+        worker_class,
+        *(["--threads", "4"] * (worker_class == "gthread")),
+    ]
     if how == "max_requests":
         options += ["--max-requests", "12"]
     app = crowd(tmp_path, drain=1)
@@ -162,13 +186,13 @@ def test_f04_a_worker_that_ends(tmp_path: Path, eventually: Eventually, how: str
         quick, pid = begin(server.port, "/work/700", tmp_path, eventually)
         slow = begin(server.port, "/work/60000", tmp_path, eventually)[0]
         deaf = begin(server.port, "/deaf/60000", tmp_path, eventually)[0]
-        again = begin(server.port, "/again/3000", tmp_path, eventually)[0]
+        again = begin(server.port, "/again/5000", tmp_path, eventually)[0]
         child, child_pid = begin(server.port, "/child/60000", tmp_path, eventually)
         begin(server.port, "/slow/60000", tmp_path, eventually)
         waiting = send(server.port, "PUT", "/slow/10").json()["Id"]
         began = time.monotonic()
         if how == "max_requests":
-            # Until it is known, and no further: a request more would wait for the next worker to have begun.
+            # Stop when it is logged. Another request would wait until the next worker has started.
             while "Autorestarting worker" not in server.output():
                 send(server.port, "GET", "/pid")
         else:
@@ -181,9 +205,17 @@ def test_f04_a_worker_that_ends(tmp_path: Path, eventually: Eventually, how: str
 
     with gunicorn(tmp_path / "log2", app, "--workers", "1", "--threads", "4") as server:
         port = server.port
-        assert [state(port, task_id) for task_id in (quick, slow, deaf, child)] == ["Completed", *["Aborted"] * 3]
-        assert {task(port, task_id)["Error"] for task_id in (slow, deaf, child)} == {"Server shutdown"}
-        eventually(lambda: not any("Stopping" in task(port, task_id) for task_id in (slow, deaf)), FOUND_SECONDS)
+        assert [state(port, task_id) for task_id in (quick, slow, deaf, child)] == [
+            "Completed",
+            *["Aborted"] * 3,
+        ]
+        assert {task(port, task_id)["Error"] for task_id in (slow, deaf, child)} == {
+            "Server shutdown"
+        }
+        eventually(
+            lambda: not any("Stopping" in task(port, task_id) for task_id in (slow, deaf)),
+            FOUND_SECONDS,
+        )
         eventually(lambda: state(port, waiting) == "Completed", 10)
         eventually(lambda: state(port, again) == "Completed", 10)
         assert len(lines(tmp_path, "begin")[waiting]) == 1
@@ -194,10 +226,13 @@ def test_f04_a_worker_that_ends(tmp_path: Path, eventually: Eventually, how: str
         assert "Traceback" not in text, text
 
 
-def test_f37_the_reloader(tmp_path: Path, eventually: Eventually) -> None:
-    """A change of the code restarts the process; what ran is over within a second, and the next process serves at once."""
+@pytest.mark.covers("F37")
+def test_the_reloader_aborts_running_tasks(tmp_path: Path, eventually: Eventually) -> None:
+    """A change of the code restarts the process. Running tasks delay the restart only briefly."""
     module = tmp_path / "reloaded.py"
-    module.write_text(f"from prove.apps.crowd import create_app\napp = create_app({str(tmp_path)!r})\n")
+    module.write_text(
+        f"from tests.support.apps.crowd import create_app\napp = create_app({str(tmp_path)!r})\n"
+    )
     environ = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     command = ("flask", "--app", "reloaded:app", "run", "--port", "0", "--debug")
     with Server(tmp_path / "log", *command, environ=environ) as server:
@@ -207,5 +242,5 @@ def test_f37_the_reloader(tmp_path: Path, eventually: Eventually) -> None:
         ended = time.monotonic()
         finished = eventually(lambda: lines(tmp_path, "finished")[task_id], 3)
         assert finished[0]["state"] == "Aborted"
-        told = lines(tmp_path, "told")[task_id][0]["at"]
-        assert ended - told < 2.0
+        asked_at = lines(tmp_path, "told")[task_id][0]["at"]
+        assert ended - asked_at < 2.0

@@ -1,4 +1,4 @@
-"""Children under real servers: they start, stop and crash under each, and are gone when their worker is."""
+"""Child processes under real servers: they start, stop, crash, and exit with their worker."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from prove.client import send
-from prove.server import Server, gunicorn
+from tests.support.client import send
+from tests.support.server import Server, gunicorn
 
 pytestmark = pytest.mark.live
 
@@ -29,13 +29,15 @@ STORE = "sqlite:///asyncroute.db"
 
 
 def app_in(folder: Path) -> str:
-    """Return how gunicorn and flask name the app of `tests.child_app` for a folder."""
-    return f"tests.child_app:create_app(ASYNCROUTE_STORE={STORE!r}, instance_path={str(folder)!r})"
+    """Return the import string of the app of `tests.support.apps.child_app` for a folder."""
+    return f"tests.support.apps.child_app:create_app(ASYNCROUTE_STORE={STORE!r}, instance_path={str(folder)!r})"
 
 
 @pytest.fixture(params=list(SERVERS))
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
-    with gunicorn(tmp_path / "log", app_in(tmp_path), "--workers", "2", *SERVERS[request.param]) as running:
+    with gunicorn(
+        tmp_path / "log", app_in(tmp_path), "--workers", "2", *SERVERS[request.param]
+    ) as running:
         yield running
 
 
@@ -50,16 +52,20 @@ def get(port: int, task: Any) -> Any:
 
 
 def ended(port: int, task: Any, eventually: Eventually) -> Any:
-    return eventually(lambda: (now := get(port, task))["IsCompleted"] and "Stopping" not in now and now, 15)
+    return eventually(
+        lambda: (now := get(port, task))["IsCompleted"] and "Stopping" not in now and now, 15
+    )
 
 
-def below(pid: int) -> set[int]:
-    """Return the pids of all processes that a process has started, and those that they have."""
+def descendants(pid: int) -> set[int]:
+    """Return the pids of all descendants of a process."""
     parents: dict[int, int] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text("utf-8").rpartition(")")[2].split()[1])
+                parents[int(entry)] = int(
+                    Path(f"/proc/{entry}/stat").read_text("utf-8").rpartition(")")[2].split()[1]
+                )
             except (FileNotFoundError, ProcessLookupError):
                 pass
     found = {pid}
@@ -70,19 +76,23 @@ def below(pid: int) -> set[int]:
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] not in "ZX"
+        return (
+            Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] not in "ZX"
+        )
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def test_tasks_in_children_under_each_server(server: Server, tmp_path: Path, eventually: Eventually) -> None:
+def test_tasks_in_children_under_each_server(
+    server: Server, tmp_path: Path, eventually: Eventually
+) -> None:
     port = server.port
     task = ended(port, start(port, "/where"), eventually)
     assert task["State"] == "Completed", task
     assert task["Result"]["pid"] not in {server.pid, *server.workers()}
     assert task["Result"]["main"] is None
 
-    # While children run the worker answers, and several run at once.
+    # The worker answers while children run, and several run at once.
     both = [start(port, "/sleep/60.0") for _ in range(2)]
     eventually(lambda: all(get(port, task).get("Progress") for task in both))
     assert [get(port, task)["State"] for task in both] == ["Running", "Running"]
@@ -103,7 +113,9 @@ def test_tasks_in_children_under_each_server(server: Server, tmp_path: Path, eve
     assert "Traceback" not in server.output(), server.output()
 
 
-def test_children_go_with_a_worker_that_is_killed(server: Server, tmp_path: Path, eventually: Eventually) -> None:
+def test_children_of_a_killed_worker_are_killed(
+    server: Server, tmp_path: Path, eventually: Eventually
+) -> None:
     port = server.port
     path = tmp_path / "pids"
     task = start(port, f"/family?pids={path}")
@@ -111,7 +123,7 @@ def test_children_go_with_a_worker_that_is_killed(server: Server, tmp_path: Path
     eventually(lambda: get(port, task).get("Progress"))
     pids = {int(pid) for pid in path.read_text().split()}
     workers = server.workers()
-    started = set().union(*map(below, workers))
+    started = set().union(*map(descendants, workers))
     assert pids <= started
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
@@ -119,12 +131,14 @@ def test_children_go_with_a_worker_that_is_killed(server: Server, tmp_path: Path
     eventually(lambda: not any(map(is_alive, started)), 1)
 
 
-def test_nothing_is_left_of_a_server_that_ends(server: Server, tmp_path: Path, eventually: Eventually) -> None:
+def test_no_process_is_left_after_a_server_exits(
+    server: Server, tmp_path: Path, eventually: Eventually
+) -> None:
     port = server.port
     task = start(port, f"/family?pids={tmp_path / 'pids'}")
     start(port, "/spare")
     eventually(lambda: get(port, task).get("Progress"))
-    started = below(server.pid)
+    started = descendants(server.pid)
     assert len(started) >= 5
     began = time.monotonic()
     os.kill(server.pid, signal.SIGTERM)
@@ -132,11 +146,14 @@ def test_nothing_is_left_of_a_server_that_ends(server: Server, tmp_path: Path, e
     assert time.monotonic() - began < 8
 
 
-def test_the_development_server_and_its_reloader(tmp_path: Path, eventually: Eventually) -> None:
+def test_the_reloader_of_the_development_server_kills_children(
+    tmp_path: Path, eventually: Eventually
+) -> None:
     module = tmp_path / "reloaded_app.py"
     source = (
-        f"from tests import child_app\n"
-        f"app = child_app.create_app(ASYNCROUTE_APP='reloaded_app:app', ASYNCROUTE_STORE={STORE!r}, "
+        f"from tests.support.apps import child_app\n"
+        "app = child_app.create_app(ASYNCROUTE_APP='reloaded_app:app', "
+        f"ASYNCROUTE_STORE={STORE!r}, "
         f"instance_path={str(tmp_path)!r})\n"
     )
     module.write_text(source)

@@ -1,4 +1,4 @@
-"""Starts that come again and starts that are too many, at real servers with several processes."""
+"""Repeated and excessive starts on real servers with several processes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from typing import Any
 
 import pytest
 
-from prove import overload
-from prove.apps.crowd import read_journal
-from prove.client import Reply, send
-from prove.server import gunicorn
+from tests.stress import test_overload as overload
+from tests.support.apps.crowd import read_journal
+from tests.support.client import Reply, send
+from tests.support.server import gunicorn
 
 pytestmark = pytest.mark.live
 
 
-def test_a75_sixteen_at_once_over_four_processes(tmp_path: Path, eventually: Callable[..., Any]) -> None:
-    app = f"prove.apps.crowd:create_app({str(tmp_path)!r})"
+@pytest.mark.covers("A75")
+def test_sixteen_concurrent_starts_on_four_processes_create_one_task(
+    tmp_path: Path, eventually: Callable[..., Any]
+) -> None:
+    app = f"tests.support.apps.crowd:create_app({str(tmp_path)!r})"
     with gunicorn(tmp_path / "log", app, "--workers", "4", "--threads", "4") as server:
         pids: set[int] = set()
-        for turn in range(5):
-            replies = at_once(server.port, f"key-{turn}")
+        for number in range(5):
+            replies = sixteen_starts(server.port, f"key-{number}")
             assert {reply.status for reply in replies} <= {200, 202}
             assert len({reply.json()["Id"] for reply in replies}) == 1
             pids |= {reply.pid for reply in replies}
@@ -32,7 +35,7 @@ def test_a75_sixteen_at_once_over_four_processes(tmp_path: Path, eventually: Cal
         assert "Traceback" not in server.output()
 
 
-def at_once(port: int, key: str) -> list[Reply]:
+def sixteen_starts(port: int, key: str) -> list[Reply]:
     barrier = threading.Barrier(16)
     replies: list[Reply] = []
 
@@ -54,8 +57,11 @@ def begun(folder: Path, what: str = "begin") -> int:
     return sum(line["what"] == what for line in read_journal(folder))
 
 
-def test_a75_a_key_given_twice_is_refused(tmp_path: Path) -> None:
-    with gunicorn(tmp_path / "log", f"prove.apps.crowd:create_app({str(tmp_path)!r})") as server:
+@pytest.mark.covers("A75")
+def test_two_keys_are_refused(tmp_path: Path) -> None:
+    with gunicorn(
+        tmp_path / "log", f"tests.support.apps.crowd:create_app({str(tmp_path)!r})"
+    ) as server:
         http = HTTPConnection("127.0.0.1", server.port, timeout=10)
         http.putrequest("PUT", "/work/1")
         for name, value in (
@@ -70,5 +76,6 @@ def test_a75_a_key_given_twice_is_refused(tmp_path: Path) -> None:
         http.close()
 
 
-def test_a69_a_flood_over_two_processes() -> None:
-    overload.prove(0.1)
+@pytest.mark.covers("A69")
+def test_a_flood_of_starts_on_two_processes(tmp_path: Path) -> None:
+    assert overload.flood(tmp_path, queue_size=20, quota=5)

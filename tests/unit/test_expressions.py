@@ -1,4 +1,4 @@
-"""The grammar of runtime expressions: what it reads, what it refuses and where, and what a template makes of values."""
+"""Runtime expressions: parsing, errors with their position, and resolution of templates."""
 
 from __future__ import annotations
 
@@ -8,29 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_asyncroute.expressions import BadExpression, Expression, NotText, Template, parse
+from flask_asyncroute.callbacks.expressions import (
+    BadExpression,
+    Expression,
+    NotText,
+    Source,
+    Template,
+    parse,
+)
+
+URL = "http://localhost/x?y=1"
 
 
-class Request:
-    """A request for templates."""
-
-    url = "http://localhost/x?y=1"
-    method = "PUT"
-
-    def __init__(self, **values: Any) -> None:
-        self.values = values
-
-    def query(self, name: str) -> Any:
-        return self.values.get(f"query {name}")
-
-    def header(self, name: str) -> Any:
-        return self.values.get(f"header {name}")
-
-    def path(self, name: str) -> Any:
-        return self.values.get(f"path {name}")
-
-    def body(self, pointer: str) -> Any:
-        return self.values.get(f"body {pointer}")
+def request(**values: Any) -> Source:
+    """Return a source of values for templates."""
+    found = {"url ": URL, "method ": "PUT"} | values
+    return lambda kind, name: found.get(f"{kind} {name}")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +35,7 @@ class Request:
         ("$request.body#/", "body", "/"), ("$request.query.é", "query", "é"),
     ],
 )  # fmt: skip
-def test_an_expression(text: str, kind: str, name: str) -> None:
+def test_a_single_expression_is_parsed(text: str, kind: str, name: str) -> None:
     assert parse(text).parts == (Expression(text, kind, name),)
     assert parse(text).is_alone and not parse(text).is_literal
     if "}" not in text:
@@ -50,54 +43,60 @@ def test_an_expression(text: str, kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("$", "character 1"), ("$x", "'\\$x' at character 1"), ("$urls", "no expression"), ("$url ", "no expression"), ("$URL", "no expression"),
-        ("$request", "no expression"), ("$request.", "character 10"), ("$request.cookie.x", "'cookie' at character 10"), ("$request.query", "'query'"),
+        ("$", "character 1"), ("$x", "'\\$x' at character 1"), ("$urls", "not an expression"), ("$url ", "not an expression"), ("$URL", "not an expression"),
+        ("$request", "not an expression"), ("$request.", "character 10"), ("$request.cookie.x", "'cookie' at character 10"), ("$request.query", "'query'"),
         ("$request.query.", "a name is missing at character 16"), ("$request.header.a b", "character 17.*header"), ("$request.header.a:", "header"),
         ("$request.query.a\nb", "control character at character 17"), ("$request.query.\ud800", "control character"),
         ("$request.body/x", "JSON pointer"), ("$request.body#x", "JSON pointer"), ("$request.body#/~", "~ at character 16"), ("$request.body#/~2", "~0"),
-        ("$response.body#/x", "not known yet when the task is started"), ("$statusCode", "not known yet"), ("$response.header.x", "not known yet"),
-        ("x{", "{ at character 2 has no }"), ("x}", "} at character 2 closes nothing"), ("{}", "character 2"), ("{url}", "'url' at character 2"),
+        ("$response.body#/x", "not known when the task is started"), ("$statusCode", "not known when"), ("$response.header.x", "not known when"),
+        ("x{", "{ at character 2 has no }"), ("x}", "} at character 2 has no {"), ("{}", "character 2"), ("{url}", "'url' at character 2"),
         ("a{$url}}", "} at character 8"), ("{{$url}}", "character 2"), ("http://h/$request.query.x", "character 10.*put the expression in"),
         ("Bearer $url", "character 8"), ("a{ $url}", "character 3"), ("{$statusCode}", "character 2"), ("{$url", "no }"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_parsed_is_told_with_its_place(text: str, told: str) -> None:
-    with pytest.raises(BadExpression, match=told):
+def test_a_syntax_error_names_its_position(text: str, message: str) -> None:
+    with pytest.raises(BadExpression, match=message):
         parse(text)
 
 
 @pytest.mark.parametrize("text", ["", "POST", "http://h/a$b", "5 $", "$ 5"[1:], "a$urls"])
-def test_literal_text(text: str) -> None:
+def test_text_without_expressions_is_literal(text: str) -> None:
     assert parse(text).is_literal and not parse(text).is_alone
-    assert parse(text).resolve(Request()) == text
+    assert parse(text).resolve(request()) == text
 
 
-def test_a_template() -> None:
+def test_a_template_is_resolved() -> None:
     template = parse("http://h/{$request.query.x}/{$method}?{$request.body#/y}")
-    assert (template.beginning, template.is_alone, template.is_literal) == ("http://h/", False, False)
-    source = Request(**{"query x": "a b", "body /y": "é"})
+    assert (template.beginning, template.is_alone, template.is_literal) == (
+        "http://h/",
+        False,
+        False,
+    )
+    source = request(**{"query x": "a b", "body /y": "é"})
     assert template.resolve(source) == "http://h/a b/PUT?é"
     assert template.resolve(source, lambda value: f"<{value}>") == "http://h/<a b>/<PUT>?<é>"
 
 
-def test_an_expression_alone_is_not_embedded() -> None:
-    assert parse("$url").resolve(Request(), lambda value: "never") == Request.url
-    assert parse("{$url}").resolve(Request(), lambda value: "never") == Request.url
+def test_the_value_of_a_lone_expression_is_not_escaped() -> None:
+    assert parse("$url").resolve(request(), lambda value: "never") == URL
+    assert parse("{$url}").resolve(request(), lambda value: "never") == URL
 
 
-@pytest.mark.parametrize("text", ["$request.query.x", "a{$request.query.x}b{$method}", "{$request.body#/x}"])
-def test_what_is_missing_makes_the_whole_missing(text: str) -> None:
-    assert parse(text).resolve(Request()) is None
-    assert Template(()).resolve(Request()) == ""
+@pytest.mark.parametrize(
+    "text", ["$request.query.x", "a{$request.query.x}b{$method}", "{$request.body#/x}"]
+)
+def test_a_missing_value_makes_the_result_none(text: str) -> None:
+    assert parse(text).resolve(request()) is None
+    assert Template(()).resolve(request()) == ""
 
 
 @pytest.mark.parametrize("value", [5, 1.5, True, False, [], {}, ["x"], {"a": "b"}])
 @pytest.mark.parametrize("text", ["$request.body#/x", "a{$request.body#/x}"])
-def test_only_texts_are_taken(text: str, value: Any) -> None:
+def test_a_value_that_is_not_a_string_is_refused(text: str, value: Any) -> None:
     with pytest.raises(NotText, match=r"\$request.body#/x is "):
-        parse(text).resolve(Request(**{"body /x": value}))
+        parse(text).resolve(request(**{"body /x": value}))
 
 
 NAMES = st.text(st.characters(exclude_characters="{}", exclude_categories=["Cc", "Cs"]), min_size=1)
@@ -116,14 +115,14 @@ LITERALS = st.text(st.characters(exclude_characters="{}$", exclude_categories=["
 
 
 @given(st.lists(st.tuples(LITERALS, EXPRESSIONS)), LITERALS)
-def test_whatever_is_written_is_read_again(pairs: list[tuple[str, Expression]], last: str) -> None:
+def test_any_template_round_trips(pairs: list[tuple[str, Expression]], last: str) -> None:
     parts = [*(part for pair in pairs for part in pair), last]
     text = "".join(part if isinstance(part, str) else f"{{{part.text}}}" for part in parts)
     assert parse(text).parts == tuple(parts)
 
 
 @given(EXPRESSIONS)
-def test_whatever_stands_alone_is_read_again(expression: Expression) -> None:
+def test_any_lone_expression_round_trips(expression: Expression) -> None:
     assert parse(expression.text).parts == (expression,)
 
 

@@ -1,4 +1,6 @@
-"""Raising `TaskAborted` in a view's thread: only in the view of that very task, and only where no lock can be lost."""
+"""Interruption of views: `TaskAborted` is raised only in the view of that task, and only at a point
+where no lock can stay held.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,18 @@ from typing import Any
 import pytest
 
 from flask_asyncroute.errors import TaskAborted
-from flask_asyncroute.execution import Execution
 from flask_asyncroute.executors import interruption
-from tests.conftest import eventually_true
+from flask_asyncroute.executors.execution import Execution
+from tests.support.waiting import eventually_true
 
 pytestmark = pytest.mark.skipif(
     sys.version_info < (3, 12) and sys.gettrace() is not None,
-    reason="CPython 3.11 holds up every traced thread until an exception has arrived in the thread it was raised in",
+    reason="CPython 3.11 blocks all traced threads until the exception is raised in its thread",
 )
 
 
 class Runner:
-    """Calls views on a thread of its own, each as `worker` does, and keeps how each ended."""
+    """Runs views on another thread, as `run_task` does, and records their outcomes."""
 
     def __init__(self) -> None:
         self.execution = Execution("task")
@@ -59,7 +61,7 @@ def runner() -> Runner:
 
 
 class Loop:
-    """A view that turns in Python until it is interrupted or told to end."""
+    """A view that loops in Python until it is interrupted or ``ends`` is set."""
 
     def __init__(self) -> None:
         self.begun = threading.Event()
@@ -67,9 +69,9 @@ class Loop:
         self.cleaned = False
 
     def __call__(self) -> str:
-        self.begun.set()
         end = time.monotonic() + 10
         try:
+            self.begun.set()
             while not self.ends:
                 assert time.monotonic() < end
         finally:
@@ -93,7 +95,7 @@ def test_a_loop_is_interrupted(runner: Runner, loop: Loop) -> None:
     assert runner.execution.thread_id is None
 
 
-def test_except_exception_does_not_swallow_it(runner: Runner, loop: Loop) -> None:
+def test_except_exception_does_not_catch_the_interruption(runner: Runner, loop: Loop) -> None:
     def view() -> str:
         while True:
             try:
@@ -107,7 +109,8 @@ def test_except_exception_does_not_swallow_it(runner: Runner, loop: Loop) -> Non
     assert isinstance(runner.join(), TaskAborted)
 
 
-def test_f14_a_view_that_swallows_it_goes_on(runner: Runner, loop: Loop) -> None:
+@pytest.mark.covers("F14")
+def test_a_view_that_catches_the_interruption_continues(runner: Runner, loop: Loop) -> None:
     caught: list[int] = []
 
     def view() -> str:
@@ -126,7 +129,7 @@ def test_f14_a_view_that_swallows_it_goes_on(runner: Runner, loop: Loop) -> None
     assert runner.join() == "late"
 
 
-def test_a_deep_view_is_interrupted(runner: Runner, loop: Loop) -> None:
+def test_a_view_deep_in_recursion_is_interrupted(runner: Runner, loop: Loop) -> None:
     def view(depth: int = 400) -> str:
         return loop() if not depth else view(depth - 1)
 
@@ -136,7 +139,7 @@ def test_a_deep_view_is_interrupted(runner: Runner, loop: Loop) -> None:
     assert isinstance(runner.join(), TaskAborted)
 
 
-def test_a_result_and_an_error_pass_through(runner: Runner) -> None:
+def test_call_returns_the_result_and_raises_the_error(runner: Runner) -> None:
     assert interruption.call(lambda **given: given, {"a": 1}, runner.execution) == {"a": 1}
 
     def fail() -> None:
@@ -147,7 +150,7 @@ def test_a_result_and_an_error_pass_through(runner: Runner) -> None:
     assert runner.execution.thread_id is None
 
 
-def test_a_view_that_has_ended_or_not_begun_is_nothing_to_interrupt(runner: Runner) -> None:
+def test_interrupt_returns_true_before_and_after_the_view(runner: Runner) -> None:
     assert interruption.interrupt(runner.execution) is True
     interruption.call(lambda: None, {}, runner.execution)
     assert interruption.interrupt(runner.execution) is True
@@ -157,11 +160,13 @@ def eventually_interrupted(execution: Execution) -> bool:
     return bool(eventually_true(lambda: interruption.interrupt(execution)))
 
 
-# --- where it must not happen -----------------------------------------------------------------------------------------
+# Code in which a view must not be interrupted
 
 
 class Hold:
-    """A place inside foreign code where a view is held until it may go on; Python code, so that it could be interrupted."""
+    """A function that code of other modules calls. It blocks the view in a Python loop, so that the
+    view could be interrupted there.
+    """
 
     def __init__(self) -> None:
         self.inside = threading.Event()
@@ -192,7 +197,7 @@ def in_logging(hold: Hold, tmp_path: Path) -> None:
 
 
 def in_logging_below_other_code(hold: Hold, tmp_path: Path) -> None:
-    """The innermost frames are the app's own, with logging's lock held further out."""
+    """The innermost frames are those of the app, but an outer frame holds the lock of `logging`."""
 
     class Formatter(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
@@ -290,20 +295,20 @@ def in_this_library(hold: Hold, tmp_path: Path) -> None:
         task.set_progress(Number())  # type: ignore[arg-type]
 
 
-PLACES = [
+LOCATIONS = [
     in_logging, in_logging_below_other_code, in_threading, in_queue, in_importlib, in_an_import_statement, in_a_database_pool,
     in_psycopg_pool, in_logging_handlers, in_this_library,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
-def test_it_never_happens_where_a_lock_could_be_lost(
-    runner: Runner, hold: Hold, loop: Loop, tmp_path: Path, place: Callable[[Hold, Path], None]
+@pytest.mark.parametrize("location", LOCATIONS, ids=lambda location: location.__name__)
+def test_a_view_is_not_interrupted_in_code_that_may_hold_a_lock(
+    runner: Runner, hold: Hold, loop: Loop, tmp_path: Path, location: Callable[[Hold, Path], None]
 ) -> None:
     passed: list[int] = []
 
     def view() -> str:
-        place(hold, tmp_path)
+        location(hold, tmp_path)
         passed.append(1)
         return loop()
 
@@ -312,16 +317,26 @@ def test_it_never_happens_where_a_lock_could_be_lost(
     for _ in range(20):
         assert interruption.interrupt(runner.execution) is False
     hold.may_leave = True
-    assert loop.begun.wait(5), "it came out as it went in"
+    assert loop.begun.wait(5), "the view continues"
     assert passed == [1]
     assert eventually_interrupted(runner.execution)
     assert isinstance(runner.join(), TaskAborted)
 
 
 @pytest.mark.parametrize(
-    "name", ["queue_of_mine", "loggingx", "my.logging", "threading2", "sqlalchemy.orm", "flask_asyncroute_user"]
+    "name",
+    [
+        "queue_of_mine",
+        "loggingx",
+        "my.logging",
+        "threading2",
+        "sqlalchemy.orm",
+        "flask_asyncroute_user",
+    ],
 )
-def test_modules_of_a_like_name_are_no_reason(runner: Runner, loop: Loop, name: str) -> None:
+def test_modules_with_similar_names_can_be_interrupted(
+    runner: Runner, loop: Loop, name: str
+) -> None:
     runner.start(lambda: module_code(name)(loop))
     assert loop.begun.wait(5)
     assert eventually_interrupted(runner.execution)
@@ -329,8 +344,10 @@ def test_modules_of_a_like_name_are_no_reason(runner: Runner, loop: Loop, name: 
 
 
 @pytest.mark.parametrize("name", [None, 5, ""])
-def test_code_without_a_module_name_is_no_trouble(runner: Runner, loop: Loop, name: Any) -> None:
-    """`exec` and notebooks run code under globals of any kind."""
+def test_code_without_a_valid_module_name_can_be_interrupted(
+    runner: Runner, loop: Loop, name: Any
+) -> None:
+    """Code run by ``exec`` and notebooks may have any ``__name__``."""
     scope: dict[str, Any] = {"__name__": name, "loop": loop}
     exec("def view():\n    return loop()\n", scope)
     runner.start(scope["view"])
@@ -339,7 +356,7 @@ def test_code_without_a_module_name_is_no_trouble(runner: Runner, loop: Loop, na
     assert isinstance(runner.join(), TaskAborted)
 
 
-def test_a_thread_that_sits_in_c_code_goes_on_until_it_returns(runner: Runner) -> None:
+def test_a_blocking_c_call_is_interrupted_when_it_returns(runner: Runner) -> None:
     lock = threading.Lock()
     lock.acquire()
     after: list[int] = []
@@ -347,7 +364,7 @@ def test_a_thread_that_sits_in_c_code_goes_on_until_it_returns(runner: Runner) -
 
     def view() -> None:
         begun.set()
-        lock.acquire(timeout=10)
+        lock.acquire(True, 10)  # no keywords: Python 3.14 would raise at the next call
         after.append(1)
 
     runner.start(view)
@@ -361,11 +378,58 @@ def test_a_thread_that_sits_in_c_code_goes_on_until_it_returns(runner: Runner) -
     assert after == []
 
 
-# --- whom it must not hit ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("make_lock", [threading.Lock, threading.RLock, threading.Condition])
+def test_a_view_interrupted_while_it_waits_for_a_lock_releases_it(
+    runner: Runner, loop: Loop, make_lock: Callable[[], Any]
+) -> None:
+    """The `with` statement that acquires the lock must also release it."""
+    lock = make_lock()
+    begun = threading.Event()
+
+    def view() -> str:
+        begun.set()
+        with lock:
+            return loop()
+
+    with lock:
+        runner.start(view)
+        assert begun.wait(5)
+        for _ in range(20):
+            interruption.interrupt(runner.execution)
+    eventually_interrupted(runner.execution)
+    assert isinstance(runner.join(), TaskAborted)
+    assert lock.acquire(blocking=False)
+    lock.release()
 
 
-def test_the_view_of_another_task_on_the_thread_is_not_hit(runner: Runner, loop: Loop) -> None:
-    """A view may run another task inside itself, such as one of an immediate route."""
+def test_a_lock_acquired_after_a_call_with_keywords_is_released(runner: Runner, loop: Loop) -> None:
+    """Python 3.14 does not raise at the end of such a call, but at the next one."""
+    gate, lock = threading.Lock(), threading.Lock()
+    begun = threading.Event()
+
+    def view() -> str:
+        begun.set()
+        gate.acquire(timeout=10)
+        with lock:
+            return loop()
+
+    with gate:
+        runner.start(view)
+        assert begun.wait(5)
+        for _ in range(20):
+            interruption.interrupt(runner.execution)
+    eventually_interrupted(runner.execution)
+    assert isinstance(runner.join(), TaskAborted)
+    assert lock.acquire(blocking=False)
+
+
+# Views and code that must not be interrupted
+
+
+def test_the_view_of_another_task_on_the_thread_is_not_interrupted(
+    runner: Runner, loop: Loop
+) -> None:
+    """A view may run another task on its own thread, such as one of an immediate route."""
     inner, inner_loop = Execution("inner"), Loop()
     results: list[Any] = []
 
@@ -380,12 +444,12 @@ def test_the_view_of_another_task_on_the_thread_is_not_hit(runner: Runner, loop:
     inner_loop.ends = True
     assert loop.begun.wait(5)
     assert results == ["ended by itself"]
-    assert interruption.interrupt(inner) is True, "the inner one has left"
+    assert interruption.interrupt(inner) is True, "the inner view has ended"
     assert eventually_interrupted(runner.execution)
     assert isinstance(runner.join(), TaskAborted)
 
 
-def test_an_inner_view_is_interrupted_alone(runner: Runner) -> None:
+def test_interrupting_an_inner_view_does_not_interrupt_the_outer_one(runner: Runner) -> None:
     inner, inner_loop = Execution("inner"), Loop()
 
     def view() -> str:
@@ -399,8 +463,10 @@ def test_an_inner_view_is_interrupted_alone(runner: Runner) -> None:
     assert runner.join() == "outer goes on"
 
 
-def test_what_is_raised_while_a_view_returns_is_taken_back(runner: Runner) -> None:
-    """The lock is held by who interrupts; the thread waits for it to leave, and then nothing may follow it."""
+def test_an_exception_raised_while_a_view_returns_is_cleared(runner: Runner) -> None:
+    """The interrupting thread holds the lock. The view's thread waits for it in `leave`, and must
+    not receive an exception after that.
+    """
     execution = runner.execution
     begun, may_return = threading.Event(), threading.Event()
 
@@ -430,7 +496,9 @@ def test_what_is_raised_while_a_view_returns_is_taken_back(runner: Runner) -> No
 
 
 def test_no_interruption_reaches_the_code_between_two_views() -> None:
-    """One thread runs view after view; each is stopped at some moment, mostly around its end. Nothing else may be hit."""
+    """One thread runs many views. Each is interrupted at some point, mostly near its end. No other
+    code may be interrupted.
+    """
     count = 300
     executions = [Execution(f"t{number}") for number in range(count)]
     current = [0]
@@ -473,41 +541,45 @@ def test_no_interruption_reaches_the_code_between_two_views() -> None:
     assert len(ended) == count
 
 
-def test_threads_that_log_and_lock_lose_no_lock(runner: Runner) -> None:
-    """Stops of a view that logs, queues and locks in a loop; `prove` does thousands."""
+def test_interrupted_views_leave_no_lock_held(runner: Runner) -> None:
+    """Interrupts a view that logs, queues and locks in a loop; tests/stress does so thousands of
+    times.
+    """
     logger = logging.Logger("busy")
     stream = io.StringIO()
     logger.addHandler(logging.StreamHandler(stream))
     box: queue.Queue[int] = queue.Queue()
     lock = threading.RLock()
-    turns = [0]
+    rounds = [0]
 
     def view() -> None:
         while True:
-            logger.warning("turn %s", turns[0])
+            logger.warning("turn %s", rounds[0])
             stream.seek(0)
             box.put(1)
             box.get()
             with lock:
-                turns[0] += 1
+                rounds[0] += 1
 
-    def has_turned(before: int) -> bool:
-        return turns[0] > before
+    def has_advanced(before: int) -> bool:
+        return rounds[0] > before
 
     for _ in range(40):
-        before = turns[0]
+        before = rounds[0]
         runner.start(view)
-        eventually_true(partial(has_turned, before))
+        eventually_true(partial(has_advanced, before))
         interrupt_at_any_moment(runner.execution)
         assert isinstance(runner.join(), TaskAborted)
     for held in (logger.handlers[0].lock, box.mutex, logging._lock):  # type: ignore[attr-defined]
         assert held is not None
-        assert held.acquire(timeout=1), "nobody holds it"
+        assert held.acquire(timeout=1), "the lock is free"
         held.release()
 
 
 def interrupt_at_any_moment(execution: Execution) -> None:
-    """Interrupt a view that is almost always in logging: have it let go at any line, not only where it does by itself."""
+    """Interrupt a view that is almost always in logging. With a short switch interval, its thread
+    may release the GIL at any line.
+    """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

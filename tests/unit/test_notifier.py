@@ -1,30 +1,27 @@
-"""Who is waiting hears of every change: at once of what this process writes, soon of what others write."""
+"""Notifications of waiting requests and streams: at once about changes of this process, soon about
+those of others.
+"""
 
 from __future__ import annotations
 
 import gc
-import sqlite3
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
 
-from flask_asyncroute import notifier as module
 from flask_asyncroute import signals
+from flask_asyncroute.engine import notifier as module
+from flask_asyncroute.engine.lifecycle import Lifecycle
+from flask_asyncroute.engine.notifier import Follower, Notifier
 from flask_asyncroute.errors import StoreUnavailable
-from flask_asyncroute.followers import Follower
-from flask_asyncroute.lifecycle import Lifecycle
-from flask_asyncroute.notifier import Notifier
-from flask_asyncroute.states import State
 from flask_asyncroute.stores.base import Expect, News, TaskStore
 from flask_asyncroute.stores.memory import MemoryTaskStore
-from flask_asyncroute.task import AsyncRouteTask
+from flask_asyncroute.task import AsyncRouteTask, State
 
 NewTask = Callable[..., AsyncRouteTask]
 NewStore = Callable[..., TaskStore]
@@ -40,10 +37,12 @@ def app(make_app: Callable[..., Flask]) -> Flask:
 
 @pytest.fixture
 def make_notifier(app: Flask) -> Iterator[MakeNotifier]:
-    """Give ``make_notifier(store, listener=…)``; closed at the end."""
+    """Return ``make_notifier(store, listener=…)``; closed at the end."""
     made: list[Notifier] = []
 
-    def make(store: TaskStore, listener: Callable[[AsyncRouteTask], None] = lambda task: None) -> Notifier:
+    def make(
+        store: TaskStore, listener: Callable[[AsyncRouteTask], None] = lambda task: None
+    ) -> Notifier:
         made.append(Notifier(app, store, listener))
         return made[-1]
 
@@ -54,7 +53,7 @@ def make_notifier(app: Flask) -> Iterator[MakeNotifier]:
 
 @pytest.fixture
 def two_stores(make_sqlite_store: NewStore) -> tuple[TaskStore, TaskStore]:
-    """Give two stores on one file: ours, and that of another process."""
+    """Return two stores on one file: that of this process, and that of another."""
     stores = make_sqlite_store(), make_sqlite_store()
     for store in stores:
         store.open()
@@ -72,9 +71,11 @@ def abort(store: TaskStore, task_id: str = "task") -> AsyncRouteTask:
 
 
 class Waiter:
-    """Waits on a thread of its own and keeps what came of it."""
+    """Calls ``wait`` on another thread and records the result."""
 
-    def __init__(self, notifier: Notifier, task_id: str = "task", timeout: float | None = 10) -> None:
+    def __init__(
+        self, notifier: Notifier, task_id: str = "task", timeout: float | None = 10
+    ) -> None:
         self.results: list[AsyncRouteTask | None] = []
         self.took = 0.0
         self._arguments = (notifier, task_id, timeout)
@@ -97,22 +98,24 @@ def watchers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "asyncroute-watcher"]
 
 
-def test_what_is_so_already_is_not_waited_for(
+def test_wait_returns_at_once_if_the_condition_holds(
     store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask
 ) -> None:
     store.add(make_task(), b"", None, ())
     aborted = abort(store)
-    assert make_notifier(store).wait("task", is_completed, 10) == aborted
-    assert make_notifier(store).wait("task", is_completed, None) == aborted
-    assert make_notifier(store).wait("task", is_completed, 0) == aborted
+    notifier = make_notifier(store)
+    for timeout in (10, None, 0):
+        assert notifier.wait("task", is_completed, timeout) == aborted
 
 
-def test_an_unknown_task_is_not_waited_for(store: TaskStore, make_notifier: MakeNotifier) -> None:
+def test_wait_returns_none_for_an_unknown_task(
+    store: TaskStore, make_notifier: MakeNotifier
+) -> None:
     assert make_notifier(store).wait("unknown", is_completed, None) is None
 
 
 @pytest.mark.parametrize("seconds", [0, 0.05])
-def test_a_wait_ends_with_its_time(
+def test_wait_returns_the_task_after_its_timeout(
     store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, seconds: float
 ) -> None:
     store.add(make_task(), b"", None, ())
@@ -122,10 +125,10 @@ def test_a_wait_ends_with_its_time(
     assert task == store.get("task")
 
 
-def test_a_wait_that_ends_with_its_time_gives_the_task_as_it_is_then(
+def test_wait_returns_the_current_record_after_its_timeout(
     store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
 ) -> None:
-    """Not as it was when the wait began; here nobody is told of the change."""
+    """Not the record from the start of the wait. No notification is sent here."""
     store.add(make_task(), b"", None, ())
     notifier = make_notifier(store)
     waiter = Waiter(notifier, timeout=0.3)
@@ -134,25 +137,33 @@ def test_a_wait_that_ends_with_its_time_gives_the_task_as_it_is_then(
     assert waiter.join() == after
 
 
-def test_a_change_of_this_process_is_heard_of_at_once(
-    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+def test_a_change_of_this_process_notifies_at_once(
+    app: Flask,
+    store: TaskStore,
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    eventually: Eventually,
 ) -> None:
-    heard: list[AsyncRouteTask] = []
-    notifier = make_notifier(store, heard.append)
+    received: list[AsyncRouteTask] = []
+    notifier = make_notifier(store, received.append)
     lifecycle = Lifecycle(app, store, "owner")
     lifecycle.create(make_task(), b"", None, ())
-    assert [task.state for task in heard] == [State.NOT_STARTED]
+    assert [task.state for task in received] == [State.NOT_STARTED]
     waiter = Waiter(notifier)
     eventually(lambda: notifier._waiting)
     waiting = store.get("task")
     assert waiting is not None
     aborted = lifecycle.abort(waiting, "x")
-    assert waiter.join() == aborted == heard[1]
+    assert waiter.join() == aborted == received[1]
     assert notifier._waiting == {}
 
 
-def test_changes_that_are_not_enough_do_not_end_a_wait(
-    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+def test_changes_that_do_not_satisfy_the_condition_do_not_end_a_wait(
+    app: Flask,
+    store: TaskStore,
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    eventually: Eventually,
 ) -> None:
     notifier = make_notifier(store)
     lifecycle = Lifecycle(app, store, "owner")
@@ -172,8 +183,12 @@ def test_changes_that_are_not_enough_do_not_end_a_wait(
     assert ended is not None and ended.state is State.ABORTED
 
 
-def test_every_one_of_many_who_wait_hears(
-    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+def test_all_waits_for_a_task_are_notified(
+    app: Flask,
+    store: TaskStore,
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    eventually: Eventually,
 ) -> None:
     notifier = make_notifier(store)
     lifecycle = Lifecycle(app, store, "owner")
@@ -187,10 +202,14 @@ def test_every_one_of_many_who_wait_hears(
     assert notifier._waiting == {}
 
 
-def test_what_is_told_too_late_makes_nobody_forget_the_newer(
-    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+def test_a_late_notification_does_not_replace_a_newer_record(
+    app: Flask,
+    store: TaskStore,
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    eventually: Eventually,
 ) -> None:
-    """Two threads write one after the other, and the first is the last to tell of it."""
+    """Two threads write in turn. The first to write is the last to notify."""
     notifier = make_notifier(store)
     store.add(make_task(), b"{}", None, ())
     waiter = Waiter(notifier)
@@ -198,41 +217,44 @@ def test_what_is_told_too_late_makes_nobody_forget_the_newer(
     before = store.get("task")
     assert before is not None
     aborted = abort(store)
-    notifier.on_task_changed(app, aborted)
-    notifier.on_task_changed(app, before)
+    notifier._publish(aborted)
+    notifier._publish(before)
     assert waiter.join() == aborted
 
 
-def test_late_news_are_no_answer_to_who_knows_more(
+def test_a_notification_older_than_the_known_record_is_ignored(
     store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
 ) -> None:
-    """Who has written may be held up before it tells; meanwhile a client has read what was written after that."""
+    """A writer may be delayed before it notifies, while a client has already read a later record."""
     store.add(make_task(), b"{}", None, ())
     old = store.claim("task", "owner", 1)
     known = store.update("task", ANY_STATE, {"progress": 50.0})
     assert old is not None and known is not None
     notifier = make_notifier(store)
-    looks: list[AsyncRouteTask] = []
+    seen: list[AsyncRouteTask] = []
 
-    def is_another(task: AsyncRouteTask) -> bool:
-        looks.append(task)
+    def is_new(task: AsyncRouteTask) -> bool:
+        seen.append(task)
         return task.revision != known.revision
 
-    thread = threading.Thread(target=notifier.wait, args=("task", is_another, 10))
+    thread = threading.Thread(target=notifier.wait, args=("task", is_new, 10))
     thread.start()
-    eventually(lambda: looks)
+    eventually(lambda: seen)
     notifier._publish(old.task)
-    eventually(lambda: len(looks) > 1)
+    eventually(lambda: len(seen) > 1)
     store.update("task", ANY_STATE, {"progress": 60.0})
-    notifier._tell("task")
+    notifier._notify("task")
     thread.join(10)
-    assert [task.revision for task in looks] == [known.revision, known.revision, known.revision + 1]
+    assert [task.revision for task in seen] == [known.revision, known.revision, known.revision + 1]
 
 
-def test_late_news_hide_no_end(
-    store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+def test_a_late_notification_does_not_hide_an_ended_task(
+    store: TaskStore,
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is told between the registration and the first look may be older than what that look finds."""
+    """A notification between the registration and the first read may be older than that read."""
     store.add(make_task(), b"{}", None, ())
     old = store.claim("task", "owner", 1)
     assert old is not None
@@ -248,40 +270,6 @@ def test_late_news_hide_no_end(
     waiter = Waiter(notifier, timeout=5)
     assert waiter.join() == aborted
     assert waiter.took < 4
-
-
-def test_f21_a_wait_outlives_a_backup_that_is_put_in_place(
-    make_sqlite_store: NewStore,
-    sqlite_path: Path,
-    make_notifier: MakeNotifier,
-    make_task: NewTask,
-    eventually: Eventually,
-) -> None:
-    """Its numbers are lower than those of what was told before."""
-    store = make_sqlite_store()
-    store.open()
-    store.add(make_task(), b"{}", None, ())
-    store.claim("task", "owner", 1)
-    backup = sqlite_path.with_name("backup.db")
-    with closing(sqlite3.connect(sqlite_path)) as here, closing(sqlite3.connect(backup)) as there:
-        here.backup(there)
-    notifier = make_notifier(store)
-    waiter = Waiter(notifier, timeout=10)
-    eventually(lambda: notifier._is_polling)
-    for progress in range(20):
-        newest = store.update("task", ANY_STATE, {"progress": float(progress)})
-    assert newest is not None
-    eventually(lambda: notifier._since == newest.change)
-    for name in (f"{sqlite_path.name}-wal", f"{sqlite_path.name}-shm"):
-        sqlite_path.with_name(name).unlink(missing_ok=True)
-    backup.replace(sqlite_path)
-    eventually(lambda: notifier._since < newest.change)
-    other = make_sqlite_store()
-    other.open()
-    abort(other)
-    ended = waiter.join()
-    assert ended is not None and ended.state is State.ABORTED
-    assert waiter.took < 8
 
 
 def test_a_change_while_a_wait_begins_is_not_missed(
@@ -302,16 +290,110 @@ def test_a_change_while_a_wait_begins_is_not_missed(
         assert waiter.took < 4
 
 
-def test_changes_of_another_app_are_not_heard_of(
+def test_every_change_drops_shared_reads_even_without_subscribers(
+    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask
+) -> None:
+    """A stream that begins right after the change is not woken, so it must not get an older read."""
+    reads = make_notifier(store).shared_reads
+    lifecycle = Lifecycle(app, store, "owner")
+    for change in (
+        lambda: lifecycle.create(make_task(), b"", None, ()),
+        lambda: signals.send_fact(signals.events_written, app, task_id="task", change=2),
+    ):
+        assert reads.get("key", lambda: "before") == "before"
+        change()
+        assert reads.get("key", lambda: "after") == "after"
+        reads.forget()
+
+
+def test_shared_reads_are_dropped_before_streams_are_woken(
+    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask,
+    eventually: Eventually,
+) -> None:  # fmt: skip
+    notifier = make_notifier(store)
+    kept: list[list[object]] = []
+
+    class Subscriber(Follower):
+        def set(self, task: AsyncRouteTask | None = None) -> None:
+            kept.append(list(notifier.shared_reads._reads))
+
+    with notifier.telling(Subscriber(), "task"):
+        assert notifier.shared_reads.get("key", lambda: "before") == "before"
+        Lifecycle(app, store, "owner").create(make_task(), b"", None, ())
+        eventually(lambda: kept)
+    assert kept[0] == []
+
+
+def test_streams_of_one_task_are_woken_with_those_of_all_tasks(
+    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask
+) -> None:
+    notifier = make_notifier(store)
+    of_task, of_all, of_other = Follower(), Follower(), Follower()
+    for follower in (of_task, of_all, of_other):
+        follower.clear()
+    with (
+        notifier.telling(of_task, "task"),
+        notifier.telling(of_all),
+        notifier.telling(of_other, "other"),
+    ):
+        Lifecycle(app, store, "owner").create(make_task(), b"", None, ())
+        assert of_task.wait(5) and of_all.wait(5)
+        assert not of_other.wait(0)
+
+
+def test_streams_are_woken_even_if_no_thread_can_be_started(
+    app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    notifier = make_notifier(store)
+    follower = Follower()
+    follower.clear()
+    with notifier.telling(follower, "task"):
+
+        def fail() -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(notifier.shared_reads, "start", fail)
+        lifecycle = Lifecycle(app, store, "owner")
+        lifecycle.create(make_task(), b"", None, ())
+        assert follower.wait(0)
+        lifecycle.claim("task")
+        assert follower.wait(0)
+
+
+def test_shared_reads_are_dropped_when_polling_begins(
+    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask
+) -> None:
+    """No subscriber is notified of earlier changes by another process."""
+    notifier = make_notifier(two_stores[0])
+    assert notifier.shared_reads.get("key", two_stores[0].newest) == 0
+    two_stores[1].add(make_task(), b"", None, ())
+    with notifier.telling(Follower(), "task"):
+        assert notifier.shared_reads.get("key", two_stores[0].newest) == 1
+
+
+def test_shared_reads_are_dropped_soon_without_changes(
+    store: TaskStore, make_notifier: MakeNotifier, eventually: Eventually
+) -> None:
+    """They use memory, and later streams rarely need them."""
+    notifier = make_notifier(store)
+    with notifier.telling(Follower(), "task"):
+        assert notifier.shared_reads.get("key", lambda: "read") == "read"
+        eventually(lambda: not notifier.shared_reads._reads)
+
+
+def test_changes_of_another_app_do_not_notify(
     make_app: Callable[..., Flask], make_notifier: MakeNotifier, make_task: NewTask
 ) -> None:
-    heard: list[AsyncRouteTask] = []
-    make_notifier(MemoryTaskStore(), heard.append)
+    received: list[AsyncRouteTask] = []
+    make_notifier(MemoryTaskStore(), received.append)
     Lifecycle(make_app("other"), MemoryTaskStore(), "owner").create(make_task(), b"", None, ())
-    assert heard == []
+    assert received == []
 
 
-def test_no_thread_is_started_for_memory_before_somebody_waits(make_notifier: MakeNotifier, make_task: NewTask) -> None:
+def test_watching_a_memory_store_starts_no_thread(
+    make_notifier: MakeNotifier, make_task: NewTask
+) -> None:
     store = MemoryTaskStore()
     store.add(make_task(), b"", None, ())
     notifier = make_notifier(store)
@@ -320,7 +402,7 @@ def test_no_thread_is_started_for_memory_before_somebody_waits(make_notifier: Ma
     assert watchers() == []
 
 
-def test_no_thread_is_started_before_somebody_waits(
+def test_watching_a_shared_store_starts_one_thread(
     two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier
 ) -> None:
     notifier = make_notifier(two_stores[0])
@@ -333,7 +415,10 @@ def test_no_thread_is_started_before_somebody_waits(
 
 
 def test_a_change_of_another_process_ends_a_wait(
-    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+    two_stores: tuple[TaskStore, TaskStore],
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    eventually: Eventually,
 ) -> None:
     ours, theirs = two_stores
     ours.add(make_task(), b"", None, ())
@@ -343,45 +428,51 @@ def test_a_change_of_another_process_ends_a_wait(
     before = time.monotonic()
     aborted = abort(theirs)
     assert waiter.join() == aborted
-    assert time.monotonic() - before < 0.5, "the bound for the view to be told of a stop"
+    assert time.monotonic() - before < 0.5, "the limit for notifying a view of a stop"
 
 
-def test_the_listener_hears_of_every_change_while_it_watches(
-    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
+def test_the_listener_receives_every_change_while_watching(
+    two_stores: tuple[TaskStore, TaskStore],
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    eventually: Eventually,
 ) -> None:
     ours, theirs = two_stores
     theirs.add(make_task("before"), b"", None, ())
-    heard: list[str] = []
-    notifier = make_notifier(ours, lambda task: heard.append(task.id))
+    received: list[str] = []
+    notifier = make_notifier(ours, lambda task: received.append(task.id))
     notifier.watch()
     for number in range(20):
         theirs.add(make_task(f"t{number}"), b"", None, ())
-    eventually(lambda: len(heard) >= 20)
-    assert heard == [f"t{number}" for number in range(20)], "what was before is no news"
+    eventually(lambda: len(received) >= 20)
+    assert received == [f"t{number}" for number in range(20)], "earlier changes are not reported"
     notifier.unwatch()
 
 
-def test_watching_goes_on_after_a_rest(
+def test_polling_resumes_after_a_pause(
     two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Nobody waits for a while, the watcher rests; whoever waits then hears as before, and of what is new alone."""
+    """Polling pauses after the last wait. The next wait is notified as usual, and only of new
+    changes.
+    """
     monkeypatch.setattr(module, "LINGER_SECONDS", 0.1)
     ours, theirs = two_stores
-    heard: list[str] = []
-    notifier = make_notifier(ours, lambda task: heard.append(task.id))
+    received: list[str] = []
+    notifier = make_notifier(ours, lambda task: received.append(task.id))
     for round in range(3):
         notifier.watch()
         theirs.add(make_task(f"watched-{round}"), b"", None, ())
-        eventually(lambda round=round: f"watched-{round}" in heard)
+        eventually(lambda round=round: f"watched-{round}" in received)
         notifier.unwatch()
         eventually(lambda: not notifier._is_polling)
-        theirs.add(make_task(f"resting-{round}"), b"", None, ())
-    assert heard == [f"watched-{round}" for round in range(3)]
+        theirs.add(make_task(f"pausing-{round}"), b"", None, ())
+    assert received == [f"watched-{round}" for round in range(3)]
     assert len(watchers()) == 1
 
 
-def test_f21_a_store_that_cannot_be_read_for_a_while_ends_no_watching(
+@pytest.mark.covers("F21")
+def test_polling_continues_after_the_store_was_unavailable(
     two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -392,7 +483,7 @@ def test_f21_a_store_that_cannot_be_read_for_a_while_ends_no_watching(
     eventually(lambda: notifier._is_polling)
     failed = threading.Event()
 
-    def fail(since: int) -> News:
+    def fail(since: int, known: int) -> News:
         failed.set()
         raise StoreUnavailable("not now")
 
@@ -402,10 +493,10 @@ def test_f21_a_store_that_cannot_be_read_for_a_while_ends_no_watching(
         abort(theirs)
     ended = waiter.join()
     assert ended is not None and ended.is_completed
-    assert "The watcher waits for the store" in caplog.text and "not now" in caplog.text
+    assert "until the store is available again" in caplog.text and "not now" in caplog.text
 
 
-def test_a_store_that_cannot_be_read_at_the_beginning_is_an_error_of_who_waits(
+def test_wait_raises_if_the_store_is_unavailable_at_its_start(
     two_stores: tuple[TaskStore, TaskStore],
     make_notifier: MakeNotifier,
     make_task: NewTask,
@@ -428,21 +519,23 @@ def test_a_store_that_cannot_be_read_at_the_beginning_is_an_error_of_who_waits(
     assert task is not None and task.id == "task"
 
 
-def test_a_listener_that_raises_keeps_nobody_from_hearing(
+def test_an_error_of_the_listener_does_not_affect_notifications(
     app: Flask,
     two_stores: tuple[TaskStore, TaskStore],
     make_notifier: MakeNotifier,
     make_task: NewTask,
     eventually: Eventually,
 ) -> None:
-    """Such as the cancelling of a coroutine whose loop has just been closed: the stops that came with it still arrive."""
+    """For example, cancelling a coroutine whose loop is closed raises. Changes from the same poll
+    must still arrive.
+    """
     ours, theirs = two_stores
     for name in ("one", "two", "task"):
         ours.add(make_task(name), b"", None, ())
-    heard: list[str] = []
+    received: list[str] = []
 
     def listen(task: AsyncRouteTask) -> None:
-        heard.append(task.id)
+        received.append(task.id)
         raise RuntimeError("Event loop is closed")
 
     notifier = make_notifier(ours, listen)
@@ -450,18 +543,20 @@ def test_a_listener_that_raises_keeps_nobody_from_hearing(
     eventually(lambda: notifier._is_polling)
     pause, news = threading.Event(), ours.news
     with pytest.MonkeyPatch.context() as patched:
-        # Have all three come in one look.
-        patched.setattr(ours, "news", lambda since: news(since) if pause.is_set() else News(since, ()))
+        # Let one poll return all three.
+        patched.setattr(
+            ours, "news", lambda since, known: news(since) if pause.is_set() else News(since, ())
+        )
         for name in ("one", "two", "task"):
             abort(theirs, name)
         pause.set()
         ended = waiter.join()
     assert ended is not None and ended.is_completed
-    assert waiter.took < 2.5, "by news, not by the end of its time"
-    eventually(lambda: heard == ["one", "two", "task"])
+    assert waiter.took < 2.5, "ended by a notification, not by the timeout"
+    eventually(lambda: received == ["one", "two", "task"])
 
 
-def test_a_listener_that_raises_keeps_nobody_from_hearing_of_our_own_changes(
+def test_an_error_of_the_listener_does_not_affect_changes_of_this_process(
     app: Flask, make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually
 ) -> None:
     store = MemoryTaskStore()
@@ -481,7 +576,9 @@ def test_a_listener_that_raises_keeps_nobody_from_hearing_of_our_own_changes(
     assert waiter.took < 2.5
 
 
-def test_close_ends_the_thread_at_once(two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier) -> None:
+def test_close_ends_the_thread_at_once(
+    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier
+) -> None:
     notifier = make_notifier(two_stores[0])
     notifier.watch()
     before = time.monotonic()
@@ -491,7 +588,7 @@ def test_close_ends_the_thread_at_once(two_stores: tuple[TaskStore, TaskStore], 
     assert time.monotonic() - before < 2
 
 
-def test_close_ends_a_resting_thread_at_once(
+def test_close_ends_a_paused_thread_at_once(
     two_stores: tuple[TaskStore, TaskStore],
     make_notifier: MakeNotifier,
     eventually: Eventually,
@@ -508,25 +605,29 @@ def test_close_ends_a_resting_thread_at_once(
     assert time.monotonic() - before < 2
 
 
-def test_close_is_not_overheard_by_a_thread_about_to_rest(
-    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, monkeypatch: pytest.MonkeyPatch
+def test_close_wakes_a_thread_that_is_about_to_pause(
+    two_stores: tuple[TaskStore, TaskStore],
+    make_notifier: MakeNotifier,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The close comes between the thread's look whether it is closed and the moment that it takes back its wake-up."""
+    """``close`` runs after the thread has checked whether it is closed, and before it clears its
+    wake-up event.
+    """
     monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
     notifier = make_notifier(two_stores[0])
-    looked, closing = threading.Event(), threading.Event()
+    checked, closing = threading.Event(), threading.Event()
     step = Notifier._step
 
     def late_step(self: Notifier) -> float:
         if self._idle_since is not None:
-            looked.set()
+            checked.set()
             closing.wait(5)
         return step(self)
 
     monkeypatch.setattr(Notifier, "_step", late_step)
     notifier.watch()
     notifier.unwatch()
-    assert looked.wait(5)
+    assert checked.wait(5)
 
     set_wake = notifier._wake.set
 
@@ -541,7 +642,7 @@ def test_close_is_not_overheard_by_a_thread_about_to_rest(
     assert watchers() == []
 
 
-def test_a_notifier_that_is_dropped_ends_its_thread(
+def test_the_thread_ends_when_its_notifier_is_collected(
     app: Flask, two_stores: tuple[TaskStore, TaskStore], eventually: Eventually
 ) -> None:
     notifier = Notifier(app, two_stores[0], lambda task: None)
@@ -553,13 +654,27 @@ def test_a_notifier_that_is_dropped_ends_its_thread(
     signals.task_changed.send(app, task=None)
 
 
-def test_a_watcher_that_could_not_be_started_is_started_by_the_next(
+def test_the_shared_reads_thread_ends_when_its_notifier_is_collected(
+    app: Flask, eventually: Eventually
+) -> None:
+    notifier = Notifier(app, MemoryTaskStore(), lambda task: None)
+    assert notifier.shared_reads.get("key", lambda: "read") == "read"
+    threads = [t for t in threading.enumerate() if t.name == "asyncroute-reader"]
+    assert threads
+    del notifier
+    gc.collect()
+    eventually(lambda: not any(thread.is_alive() for thread in threads))
+
+
+def test_wait_works_after_a_failed_thread_start(
     make_notifier: MakeNotifier,
     two_stores: tuple[TaskStore, TaskStore],
     make_task: NewTask,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A process at its limit of threads has room again later; nobody may be deaf from then on."""
+    """A process at its thread limit can start threads again later. Later waits must be notified
+    then.
+    """
     ours, theirs = two_stores
     theirs.add(make_task("task"), b"", None, ())
     notifier = make_notifier(ours)
@@ -581,46 +696,48 @@ def test_a_watcher_that_could_not_be_started_is_started_by_the_next(
     assert found is not None and found.is_completed
 
 
-def test_a_store_that_takes_its_time_keeps_nobody_from_telling(
-    two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, monkeypatch: pytest.MonkeyPatch
+def test_a_slow_store_does_not_delay_notifications(
+    two_stores: tuple[TaskStore, TaskStore],
+    make_notifier: MakeNotifier,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Who begins to wait reads the store; what is written meanwhile is told to those who wait already."""
+    """A new wait reads the store. Meanwhile, changes must still be notified to earlier waits."""
     notifier = make_notifier(two_stores[0])
-    asked, answered = threading.Event(), threading.Event()
+    requested, answered = threading.Event(), threading.Event()
 
     def newest() -> int:
-        asked.set()
+        requested.set()
         assert answered.wait(10)
         return 0
 
     monkeypatch.setattr(two_stores[0], "newest", newest)
-    late = threading.Thread(target=lambda: notifier.wait("slow", is_completed, 0.01))
-    late.start()
-    assert asked.wait(5)
-    told = threading.Thread(target=notifier._tell, args=("slow",))
-    told.start()
-    told.join(5)
-    is_told = not told.is_alive()
+    slow_wait = threading.Thread(target=lambda: notifier.wait("slow", is_completed, 0.01))
+    slow_wait.start()
+    assert requested.wait(5)
+    notify_thread = threading.Thread(target=notifier._notify, args=("slow",))
+    notify_thread.start()
+    notify_thread.join(5)
+    is_notified = not notify_thread.is_alive()
     answered.set()
-    late.join(5)
-    told.join(5)
-    assert is_told
+    slow_wait.join(5)
+    notify_thread.join(5)
+    assert is_notified
 
 
-def test_a_store_that_cannot_be_listened_to_is_asked_for_it_again(
+def test_listening_to_the_store_is_retried(
     two_stores: tuple[TaskStore, TaskStore],
     make_notifier: MakeNotifier,
     monkeypatch: pytest.MonkeyPatch,
     eventually: Eventually,
 ) -> None:
-    asked: list[int] = []
+    requested: list[int] = []
 
-    def listen(heard: Callable[[], None]) -> None:
-        asked.append(1)
-        if len(asked) == 1:
+    def listen(received: Callable[[], None]) -> None:
+        requested.append(1)
+        if len(requested) == 1:
             raise StoreUnavailable("not now")
 
     monkeypatch.setattr(two_stores[0], "listen", listen)
     notifier = make_notifier(two_stores[0])
     with notifier.telling(Follower(), "task"):
-        eventually(lambda: len(asked) == 2)
+        eventually(lambda: len(requested) == 2)

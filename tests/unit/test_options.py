@@ -1,4 +1,4 @@
-"""What a decorator may be given: each option, its default, what it takes and what it refuses, naming itself."""
+"""The options of a route: defaults, valid values, and errors that name the option."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_asyncroute import Access, AsyncRoute, Callback, ConfigurationError, Permission, Sse, config, options
-from flask_asyncroute.registry import Route
+from flask_asyncroute import (
+    Access,
+    AsyncRoute,
+    Callback,
+    ConfigurationError,
+    Permission,
+    Sse,
+    config,
+    options,
+)
+from flask_asyncroute.routes import Route
 from flask_asyncroute.runtime import runtime_of
-from tests.conftest import label
+from tests.support.labels import label
 
 MakeApp = Callable[..., Flask]
 
@@ -24,7 +33,7 @@ class Duck(Executor):
 
 
 def some_function() -> None:
-    """Stand for a function of the app."""
+    """A function of the app."""
 
 
 NOT_BOOLEANS: list[Any] = [None, 0, 1, "True", "False", "", [], 1.0]
@@ -43,7 +52,6 @@ NOT_SECONDS = [
     b"1",
 ]
 NOT_NAMES = ["a\0", "\ud800", "", 5, [], True, "x" * 256, b"x"]
-NOT_TEXTS = ["", 5, [], True, "x" * 2049, b"x"]
 NOT_MAPPINGS = [None, [], "x", 5, [("a", 1)]]
 
 BAD: dict[str, list[Any]] = {
@@ -72,13 +80,8 @@ BAD: dict[str, list[Any]] = {
     "on_loss": [None, "Abort", "", True, ["abort"], "restart "],
     "pool": NOT_NAMES,
     "arguments": [*NOT_MAPPINGS, {5: 1}, {"a b": 1}, {"class": 1}, {"": 1}, {"1a": 1}, {None: 1}],
-    "celery": [*NOT_MAPPINGS, {"queues": "x"}, {"serializer": "pickle"}],
     "name": NOT_NAMES,
-    "summary": NOT_TEXTS,
-    "description": NOT_TEXTS,
-    "tags": ["tag", None, [5], [""], {"tag"}, ["x" * 256]],
-    "request_schema": ["{}", 5, [], True],
-    "result_schema": ["{}", 5, [], True],
+    "decorators": [None, some_function, "x", [5], {some_function}],
 }
 
 GOOD: dict[str, list[tuple[Any, Any]]] = {
@@ -91,7 +94,7 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {
         (None, None),
     ],
     "cancellable": [(True, True), (False, False)],
-    "executor": [(name, name) for name in ("thread", "immediate", "process", "celery")],
+    "executor": [(name, name) for name in ("thread", "immediate", "process")],
     "min_workers": [(0, 0), (2, 2), (None, None)],
     "max_workers": [(1, 1), (1000, 1000)],
     "queue_size": [(0, 0), (10, 10)],
@@ -100,23 +103,20 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {
     "permission": [(Permission(), Permission()), (some_function, some_function), (None, None)],
     "callback": [(Callback(), Callback()), (None, None)],
     "sse": [(True, Sse()), (False, None), (Sse(group="g"), Sse(group="g"))],
-    "response_types": [(["application/yaml", "application/xml"], ("application/yaml", "application/xml"))],
+    "response_types": [
+        (["application/yaml", "application/xml"], ("application/yaml", "application/xml"))
+    ],
     "retention": [(0, 0), (1.5, 1_500_000), (timedelta(days=1), 86_400_000_000)],
     "on_loss": [("abort", "abort"), ("restart", "restart")],
     "pool": [("p", "p"), ("x" * 255, "x" * 255), (None, None)],
     "arguments": [({"a": 1}, {"a": 1}), ({}, {})],
-    "celery": [({"queue": "q", "priority": 5, "routing_key": "k"}, {"queue": "q", "priority": 5, "routing_key": "k"})],
     "name": [("report", "report"), (None, None)],
-    "summary": [("Makes a report.", "Makes a report."), (None, None)],
-    "description": [("Long.", "Long.")],
-    "tags": [(["a", "b"], ("a", "b")), ((), ())],
-    "request_schema": [({"type": "object"}, {"type": "object"}), (None, None)],
-    "result_schema": [({"type": "array"}, {"type": "array"})],
+    "decorators": [([some_function], (some_function,)), ((), ())],
 }
 
 
-def resolved(app: Flask, **given: Any) -> options.RouteOptions:
-    return options.resolve(options.checked(given), config.read(app).defaults, "The route")
+def resolved(app: Flask, **arguments: Any) -> options.RouteOptions:
+    return options.resolve(options.checked(arguments), config.read(app).defaults, "The route")
 
 
 def test_every_option_is_tested_here() -> None:
@@ -124,7 +124,9 @@ def test_every_option_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=label
+    ("name", "value"),
+    [(name, value) for name, values in BAD.items() for value in values],
+    ids=label,
 )
 def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=rf"\b{name}=") as refused:
@@ -133,25 +135,27 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "kept"), [(name, *pair) for name, pairs in GOOD.items() for pair in pairs], ids=label
+    ("name", "value", "expected"),
+    [(name, *pair) for name, pairs in GOOD.items() for pair in pairs],
+    ids=label,
 )
-def test_a_good_value_is_kept(name: str, value: Any, kept: Any) -> None:
-    assert options.checked({name: value}) == {name: kept}
+def test_a_good_value_is_accepted(name: str, value: Any, expected: Any) -> None:
+    assert options.checked({name: value}) == {name: expected}
 
 
-def test_an_executor_of_the_app_is_kept_and_one_of_processes_refused() -> None:
+def test_an_executor_object_is_accepted_unless_it_is_a_process_pool() -> None:
     duck = Duck()
     assert options.checked({"executor": duck}) == {"executor": duck}
     with pytest.raises(ConfigurationError, match='executor=.*"process"'):
         options.checked({"executor": ProcessPoolExecutor.__new__(ProcessPoolExecutor)})
 
 
-def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_option_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ConfigurationError, match=r"'time_out'.*timeout"):
         options.checked({"time_out": 5})
 
 
-def test_the_defaults_are_those_of_the_contract(make_app: MakeApp) -> None:
+def test_defaults(make_app: MakeApp) -> None:
     made = resolved(make_app())
     assert made.timeout == 36_000 * 1_000_000
     assert made.cancellable is True
@@ -164,49 +168,67 @@ def test_the_defaults_are_those_of_the_contract(make_app: MakeApp) -> None:
     assert made.retention == 24 * 3600 * 1_000_000
     assert made.on_loss == "abort"
     assert made.pool is None and made.name is None
-    assert (dict(made.arguments), dict(made.celery), made.tags) == ({}, {}, ())
+    assert dict(made.arguments) == {}
     assert len({made.id_generator() for _ in range(100)}) == 100
 
 
-def test_a22_default_ids_cannot_be_guessed(make_app: MakeApp) -> None:
+@pytest.mark.covers("A22")
+def test_default_ids_are_random_uuids(make_app: MakeApp) -> None:
     made = resolved(make_app()).id_generator()
     assert len(made) == 36
-    assert made[14] == "4", "a random one: version 4"
+    assert made[14] == "4", "UUID version 4"
 
 
-def test_an_option_of_the_route_wins_over_that_of_the_app(make_app: MakeApp) -> None:
-    app = make_app(ASYNCROUTE_TIMEOUT=5, ASYNCROUTE_CANCELLABLE=False, ASYNCROUTE_SSE=False, ASYNCROUTE_MAX_WORKERS=7)
+def test_an_option_of_the_route_overrides_that_of_the_app(make_app: MakeApp) -> None:
+    app = make_app(
+        ASYNCROUTE_TIMEOUT=5,
+        ASYNCROUTE_CANCELLABLE=False,
+        ASYNCROUTE_SSE=False,
+        ASYNCROUTE_MAX_WORKERS=7,
+    )
     by_app = resolved(app)
-    assert (by_app.timeout, by_app.cancellable, by_app.sse, by_app.max_workers) == (5_000_000, False, None, 7)
+    assert (by_app.timeout, by_app.cancellable, by_app.sse, by_app.max_workers) == (
+        5_000_000,
+        False,
+        None,
+        7,
+    )
     by_route = resolved(app, timeout=None, cancellable=True, sse=True, max_workers=8)
-    assert (by_route.timeout, by_route.cancellable, by_route.sse, by_route.max_workers) == (None, True, Sse(), 8)
+    assert (by_route.timeout, by_route.cancellable, by_route.sse, by_route.max_workers) == (
+        None,
+        True,
+        Sse(),
+        8,
+    )
 
 
 @pytest.mark.parametrize(("executor", "minimum"), [("thread", 1), ("process", 0), ("immediate", 1)])
-def test_the_least_number_of_workers_depends_on_the_executor(make_app: MakeApp, executor: str, minimum: int) -> None:
+def test_the_default_min_workers_depends_on_the_executor(
+    make_app: MakeApp, executor: str, minimum: int
+) -> None:
     assert resolved(make_app(), executor=executor).min_workers == minimum
     assert resolved(make_app(), executor=executor, max_workers=1).min_workers == minimum
     assert resolved(make_app(), executor=executor, min_workers=2).min_workers == 2
 
 
-def test_more_at_least_than_at_most_is_refused(make_app: MakeApp) -> None:
+def test_min_workers_over_max_workers_is_refused(make_app: MakeApp) -> None:
     with pytest.raises(ConfigurationError, match="The route: min_workers=3 .* max_workers=2"):
         resolved(make_app(), min_workers=3)
     with pytest.raises(ConfigurationError, match="min_workers"):
         resolved(make_app(ASYNCROUTE_MIN_WORKERS=2), max_workers=1)
 
 
-def test_arguments_are_a_copy_that_cannot_be_changed() -> None:
-    given = {"a": 1}
-    kept = options.checked({"arguments": given})["arguments"]
-    given["a"] = 2
-    assert kept["a"] == 1
+def test_arguments_are_copied_and_read_only() -> None:
+    arguments = {"a": 1}
+    expected = options.checked({"arguments": arguments})["arguments"]
+    arguments["a"] = 2
+    assert expected["a"] == 1
     with pytest.raises(TypeError):
-        kept["a"] = 3
+        expected["a"] = 3
 
 
 @pytest.mark.parametrize(
-    ("given", "label"),
+    ("arguments", "label"),
     [
         ({"url": ""}, "url="), ({"url": None}, "url="), ({"url": 5}, "url="), ({"url": "x" * 2049}, "url="),
         ({"method": None}, "method="), ({"content_type": b"x"}, "content_type="),
@@ -215,19 +237,23 @@ def test_arguments_are_a_copy_that_cannot_be_changed() -> None:
         ({"send_result": 1}, "send_result="), ({"event_name": ""}, "event_name="), ({"event_name": 5}, "event_name="),
     ],
 )  # fmt: skip
-def test_a_bad_callback_is_refused_by_name(given: dict[str, Any], label: str) -> None:
+def test_a_bad_callback_is_refused_by_name(arguments: dict[str, Any], label: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"Callback\(.*{label}|{label}.*Callback\("):
-        Callback(**given)
+        Callback(**arguments)
 
 
-def test_a_callback_has_the_defaults_of_the_contract() -> None:
+def test_callback_defaults() -> None:
     made = Callback()
-    assert (made.url, made.method, made.content_type) == ("$request.body#/callbackUrl", "POST", "application/json")
+    assert (made.url, made.method, made.content_type) == (
+        "$request.body#/callbackUrl",
+        "POST",
+        "application/json",
+    )
     assert (dict(made.headers), made.send_result, made.event_name) == ({}, False, None)
 
 
 @pytest.mark.parametrize(
-    ("given", "label"),
+    ("arguments", "label"),
     [
         ({"group": ""}, "group="),
         ({"group": 5}, "group="),
@@ -235,29 +261,22 @@ def test_a_callback_has_the_defaults_of_the_contract() -> None:
         ({"send_result": 0}, "send"),
     ],
 )
-def test_a_bad_sse_is_refused_by_name(given: dict[str, Any], label: str) -> None:
+def test_a_bad_sse_is_refused_by_name(arguments: dict[str, Any], label: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"Sse\({label}"):
-        Sse(**given)
+        Sse(**arguments)
 
 
-@pytest.mark.parametrize("given", [{"executor": "celery"}])
-@pytest.mark.parametrize("way", ["task", "route"])
-def test_what_is_not_served_yet_is_an_error_at_first_use(make_app: MakeApp, given: dict[str, Any], way: str) -> None:
-    app = make_app()
-    async_routes = AsyncRoute(app)
-    if way == "task":
-        view: Any = async_routes.task(**given)(some_function)
-        app.put("/x")(view)
-    else:
-        async_routes.route("/x", methods=["PUT"], **given)(some_function)
-    for _ in range(2):
-        with pytest.raises(ConfigurationError, match=rf"some_function\(\).*{next(iter(given))}=.*not served"):
-            async_routes.start(app)
-
-
-@pytest.mark.parametrize("name", ["executor", "min_workers", "max_workers", "queue_size", "interrupt_after"])
-def test_routes_of_one_pool_must_agree(make_app: MakeApp, name: str) -> None:
-    others = {"executor": "immediate", "min_workers": 2, "max_workers": 3, "queue_size": 5, "interrupt_after": None}
+@pytest.mark.parametrize(
+    "name", ["executor", "min_workers", "max_workers", "queue_size", "interrupt_after"]
+)
+def test_routes_of_one_pool_must_have_the_same_options(make_app: MakeApp, name: str) -> None:
+    others = {
+        "executor": "immediate",
+        "min_workers": 2,
+        "max_workers": 3,
+        "queue_size": 5,
+        "interrupt_after": None,
+    }
     app = make_app()
     async_routes = AsyncRoute(app)
 
@@ -271,17 +290,24 @@ def test_routes_of_one_pool_must_agree(make_app: MakeApp, name: str) -> None:
         async_routes.start(app)
 
 
-def test_routes_share_a_pool_by_name_alone(make_app: MakeApp) -> None:
+def test_only_routes_with_the_same_pool_name_share_an_executor(make_app: MakeApp) -> None:
     app = make_app()
     async_routes = AsyncRoute(app)
-    for name, given in {"a": {"pool": "p"}, "b": {"pool": "p"}, "c": {}, "d": {"pool": "endpoint c"}}.items():
+    for name, arguments in {
+        "a": {"pool": "p"},
+        "b": {"pool": "p"},
+        "c": {},
+        "d": {"pool": "endpoint c"},
+    }.items():
 
         def view() -> None: ...
 
-        async_routes.route(f"/{name}", endpoint=name, **given)(view)
+        async_routes.route(f"/{name}", endpoint=name, **arguments)(view)
     async_routes.start(app)
     runtime = runtime_of(app)
     executors = {name: runtime.runner.executor_of(runtime.routes[name]) for name in "abcd"}
     assert isinstance(runtime.routes["a"], Route)
     assert executors["a"] is executors["b"]
-    assert len({id(executors[name]) for name in "acd"}) == 3, "a pool's name cannot be that of a route without one"
+    assert len({id(executors[name]) for name in "acd"}) == 3, (
+        "a pool name cannot match the pool of a route without a name"
+    )

@@ -1,4 +1,4 @@
-"""Access, Permission and Caller as values, and the two questions that are asked of them."""
+"""`Access`, `Permission` and `Caller`, and the checks `may_read` and `may_write`."""
 
 from __future__ import annotations
 
@@ -35,24 +35,26 @@ NOBODY = Access()
         ["\ud800"],
     ],
 )
-def test_names_that_are_none_are_refused(kind: str, value: Any) -> None:
+def test_invalid_names_are_refused(kind: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=rf"Access\({kind}="):
         Access(**{kind: value})
 
 
 @pytest.mark.parametrize("value", [["b", "a"], ("b", "a"), {"a", "b"}, frozenset({"a", "b"})])
-def test_names_come_as_a_tuple(value: Any) -> None:
+def test_names_become_a_tuple(value: Any) -> None:
     assert set(Access(users=value).users) == {"a", "b"}
     assert type(Access(users=value).users) is tuple
     unordered: Any = {"b", "a"}
-    assert Access(users=unordered).users == ("a", "b"), "sets in an order that does not change"
+    assert Access(users=unordered).users == ("a", "b"), "names of sets are sorted"
     assert hash(Access(users=value)) is not None
 
 
-def test_kinds_of_text_count_by_what_they_hold() -> None:
-    """No encoder takes a subclass of str, and what `str` makes of a member of an Enum is not its value."""
+def test_subclasses_of_str_become_str() -> None:
+    """Encoders do not accept subclasses of ``str``, and ``str()`` of an Enum member is not its
+    value.
+    """
 
-    class Role(str, Enum):  # noqa: UP042 - StrEnum is another one
+    class Role(str, Enum):  # noqa: UP042 - StrEnum behaves differently
         ADMIN = "admin"
 
     class Kind(str):
@@ -61,27 +63,35 @@ def test_kinds_of_text_count_by_what_they_hold() -> None:
     found = Access(roles=(Role.ADMIN, Kind("editor")), groups={Role.ADMIN})
     assert [type(name) for _, name in found] == [str] * 3
     assert (found.roles, found.groups) == (("admin", "editor"), ("admin",))
-    assert msgspec.json.decode(msgspec.json.encode(Permission(found)), type=Permission).read == found
+    assert (
+        msgspec.json.decode(msgspec.json.encode(Permission(found)), type=Permission).read == found
+    )
 
 
-def test_the_longest_name_will_do() -> None:
+def test_a_name_of_255_characters_is_accepted() -> None:
     assert Access(roles=["x" * 255, "\U0001f600" * 255]).roles[0] == "x" * 255
 
 
-def test_an_access_yields_kinds_and_names() -> None:
+def test_iterating_an_access_yields_kinds_and_names() -> None:
     access = Access(["u"], ["g", "h"], ["r"], ["s"])
-    assert list(access) == [("users", "u"), ("groups", "g"), ("groups", "h"), ("roles", "r"), ("scopes", "s")]
+    assert list(access) == [
+        ("users", "u"),
+        ("groups", "g"),
+        ("groups", "h"),
+        ("roles", "r"),
+        ("scopes", "s"),
+    ]
     assert list(NOBODY) == []
 
 
 @pytest.mark.parametrize("side", ["read", "write"])
 @pytest.mark.parametrize("value", [None, "anna", ["anna"], {}, Permission()])
-def test_a_permission_is_made_of_two_accesses(side: str, value: Any) -> None:
+def test_read_and_write_must_be_an_access(side: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=rf"Permission\({side}="):
         Permission(**{side: value})
 
 
-def test_a_permission_survives_json() -> None:
+def test_a_permission_round_trips_through_json() -> None:
     permission = Permission(Access(["anna", "é"], ["g"]), Access(roles=["r"], scopes=["s"]))
     encoded = msgspec.json.encode(permission)
     assert msgspec.json.decode(encoded) == {
@@ -121,13 +131,13 @@ def test_an_owner_is_added_once() -> None:
         (NOBODY, False),
     ],
 )
-def test_names_match_exactly_and_in_their_kind(access: Access, is_in: bool) -> None:
+def test_names_match_exactly_and_only_within_their_kind(access: Access, is_in: bool) -> None:
     caller = Caller("anna", frozenset({"g", "h"}), frozenset({"r"}), frozenset({"t"}))
     assert caller.is_in(access) is is_in
     assert bool(set(caller.names()) & set(access)) is is_in
 
 
-def test_a_caller_tells_its_names_in_an_order_that_does_not_change() -> None:
+def test_the_names_of_a_caller_are_sorted() -> None:
     caller = Caller("anna", frozenset("hgf"), frozenset("r"), frozenset())
     assert list(caller.names()) == [
         ("users", "anna"),
@@ -145,16 +155,16 @@ BEN_READS, BEN_WRITES = Permission(read=Access(["ben"])), Permission(write=Acces
 @pytest.mark.parametrize(
     ("caller", "owner", "permission", "admins", "reads", "writes"),
     [
-        # What nobody owns is anybody's who has its id.
+        # Anyone who knows the id may access a task without an owner.
         (None, None, None, NOBODY, True, True),
         (ANNA, None, None, NOBODY, True, True),
         (None, None, BEN_READS, NOBODY, True, True),
-        # Its owner, and nobody unknown.
+        # The owner may access a task; others and anonymous callers may not.
         (ANNA, "anna", None, NOBODY, True, True),
         (None, "anna", None, NOBODY, False, False),
         (BEN, "anna", None, NOBODY, False, False),
         (Caller("Anna"), "anna", None, NOBODY, False, False),
-        # Whom the permission names; write implies read, not the other way round.
+        # The permission grants access. Write implies read, but not the reverse.
         (BEN, "anna", BEN_READS, NOBODY, True, False),
         (BEN, "anna", BEN_WRITES, NOBODY, True, True),
         (ANNA, "anna", BEN_READS, NOBODY, True, True),
@@ -166,8 +176,13 @@ BEN_READS, BEN_WRITES = Permission(read=Access(["ben"])), Permission(write=Acces
         (None, "anna", None, Access(roles=["admin"]), False, False),
     ],
 )
-def test_who_may_read_and_write(
-    caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access, reads: bool, writes: bool
+def test_may_read_and_may_write(
+    caller: Caller | None,
+    owner: str | None,
+    permission: Permission | None,
+    admins: Access,
+    reads: bool,
+    writes: bool,
 ) -> None:
     assert may_read(caller, owner, permission, admins) is reads
     assert may_write(caller, owner, permission, admins) is writes
@@ -178,8 +193,13 @@ accesses = st.builds(Access, few, few, few, few)
 callers = st.none() | st.builds(Caller, st.sampled_from("abc"), few, few, few)
 
 
-@given(callers, st.none() | st.sampled_from("abc"), st.none() | st.builds(Permission, accesses, accesses), accesses)
-def test_whoever_writes_may_read(
+@given(
+    callers,
+    st.none() | st.sampled_from("abc"),
+    st.none() | st.builds(Permission, accesses, accesses),
+    accesses,
+)
+def test_callers_who_may_write_may_read(
     caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access
 ) -> None:
     if may_write(caller, owner, permission, admins):

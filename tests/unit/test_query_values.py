@@ -1,4 +1,4 @@
-"""The values of conditions: strictly of the field's kind, in text and in JSON."""
+"""Values of conditions must have the type of their field, in text and in JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from flask_asyncroute.errors import InvalidQuery
 from flask_asyncroute.query import FIELDS, parse_get, parse_mapping
-from flask_asyncroute.states import State
-from flask_asyncroute.task import moment, rfc3339
+from flask_asyncroute.task import State, moment, rfc3339
 
 NEW_YEAR = 1_767_225_600_000_000
 
@@ -41,12 +40,14 @@ def refused_json(field: str, value: object, operator: str = "EQ") -> str:
     return caught.value.detail
 
 
+@pytest.mark.covers("A39")
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("value", [None, [], {}, [1], {"a": 1}, ["Completed"]])
-def test_a39_containers_and_null(field: str, value: object) -> None:
+def test_containers_and_null_are_refused(field: str, value: object) -> None:
     refused_json(field, value)
 
 
+@pytest.mark.covers("A39")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -67,10 +68,11 @@ def test_a39_containers_and_null(field: str, value: object) -> None:
         ("User", b"x"),
     ],
 )
-def test_a39_json_types_are_kept_apart(field: str, value: object) -> None:
+def test_json_values_of_another_type_are_refused(field: str, value: object) -> None:
     refused_json(field, value)
 
 
+@pytest.mark.covers("A40")
 @pytest.mark.parametrize(
     "text",
     [
@@ -96,16 +98,18 @@ def test_a39_json_types_are_kept_apart(field: str, value: object) -> None:
         "true",
     ],
 )
-def test_a40_numbers(text: str) -> None:
+def test_invalid_numbers_are_refused(text: str) -> None:
     refused_text("Progress", text)
 
 
+@pytest.mark.covers("A40")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400)])
-def test_a40_json_numbers_out_of_range(value: float) -> None:
+def test_json_numbers_out_of_range_are_refused(value: float) -> None:
     refused_json("Progress", value)
 
 
-def test_a40_json_number_of_5000_digits() -> None:
+@pytest.mark.covers("A40")
+def test_the_error_for_a_json_number_of_5000_digits_is_short() -> None:
     assert len(refused_json("Progress", 10**5000)) < 250
 
 
@@ -120,6 +124,7 @@ def test_numbers() -> None:
     assert [from_json("Progress", number) for number in (0, 33.3, 2**63)] == [0.0, 33.3, 2.0**63]
 
 
+@pytest.mark.covers("A42")
 @pytest.mark.parametrize(
     "text",
     [
@@ -154,13 +159,13 @@ def test_numbers() -> None:
         "now",
     ],
 )
-def test_a42_times(text: str) -> None:
+def test_invalid_times_are_refused(text: str) -> None:
     assert "RFC 3339" in refused_text("CreationTime", text)
     assert "RFC 3339" in refused_json("CreationTime", text)
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("2026-01-01T00:00:00Z", NEW_YEAR),
         ("2026-01-01t00:00:00z", NEW_YEAR),
@@ -177,24 +182,28 @@ def test_a42_times(text: str) -> None:
         ("9999-12-31T23:59:59-23:59", 253_402_387_139_000_000),
     ],
 )
-def test_times(text: str, wanted: int) -> None:
-    assert from_text("CreationTime", text) == from_json("CreationTime", text) == wanted
+def test_times(text: str, expected: int) -> None:
+    assert from_text("CreationTime", text) == from_json("CreationTime", text) == expected
 
 
-def test_a_raw_plus_in_an_offset() -> None:
+def test_an_unencoded_plus_in_an_offset_is_accepted() -> None:
     (condition,) = parse_get("CreationTime=2026-01-01T02:00:00+02:00").conditions
     assert condition.value == NEW_YEAR
 
 
 @given(st.integers(-62_135_596_800_000_000, 253_402_300_799_999_999), st.integers(-1439, 1439))
-def test_times_as_we_write_them_come_back(instant: int, offset: int) -> None:
+def test_any_time_round_trips(instant: int, offset: int) -> None:
     assert from_text("CreationTime", rfc3339(instant)) == instant
     assert from_json("CreationTime", moment(instant)) == instant
     try:
         elsewhere = moment(instant).astimezone(timezone(timedelta(minutes=offset)))
     except OverflowError:
         return
-    assert from_text("CreationTime", elsewhere.isoformat()) == from_json("CreationTime", elsewhere) == instant
+    assert (
+        from_text("CreationTime", elsewhere.isoformat())
+        == from_json("CreationTime", elsewhere)
+        == instant
+    )
 
 
 def test_datetimes_without_a_zone_are_utc() -> None:
@@ -204,18 +213,22 @@ def test_datetimes_without_a_zone_are_utc() -> None:
 
 
 @pytest.mark.parametrize("text", ["1", "0", "yes", "", "True ", "tru", "null", "ｔｒｕｅ"])
-def test_booleans_are_true_or_false(text: str) -> None:
+def test_other_boolean_texts_are_refused(text: str) -> None:
     refused_text("Cancellable", text)
 
 
 def test_booleans() -> None:
-    assert [from_text("IsCompleted", text) for text in ("true", "TRUE", "False")] == [True, True, False]
+    assert [from_text("IsCompleted", text) for text in ("true", "TRUE", "False")] == [
+        True,
+        True,
+        False,
+    ]
     assert from_json("IsCompleted", False) is False
 
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("operator", ["EQ", "NE", "GT", "GE", "LT", "LE"])
-def test_states_in_any_letter_case(state: State, operator: str) -> None:
+def test_states_match_in_any_letter_case(state: State, operator: str) -> None:
     assert (
         from_text("State", state.value.upper(), operator)
         == from_json("State", state.value.lower(), operator)
@@ -223,37 +236,41 @@ def test_states_in_any_letter_case(state: State, operator: str) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["", "Done", "Complete", "Completed ", "State.COMPLETED", "\u017ftopped"])
-def test_unknown_states_are_refused_with_the_five(text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "Done", "Complete", "Completed ", "State.COMPLETED", "\u017ftopped"]
+)
+def test_the_error_for_an_unknown_state_lists_all_states(text: str) -> None:
     detail = refused_text("State", text)
     assert all(state.value in detail for state in State)
 
 
-def test_like_on_a_state_takes_any_text() -> None:
+def test_like_on_a_state_accepts_any_text() -> None:
     assert from_text("State", "*ed", "LIKE") == "*ed"
 
 
-def test_methods_in_any_letter_case() -> None:
+def test_methods_match_in_any_letter_case() -> None:
     assert from_text("Method", "put") == from_json("Method", "Put") == "PUT"
     assert from_text("Method", "ſ") == "ſ"
 
 
-def test_other_strings_are_kept_as_they_are() -> None:
+def test_other_strings_are_unchanged() -> None:
     for text in ("put", "", " x ", "Ünï\u0301", "*?%_\\", "\t\r\n\x1b", "true", "1"):
         assert from_text("User", text) == from_json("User", text) == text
 
 
+@pytest.mark.covers("A44")
 @pytest.mark.parametrize("field", ["User", "State", "Method", "CreationTime"])
 @pytest.mark.parametrize("text", ["a\0", "\0", "\ud800", "x\udfff"])
-def test_a44_nul_and_half_a_surrogate_pair(field: str, text: str) -> None:
+def test_nul_and_lone_surrogates_are_refused(field: str, text: str) -> None:
     refused_json(field, text)
 
 
-def test_a44_nul_in_a_query_string() -> None:
+@pytest.mark.covers("A44")
+def test_nul_in_a_query_string_is_refused() -> None:
     refused_text("User", "a\0b")
 
 
-def test_over_256_characters() -> None:
+def test_more_than_256_characters_are_refused() -> None:
     assert from_text("User", "ü" * 256) == from_json("User", "ü" * 256)
     for field in ("User", "Progress", "Cancellable", "CreationTime", "State"):
         refused_text(field, "1" * 257)
@@ -261,7 +278,7 @@ def test_over_256_characters() -> None:
     refused_json("CreationTime", "x" * 257)
 
 
-def test_over_8_wildcards() -> None:
+def test_more_than_8_wildcards_are_refused() -> None:
     assert from_text("Url", "*?" * 4, "LIKE") == "*?" * 4
     for operator in ("LIKE", "NOTLIKE"):
         assert "8 wildcards" in refused_text("Url", "*?" * 4 + "*", operator)

@@ -1,4 +1,4 @@
-"""The record and its wire form."""
+"""The task record and its JSON form."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_asyncroute.permissions import Access, Permission
-from flask_asyncroute.states import State
 from flask_asyncroute.stores.sql.tables import RECORD
-from flask_asyncroute.task import AsyncRouteTask, moment, now_us, rfc3339
+from flask_asyncroute.task import AsyncRouteTask, State, moment, now_us, rfc3339
 
 NewTask = Callable[..., AsyncRouteTask]
 T0 = 1_700_000_000_000_000
@@ -35,12 +34,12 @@ ALWAYS = {
 }  # fmt: skip
 
 
-def test_what_is_always_there(make_task: NewTask) -> None:
+def test_required_fields(make_task: NewTask) -> None:
     assert make_task().to_dict() == ALWAYS
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_what_applies_is_there(make_task: NewTask, name: str) -> None:
+def test_optional_fields_are_present_if_set(make_task: NewTask, name: str) -> None:
     value, wire_name, wire_value = OPTIONAL[name]
     wire = make_task(**{name: value}).to_dict()
     assert wire.pop(wire_name) == wire_value
@@ -58,22 +57,29 @@ def test_is_completed_follows_the_state(make_task: NewTask, state: State) -> Non
     assert type(wire["State"]) is str
 
 
-def test_a_result_is_encoded_once(make_task: NewTask) -> None:
+def test_the_stored_json_of_a_result_is_not_encoded_again(make_task: NewTask) -> None:
     task = make_task(result_json='{"InnerValue": "é", "n": [1, 2.5, null]}'.encode())
     assert task.result == {"InnerValue": "é", "n": [1, 2.5, None]}
     assert task.to_dict()["Result"] == task.result
-    assert b'"Result":{"InnerValue": "\xc3\xa9", "n": [1, 2.5, null]}' in msgspec.json.encode(task.to_wire())
+    assert b'"Result":{"InnerValue": "\xc3\xa9", "n": [1, 2.5, null]}' in msgspec.json.encode(
+        task.to_wire()
+    )
     assert make_task().result is None
 
 
 @pytest.mark.parametrize(
-    ("progress", "shown"), [(0.0, "0"), (50.0, "50"), (33.33, "33.33"), (100.0, "100"), (0.01, "0.01")]
+    ("progress", "expected"),
+    [(0.0, "0"), (50.0, "50"), (33.33, "33.33"), (100.0, "100"), (0.01, "0.01")],
 )
-def test_progress_is_a_whole_number_where_it_can_be(make_task: NewTask, progress: float, shown: str) -> None:
-    assert msgspec.json.encode(make_task(progress=progress).to_wire()["Progress"]).decode() == shown
+def test_integral_progress_is_shown_as_an_integer(
+    make_task: NewTask, progress: float, expected: str
+) -> None:
+    assert (
+        msgspec.json.encode(make_task(progress=progress).to_wire()["Progress"]).decode() == expected
+    )
 
 
-def test_times_are_aware_and_exact(make_task: NewTask) -> None:
+def test_times_are_timezone_aware_and_exact(make_task: NewTask) -> None:
     task = make_task(created_us=T0 + 123_456, started_us=T0, completed_us=None, expires_us=T0 + 1)
     assert task.creation_time == datetime(2023, 11, 14, 22, 13, 20, 123456, UTC)
     assert task.starting_time == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
@@ -84,7 +90,7 @@ def test_times_are_aware_and_exact(make_task: NewTask) -> None:
 
 
 @given(st.datetimes(min_value=datetime(1970, 1, 1), max_value=datetime(9999, 12, 31)))
-def test_every_time_keeps_its_microseconds(value: datetime) -> None:
+def test_every_time_round_trips_with_microseconds(value: datetime) -> None:
     aware = value.replace(tzinfo=UTC)
     microseconds = (aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
     assert moment(microseconds) == aware
@@ -93,9 +99,13 @@ def test_every_time_keeps_its_microseconds(value: datetime) -> None:
     assert datetime.fromisoformat(text) == aware
 
 
-def test_now_is_now() -> None:
+def test_now_us_is_the_current_time() -> None:
     before = datetime.now(UTC)
-    assert before - timedelta(milliseconds=1) <= moment(now_us()) <= datetime.now(UTC) + timedelta(milliseconds=1)
+    assert (
+        before - timedelta(milliseconds=1)
+        <= moment(now_us())
+        <= datetime.now(UTC) + timedelta(milliseconds=1)
+    )
 
 
 def test_a_task_without_an_owner_has_no_permission(make_task: NewTask) -> None:
@@ -105,30 +115,32 @@ def test_a_task_without_an_owner_has_no_permission(make_task: NewTask) -> None:
     assert "Permission" not in make_task(permission_json=granted).to_dict()
 
 
-def test_the_owner_is_in_both_users(make_task: NewTask) -> None:
+def test_the_owner_is_listed_in_read_and_write_users(make_task: NewTask) -> None:
     empty: dict[str, list[str]] = {"Groups": [], "Roles": [], "Scopes": []}
-    alone = {"Users": ["anna"], **empty}
-    assert make_task(user="anna").to_dict()["Permission"] == {"Read": alone, "Write": alone}
+    only_anna = {"Users": ["anna"], **empty}
+    assert make_task(user="anna").to_dict()["Permission"] == {"Read": only_anna, "Write": only_anna}
     granted = Permission(Access(("ben",), ("g",), ("r",), ("s",)), Access(("anna",)))
     task = make_task(user="anna", permission_json=msgspec.json.encode(granted))
     assert task.granted == granted
     assert task.to_dict()["Permission"] == {
         "Read": {"Users": ["anna", "ben"], "Groups": ["g"], "Roles": ["r"], "Scopes": ["s"]},
-        "Write": alone,
+        "Write": only_anna,
     }
 
 
-def test_a_record_cannot_be_changed(make_task: NewTask) -> None:
+def test_a_record_is_immutable(make_task: NewTask) -> None:
     task = make_task()
     with pytest.raises(AttributeError):
         task.state = State.FAILED  # type: ignore[misc]
 
 
-def test_a_record_has_the_fields_of_the_object_in_snake_case(make_task: NewTask) -> None:
+def test_a_record_has_the_json_fields_in_snake_case(make_task: NewTask) -> None:
     full: dict[str, Any] = {name: value for name, (value, _, _) in OPTIONAL.items()}
     task = make_task(**full)
     for wire_name, value in task.to_dict().items():
-        name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in wire_name).lstrip("_")
+        name = "".join(
+            f"_{letter.lower()}" if letter.isupper() else letter for letter in wire_name
+        ).lstrip("_")
         assert hasattr(task, name), wire_name
         if isinstance(value, (str, bool)) and not wire_name.endswith("Time"):
             assert getattr(task, name) == value, wire_name

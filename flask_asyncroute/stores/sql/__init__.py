@@ -1,1 +1,3 @@
-"""Tasks in an SQL database, on SQLAlchemy Core: its tables and statements, run on plain driver connections for speed."""
+"""SQL task stores. They execute SQL text on driver connections; SQLAlchemy defines the tables and
+composes the list queries.
+"""

@@ -1,167 +1,203 @@
-"""The port of SQL databases: what the task store needs of connections, cursors and transactions.
+"""The interface of SQL databases: connections, cursors and transactions.
 
-`sqlite` and `engine` are its adapters. A database knows no table but those it is asked to make; the store knows no driver.
+`sqlite` and `postgresql` implement it. They do not depend on the tables, and the store does not
+depend on a driver.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import URL, Dialect, make_url
+from sqlalchemy.exc import ArgumentError
 
-from ...errors import CommitUnknown, StoreUnavailable
+from ...errors import CommitUnknown, ConfigurationError, StoreUnavailable
 from ..base import Listener
 
 logger = logging.getLogger("flask_asyncroute")
 
 T = TypeVar("T")
 
+LOG_AGAIN_SECONDS = 60.0  # Seconds until the same error is logged again.
+UNAVAILABLE = "The task store is unavailable at the moment. Try again."
+
 
 class Duplicate(Exception):
-    """A row with this key exists; the transaction was taken back."""
+    """A row with the same key exists, so the transaction was rolled back."""
 
 
 class Rows(Protocol):
-    """What a statement gave."""
+    """The result of a statement, as in the Python Database API (PEP 249). Each row has its columns
+    as attributes.
+    """
 
     @property
-    def rowcount(self) -> int:
-        """How many rows it wrote."""
-        ...
-
-    def fetchone(self) -> Any:
-        """Return the next row, or None."""
-        ...
-
-    def fetchall(self) -> Sequence[Any]:
-        """Return all rows that are left."""
-        ...
+    def rowcount(self) -> int: ...
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> Sequence[Any]: ...
 
 
 class Cursor(Protocol):
-    """What executes statements inside one transaction."""
+    """Executes statements inside one transaction."""
 
-    def execute(self, sql: str, parameters: Any = ..., /) -> Rows:
-        """Execute one statement, with its parameters in order."""
-        ...
+    def execute(self, sql: str, parameters: Any = ..., /) -> Rows: ...
 
 
 class Database(ABC):
-    """Opens, lends and closes connections. Every method may be called from any thread.
+    """Manages connections. Thread-safe unless noted.
 
-    What the database cannot do now is raised as `StoreUnavailable`, with a log record that names the cause; a lost
-    connection is replaced, and what only reads is then tried once more.
+    If the database is unavailable, a method logs the cause and raises `StoreUnavailable`. After a
+    lost connection, it first retries on a new one, or raises `CommitUnknown` if the work may have
+    been committed; see :func:`ensure_written`.
     """
 
     dialect: Dialect
-    """What statements are compiled for; its parameters are positional."""
+    """The dialect of compiled statements, with named parameters."""
     label: str
-    """How messages name the database; without a password."""
+    """The database's name in messages. It contains no password."""
+    _logged = ""
+    _log_again_at = 0.0
     lock_path: Path
-    """Where workers of this host that share the database keep their locks."""
+    """The path of the lock file of this host's workers that share the database."""
 
     @abstractmethod
-    def fetch_one(self, sql: str, values: Sequence[Any]) -> Any:
-        """Return the first row of a reading statement, or None."""
+    def fetch_one(self, sql: str, values: Mapping[str, Any]) -> Any:
+        """Return the first row of a query, or None."""
 
     @abstractmethod
-    def fetch_all(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
-        """Return all rows of a reading statement."""
+    def fetch_all(self, sql: str, values: Mapping[str, Any]) -> Sequence[Any]:
+        """Return all rows of a query."""
 
     @abstractmethod
-    def write_one(self, sql: str, values: Sequence[Any]) -> Any:
-        """Execute one writing statement as a transaction; return the row that it gives, or None.
+    def write_one(self, sql: str, values: Mapping[str, Any]) -> Any:
+        """Execute one write statement as a transaction; return its first row, or None.
 
-        :raises Duplicate: where a row with that key exists.
-        :raises CommitUnknown: see there.
+        :raises Duplicate: if a row with this key exists.
+        :raises CommitUnknown: if the connection was lost after the statement was sent.
         """
 
     @abstractmethod
-    def write_apart(self, sql: str, values: Sequence[Any]) -> int:
-        """As :meth:`write_one`, on a connection kept for this alone; return how many rows it wrote.
-
-        Called by one thread only.
+    def write_unpooled(self, sql: str, values: Mapping[str, Any]) -> int:
+        """Execute a write statement, even if all pooled connections are in use; return the number
+        of changed rows. The statement may be executed twice. Call this from one thread only.
         """
-
-    @abstractmethod
-    def open(self, look: Callable[[Cursor], T | None], make: Callable[[Cursor], T]) -> T:
-        """Begin with the database that is there now, and with no other from here on.
-
-        :param look: reads what there is to know of it; None where something is missing.
-        :param make: makes what is missing, in a transaction that writes.
-        :return: what one of them has.
-        """
-
-    @abstractmethod
-    def is_replaced(self) -> bool:
-        """Return whether there is another database than the one that was opened; quick enough for every request."""
 
     @abstractmethod
     def write(self, work: Callable[[Cursor], T]) -> T:
-        """Return what ``work`` does in one transaction that writes; it is taken back where ``work`` raises.
+        """Call ``work`` in one write transaction and return its result. If it raises, roll back.
 
-        :param work: called again where a connection was lost before the commit: it does nothing but to use its cursor.
-        :raises Duplicate: where a row with that key exists.
-        :raises CommitUnknown: see there.
+        :param work: may be called again, so it must use only its cursor.
+        :raises Duplicate: if a row with this key exists.
+        :raises CommitUnknown: if the connection was lost during the commit.
         """
 
     @abstractmethod
     def read(self, work: Callable[[Cursor], T]) -> T:
-        """Return what ``work`` reads; all of it sees the database as it is at the first. It may be called again."""
+        """Call ``work`` on one snapshot of the database and return its result.
+
+        :param work: may be called again. It must use only its cursor, because nested reads could
+            deadlock.
+        """
 
     @abstractmethod
     def version(self) -> Hashable:
-        """Return a value that differs from the last call's where somebody has committed in between; None: not known.
-
-        Called by one thread only.
+        """Return a value that changes after each commit by another process; None if unknown. Call
+        from one thread only.
         """
 
-    def listen(self, channel: str, payload: str, heard: Callable[[], None]) -> Listener | None:
-        """Have ``heard`` called when the database tells ``payload`` on a channel; None where it tells nothing."""
+    def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener | None:
+        """Call ``notify`` for each later notification with this payload on a channel. Return None
+        if the database sends no notifications.
+        """
         return None
 
     @abstractmethod
     def lock_schema(self, cursor: Cursor) -> None:
-        """Keep others from making or changing tables until the transaction ends."""
+        """Prevent other processes from creating tables until the transaction ends."""
 
     @abstractmethod
     def has_table(self, cursor: Cursor, name: str) -> bool:
-        """Return whether there is a table with this name."""
+        """Return whether a table with this name exists."""
 
-    @abstractmethod
-    def tend(self) -> None:
-        """Do upkeep, off the way of requests."""
+    def tend(self) -> None:  # noqa: B027 - optional
+        """Run maintenance. This is never called on a thread that serves a request."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close what is not lent out; the next use opens it again."""
+        """Close idle connections. The next call opens new ones."""
 
-    def forget(self) -> None:  # noqa: B027 - most have nothing that would be used again
-        """Leave what is open to the parent process; called in a child after a fork, which uses this object no more."""
+    def forget(self) -> None:  # noqa: B027 - optional
+        """Drop all connections without closing them; see `SharedTaskStore.forget`."""
 
     @abstractmethod
     def remedy(self, error: BaseException) -> str:
-        """Return what an operator can do about an error, as a sentence."""
+        """Return a sentence that tells an operator how to fix an error."""
 
     def unavailable(self, error: BaseException) -> StoreUnavailable:
-        """Log what went wrong and return what the client hears of it."""
+        """Log an error; return the exception that the caller must raise."""
         self._log(error)
         return StoreUnavailable(UNAVAILABLE, retry_after=5)
 
     def unknown(self, error: BaseException) -> CommitUnknown:
-        """As :meth:`unavailable`, where a commit was under way."""
+        """Log an error during a commit; return the exception that the caller must raise."""
         self._log(error)
         return CommitUnknown(UNAVAILABLE, retry_after=5)
 
     def _log(self, error: BaseException) -> None:
+        # Log an error only once a minute: background jobs retry several times a second.
+        text, now = f"{type(error).__name__}: {error}", time.monotonic()
+        if text == self._logged and now < self._log_again_at:
+            return
+        self._logged, self._log_again_at = text, now + LOG_AGAIN_SECONDS
         logger.error(
             "The store cannot be used: %s: %s (ASYNCROUTE_STORE, %s). %s",
             type(error).__name__, error, self.label, self.remedy(error),
         )  # fmt: skip
 
 
-UNAVAILABLE = "The task store cannot be used at the moment. Try again."
+def ensure_written(write: Callable[[], T], find: Callable[[], T | None]) -> T:
+    """Return the result of ``write``. After `CommitUnknown`, check whether the commit succeeded,
+    and write again if it did not.
+
+    :param write: returns a true value if it has changed something.
+    :param find: returns the result of the successful ``write``; None if its commit failed.
+    :raises StoreUnavailable: if the database is still unavailable. The commit may have
+        succeeded.
+    """
+    try:
+        return write()
+    except CommitUnknown:
+        found = find()
+    if found is not None:
+        return found
+    # The server may still be executing the first write, because it notices late that the client has
+    # disconnected. If the first write commits first, the second changes nothing or raises
+    # Duplicate.
+    try:
+        done = write()
+    except Duplicate:
+        found = find()
+        if found is None:
+            raise
+        return found
+    found = None if done else find()
+    return done if found is None else found
+
+
+def read_url(label: str, value: str) -> URL:
+    """Parse the URL of a database.
+
+    :raises ConfigurationError: if the URL is invalid. The message does not show it, because it may
+        contain a password.
+    """
+    try:
+        return make_url(value)
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            f"{label} is not a valid URL; check its port, and percent-encode special characters."
+        ) from None

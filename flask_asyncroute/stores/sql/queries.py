@@ -1,12 +1,14 @@
-"""The list query as SQL: conditions, order, page and permission in one statement, each reader an index range.
+"""Composes list queries with SQLAlchemy. One statement applies the conditions, order, page and
+permissions. It searches one index range for each name that permits the caller to read.
 
-A statement depends on the shape of a query alone (which fields, operators and readers), never on its values; shapes are
-kept compiled.
+A statement depends on the shape of a query (its fields, operators and readers), not on its values.
+The last few hundred are cached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,209 +18,227 @@ from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.selectable import FromClause, Select
 
 from ...query import ESCAPE, FIELDS, Condition, Operator, Position, Sort, sql_like
-from ...states import TERMINAL, State
+from ...task import TERMINAL, State
 from ..base import LARGE_RESULT, Readers
-from .statement import Statement
 from .tables import RECORD, grants, tasks
 
-MOST_RANGES = 40
-"""A caller in more groups and roles than this has them searched together: right, but slower."""
+MAX_RANGES = 40
+"""Maximum number of a caller's groups, roles and scopes with a range each. For more, one slower
+range covers all of them.
+"""
 
 Shape = tuple[tuple[str, Operator], ...]
 
-_COMPARE = {
-    Operator.EQ: "__eq__",
-    Operator.NE: "__ne__",
-    Operator.GT: "__gt__",
-    Operator.LT: "__lt__",
-    Operator.GE: "__ge__",
-    Operator.LE: "__le__",
+_COMPARE: dict[Operator, Callable[[Any, Any], Any]] = {
+    Operator.EQ: operator.eq,
+    Operator.NE: operator.ne,
+    Operator.GT: operator.gt,
+    Operator.LT: operator.lt,
+    Operator.GE: operator.ge,
+    Operator.LE: operator.le,
+    Operator.LIKE: lambda column, value: func.lower(column).like(value, escape=ESCAPE),
+    Operator.NOTLIKE: lambda column, value: func.lower(column).not_like(value, escape=ESCAPE),
 }
-_TERMINAL = sorted(state.value for state in TERMINAL)
+# Constants are literals, so that only `values` are parameters. On SQLite, SQLAlchemy would
+# otherwise also make OFFSET a parameter.
+_ZERO: Any = literal_column("0")
+_ONE: Any = literal_column("1")
+_NO_USER: Any = literal_column("''")
+_TERMINAL: list[Any] = [literal_column(f"'{state}'") for state in sorted(TERMINAL)]
 _size: ColumnElement[int] = literal_column("coalesce(length(asyncroute_tasks.result_json), 0)")
-_small_result = case((_size > bindparam("large", LARGE_RESULT), None), else_=tasks.c.result_json).label("result_json")
-_LISTED: list[Any] = [_small_result if column.name == "result_json" else column for column in RECORD]
+_small_result = case(
+    (_size > literal_column(str(LARGE_RESULT)), None), else_=tasks.c.result_json
+).label("result_json")
+_LISTED: list[Any] = [
+    _small_result if column.name == "result_json" else column for column in RECORD
+]
+_IS_IN_NAMESPACE = tasks.c.namespace == bindparam("ns")
 
 
 class Queries:
-    """The statements of list queries for one dialect; each shape is compiled once, and the last few hundred are kept."""
+    """Compiles and caches list queries for one dialect."""
 
     def __init__(self, dialect: Dialect) -> None:
-        self._dialect = dialect
-        self._single = lru_cache(256)(lambda *shape: Statement(_single(*shape), dialect))
-        self._merged = lru_cache(256)(lambda *shape: Statement(_merged(*shape), dialect))
-        self._listed = lru_cache(16)(self._make_listed)
+        self._single = lru_cache(256)(lambda *shape: str(_single(*shape).compile(dialect=dialect)))
+        self._merged = lru_cache(256)(lambda *shape: str(_merged(*shape).compile(dialect=dialect)))
+        self._listed = lru_cache(16)(lambda count: str(_with_ids(count).compile(dialect=dialect)))
 
     def statement(
-        self, conditions: Sequence[Condition], sort: Sort, position: Position | None, readers: Readers | None
-    ) -> tuple[Statement, bool]:
-        """Return the statement for a query, and whether it gives ids alone: it does where it merges several index ranges."""
+        self, conditions: Sequence[Condition], sort: Sort, position: Position | None,
+        readers: Readers | None,
+    ) -> tuple[str, bool]:  # fmt: skip
+        """Return the statement of a query, and whether it merges several index ranges. A statement
+        that merges ranges returns ids instead of records.
+        """
         shape = tuple((condition.field.name, condition.operator) for condition in conditions)
-        place = None if position is None else (position.value is None)
-        if ("State", Operator.EQ) in shape and (readers is None or (readers.user is None and not readers.granted)):
-            return self._single(shape, sort.field.name, sort.descending, place, readers is not None), False
-        who = None if readers is None else (readers.user is not None, readers.anonymous, len(readers.granted))
-        return self._merged(shape, sort.field.name, sort.descending, place, who), True
+        is_after_missing = None if position is None else position.value is None
+        order = shape, sort.field.name, sort.descending, is_after_missing
+        is_for_names = readers is not None and (readers.user is not None or readers.granted)
+        if ("State", Operator.EQ) in shape and not is_for_names:
+            return self._single(*order, readers is not None), False
+        reader_shape = None
+        if readers is not None:
+            reader_shape = (readers.user is not None, readers.anonymous, len(readers.granted))
+        return self._merged(*order, reader_shape), True
 
-    def listed(self, ids: Sequence[str]) -> tuple[Statement, dict[str, str]]:
-        """Return the statement that gives tasks as lists show them, and the values for these ids."""
-        # Few different lengths, so that few statements are compiled, here and in the database.
+    def listed(self, ids: Sequence[str]) -> tuple[str, dict[str, str]]:
+        """Return the statement that reads tasks by id, without large results, and its values."""
+        # Pad the ids to a power of two, so that few different statements are compiled.
         count = 1 << (len(ids) - 1).bit_length()
         padded = [*ids, *[ids[-1]] * (count - len(ids))]
-        return self._listed(count), {f"id_{number}": task_id for number, task_id in enumerate(padded)}
-
-    def _make_listed(self, count: int) -> Statement:
-        ids = [bindparam(f"id_{number}", type_=tasks.c.id.type) for number in range(count)]
-        return Statement(
-            select(*_LISTED).where(tasks.c.namespace == bindparam("ns"), tasks.c.id.in_(ids)), self._dialect
-        )
+        values = {f"id_{number}": task_id for number, task_id in enumerate(padded)}
+        return self._listed(count), values
 
 
 def values(
     conditions: Sequence[Condition], limit: int, position: Position | None, readers: Readers | None
 ) -> dict[str, Any]:
-    """Return the values for the statement of a query."""
-    given: dict[str, Any] = {"most": limit}
+    """Return the parameter values of a query's statement, except ``ns``."""
+    parameters: dict[str, Any] = {"limit": limit}
     for number, condition in enumerate(conditions):
         value: Any = condition.value
         if condition.operator in (Operator.LIKE, Operator.NOTLIKE):
             value = sql_like(str(value))
         elif isinstance(value, bool):
             value = int(value)
-        given[f"value_{number}"] = value
+        parameters[f"value_{number}"] = value
     if position is not None:
-        given.update(after_value=position.value, after_created=position.created_us, after_id=position.id)
+        parameters.update(
+            after_value=position.value, after_created=position.created_us, after_id=position.id
+        )
     if readers is not None:
-        given.update(reader="" if readers.user is None else readers.user, nobody="")
+        parameters["user"] = readers.user
         for number, (kind, name) in enumerate(readers.granted):
-            given[f"granted_{number}"] = reader_key(kind, name)
-    return given
+            parameters[f"granted_{number}"] = reader_key(kind, name)
+    return parameters
 
 
 def reader_key(kind: str, name: str) -> str:
-    """Return how a grant to (kind, name) is stored."""
+    """Return the stored form of a grant to (kind, name)."""
     return f"{kind[0]}:{name}"
 
 
-def _single(shape: Shape, sort: str, descending: bool, place: bool | None, anonymous: bool) -> Select[Any]:
-    where = [tasks.c.namespace == bindparam("ns"), *_conditions(shape, None), *_after(sort, descending, place)]
+def _with_ids(count: int) -> Select[Any]:
+    ids = [bindparam(f"id_{number}", type_=tasks.c.id.type) for number in range(count)]
+    return select(*_LISTED).where(_IS_IN_NAMESPACE, tasks.c.id.in_(ids))
+
+
+def _single(
+    shape: Shape, sort: str, descending: bool, is_after_missing: bool | None, anonymous: bool
+) -> Select[Any]:
+    """Return the query that reads records from one index range."""
+    query = select(*_LISTED).where(
+        _IS_IN_NAMESPACE, *_conditions(shape, tasks), *_after(sort, descending, is_after_missing)
+    )
     if anonymous:
-        where.append(tasks.c.user == bindparam("nobody"))
-    return select(*_LISTED).where(*where).order_by(*_order(sort, descending)).limit(bindparam("most"))
+        query = query.where(tasks.c.user == _NO_USER)
+    return _page(query, _order(sort, descending))
 
 
 def _merged(
-    shape: Shape, sort: str, descending: bool, place: bool | None, who: tuple[bool, bool, int] | None
-) -> Select[Any]:
-    """Take the first of each index range, one for each reader and state, and of those the first."""
+    shape: Shape, sort: str, descending: bool, is_after_missing: bool | None,
+    reader_shape: tuple[bool, bool, int] | None,
+) -> Select[Any]:  # fmt: skip
+    """Return the query that reads ids from several index ranges, one per reader and state, and
+    merges them.
+    """
     keys = [tasks.c.id, tasks.c.created_us, tasks.c[FIELDS[sort].attribute].label("sorted")]
-    states: list[str | None] = [None] if ("State", Operator.EQ) in shape else [state.value for state in State]
+    states = [None] if ("State", Operator.EQ) in shape else list(State)
     branches = []
 
-    def add(table: FromClause, source: FromClause, reader: ColumnElement[bool] | None) -> None:
-        granted = None if table is tasks else table
+    def add(table: FromClause, source: FromClause, *reader: ColumnElement[bool]) -> None:
+        after = _after(sort, descending, is_after_missing, table)
         for state in states:
-            where = [table.c.namespace == bindparam("ns"), *_conditions(shape, granted)]
-            if reader is not None:
-                where.append(reader)
+            where = [table.c.namespace == bindparam("ns"), *_conditions(shape, table), *reader]
             if state is not None:
                 where.append(table.c.state == literal_column(f"'{state}'"))
-            branches.append(
-                select(*keys)
-                .select_from(source)
-                .where(*where, *_after(sort, descending, place, granted))
-                .order_by(*_order(sort, descending, granted))
-                .limit(bindparam("most"))
-            )
+            branch = select(*keys).select_from(source).where(*where, *after)
+            branches.append(_page(branch, _order(sort, descending, table)))
 
-    if who is None:
-        add(tasks, tasks, None)
+    if reader_shape is None:
+        add(tasks, tasks)
     else:
-        user, anonymous, granted = who
-        for name in ["reader"] * user + ["nobody"] * anonymous:
-            add(tasks, tasks, tasks.c.user == bindparam(name))
+        has_user, has_anonymous, granted = reader_shape
+        if has_user:
+            add(tasks, tasks, tasks.c.user == bindparam("user"))
+        if has_anonymous:
+            add(tasks, tasks, tasks.c.user == _NO_USER)
         names: list[Any] = [bindparam(f"granted_{number}") for number in range(granted)]
-        joined = grants.join(tasks, (tasks.c.namespace == grants.c.namespace) & (tasks.c.id == grants.c.task_id))
-        if granted > MOST_RANGES:
-            # A task may be granted to several of the names, so it is looked for by its id.
+        if granted > MAX_RANGES:
+            # A join would return a task once for each matching name.
             granted_ids = select(grants.c.task_id).where(
                 grants.c.namespace == bindparam("ns"), grants.c.reader.in_(names)
             )
             add(tasks, tasks, tasks.c.id.in_(granted_ids))
         else:
+            joined = grants.join(
+                tasks, (tasks.c.namespace == grants.c.namespace) & (tasks.c.id == grants.c.task_id)
+            )
             for name in names:
                 add(grants, joined, grants.c.reader == name)
-    every = union(*(select(branch.subquery()) for branch in branches)).subquery()
-    down = descending
-    order = [
-        every.c.sorted.is_(None),
-        _way(every.c.sorted, down),
-        _way(every.c.created_us, down),
-        _way(every.c.id, down),
-    ]
-    return select(every.c.id).order_by(*order).limit(bindparam("most"))
+    found = union(*(select(branch.subquery()) for branch in branches)).subquery()
+    columns = (found.c.sorted, found.c.created_us, found.c.id)
+    order = [found.c.sorted.is_(None), *(_directed(column, descending) for column in columns)]
+    return _page(select(found.c.id), order)
 
 
-def _conditions(shape: Shape, granted: FromClause | None) -> list[ColumnElement[bool]]:
-    """Return the conditions; those that a grant's row can tell are put to it, so that its indexes serve."""
+def _page(query: Select[Any], order: Sequence[Any]) -> Select[Any]:
+    return query.order_by(*order).limit(bindparam("limit")).offset(_ZERO)
+
+
+def _conditions(shape: Shape, table: FromClause) -> list[ColumnElement[bool]]:
+    """Return the conditions on tasks. Columns that the grants table repeats are taken from
+    ``table``, so that its indexes are used.
+    """
     where = []
-    for number, (name, operator) in enumerate(shape):
+    for number, (name, compare) in enumerate(shape):
         attribute = FIELDS[name].attribute
         value: Any = bindparam(f"value_{number}")
+        column: Any
         if attribute == "is_completed":
-            finished = tasks.c.state.in_([literal_column(f"'{state}'") for state in _TERMINAL])
-            number_of = case((finished, 1), else_=0)
-            where.append(getattr(number_of, _COMPARE[operator])(value))
-            continue
-        told = granted is not None and attribute in ("state", "user", "created_us")
-        column = granted.c[attribute] if told and granted is not None else tasks.c[attribute]
-        if attribute == "user":
-            where.append(column != "")
-        if operator is Operator.LIKE:
-            where.append(func.lower(column).like(value, escape=ESCAPE))
-        elif operator is Operator.NOTLIKE:
-            where.append(func.lower(column).not_like(value, escape=ESCAPE))
+            column = case((tasks.c.state.in_(_TERMINAL), _ONE), else_=_ZERO)
         else:
-            where.append(getattr(column, _COMPARE[operator])(value))
+            column = (table if attribute in ("state", "user", "created_us") else tasks).c[attribute]
+        if attribute == "user":
+            where.append(column != _NO_USER)
+        where.append(_COMPARE[compare](column, value))
     return where
 
 
 def _after(
-    sort: str, descending: bool, place: bool | None, granted: FromClause | None = None
+    sort: str, descending: bool, is_after_missing: bool | None, table: FromClause = tasks
 ) -> list[ColumnElement[bool]]:
-    """Return what holds for tasks after the position; ``place`` is None without one, else whether its value is missing."""
-    if place is None:
+    """Return the conditions that select the tasks after the position.
+
+    :param is_after_missing: whether the position's sort value is NULL; None if there is no
+        position.
+    """
+    if is_after_missing is None:
         return []
+    beyond, up_to = (operator.lt, operator.le) if descending else (operator.gt, operator.ge)
     attribute = FIELDS[sort].attribute
-    created = tasks.c.created_us if granted is None else granted.c.created_us
-
-    def beyond(column: Any, value: Any) -> ColumnElement[bool]:
-        return column < value if descending else column > value  # type: ignore[no-any-return]
-
-    def up_to(column: Any, value: Any) -> ColumnElement[bool]:
-        return column <= value if descending else column >= value  # type: ignore[no-any-return]
-
+    created: Any = table.c.created_us
     after_created: Any = bindparam("after_created")
+    is_up_to = up_to(created, after_created)
     tie = and_(
-        up_to(created, after_created), or_(beyond(created, after_created), beyond(tasks.c.id, bindparam("after_id")))
+        is_up_to, or_(beyond(created, after_created), beyond(tasks.c.id, bindparam("after_id")))
     )
     if attribute == "created_us":
-        return [up_to(created, after_created), tie]
-    column = tasks.c[attribute]
-    if place:
-        return [column.is_(None), tie]
+        return [is_up_to, tie]
+    column: Any = tasks.c[attribute]
     value: Any = bindparam("after_value")
+    if is_after_missing:
+        return [column.is_(None), tie]
     return [or_(beyond(column, value), and_(column == value, tie), column.is_(None))]
 
 
-def _order(sort: str, descending: bool, granted: FromClause | None = None) -> list[Any]:
+def _order(sort: str, descending: bool, table: FromClause = tasks) -> list[Any]:
     attribute = FIELDS[sort].attribute
-    created = tasks.c.created_us if granted is None else granted.c.created_us
-    ties = [_way(created, descending), _way(tasks.c.id, descending)]
+    ties = [_directed(table.c.created_us, descending), _directed(tasks.c.id, descending)]
     if attribute == "created_us":
         return ties
-    return [tasks.c[attribute].is_(None), _way(tasks.c[attribute], descending), *ties]
+    return [tasks.c[attribute].is_(None), _directed(tasks.c[attribute], descending), *ties]
 
 
-def _way(column: Any, descending: bool) -> Any:
+def _directed(column: Any, descending: bool) -> Any:
     return column.desc() if descending else column.asc()

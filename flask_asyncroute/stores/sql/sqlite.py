@@ -1,115 +1,135 @@
-"""Connections to one SQLite file, per process: one that writes, under a lock, and a few that read.
+"""The `Database` implementation for an SQLite file.
 
-Write-ahead log, ``BEGIN IMMEDIATE`` for every write, five seconds of patience with other processes. A connection must not
-be used after a fork; `runtime` makes a new store there.
+The file is created with mode 0600. If it is deleted or replaced, processes that use it raise
+`StoreUnavailable` until they are restarted.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import Dialect, make_url
 
-from ...errors import ConfigurationError
-from .database import Cursor, Database, Duplicate, logger
-from .file import Identity, StoreFile
+from ...errors import ConfigurationError, StoreUnavailable
+from .database import UNAVAILABLE, Cursor, Database, Duplicate, logger, read_url
+from .store import SQLTaskStore
+
+if sys.platform != "win32":
+    import fcntl
 
 T = TypeVar("T")
+Identity = tuple[int, int]  # The device and inode of a file.
 
-BUSY_SECONDS = 5.0
-READERS = 8
-"""Idle reading connections that are kept."""
+SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+BUSY_SECONDS = 5.0  # Maximum wait for locks of other processes or threads.
+VERSION_SECONDS = 0.01  # How long `version` waits for writes of other threads.
+CHECK_SECONDS = 0.5  # Interval of the check for a replaced file.
+READERS = 8  # Maximum read connections; one per thread would need too much memory.
 CHECKPOINT_PAGES = 8000
-"""At how many pages of log a commit tidies up itself, where no runner does it in time."""
-MINIMUM = (3, 35, 0)
-_WRITABLE = "Make the file and its folder readable and writable for the user of this process."
-_DAMAGED = "Put a backup in the file's place, or move it away to begin with a new one."
+"""Number of pages in the write-ahead log at which a commit runs a checkpoint, if maintenance has
+not run one.
+"""
+_WRITABLE = "Give the user of this process read and write access to the file and its folder."
+_DAMAGED = (
+    "Stop the app, restore a backup of the file or move it away to begin with an empty store, and "
+    "start the app again."
+)
 _REMEDIES = {
-    sqlite3.SQLITE_BUSY: "See which other program holds its lock.",
+    sqlite3.SQLITE_BUSY: "Find the program that locks the file, and check if its disk is slow.",
     sqlite3.SQLITE_CANTOPEN: _WRITABLE,
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
-    sqlite3.SQLITE_FULL: "Make room on its disk.",
+    sqlite3.SQLITE_FULL: "Free space on its disk.",
     sqlite3.SQLITE_NOTADB: _DAMAGED,
     sqlite3.SQLITE_PERM: _WRITABLE,
     sqlite3.SQLITE_READONLY: _WRITABLE,
 }
-"""By the primary result code."""
+"""The operator's remedy, by SQLite's primary result code."""
+
+
+def check_setting(label: str, setting: str) -> None:
+    """Check a URL in ``ASYNCROUTE_STORE``.
+
+    :raises ConfigurationError: if the URL names no file, or has unknown parameters.
+    """
+    url = read_url(label, setting)
+    if url.database in (None, "", ":memory:") or url.query.get("mode") == "memory":
+        raise ConfigurationError(
+            f"{label}: an SQLite database in memory is not supported; use 'memory://' instead."
+        )
+    has_unread_query = "?" in setting and not url.query
+    if url.host or url.username or url.port or "\x00" in setting or has_unread_query:
+        # Do not show the value, because it may contain a password.
+        raise ConfigurationError(
+            f"{label} must be 'sqlite:///path', without a user or host; only '?synchronous=…' may "
+            "follow the path."
+        )
+    for name, value in url.query.items():
+        if name != "synchronous" or str(value).upper() not in SYNCHRONOUS:
+            raise ConfigurationError(
+                f"{label}: the parameter {name}={value} is invalid; the only parameter is "
+                f"synchronous, with one of {', '.join(SYNCHRONOUS)}."
+            )
+
+
+def make_store(setting: str, folder: str, namespace: str, create_tables: bool) -> SQLTaskStore:
+    """Return a store for a validated setting; see `registry.make_store`."""
+    url = make_url(setting)
+    synchronous = str(url.query.get("synchronous", "NORMAL")).upper()
+    database = SQLiteDatabase(Path(folder) / str(url.database), synchronous)
+    return SQLTaskStore(database, namespace, create_tables)
+
+
+class _Row(sqlite3.Row):
+    """A row with its columns as attributes, like the rows of SQLAlchemy."""
+
+    __slots__ = ()
+    __getattr__ = sqlite3.Row.__getitem__
 
 
 class SQLiteDatabase(Database):
-    """Opens, lends and closes the connections. Thread-safe."""
+    """Manages the connections to one SQLite file. Thread-safe.
 
-    dialect: Dialect = sqlite.dialect()
+    SQLite allows one writer at a time, so all threads share one write connection.
+    """
+
+    dialect: Dialect = sqlite.dialect(paramstyle="named")
 
     def __init__(self, path: Path, synchronous: str = "NORMAL") -> None:
-        if sqlite3.sqlite_version_info < MINIMUM:
+        if sqlite3.sqlite_version_info < (3, 35):  # older versions lack RETURNING
             raise ConfigurationError(
-                f"SQLite {sqlite3.sqlite_version} is too old for ASYNCROUTE_STORE; {'.'.join(map(str, MINIMUM))} is needed."
+                f"SQLite {sqlite3.sqlite_version} is too old for ASYNCROUTE_STORE; use 3.35 or "
+                "newer."
             )
-        # Where the file is, and not where a link to it is: that is where SQLite keeps the log, and where it can be made.
-        path = path.resolve()
-        self.path = path
-        self._file = StoreFile(path)
-        self.label = str(path)
-        self.lock_path = path.with_name(f"{path.name}-workers")
+        # Resolve links, because SQLite puts the log next to the file itself, not next to a link to
+        # it.
+        self.path = path.resolve()
+        self.label = str(self.path)
+        self.lock_path = self.path.with_name(f"{self.path.name}-workers")
         self._synchronous = synchronous
+        self._file: Identity | None = None  # the file in use; None before the first connection
+        self._is_replaced = False
+        self._check_at = 0.0
+        self._check_lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._writer: sqlite3.Connection | None = None
-        self._readers: deque[sqlite3.Connection] = deque()
-        self._observer = _Own(self)
-        self._apart = _Own(self)
+        self._readers: deque[sqlite3.Connection] = deque()  # idle; the last one is used first
+        self._read_slots = _FairSemaphore(READERS)
 
-    def open(self, look: Callable[[Cursor], T | None], make: Callable[[Cursor], T]) -> T:
-        try:
-            identity = self._file.make()
-        except OSError as error:
-            raise self.unavailable(error) from error
-        connection = self.connect(identity)
-        try:
-            # What is there already is only read, so that it can be opened while it is locked, or may not be written.
-            found = look(connection)
-            done = self._in_transaction(connection, make) if found is None else found
-        except sqlite3.Error as error:
-            connection.close()
-            raise self.unavailable(error) from error
-        except BaseException:
-            connection.close()
-            raise
-        is_another = self._file.opened is not None
-        self._file.use(identity)
-        self._readers, readers = deque([connection]), self._readers
-        with self._write_lock:
-            writer, self._writer = self._writer, None
-        _close_all(readers)
-        if writer is not None:
-            writer.close()
-        if is_another:
-            logger.warning(
-                "The file of the store, %s, was deleted or replaced. From here on the one that is there now is used.",
-                self.path,
-            )
-        return done
+    def fetch_one(self, sql: str, values: Mapping[str, Any]) -> Any:
+        return self._read(lambda connection: connection.execute(sql, values).fetchone())
 
-    def is_replaced(self) -> bool:
-        return self._file.is_replaced()
-
-    def write(self, work: Callable[[Cursor], T]) -> T:
-        with self._writing() as connection:
-            return self._in_transaction(connection, work)
-
-    def write_one(self, sql: str, values: Sequence[Any]) -> Any:
-        # One statement is a transaction by itself, and waits for other writers as BEGIN IMMEDIATE does.
-        with self._writing() as connection:
-            rows = connection.execute(sql, values).fetchall()
-        return rows[0] if rows else None
+    def fetch_all(self, sql: str, values: Mapping[str, Any]) -> Sequence[Any]:
+        return self._read(lambda connection: connection.execute(sql, values).fetchall())
 
     def read(self, work: Callable[[Cursor], T]) -> T:
         def read(connection: sqlite3.Connection) -> T:
@@ -120,199 +140,283 @@ class SQLiteDatabase(Database):
 
         return self._read(read)
 
-    def fetch_one(self, sql: str, values: Sequence[Any]) -> Any:
-        return self._read(lambda connection: connection.execute(sql, values).fetchone())
+    def write_one(self, sql: str, values: Mapping[str, Any]) -> Any:
+        # A single statement is a transaction. It waits for other writers like BEGIN IMMEDIATE.
+        rows = self._write(lambda connection: connection.execute(sql, values).fetchall())
+        return rows[0] if rows else None
 
-    def fetch_all(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
-        return self._read(lambda connection: connection.execute(sql, values).fetchall())
+    def write_unpooled(self, sql: str, values: Mapping[str, Any]) -> int:
+        return self._write(lambda connection: connection.execute(sql, values).rowcount)
 
-    def write_apart(self, sql: str, values: Sequence[Any]) -> int:
-        return self._apart.execute(sql, values).rowcount
+    def write(self, work: Callable[[Cursor], T]) -> T:
+        def write(connection: sqlite3.Connection) -> T:
+            cursor = connection.cursor()
+            cursor.execute("BEGIN IMMEDIATE")
+            try:
+                done = work(cursor)
+                cursor.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    cursor.execute("ROLLBACK")
+                raise
+            return done
+
+        return self._write(write)
 
     def version(self) -> Hashable:
-        found = self._observer.execute("PRAGMA data_version").fetchone()[0]
-        # That number is the connection's own: the same of another would be chance.
-        return self._observer.number, found
+        self._check()
+        if not self._write_lock.acquire(timeout=VERSION_SECONDS):
+            return None
+        # data_version counts commits on other connections; this process writes only on this one.
+        # The number is comparable only within one connection, so return both.
+        return self._write_locked(
+            lambda writer: (writer, writer.execute("PRAGMA data_version").fetchone()[0])
+        )
 
     def lock_schema(self, cursor: Cursor) -> None:
-        """``BEGIN IMMEDIATE`` has done so."""
+        """Do nothing, because ``BEGIN IMMEDIATE`` has already locked the file."""
 
     def has_table(self, cursor: Cursor, name: str) -> bool:
-        return cursor.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone() is not None
+        found = cursor.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,))
+        return found.fetchone() is not None
 
     def tend(self) -> None:
-        """Move what the log holds into the file, as far as nobody is reading it."""
-        self.fetch_all("PRAGMA wal_checkpoint(PASSIVE)", ())
+        """Run a checkpoint of the write-ahead log without waiting for readers."""
+        self.fetch_all("PRAGMA wal_checkpoint(PASSIVE)", {})
 
     def close(self) -> None:
-        """Close what is not lent out."""
         with self._write_lock:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
-        _close_all(self._readers)
-        self._observer.close()
-        self._apart.close()
-
-    def connect(self, wanted: Identity | None = None) -> sqlite3.Connection:
-        """Open a connection.
-
-        :param wanted: to this file; None: to the one that is in use, or to whichever there is before any is.
-        """
-        try:
-            if self._file.opened is None:
-                self._file.make()
-            with self._file.kept() as found:
-                if found != (wanted or self._file.opened or found):
-                    raise FileNotFoundError("the file was deleted or replaced")
-                # Made by nobody else than who also takes away what a deleted one has left.
-                connection = sqlite3.connect(
-                    f"{self.path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None,
-                    check_same_thread=False, cached_statements=256,
-                )  # fmt: skip
-                try:
-                    _use_log(connection)
-                    connection.execute(f"PRAGMA synchronous={self._synchronous}")
-                    connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-                except BaseException:
-                    connection.close()
-                    raise
-            return connection
-        except (OSError, sqlite3.Error) as error:
-            raise self.unavailable(error) from error
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        with suppress(IndexError):  # another thread may take the last connection
+            while True:
+                self._readers.pop().close()
 
     def remedy(self, error: BaseException) -> str:
         if isinstance(error, TimeoutError):
-            code = sqlite3.SQLITE_BUSY
-        elif isinstance(error, OSError):
-            code = sqlite3.SQLITE_CANTOPEN
-        else:
-            code = getattr(error, "sqlite_errorcode", 0)
-        return _REMEDIES.get(code & 0xFF, "Look at the file and its disk.")
+            return _REMEDIES[sqlite3.SQLITE_BUSY]
+        if isinstance(error, OSError):
+            return _WRITABLE
+        code = getattr(error, "sqlite_errorcode", 0)
+        return _REMEDIES.get(code & 0xFF, "Check the file and its disk.")
+
+    def connect(self) -> sqlite3.Connection:
+        """Open a connection. Before the first connection of this process, create the file if it is
+        missing. A file that disappears later is an error.
+        """
+        try:
+            if self._file is None:
+                _create(self.path)
+            found = self._check_file()
+            connection = sqlite3.connect(
+                f"{self.path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS,
+                isolation_level=None, check_same_thread=False, cached_statements=256,
+            )  # fmt: skip
+            connection.row_factory = _Row
+            try:
+                # Wait here, because SQLite does not wait for other processes that execute this
+                # statement.
+                _wait_until_free(lambda: connection.execute("PRAGMA journal_mode=WAL").fetchone())
+                connection.execute(f"PRAGMA synchronous={self._synchronous}")
+                connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+                with self._check_lock:
+                    self._file = self._file or found
+                # SQLite opens the file and then its log by their names. If the file was replaced in
+                # between, the log belongs to the new file.
+                if self._check_file() != found:
+                    self._refuse_replaced()
+            except BaseException:
+                connection.close()
+                raise
+        except (OSError, sqlite3.Error) as error:
+            raise self.unavailable(error) from error
+        return connection
+
+    def _check(self) -> None:
+        """Check, at most twice a second, that the file was not deleted or replaced.
+
+        :raises StoreUnavailable: if the file was deleted or replaced. All later calls raise it
+            too.
+        """
+        now = time.monotonic()
+        if self._is_replaced or now >= self._check_at:
+            self._check_at = now + CHECK_SECONDS
+            try:
+                self._check_file()
+            except OSError as error:
+                raise self.unavailable(error) from error
+
+    def _check_file(self) -> Identity | None:
+        found = _identity(self.path)
+        if self._is_replaced or self._file not in (None, found):
+            self._refuse_replaced()
+        return found
+
+    def _refuse_replaced(self) -> NoReturn:
+        with self._check_lock:
+            is_first, self._is_replaced = not self._is_replaced, True
+        if is_first:
+            logger.error(
+                "The store file %s was deleted or replaced while this process used it. Restart the "
+                "app.",
+                self.path,
+            )
+        raise StoreUnavailable(UNAVAILABLE, retry_after=5)
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Read on a connection that nobody else uses meanwhile. What fails is tried once more, on a new one."""
-        for is_last in (False, True):
-            readers = self._readers
-            try:
-                connection = readers.pop()
-            except IndexError:
-                connection = self.connect()
-            try:
-                done = work(connection)
-            except BaseException as error:
-                connection.close()
-                if not isinstance(error, sqlite3.Error):
-                    raise
-                if is_last:
-                    raise self.unavailable(error) from error
-                continue
-            if len(readers) < READERS:
-                readers.append(connection)
-                if readers is not self._readers:
-                    _close_all(readers)
-            else:
-                connection.close()
-            return done
-        raise AssertionError("the last try returns or raises")
-
-    def _writing(self) -> _Writing:
-        return _Writing(self)
-
-    @staticmethod
-    def _in_transaction(connection: sqlite3.Connection, work: Callable[[Cursor], T]) -> T:
-        """Return what ``work`` does between ``BEGIN IMMEDIATE`` and ``COMMIT``, or take it back."""
-        cursor = connection.cursor()
-        cursor.execute("BEGIN IMMEDIATE")
+        """Call ``work`` with a connection that no other thread is using. After an error, retry
+        once.
+        """
+        self._check()
+        if not self._read_slots.acquire(BUSY_SECONDS):
+            raise self.unavailable(
+                TimeoutError(f"all {READERS} read connections of this process stayed in use")
+            )
         try:
-            done = work(cursor)
-            cursor.execute("COMMIT")
+            try:
+                return self._read_once(work)
+            except sqlite3.Error:
+                return self._read_once(work)
+        except sqlite3.Error as error:
+            raise self.unavailable(error) from error
+        finally:
+            self._read_slots.release()
+
+    def _read_once(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            connection = self._readers.pop()
+        except IndexError:
+            connection = self.connect()
+        try:
+            done = work(connection)
         except BaseException:
-            if connection.in_transaction:
-                cursor.execute("ROLLBACK")
+            connection.close()
             raise
+        self._readers.append(connection)
         return done
 
+    def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Call ``work`` with the write connection. A failed write changes nothing. It is not
+        retried, because it has already waited for locks.
+        """
+        self._check()
+        if not self._write_lock.acquire(timeout=BUSY_SECONDS):
+            raise self.unavailable(TimeoutError("the write connection stayed in use"))
+        return self._write_locked(work)
 
-def _close_all(connections: deque[sqlite3.Connection]) -> None:
-    while connections:
+    def _write_locked(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Call ``work`` with the write connection, then release the caller's write lock."""
         try:
-            connections.pop().close()
-        except IndexError:
-            return  # somebody else does the same
+            if self._writer is None:
+                self._writer = self.connect()
+            return work(self._writer)
+        except sqlite3.IntegrityError as error:
+            raise Duplicate from error
+        except sqlite3.Error as error:
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = None
+            raise self.unavailable(error) from error
+        finally:
+            self._write_lock.release()
 
 
-def _use_log(connection: sqlite3.Connection) -> None:
-    """Switch the file to a write-ahead log. SQLite does not wait for others that do the same, so this does."""
+class _FairSemaphore:
+    """A semaphore that serves threads in order. With `threading.Semaphore`, a thread could release
+    a slot and acquire it again at once, while other threads wait until they time out.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._lock = threading.Lock()
+        self._free = slots
+        self._waiting: deque[threading.Lock] = deque()
+
+    def acquire(self, timeout: float) -> bool:
+        """Acquire a slot; return False if none is free within ``timeout`` seconds."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return True
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        if turn.acquire(timeout=timeout):
+            return True
+        with self._lock:
+            if turn not in self._waiting:
+                return True  # `release` has passed the slot just after the timeout
+            self._waiting.remove(turn)
+            return False
+
+    def release(self) -> None:
+        """Release a slot, or pass it to the thread that has waited longest."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
+
+
+def _identity(path: Path) -> Identity | None:
+    """Return the identity of the file at a path; None if no file exists."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _create(path: Path) -> None:
+    """Create the file with mode 0600 if it is missing."""
+    if _identity(path) is not None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path.parent):
+        if _identity(path) is not None:
+            return
+        # Delete the files of a deleted database. Processes that still use it have them open, and
+        # SQLite would share them.
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    logger.info("Created the store file %s.", path)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Lock a folder while a database is created in it. Otherwise, a second process that also found
+    no database could delete the ``-wal`` of the one just created. Windows needs no lock, because it
+    does not delete open files.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        _wait_until_free(lambda: fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        yield
+    finally:
+        # Closing the descriptor does not release the lock if a child process was forked meanwhile.
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_UN)
+        os.close(number)
+
+
+def _wait_until_free(attempt: Callable[[], object]) -> None:
+    """Call ``attempt``. While it fails because of a lock, retry for up to five seconds.
+
+    :raises TimeoutError: if a folder is still locked after that.
+    """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            attempt()
             return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise TimeoutError("another process has locked the folder") from None
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
                 raise
-            time.sleep(0.01)
-
-
-class _Writing:
-    """The one connection that writes, for one thread; a new one after anything but a row that exists already."""
-
-    def __init__(self, database: SQLiteDatabase) -> None:
-        self._database = database
-
-    def __enter__(self) -> sqlite3.Connection:
-        database = self._database
-        if not database._write_lock.acquire(timeout=BUSY_SECONDS):
-            raise database.unavailable(TimeoutError("other threads of this process are writing"))
-        try:
-            if database._writer is None:
-                database._writer = database.connect()
-            return database._writer
-        except BaseException:
-            database._write_lock.release()
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        database = self._database
-        try:
-            if isinstance(error, sqlite3.IntegrityError):
-                raise Duplicate from error
-            if isinstance(error, sqlite3.Error):
-                writer, database._writer = database._writer, None
-                if writer is not None:
-                    writer.close()
-                raise database.unavailable(error) from error
-        finally:
-            database._write_lock.release()
-
-
-class _Own:
-    """A connection for one thread alone; a new one after a failure, and for another file."""
-
-    def __init__(self, database: SQLiteDatabase) -> None:
-        self._database = database
-        self._connection: sqlite3.Connection | None = None
-        self._file: Identity | None = None
-        self.number = 0
-        """How many there have been."""
-
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        database = self._database
-        try:
-            if self._connection is None or self._file != database._file.opened:
-                self.close()
-                self._file = database._file.opened
-                self._connection = database.connect()
-                self.number += 1
-            return self._connection.execute(sql, values)
-        except sqlite3.Error as error:
-            self.close()
-            raise database.unavailable(error) from error
-
-    def close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        time.sleep(0.01)

@@ -1,303 +1,392 @@
-"""The statements for tasks and namespaces, each written once with SQLAlchemy's Core."""
+"""The fixed SQL statements, by subject. List queries are composed at run time; see `queries`.
+
+Parameters are named; ``:ns`` is the key of the namespace. ``[sqlite: …]`` and ``[postgresql: …]``
+enclose text for one database only.
+
+Conditions of partial indexes are literals, such as ``stopping = 1``, because planners do not use
+such an index with a parameter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Text,
-    and_,
-    bindparam,
-    case,
-    cast,
-    delete,
-    func,
-    insert,
-    literal_column,
-    null,
-    select,
-    update,
-)
-from sqlalchemy.engine import Dialect
-from sqlalchemy.sql.elements import ColumnElement, CompilerElement
+from sqlalchemy import Table
 
-from ...delivery import PENDING
-from ...states import State
-from ..base import AHEAD_US, Expect
-from .statement import Statement, made_once
-from .tables import RECORD, grants, namespaces, tasks
+from ...callbacks.model import NOT_STARTED, PENDING, RUNNING, Delivery
+from ...task import UNFINISHED, AsyncRouteTask
+from ..base import AHEAD_US, MAX_EVENTS, PROGRESS, Expect
+from ..outbox import AT_ONCE, LONGEST_US, PER_HOST
+from . import tables
+
+CHANNEL = "asyncroute"
+"""The PostgreSQL channel on which commits send notifications. Their payload is the namespace's
+key.
+"""
+
+DUE_PAGE = 100  # Maximum number of due callbacks read at once.
 
 
-def _is_task() -> ColumnElement[bool]:
-    return (tasks.c.namespace == bindparam("ns")) & (tasks.c.id == bindparam("task_id"))
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in columns)
 
 
-def _as_expected(shape: Shape) -> list[ColumnElement[bool]]:
-    """The values follow as ``state_0`` …, ``is_owner``, ``is_epoch``, ``is_stopping``: see :func:`expectation`."""
-    states, has_owner, has_epoch, has_stopping = shape
-    where = [_is_task()]
-    given = [tasks.c.state == bindparam(f"state_{number}") for number in range(states)]
-    where.append(given[0] if states == 1 else tasks.c.state.in_([part.right for part in given]))
-    if has_owner:
-        where.append(tasks.c.owner == bindparam("is_owner"))
-    if has_epoch:
-        where.append(tasks.c.epoch == bindparam("is_epoch"))
-    if has_stopping:
-        where.append(tasks.c.stopping == bindparam("is_stopping"))
+def _literals(values: Iterable[str]) -> str:
+    return ", ".join(f"'{value}'" for value in sorted(values))
+
+
+def _later(first: str, second: str) -> str:
+    return f"CASE WHEN {first} > {second} THEN {first} ELSE {second} END"
+
+
+def _insert(table: Table, *omitted: str) -> str:
+    names = [column.name for column in table.columns if column.name not in omitted]
+    values = ", ".join(":ns" if name == "namespace" else f":{name}" for name in names)
+    return f"INSERT INTO {table.name} ({_names(names)}) VALUES ({values})"
+
+
+RECORD = _names(AsyncRouteTask.__struct_fields__)
+"""The columns of a record, in field order. They are the last columns of each statement that returns
+records; see `rows.record_of`.
+"""
+_RECORD_WITHOUT_RESULT = RECORD.replace('"result_json"', "NULL AS result_json")
+
+_IS_TASK = "namespace = :ns AND id = :task_id"
+_OF_TASK = "namespace = :ns AND task_id = :task_id"
+_IS_VALUE = "namespace = :ns AND key = :key"
+_IS_STOPPING = "namespace = :ns AND stopping = 1 AND owner IS NOT NULL"
+_IS_BOUND = "namespace = :ns AND state = 'NotStarted' AND owner IS NOT NULL"
+# Without this index hint, newer SQLite versions may read all waiting tasks in order of creation.
+_WAITING = "asyncroute_tasks [sqlite: INDEXED BY asyncroute_task_waiting]"
+_IS_WAITING = "namespace = :ns AND state = 'NotStarted'"
+_IS_PLAIN = "permission_json IS NULL AND callback_json IS NULL AND body_size = 0"
+"""Matches tasks whose state one statement can change: no other table has rows that depend on it."""
+
+# Change numbers follow the commit order. SQLite allows one writer at a time, so the next number is
+# the highest number plus one. In PostgreSQL, a writer increments the number in the namespace's row,
+# which locks that row until the commit.
+_HIGHEST = """max(change, coalesce(
+    (SELECT max(change) FROM asyncroute_tasks WHERE namespace = :ns), 0))"""
+_LAST = f"[sqlite: {_HIGHEST}] [postgresql: change]"
+_NOTIFY = f"pg_notify('{CHANNEL}', CAST(key AS TEXT))"
+_NEXT = "(SELECT change FROM counter)"
+
+
+def _counter(where: str = "") -> str:
+    """Return the WITH clause of a statement that changes a task. :data:`_NEXT` reads the change
+    number from it.
+
+    :param where: the condition of the statement. If no task meets it, PostgreSQL does not increment
+        the change number, lock the namespace or notify listeners.
+    """
+    if_any = f"AND EXISTS (SELECT 1 FROM asyncroute_tasks WHERE {where})" if where else ""
+    return f"""
+        WITH counter AS (
+            [sqlite: SELECT {_HIGHEST} + 1 AS change FROM asyncroute_namespaces WHERE key = :ns]
+            [postgresql: UPDATE asyncroute_namespaces SET change = change + 1
+                WHERE key = :ns {if_any} RETURNING change, {_NOTIFY}])"""
+
+
+def _claim(where: str) -> str:
+    started = _later("created_us", ":now")
+    return f"""
+        {_counter(where)}
+        UPDATE asyncroute_tasks SET state = 'Running', owner = :owner, epoch = epoch + 1,
+            started_us = {started}, expires_us = {started} + timeout_us,
+            revision = revision + 1, change = {_NEXT},
+            waiting_change = coalesce(waiting_change, change), started_change = {_NEXT}
+        WHERE {where} RETURNING request, {RECORD}"""
+
+
+def _set_callback(state: str, attempts: str) -> str:
+    return f"""
+        {_counter(_IS_TASK)}
+        UPDATE asyncroute_tasks SET callback_state = {state}, callback_attempts = {attempts},
+            revision = revision + 1, change = {_NEXT}
+        WHERE {_IS_TASK} RETURNING {RECORD}"""
+
+
+def _as_expected(expect: Expect) -> str:
+    states = ", ".join(f":state_{number}" for number in range(len(expect.states)))
+    where = f"{_IS_TASK} AND state IN ({states})"
+    for name in ("owner", "epoch", "stopping"):
+        if getattr(expect, name) is not None:
+            where += f" AND {name} = :is_{name}"
     return where
 
 
 def expectation(expect: Expect) -> dict[str, Any]:
-    """Return the values for a statement made for ``expect``."""
-    values: dict[str, Any] = {f"state_{number}": state.value for number, state in enumerate(expect.states)}
-    values.update(
-        is_owner=expect.owner,
-        is_epoch=expect.epoch,
-        is_stopping=None if expect.stopping is None else int(expect.stopping),
-    )
-    return values
-
-
-Shape = tuple[int, bool, bool, bool]
-"""How many states an expectation has, and whether it has an owner, an epoch, a stopping."""
-
-
-def _shape(expect: Expect) -> Shape:
-    return len(expect.states), expect.owner is not None, expect.epoch is not None, expect.stopping is not None
-
-
-_newest = (
-    select(func.coalesce(func.max(tasks.c.change), 0)).where(tasks.c.namespace == bindparam("ns")).scalar_subquery()
-)
-_floor = select(namespaces.c.change).where(namespaces.c.key == bindparam("ns")).scalar_subquery()
-_change: ColumnElement[int] = case((_newest > _floor, _newest), else_=_floor)
-
-_is_namespace = namespaces.c.key == bindparam("ns")
-CHANNEL = "asyncroute"
-_told = func.pg_notify(literal_column(f"'{CHANNEL}'"), cast(namespaces.c.key, Text))
-"""Has PostgreSQL tell all who listen, once the transaction is committed, in which namespace something is new."""
-_is_grant_of_task = (grants.c.namespace == bindparam("ns")) & (grants.c.task_id == bindparam("task_id"))
-_started = case((tasks.c.created_us > bindparam("now"), tasks.c.created_us), else_=bindparam("now"))
-
-
-_is_plain = and_(
-    tasks.c.permission_json.is_(None), tasks.c.callback_json.is_(None), tasks.c.body_size == literal_column("0")
-)
-"""Whether no row of another table goes along with a task from state to state, so that one statement is all that is needed."""
-
-_UNKNOWN_AT_FIRST = {"waiting_change", "started_change", "completed_change"}
-"""Columns that are empty in a new task."""
-_waiting_change = func.coalesce(tasks.c.waiting_change, tasks.c.change)
+    """Return the parameters of a statement built for ``expect``."""
+    states = {f"state_{number}": state.value for number, state in enumerate(expect.states)}
+    stopping = None if expect.stopping is None else int(expect.stopping)
+    return {**states, "is_owner": expect.owner, "is_epoch": expect.epoch, "is_stopping": stopping}
 
 
 class Statements:
-    """All fixed statements, and those whose shape depends on what is asked, for one dialect.
+    """The statements in the dialect of one database.
 
-    Change numbers are in the order of commits. SQLite has one writer at a time, so the next is one more than the highest;
-    elsewhere the namespace's counter row is raised by the same statement that uses the number: its lock, held until the
-    commit, is the order. A statement that would change nothing takes no number, waits for nobody and wakes nobody.
+    :param dialect_name: ``sqlite`` or ``postgresql``.
     """
 
-    def __init__(self, dialect: Dialect) -> None:
-        self._dialect = dialect
-        self._updates: dict[tuple[tuple[str, ...], Shape, bool], Statement] = {}
-        self._deletes: dict[Shape, Statement] = {}
-        self._finds: dict[Shape, Statement] = {}
-        raised: ColumnElement[int] = _change + 1 if dialect.name == "sqlite" else namespaces.c.change + 1
-        self.note_removed = self.compiled(update(namespaces).where(_is_namespace).values(change=raised))
-        """Before a task is removed: change numbers go on from here, even if it had the highest."""
-        raised_by = raised - 1 + bindparam("count", type_=BigInteger)
-        told = [] if dialect.name == "sqlite" else [_told]
-        self.raise_change = self.compiled(
-            update(namespaces).where(_is_namespace).values(change=raised_by).returning(namespaces.c.change, *told)
-        )
-        """Take so many numbers; it gives the last of them."""
+    # --- Namespaces and change numbers
 
-    def compiled(self, clause: CompilerElement) -> Statement:
-        """Return a statement for this dialect."""
-        return Statement(clause, self._dialect)
+    get_namespace = "SELECT key, secret FROM asyncroute_namespaces WHERE name = :name"
+    add_namespace = """
+        INSERT INTO asyncroute_namespaces (key, name, change, secret)
+        VALUES (:key, :name, 0, :secret)"""
+    # Blocks other writers until the commit. SQLite has only one writer, so it needs no lock.
+    lock_namespace = """
+        SELECT key FROM asyncroute_namespaces WHERE key = :ns [postgresql: FOR UPDATE]"""
+    get_change = f"SELECT {_LAST} AS change FROM asyncroute_namespaces WHERE key = :ns"
+    take_changes = f"""
+        UPDATE asyncroute_namespaces SET change = {_LAST} + :count WHERE key = :ns
+        RETURNING change [postgresql: , {_NOTIFY}]"""
+    # Execute this before a task is removed, so that its change number is never assigned again.
+    skip_change = f"UPDATE asyncroute_namespaces SET change = {_LAST} + 1 WHERE key = :ns"
 
-    def next_change(self, where: Sequence[ColumnElement[bool]] = ()) -> ColumnElement[int]:
-        """Return the number for a statement that changes a task; one object for all of a statement.
+    # --- Tasks
 
-        :param where: which task is changed; none where there is one in any case.
+    _new_task = _insert(
+        tables.tasks, "waiting_change", "started_change", "completed_change", "outlived_us"
+    )
+    add_task = f"{_counter()} {_new_task.replace(':change', _NEXT)}"
+    get_task = f"SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
+    get_request = f"SELECT request, {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
+    # With a literal state, PostgreSQL would search all NotStarted tasks, not the id.
+    claim_task = _claim(f"{_IS_TASK} AND state = :waiting")
+    claim_plain_task = _claim(f"{_IS_TASK} AND state = :waiting AND {_IS_PLAIN}")
+    outlived_tasks = f"""
+        SELECT id FROM asyncroute_tasks
+        WHERE namespace = :ns AND outlived_us < :now AND stopping = 0
+            AND (callback_state IS NULL OR callback_state NOT IN ({_literals(PENDING)}))
+        ORDER BY outlived_us LIMIT :limit"""
+    changed_tasks = f"""
+        SELECT {RECORD} FROM asyncroute_tasks
+        WHERE namespace = :ns AND change > :since ORDER BY change LIMIT :limit"""
+
+    # --- Grants, bodies, idempotency keys, quotas, shared values
+
+    add_grant = _insert(tables.grants)
+    set_grant_state = f"UPDATE asyncroute_grants SET state = :state WHERE {_OF_TASK}"
+    delete_grants = f"DELETE FROM asyncroute_grants WHERE {_OF_TASK}"
+
+    add_body_part = _insert(tables.bodies)
+    get_body_part = f"SELECT data FROM asyncroute_bodies WHERE {_OF_TASK} AND part = :part"
+    delete_body = f"DELETE FROM asyncroute_bodies WHERE {_OF_TASK}"
+
+    add_key = _insert(tables.keys)
+    get_key = "SELECT task_id FROM asyncroute_keys WHERE namespace = :ns AND name = :name"
+    get_task_of_key = f"""
+        SELECT fingerprint, {RECORD}
+        FROM asyncroute_keys AS keys JOIN asyncroute_tasks AS tasks
+            ON tasks.namespace = keys.namespace AND tasks.id = keys.task_id
+        WHERE keys.namespace = :ns AND keys.name = :name"""
+    delete_key = f"DELETE FROM asyncroute_keys WHERE {_OF_TASK}"
+    count_unfinished = f"""
+        SELECT count(*) AS unfinished FROM (
+            SELECT id FROM asyncroute_tasks
+            WHERE namespace = :ns AND "user" = :user AND state IN ({_literals(UNFINISHED)})
+            LIMIT :limit) AS found"""
+
+    add_value = _insert(tables.shared_values)
+    get_value = f"SELECT value, version FROM asyncroute_values WHERE {_IS_VALUE}"
+    set_value = f"UPDATE asyncroute_values SET value = :value, version = :version WHERE {_IS_VALUE}"
+    delete_value = f"DELETE FROM asyncroute_values WHERE {_IS_VALUE}"
+    value_keys = "SELECT key FROM asyncroute_values WHERE namespace = :ns ORDER BY key"
+
+    # --- Events
+
+    add_event = _insert(tables.events)
+    get_last_event = f"""
+        SELECT change, epoch, number FROM asyncroute_events WHERE {_OF_TASK}
+        ORDER BY change DESC LIMIT 1"""
+    trim_events = f"""
+        DELETE FROM asyncroute_events WHERE {_OF_TASK} AND change <= (
+            SELECT change FROM asyncroute_events WHERE {_OF_TASK}
+            ORDER BY change DESC LIMIT 1 OFFSET {MAX_EVENTS})"""
+    delete_events = f"DELETE FROM asyncroute_events WHERE {_OF_TASK}"
+    # With DISTINCT, SQLite would read all events of the namespace.
+    tasks_with_events = """
+        SELECT task_id FROM asyncroute_events WHERE namespace = :ns AND change > :since"""
+
+    # --- The outbox
+
+    _waits = "namespace = :ns AND due_us IS NOT NULL AND holder IS NULL"
+    _is_held = "namespace = :ns AND holder IS NOT NULL"
+    _mine = f"{_OF_TASK} AND holder = :holder"
+
+    add_callback = _insert(tables.callbacks, "holder")
+    get_callback = f"SELECT holder, headers FROM asyncroute_callbacks WHERE {_OF_TASK}"
+    delete_callback = f"DELETE FROM asyncroute_callbacks WHERE {_OF_TASK}"
+    make_callback_due = f"UPDATE asyncroute_callbacks SET due_us = {AT_ONCE} WHERE {_OF_TASK}"
+    # Each subquery reads only one end of the index.
+    first_and_last_due = f"""
+        SELECT (SELECT min(due_us) FROM asyncroute_callbacks WHERE {_waits}) AS first_us,
+            (SELECT max(due_us) FROM asyncroute_callbacks WHERE {_waits}) AS last_us"""
+    count_held_callbacks = f"""
+        SELECT host, count(*) AS held FROM asyncroute_callbacks WHERE {_is_held} GROUP BY host"""
+    due_callbacks = f"""
+        SELECT task_id, host FROM asyncroute_callbacks
+        WHERE {_waits} AND (due_us <= :now OR due_us > :now + {LONGEST_US})
+            AND host NOT IN (
+                SELECT host FROM asyncroute_callbacks WHERE {_is_held}
+                GROUP BY host HAVING count(*) >= {PER_HOST})
+        ORDER BY due_us LIMIT {DUE_PAGE}"""
+    hold_callback = f"""
+        UPDATE asyncroute_callbacks SET holder = :holder WHERE {_OF_TASK}
+        RETURNING attempts, {_names(Delivery.__struct_fields__)}"""
+    held_callbacks = """
+        SELECT task_id FROM asyncroute_callbacks WHERE namespace = :ns AND holder = :holder"""
+    release_callback = f"UPDATE asyncroute_callbacks SET holder = NULL WHERE {_mine}"
+    retry_callback = f"""
+        UPDATE asyncroute_callbacks
+        SET holder = NULL, attempts = attempts + 1, due_us = :due_us WHERE {_mine}"""
+    finish_callback = f"""
+        UPDATE asyncroute_callbacks
+        SET holder = NULL, attempts = attempts + 1, due_us = NULL, headers = :headers
+        WHERE {_mine}"""
+    renew_callback = f"""
+        UPDATE asyncroute_callbacks SET due_us = {AT_ONCE}, attempts = 0, headers = :headers
+        WHERE {_OF_TASK}"""
+    # These statements change the callback's state in the task's row.
+    begin_sending = _set_callback(f"'{RUNNING}'", "callback_attempts")
+    count_attempt = _set_callback(":state", "callback_attempts + 1")
+    restart_sending = _set_callback(f"'{NOT_STARTED}'", "0")
+
+    # --- Workers
+
+    add_worker = _insert(tables.workers)
+    count_beat = """
+        UPDATE asyncroute_workers SET beat = beat + 1 WHERE namespace = :ns AND name = :name"""
+    list_workers = f"""
+        SELECT {_names(column.name for column in tables.workers.columns)}
+        FROM asyncroute_workers WHERE namespace = :ns"""
+    delete_worker = "DELETE FROM asyncroute_workers WHERE namespace = :ns AND name = :name"
+    owners = f"""
+        SELECT owner FROM asyncroute_tasks WHERE namespace = :ns AND state = 'Running'
+        UNION SELECT owner FROM asyncroute_tasks WHERE {_IS_STOPPING}
+        UNION SELECT owner FROM asyncroute_tasks WHERE {_IS_BOUND}
+        UNION SELECT holder FROM asyncroute_callbacks WHERE {_is_held}"""
+    # UNION ALL is enough: no task occurs in two of these parts.
+    held_tasks = f"""
+        SELECT {RECORD} FROM asyncroute_tasks
+        WHERE namespace = :ns AND state = 'Running' AND owner = :owner
+        UNION ALL SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_STOPPING} AND owner = :owner
+        UNION ALL SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_BOUND} AND owner = :owner"""
+    # This takes one step per endpoint; DISTINCT would read all waiting tasks.
+    waiting_endpoints = f"""
+        WITH RECURSIVE found (endpoint) AS (
+            SELECT min(endpoint) FROM {_WAITING} WHERE {_IS_WAITING}
+            UNION ALL SELECT (
+                SELECT min(endpoint) FROM {_WAITING}
+                WHERE {_IS_WAITING} AND endpoint > found.endpoint)
+            FROM found WHERE found.endpoint IS NOT NULL)
+        SELECT endpoint FROM found WHERE endpoint IS NOT NULL"""
+
+    def __init__(self, dialect_name: str) -> None:
+        self._dialect_name = dialect_name
+        for name, text in vars(Statements).items():
+            if isinstance(text, str) and not name.startswith("_"):
+                setattr(self, name, _in_dialect(dialect_name, text))
+
+    def update_task(self, fields: tuple[str, ...], expect: Expect, is_plain: bool = False) -> str:
+        """Return the compare-and-set statement that writes these fields and returns the new record.
+
+        :param is_plain: match only a task that needs no change in other tables.
         """
-        if self._dialect.name == "sqlite":
-            return _change + 1
-        if_any = (
-            [select(literal_column("1")).select_from(tasks).where(*where).correlate(None).exists()] if where else []
-        )
-        counter = (
-            update(namespaces)
-            .where(_is_namespace, *if_any)
-            .values(change=namespaces.c.change + 1)
-            .returning(namespaces.c.change, _told)
-            .cte("counter")
-        )
-        return select(counter.c.change).scalar_subquery()
+        where = _as_expected(expect)
+        if is_plain:
+            where += f" AND {_IS_PLAIN}"
+        return _update_task(self._dialect_name, fields, where)
 
-    @made_once
-    def change(self) -> Statement:
-        return self.compiled(select(_change))
+    def delete_task(self, expect: Expect) -> str:
+        """Return the statement that removes a task if it matches ``expect``."""
+        text = f"DELETE FROM asyncroute_tasks WHERE {_as_expected(expect)}"
+        return _in_dialect(self._dialect_name, text)
 
-    @made_once
-    def add(self) -> Statement:
-        given: dict[str, Any] = {
-            column.name: bindparam(column.name) for column in RECORD if column.name not in _UNKNOWN_AT_FIRST
-        }
-        return self.compiled(
-            insert(tasks).values(
-                {"namespace": bindparam("ns"), **given, "change": self.next_change(), "request": bindparam("request")}
-            ).inline()
-        )  # fmt: skip
+    def find_task(self, expect: Expect) -> str:
+        """Return the statement that finds a task if it matches ``expect``."""
+        text = f"SELECT id FROM asyncroute_tasks WHERE {_as_expected(expect)}"
+        return _in_dialect(self._dialect_name, text)
 
-    @made_once
-    def add_grant(self) -> Statement:
-        return self.compiled(insert(grants).values({column.name: bindparam(column.name) for column in grants.columns}))
-
-    @made_once
-    def get(self) -> Statement:
-        return self.compiled(select(*RECORD).where(_is_task()))
-
-    @made_once
-    def drop_grants(self) -> Statement:
-        return self.compiled(delete(grants).where(_is_grant_of_task))
-
-    @made_once
-    def move_grants(self) -> Statement:
-        return self.compiled(update(grants).where(_is_grant_of_task).values(state=bindparam("new_state")))
-
-    @made_once
-    def claimed(self) -> Statement:
-        return self.compiled(select(*RECORD, tasks.c.request).where(_is_task()))
-
-    @made_once
-    def claim(self) -> Statement:
-        return self._claim(_is_task())
-
-    @made_once
-    def claim_plain(self) -> Statement:
-        """Claim a task of which no other table has anything."""
-        return self._claim(_is_task(), _is_plain)
-
-    def _claim(self, *which: ColumnElement[bool]) -> Statement:
-        where = [*which, tasks.c.state == State.NOT_STARTED.value]
-        change = self.next_change(where)
-        return self.compiled(
-            update(tasks)
-            .where(*where)
-            .values(
-                state=State.RUNNING.value,
-                owner=bindparam("new_owner"),
-                epoch=tasks.c.epoch + 1,
-                started_us=_started,
-                expires_us=_started + tasks.c.timeout_us,
-                revision=tasks.c.revision + 1,
-                change=change,
-                waiting_change=_waiting_change,
-                started_change=change,
-            )
-            .returning(*RECORD, tasks.c.request)
-        )
-
-    @made_once
-    def waiting(self) -> Statement:
-        return self.compiled(
-            select(tasks.c.id, tasks.c.endpoint)
-            .where(
-                tasks.c.namespace == bindparam("ns"),
-                tasks.c.state == State.NOT_STARTED.value,
-                (tasks.c.created_us < bindparam("before")) | (tasks.c.created_us - AHEAD_US > bindparam("before")),
-            )
-            .order_by(tasks.c.created_us)
-        )
-
-    @made_once
-    def outlived(self) -> Statement:
-        return self.compiled(
-            select(tasks.c.id)
-            .where(
-                tasks.c.namespace == bindparam("ns"),
-                tasks.c.outlived_us < bindparam("now"),
-                tasks.c.stopping == 0,
-                tasks.c.callback_state.is_(None)
-                | tasks.c.callback_state.not_in([literal_column(f"'{state}'") for state in PENDING]),
-            )
-            .order_by(tasks.c.outlived_us)
-            .limit(bindparam("most"))
-        )
-
-    @made_once
-    def news(self) -> Statement:
-        return self.compiled(
-            select(*RECORD)
-            .where(tasks.c.namespace == bindparam("ns"), tasks.c.change > bindparam("since"))
-            .order_by(tasks.c.change)
-            .limit(bindparam("most"))
-        )
-
-    @made_once
-    def namespace(self) -> Statement:
-        return self.compiled(
-            select(namespaces.c.key, namespaces.c.secret).where(namespaces.c.name == bindparam("name"))
-        )
-
-    @made_once
-    def add_namespace(self) -> Statement:
-        return self.compiled(
-            insert(namespaces).values(
-                key=bindparam("key"), name=bindparam("name"), change=0, secret=bindparam("secret")
-            )
-        )
-
-    @made_once
-    def lock_namespace(self) -> Statement:
-        """What is checked before it is written is checked after this: nobody else writes until the commit."""
-        return self.compiled(select(namespaces.c.key).where(_is_namespace).with_for_update())
-
-    def update_of(self, fields: tuple[str, ...], expect: Expect, is_plain: bool = False) -> Statement:
-        """Return the compare-and-set that writes these record fields, named ``new_<field>``, and gives the record back.
-
-        :param is_plain: only of a task of which no other table has anything.
+    def waiting_tasks(self, endpoints: int) -> str:
+        """Return the statement that finds the oldest waiting tasks of ``endpoints`` endpoints. It
+        is a UNION of two SELECTs for each endpoint. Each SELECT reads one range of an index up to
+        its limit, even if many tasks are waiting.
         """
-        key = (fields, _shape(expect), is_plain)
-        statement = self._updates.get(key)
-        if statement is None:
-            statement = self._updates[key] = self._update_of(*key)
-        return statement
+        parts: list[str] = []
+        for number in range(endpoints):
+            # Tasks from far in the future are due: the clock was set back after their creation.
+            for is_due in ("created_us < :before", f"created_us > :before + {AHEAD_US}"):
+                parts.append(f"""
+                    SELECT * FROM (
+                        SELECT id, endpoint, created_us FROM {_WAITING}
+                        WHERE {_IS_WAITING} AND endpoint = :endpoint_{number} AND {is_due}
+                        ORDER BY created_us LIMIT :limit_{number}) AS part_{len(parts)}""")
+        return _in_dialect(self._dialect_name, " UNION ALL ".join(parts))
 
-    def delete_of(self, expect: Expect) -> Statement:
-        """Return the statement that removes a task that is as expected."""
-        shape = _shape(expect)
-        statement = self._deletes.get(shape)
-        if statement is None:
-            statement = self._deletes[shape] = self.compiled(delete(tasks).where(*_as_expected(shape)))
-        return statement
+    def events_since(self, of_task: bool, of_group: bool) -> str:
+        """Return the statement that reads the events after a change number in order. Each row also
+        contains the current task record without its result.
 
-    def find_of(self, expect: Expect) -> Statement:
-        """Return the statement that tells whether a task is as expected."""
-        shape = _shape(expect)
-        statement = self._finds.get(shape)
-        if statement is None:
-            statement = self._finds[shape] = self.compiled(select(tasks.c.id).where(*_as_expected(shape)))
-        return statement
+        :param of_task: read only the events of one task.
+        :param of_group: read only the events of one Sse group.
+        """
+        events = "namespace = :ns AND change > :since" + " AND task_id = :task_id" * of_task
+        changed = "namespace = :ns AND change > :since" + " AND id = :task_id" * of_task
+        # Without MATERIALIZED, PostgreSQL without statistics would repeat the search for each task.
+        text = f"""
+            WITH happened AS MATERIALIZED (
+                SELECT change AS number, task_id, name, data
+                FROM asyncroute_events WHERE {events}
+                UNION ALL SELECT coalesce(waiting_change, change), id, 'NotStarted', NULL
+                FROM asyncroute_tasks WHERE {changed} AND coalesce(waiting_change, change) > :since
+                    AND (state = 'NotStarted' OR waiting_change IS NOT NULL)
+                UNION ALL SELECT started_change, id, 'Running', NULL
+                FROM asyncroute_tasks WHERE {changed} AND started_change > :since
+                UNION ALL SELECT completed_change, id, state, NULL
+                FROM asyncroute_tasks WHERE {changed} AND completed_change > :since
+                UNION ALL SELECT change, id, '{PROGRESS}', NULL
+                FROM asyncroute_tasks
+                WHERE {changed} AND state = 'Running' AND change != started_change)
+            SELECT number, name, data, {_RECORD_WITHOUT_RESULT}
+            FROM happened JOIN asyncroute_tasks ON namespace = :ns AND id = task_id
+            WHERE sse_group IS NOT NULL {"AND sse_group = :group" * of_group}
+            ORDER BY number LIMIT :limit"""
+        return _in_dialect(self._dialect_name, text)
 
-    def _update_of(self, fields: tuple[str, ...], shape: Shape, is_plain: bool) -> Statement:
-        where = [*_as_expected(shape), *([_is_plain] if is_plain else [])]
-        change = self.next_change(where)
-        values: dict[str, Any] = {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in fields}
-        values.update(revision=tasks.c.revision + 1, change=change)
-        if "state" in values:
-            values.update(waiting_change=null(), started_change=null())
-        if "completed_us" in values:
-            begun = func.coalesce(tasks.c.started_us, tasks.c.created_us)
-            completed = case((begun > values["completed_us"], begun), else_=values["completed_us"])
-            values.update(completed_us=completed, outlived_us=completed + tasks.c.retention_us, request=null())
-            values.update(
-                waiting_change=_waiting_change,
-                started_change=tasks.c.started_change,
-                completed_change=change,
-            )
-        return self.compiled(update(tasks).where(*where).values(values).returning(*RECORD))
+
+@lru_cache(256)
+def _update_task(dialect_name: str, fields: tuple[str, ...], where: str) -> str:
+    values = {name: f":{name}" for name in fields}
+    values.update(revision="revision + 1", change=_NEXT)
+    if "completed_us" in fields:
+        completed = _later("coalesce(started_us, created_us)", ":completed_us")
+        values.update(
+            completed_us=completed,
+            outlived_us=f"{completed} + retention_us",
+            request="NULL",
+            waiting_change="coalesce(waiting_change, change)",
+            completed_change=_NEXT,
+        )
+    elif "state" in fields:
+        values.update(waiting_change="NULL", started_change="NULL")
+    setting = ", ".join(f'"{name}" = {value}' for name, value in values.items())
+    text = f"UPDATE asyncroute_tasks SET {setting} WHERE {where} RETURNING {RECORD}"
+    return _in_dialect(dialect_name, f"{_counter(where)} {text}")
+
+
+@lru_cache(512)
+def _in_dialect(dialect_name: str, text: str) -> str:
+    """Return the SQL text for one database, with parameters in the style of its driver."""
+
+    def choose(part: re.Match[str]) -> str:
+        return part[2] if part[1] == dialect_name else ""
+
+    text = " ".join(re.sub(r"\[(\w+):([^]]*)\]", choose, text).split())
+    if dialect_name == "sqlite":
+        return text
+    return re.sub(r":(\w+)", r"%(\1)s", text.replace("%", "%%"))

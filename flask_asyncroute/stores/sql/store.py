@@ -1,59 +1,53 @@
-"""The task store in SQL: every method of the port as one short transaction."""
+"""The SQL task store. Each method is one short transaction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from secrets import randbits
 from typing import Any, TypeVar
 
-from ...delivery import Delivery
+from ...callbacks.model import Delivery
 from ...errors import IdTaken
-from ...execution import ViewEvent
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
-from ...start_key import StartKey
-from ...states import State
-from ...task import AsyncRouteTask
-from ..backlog import oldest
-from ..base import Claim, Expect, Listener, News, Readers, TaskStore
-from ..events import Events
-from . import queries
-from .bodies import Bodies
-from .changes import Changes
-from .commits import surely
-from .cursors import TakeBack, one, run
-from .database import Cursor, Database, Duplicate
-from .event_log import EventLog
-from .namespace import Namespace
+from ...task import AsyncRouteTask, State
+from .. import base
+from ..base import Claim, Events, Expect, Readers, SharedTaskStore, StartKey, ViewEvent
+from . import queries, side_tables
+from .database import Cursor, Database, Duplicate, ensure_written
+from .events import EventLog
+from .migrations import Namespace
 from .outbox import SQLOutbox
 from .queries import Queries
-from .records import claim_of, is_same_start, plain, record_of, row_of
-from .shared_values import SharedValues
-from .statement import Statement
+from .rows import columns_of, record_of, row_of
 from .statements import CHANNEL, Statements, expectation
-from .terms import Terms
 from .workers import SQLWorkers
 
 T = TypeVar("T")
 
+WAITING_ENDPOINTS = 100  # Maximum per statement: each has two parts, and SQLite allows 500.
 
-class SQLTaskStore(TaskStore):
-    """Keeps the tasks of one namespace in a database that other processes share.
 
-    Where a connection is lost in the middle of a commit, the store looks whether it happened, and else writes again.
+class _RollBack(Exception):
+    """Raised inside a transaction to roll it back."""
+
+
+class SQLTaskStore(SharedTaskStore):
+    """Stores the tasks of one namespace in a database that several processes share.
+
+    After a connection is lost during a commit, the store checks whether the commit succeeded, and
+    writes again if it did not.
     """
 
     def __init__(self, database: Database, namespace: str, create_tables: bool) -> None:
+        self.label = database.label
         self._database = database
-        self._sql = Statements(database.dialect)
+        self._sql = Statements(database.dialect.name)
         self._queries = Queries(database.dialect)
         self._namespace = Namespace(database, self._sql, namespace, create_tables)
-        self._terms = Terms(database.dialect, self._sql)
-        self._event_log = EventLog(self._sql)
-        self._changes = Changes(database, self._sql, self._event_log)
-        self._values = SharedValues(self._sql)
-        self._bodies = Bodies(self._sql)
-        self.outbox: SQLOutbox = SQLOutbox(database, self._sql, lambda: self._ns)
-        self.workers = SQLWorkers(database, lambda: self._ns, self.outbox)
+        self._events = EventLog(database, self._sql, self._namespace)
+        self.outbox: SQLOutbox = SQLOutbox(database, self._sql, self._namespace)
+        self.workers: SQLWorkers = SQLWorkers(database, self._sql, self._namespace, self.outbox)
 
     @property
     def _ns(self) -> int:
@@ -64,239 +58,268 @@ class SQLTaskStore(TaskStore):
 
     def close(self) -> None:
         self._database.close()
-        self._changes.forget()
+        self._events.forget()
 
     def add(
-        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
-        key: StartKey | None = None, quota: int | None = None, delivery: Delivery | None = None,
+        self, task: AsyncRouteTask, request: bytes, body: Body | None,
+        grants: Collection[tuple[str, str]], key: StartKey | None = None, quota: int | None = None,
+        delivery: Delivery | None = None,
     ) -> None:  # fmt: skip
-        try:
-            surely(
-                lambda: self._add(task, request, body, grants, key, quota, delivery),
-                lambda: is_same_start(self.get(task.id), task) or None,
-            )
-        except Duplicate:
-            raise IdTaken(f"A task with the id {task.id!r} exists.") from None
-        if body is not None:
-            body.close()
+        sql, ns = self._sql, self._ns
+        row = row_of(task)
+        row.update(ns=ns, request=request)
 
-    def _add(
-        self, task: AsyncRouteTask, request: bytes, body: Body | None, grants: Collection[tuple[str, str]],
-        key: StartKey | None, quota: int | None, delivery: Delivery | None,
-    ) -> bool:  # fmt: skip
-        sql = self._sql
-        values = sql.add.values(ns=self._ns, request=request, **row_of(task))
-        if body is None and not grants and key is None and quota is None and delivery is None:
-            self._database.write_one(sql.add.sql, values)
-            return True
+        def add() -> bool:
+            if body is None and not grants and key is None and quota is None and delivery is None:
+                self._database.write_one(sql.add_task, row)
+                return True
+            return self._database.write(add_with_rows)
 
-        def add(cursor: Cursor) -> bool:
+        def add_with_rows(cursor: Cursor) -> bool:
             if key is not None or quota is not None:
-                self._terms.keep(cursor, self._ns, task, key, quota)
-            cursor.execute(sql.add.sql, values)
+                side_tables.add_key(cursor, sql, ns, task, key, quota)
+            cursor.execute(sql.add_task, row)
             if delivery is not None:
                 self.outbox.put(cursor, task.id, delivery)
             for kind, name in set(grants):
-                run(
-                    cursor, sql.add_grant, namespace=self._ns, task_id=task.id, reader=queries.reader_key(kind, name),
-                    user=task.user or "", state=task.state.value, created_us=task.created_us,
-                )  # fmt: skip
+                reader = queries.reader_key(kind, name)
+                cursor.execute(sql.add_grant, {**row, "task_id": task.id, "reader": reader})
             if body is not None:
-                self._bodies.add(cursor, self._ns, task.id, body)
+                side_tables.add_body(cursor, sql, ns, task.id, body)
             return True
 
-        return self._database.write(add)
+        def find() -> bool | None:
+            found = self.get(task.id)
+            if found is None:
+                return None
+            expected = (task.created_us, task.url, task.user)
+            return (found.created_us, found.url, found.user) == expected or None
+
+        try:
+            ensure_written(add, find)
+        except Duplicate:
+            raise IdTaken(f"Another task has the id {task.id!r}.") from None
+        if body is not None:
+            body.close()
 
     def get(self, task_id: str) -> AsyncRouteTask | None:
-        row = self._database.fetch_one(self._sql.get.sql, (self._ns, task_id))
+        which = {"ns": self._namespace.key, "task_id": task_id}
+        row = self._database.fetch_one(self._sql.get_task, which)
         return None if row is None else record_of(row)
 
     def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
-        statement = self._terms.started_with
-        row = self._database.fetch_one(statement.sql, statement.values(ns=self._ns, key_name=key_name))
-        return None if row is None else (record_of(row[:-1]), row[-1])
+        which = {"ns": self._ns, "name": key_name}
+        row = self._database.fetch_one(self._sql.get_task_of_key, which)
+        return None if row is None else (record_of(row), row.fingerprint)
 
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
-        def look() -> Claim | None:
-            statement = self._sql.claimed
-            found = claim_of(self._database.fetch_one(statement.sql, statement.values(ns=self._ns, task_id=task_id)))
-            started_us = None if found is None else max(now_us, found.task.created_us)
-            return found if found and (found.task.owner, found.task.started_us) == (owner, started_us) else None
+        values = {
+            "ns": self._ns, "task_id": task_id, "owner": owner, "now": now_us,
+            "waiting": State.NOT_STARTED.value,
+        }  # fmt: skip
+
+        def find() -> Claim | None:
+            row = self._database.fetch_one(self._sql.get_request, values)
+            if row is None:
+                return None
+            task = record_of(row)
+            is_ours = task.owner == owner and task.started_us == max(now_us, task.created_us)
+            return Claim(task, row.request) if is_ours else None
 
         def claim() -> Claim | None:
-            given = {"ns": self._ns, "task_id": task_id, "new_owner": owner, "now": now_us}
-            at_once = self._sql.claim_plain
-            found = claim_of(self._database.write_one(at_once.sql, at_once.values(**given)))
-            if found is not None:
-                return found
-            # Mostly somebody else was first: then there is nothing to lock anything for.
+            row = self._database.write_one(self._sql.claim_plain_task, values)
+            if row is not None:
+                return Claim(record_of(row), row.request)
+            # Usually, another process has claimed the task. Checking this avoids waiting for a
+            # lock.
             task = self.get(task_id)
             if task is None or task.state is not State.NOT_STARTED:
                 return None
-            return self._database.write(lambda cursor: claim_with_rows(cursor, given))
+            return self._database.write(claim_with_grants)
 
-        def claim_with_rows(cursor: Cursor, given: dict[str, Any]) -> Claim | None:
-            found = claim_of(one(cursor, self._sql.claim, **given))
-            if found is not None:
-                self._move_grants(cursor, found.task)
-            return found
+        def claim_with_grants(cursor: Cursor) -> Claim | None:
+            row = cursor.execute(self._sql.claim_task, values).fetchone()
+            if row is None:
+                return None
+            task = record_of(row)
+            self._move_grants(cursor, task)
+            return Claim(task, row.request)
 
-        return surely(claim, look)
+        return ensure_written(claim, find)
 
     def body(self, task_id: str) -> Body:
-        return self._database.read(lambda cursor: self._bodies.read(cursor, self._ns, task_id))
+        which = self._which(task_id)
+        return self._database.read(lambda cursor: side_tables.read_body(cursor, self._sql, which))
 
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
-        def look() -> AsyncRouteTask | None:
+        def find() -> AsyncRouteTask | None:
             task = self.get(task_id)
-            is_ours = task is not None and all(getattr(task, name) == value for name, value in values.items())
+            is_ours = task is not None and all(
+                getattr(task, name) == value for name, value in values.items()
+            )
             return task if is_ours else None
 
-        return surely(lambda: self._update(task_id, expect, values), look)
+        return ensure_written(lambda: self._update(task_id, expect, values), find)
 
-    def _update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
-        state = values.get("state")
-        given = {f"new_{name}": plain(value) for name, value in values.items()}
-        statement = self._sql.update_of(tuple(values), expect)
-        which = {"ns": self._ns, "task_id": task_id, **expectation(expect)}
-        parameters = statement.values(**which, **given)
+    def _update(
+        self, task_id: str, expect: Expect, values: dict[str, Any]
+    ) -> AsyncRouteTask | None:
+        sql, fields, state = self._sql, tuple(values), values.get("state")
+        which = {**self._which(task_id), **expectation(expect)}
+        parameters = {**which, **columns_of(values)}
         if state is None:
-            row = self._database.write_one(statement.sql, parameters)
+            row = self._database.write_one(sql.update_task(fields, expect), parameters)
             return None if row is None else record_of(row)
         if state.is_terminal:
-            # Most tasks have nothing elsewhere; one statement holds the lock that orders all writes for the shortest time.
-            row = self._database.write_one(self._sql.update_of(tuple(values), expect, is_plain=True).sql, parameters)
+            # Most tasks have no rows in other tables. Then one statement suffices, and locks the
+            # namespace only briefly.
+            plain = sql.update_task(fields, expect, is_plain=True)
+            row = self._database.write_one(plain, parameters)
             if row is not None:
                 return record_of(row)
-            # Mostly it is not as expected, as where two find the same: then there is nothing to lock anything for.
-            find = self._sql.find_of(expect)
-            if self._database.fetch_one(find.sql, find.values(**which)) is None:
+            # Usually, another thread has ended the task. Checking this avoids waiting for a lock.
+            if self._database.fetch_one(sql.find_task(expect), which) is None:
                 return None
 
-        def step(cursor: Cursor) -> AsyncRouteTask | None:
+        def step(cursor: Cursor) -> AsyncRouteTask:
             if state is State.NOT_STARTED:
-                one(cursor, self._sql.lock_namespace, ns=self._ns)
-                before = one(cursor, self._sql.get, ns=self._ns, task_id=task_id)
+                cursor.execute(sql.lock_namespace, which)
+                before = cursor.execute(sql.get_task, which).fetchone()
                 if before is not None:
-                    self._event_log.keep_states(cursor, self._ns, record_of(before))
-            rows = cursor.execute(statement.sql, parameters).fetchall()
-            if not rows:
-                raise TakeBack
-            task = record_of(rows[0])
+                    self._events.keep_states(cursor, record_of(before))
+            row = cursor.execute(sql.update_task(fields, expect), parameters).fetchone()
+            if row is None:
+                raise _RollBack
+            task = record_of(row)
             self._move_grants(cursor, task)
             if task.body_size and task.state.is_terminal:
-                run(cursor, self._bodies.drop, ns=self._ns, task_id=task_id)
+                cursor.execute(sql.delete_body, which)
             if task.callback_json is not None and task.state.is_terminal:
-                self.outbox.make_due(cursor, task_id)
+                cursor.execute(sql.make_callback_due, which)
             return task
 
-        return self._unless_taken_back(step)
+        return self._unless_rolled_back(step)
 
-    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> bool:
-        epoch = expect.epoch or 0
-        find = self._sql.find_of(expect)
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> int | None:
+        which = {**self._which(task_id), **expectation(expect)}
 
-        def add(cursor: Cursor) -> bool:
-            one(cursor, self._sql.lock_namespace, ns=self._ns)
-            if one(cursor, find, ns=self._ns, task_id=task_id, **expectation(expect)) is None:
-                return False
-            self._event_log.put(cursor, self._ns, task_id, epoch, sent)
-            return True
+        def add(cursor: Cursor) -> int | None:
+            cursor.execute(self._sql.lock_namespace, which)
+            if cursor.execute(self._sql.find_task(expect), which).fetchone() is None:
+                return None
+            return self._events.add(cursor, task_id, expect.epoch or 0, sent)
 
-        # Written twice it is there once.
-        return surely(lambda: self._database.write(add), lambda: None)
+        # Do not check whether the first write succeeded: a second write skips stored events.
+        return ensure_written(lambda: self._database.write(add), lambda: None)
 
     def delete(self, task_id: str, expect: Expect) -> bool:
-        return surely(lambda: self._delete(task_id, expect), lambda: True if self.get(task_id) is None else None)
-
-    def _delete(self, task_id: str, expect: Expect) -> bool:
         sql = self._sql
+        which = {**self._which(task_id), **expectation(expect)}
 
-        def remove(cursor: Cursor) -> bool:
-            run(cursor, sql.note_removed, ns=self._ns)
-            removed = run(cursor, sql.delete_of(expect), ns=self._ns, task_id=task_id, **expectation(expect))
-            if removed.rowcount == 0:
-                raise TakeBack
-            for drop in (sql.drop_grants, self._bodies.drop, self._terms.drop_key, self._event_log.drop):
-                run(cursor, drop, ns=self._ns, task_id=task_id)
-            self.outbox.drop(cursor, task_id)
+        def delete(cursor: Cursor) -> bool:
+            cursor.execute(sql.skip_change, which)
+            if cursor.execute(sql.delete_task(expect), which).rowcount == 0:
+                raise _RollBack
+            for statement in (
+                sql.delete_grants, sql.delete_body, sql.delete_key, sql.delete_events,
+                sql.delete_callback,
+            ):  # fmt: skip
+                cursor.execute(statement, which)
             return True
 
-        return self._unless_taken_back(remove) or False
+        return ensure_written(
+            lambda: self._unless_rolled_back(delete) or False,
+            lambda: True if self.get(task_id) is None else None,
+        )
 
     def query(
-        self,
-        conditions: Sequence[Condition],
-        sort: Sort,
-        limit: int,
-        position: Position | None,
+        self, conditions: Sequence[Condition], sort: Sort, limit: int, position: Position | None,
         readers: Readers | None,
-    ) -> list[AsyncRouteTask]:
+    ) -> list[AsyncRouteTask]:  # fmt: skip
         if readers is not None and readers == Readers():
             return []
-        statement, ids_alone = self._queries.statement(conditions, sort, position, readers)
-        values = statement.values(ns=self._ns, **queries.values(conditions, limit, position, readers))
-        if not ids_alone:
-            return [record_of(row) for row in self._database.fetch_all(statement.sql, values)]
+        text, is_merged = self._queries.statement(conditions, sort, position, readers)
+        values = queries.values(conditions, limit, position, readers)
+        values["ns"] = self._ns
+        if not is_merged:
+            return [record_of(row) for row in self._database.fetch_all(text, values)]
 
         def read(cursor: Cursor) -> list[AsyncRouteTask]:
-            ids = [row[0] for row in cursor.execute(statement.sql, values).fetchall()]
+            ids = [task_id for (task_id,) in cursor.execute(text, values).fetchall()]
             if not ids:
                 return []
-            listed, given = self._queries.listed(ids)
-            rows = cursor.execute(listed.sql, listed.values(ns=self._ns, **given)).fetchall()
-            by_id = {row[0]: row for row in rows}
-            return [record_of(by_id[task_id]) for task_id in ids]
+            listed, id_values = self._queries.listed(ids)
+            rows = cursor.execute(listed, {"ns": self._ns, **id_values}).fetchall()
+            by_id = {task.id: task for task in map(record_of, rows)}
+            return [by_id[task_id] for task_id in ids]
 
         return self._database.read(read)
 
     def waiting(self, most: Mapping[str, int], before_us: int) -> list[tuple[str, str]]:
         self.open()
-        statement = self._sql.waiting
-        rows = self._database.fetch_all(statement.sql, statement.values(ns=self._ns, before=before_us))
-        return oldest(((row[0], row[1]) for row in rows), most)
+        values: dict[str, Any] = {"ns": self._ns}
+        found = {
+            row.endpoint for row in self._database.fetch_all(self._sql.waiting_endpoints, values)
+        }
+        endpoints = [endpoint for endpoint in most if endpoint in found]
+        rows: list[Any] = []
+        for start in range(0, len(endpoints), WAITING_ENDPOINTS):
+            values = {"ns": self._ns, "before": before_us}
+            page = endpoints[start : start + WAITING_ENDPOINTS]
+            for number, endpoint in enumerate(page):
+                values[f"endpoint_{number}"] = endpoint
+                values[f"limit_{number}"] = most[endpoint]
+            rows += self._database.fetch_all(self._sql.waiting_tasks(len(page)), values)
+        rows.sort(key=lambda row: row.created_us)
+        return base.oldest(((row.id, row.endpoint) for row in rows), most)
 
     def outlived(self, now_us: int, limit: int) -> list[str]:
-        return self._ids(self._sql.outlived, now=now_us, most=limit)
+        values = {"ns": self._ns, "now": now_us, "limit": limit}
+        return [row.id for row in self._database.fetch_all(self._sql.outlived_tasks, values)]
 
-    def news(self, since: int) -> News:
+    def news(self, since: int, known: int = 0) -> base.News:
         self.open()
-        return self._changes.news(self._ns, since)
+        return self._events.news(since, known)
 
     def newest(self) -> int:
         self.open()
-        return self._changes.newest(self._ns)
+        return self._events.newest()
 
-    def events(self, since: int, most: int, task_id: str | None = None, group: str | None = None) -> Events:
+    def events(
+        self, since: int, most: int, task_id: str | None = None, group: str | None = None
+    ) -> Events:
         self.open()
-        return self._changes.events(self._ns, since, most, task_id, group)
+        return self._events.read(since, most, task_id, group)
 
-    def listen(self, heard: Callable[[], None]) -> Listener | None:
+    def listen(self, notify: Callable[[], None]) -> base.Listener | None:
         self.open()
-        return self._database.listen(CHANNEL, str(self._ns), heard)
+        return self._database.listen(CHANNEL, str(self._ns), notify)
 
     def secret(self) -> bytes:
         return self._namespace.secret
 
     def read_value(self, key: str) -> tuple[bytes, int] | None:
-        statement = self._values.read
-        row = self._database.fetch_one(statement.sql, statement.values(ns=self._ns, value_key=key))
-        return None if row is None else (row[0], row[1])
+        row = self._database.fetch_one(self._sql.get_value, {"ns": self._ns, "key": key})
+        return None if row is None else (row.value, row.version)
 
     def write_value(self, key: str, value: bytes | None, version: int | None) -> bool:
-        new_version = self._values.new_version()
+        # Use a random version, so that a value that is removed and set again gets no earlier
+        # version.
+        new = {"ns": self._ns, "key": key, "value": value, "version": randbits(62) + 1}
 
-        def look() -> bool | None:
+        def find() -> bool | None:
             held = self.read_value(key)
-            return True if (held is None if value is None else held is not None and held[1] == new_version) else None
+            is_written = held is None if value is None else held == (value, new["version"])
+            return is_written or None
 
         def write(cursor: Cursor) -> bool:
-            return self._values.write(cursor, self._ns, key, value, version, new_version)
+            return side_tables.write_value(cursor, self._sql, new, version)
 
-        return surely(lambda: self._database.write(write), look)
+        return ensure_written(lambda: self._database.write(write), find)
 
     def value_keys(self) -> Iterable[str]:
-        return self._ids(self._values.keys)
+        rows = self._database.fetch_all(self._sql.value_keys, {"ns": self._ns})
+        return [row.key for row in rows]
 
     def tend(self) -> None:
         self.open()
@@ -305,15 +328,16 @@ class SQLTaskStore(TaskStore):
     def forget(self) -> None:
         self._database.forget()
 
-    def _unless_taken_back(self, work: Callable[[Cursor], T]) -> T | None:
+    def _which(self, task_id: str) -> dict[str, Any]:
+        return {"ns": self._ns, "task_id": task_id}
+
+    def _unless_rolled_back(self, work: Callable[[Cursor], T]) -> T | None:
         try:
             return self._database.write(work)
-        except TakeBack:
+        except _RollBack:
             return None
-
-    def _ids(self, statement: Statement, **given: Any) -> list[str]:
-        return [row[0] for row in self._database.fetch_all(statement.sql, statement.values(ns=self._ns, **given))]
 
     def _move_grants(self, cursor: Cursor, task: AsyncRouteTask) -> None:
         if task.permission_json is not None:
-            run(cursor, self._sql.move_grants, ns=self._ns, task_id=task.id, new_state=task.state.value)
+            values = {**self._which(task.id), "state": task.state.value}
+            cursor.execute(self._sql.set_grant_state, values)

@@ -1,7 +1,8 @@
-"""The tables, for every SQL store and for Alembic. Columns hold plain integers, texts and bytes, so that no driver converts.
+"""The tables of the SQL stores, also for Alembic. Columns contain numbers, text and bytes, which
+drivers do not convert.
 
-A task's columns come in the order of the record's fields. An empty ``user`` means nobody: SQL compares and orders it
-like any other, which NULL it would not.
+The columns of a task are in the order of the record's fields. An empty ``user`` means no user. SQL
+compares and sorts it like other text, unlike NULL.
 """
 
 from __future__ import annotations
@@ -18,21 +19,32 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.types import TypeEngine
 
 
 def _text(length: int | None = None) -> TypeEngine[str]:
-    """Return the type of a text that every database compares by code point, as SQLite does by itself."""
+    """Return a text type whose values every database compares by code point, as SQLite does."""
     kind = Text if length is None else String
     return kind(length).with_variant(kind(length, collation="C"), "postgresql")
 
 
 metadata = MetaData()
 
-schema = Table("asyncroute_schema", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
 
-# Each index costs every start a page of log. So there is none for lists in all states: those merge five ranges.
+def _index(name: str, table: Table, *columns: str, where: str | None = None) -> None:
+    condition = None if where is None else text(where)
+    Index(
+        name, table.c.namespace, *(table.c[column] for column in columns),
+        sqlite_where=condition, postgresql_where=condition,
+    )  # fmt: skip
+
+
+schema = Table(
+    "asyncroute_schema", metadata, Column("version", Integer, primary_key=True, autoincrement=False)
+)
+
 namespaces = Table(
     "asyncroute_namespaces",
     metadata,
@@ -87,30 +99,15 @@ tasks = Table(
     Column("outlived_us", BigInteger),
     Column("request", LargeBinary),
 )
-Index("asyncroute_task_state", tasks.c.namespace, tasks.c.state, tasks.c.created_us)
-Index("asyncroute_task_user", tasks.c.namespace, tasks.c.user, tasks.c.state, tasks.c.created_us)
-Index("asyncroute_task_change", tasks.c.namespace, tasks.c.change)
-Index(
-    "asyncroute_task_outlived",
-    tasks.c.namespace,
-    tasks.c.outlived_us,
-    sqlite_where=tasks.c.outlived_us.is_not(None),
-    postgresql_where=tasks.c.outlived_us.is_not(None),
-)
-Index(
-    "asyncroute_task_stopping",
-    tasks.c.namespace,
-    tasks.c.owner,
-    sqlite_where=tasks.c.stopping == 1,
-    postgresql_where=tasks.c.stopping == 1,
-)
-Index(
-    "asyncroute_task_bound",
-    tasks.c.namespace,
-    tasks.c.owner,
-    sqlite_where=(tasks.c.state == "NotStarted") & tasks.c.owner.is_not(None),
-    postgresql_where=(tasks.c.state == "NotStarted") & tasks.c.owner.is_not(None),
-)
+# For each index, storing a task adds a page to the log. So lists over all states have no index of
+# their own, but merge five ranges.
+_index("asyncroute_task_state", tasks, "state", "created_us")
+_index("asyncroute_task_waiting", tasks, "endpoint", "created_us", where="state = 'NotStarted'")
+_index("asyncroute_task_user", tasks, "user", "state", "created_us")
+_index("asyncroute_task_change", tasks, "change")
+_index("asyncroute_task_outlived", tasks, "outlived_us", where="outlived_us IS NOT NULL")
+_index("asyncroute_task_stopping", tasks, "owner", where="stopping = 1")
+_index("asyncroute_task_bound", tasks, "owner", where="state = 'NotStarted' AND owner IS NOT NULL")
 
 grants = Table(
     "asyncroute_grants",
@@ -122,16 +119,11 @@ grants = Table(
     Column("state", _text(16), nullable=False),
     Column("created_us", BigInteger, nullable=False),
 )
-"""One row for each (kind, name) that may list a task: what a query needs to find it is here too, so that it is one range."""
-Index("asyncroute_grant_state", grants.c.namespace, grants.c.reader, grants.c.state, grants.c.created_us)
-Index(
-    "asyncroute_grant_user",
-    grants.c.namespace,
-    grants.c.reader,
-    grants.c.user,
-    grants.c.state,
-    grants.c.created_us,
-)
+"""One row per (kind, name) that may list a task. It repeats columns of the task, so that a query
+reads one index range.
+"""
+_index("asyncroute_grant_state", grants, "reader", "state", "created_us")
+_index("asyncroute_grant_user", grants, "reader", "user", "state", "created_us")
 
 bodies = Table(
     "asyncroute_bodies",
@@ -153,8 +145,10 @@ events = Table(
     Column("epoch", Integer, nullable=False),
     Column("number", BigInteger, nullable=False),
 )
-"""What views have sent, and states of runs that were lost; the states of the present run are in its task."""
-Index("asyncroute_event_change", events.c.namespace, events.c.change)
+"""View events, and the states of earlier runs. The states of the current run are in the task's
+row.
+"""
+_index("asyncroute_event_change", events, "change")
 
 keys = Table(
     "asyncroute_keys",
@@ -164,8 +158,8 @@ keys = Table(
     Column("fingerprint", _text(64), nullable=False),
     Column("task_id", _text(128), nullable=False),
 )
-"""One row for each task that was started with an ``Idempotency-Key``."""
-Index("asyncroute_key_task", keys.c.namespace, keys.c.task_id)
+"""One row per task that was started with an ``Idempotency-Key``."""
+_index("asyncroute_key_task", keys, "task_id")
 
 callbacks = Table(
     "asyncroute_callbacks",
@@ -186,21 +180,11 @@ callbacks = Table(
     Column("due_us", BigInteger),
     Column("holder", _text(64)),
 )
-"""The outbox: one row for each task with a callback. It is due from the task's end until it was sent or given up."""
-Index(
-    "asyncroute_callback_due",
-    callbacks.c.namespace,
-    callbacks.c.due_us,
-    sqlite_where=callbacks.c.due_us.is_not(None),
-    postgresql_where=callbacks.c.due_us.is_not(None),
-)
-Index(
-    "asyncroute_callback_holder",
-    callbacks.c.namespace,
-    callbacks.c.holder,
-    sqlite_where=callbacks.c.holder.is_not(None),
-    postgresql_where=callbacks.c.holder.is_not(None),
-)
+"""The outbox: one row per task with a callback. ``due_us`` is NULL before the task ends, and after
+the callback has succeeded or failed.
+"""
+_index("asyncroute_callback_due", callbacks, "due_us", where="due_us IS NOT NULL")
+_index("asyncroute_callback_holder", callbacks, "holder", where="holder IS NOT NULL")
 
 shared_values = Table(
     "asyncroute_values",
@@ -223,5 +207,7 @@ workers = Table(
     Column("endpoints", _text(), nullable=False),
 )
 
-RECORD = [column for column in tasks.columns if column.name not in ("namespace", "outlived_us", "request")]
-"""The columns that make a record, in the order of its fields."""
+RECORD = [
+    column for column in tasks.columns if column.name not in ("namespace", "outlived_us", "request")
+]
+"""The columns of a record, in field order."""

@@ -1,0 +1,137 @@
+"""Parse absolute http and https URLs. Refuse hosts that other parsers may read differently."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from urllib.parse import quote
+
+MAX_URL = 2048
+
+_UNFIT = re.compile(r"[\x00-\x20\x7f-\xa0\\\ud800-\udfff]")
+_PARTS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//([^/?#]*)([^#]*))?", re.DOTALL)
+_HOST = re.compile(r"(\[[^][@]*\]|[^][:@]*)(?::([0-9]*))?")
+_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_DECIMAL = re.compile(r"(?:0|[1-9][0-9]{0,2})(?:\.(?:0|[1-9][0-9]{0,2})){3}")
+_ASCII_OF_URL = "/?:@!$&'()*+,;=-._~%[]"
+_PORTS = {"http": 80, "https": 443}
+
+
+class BadAddress(ValueError):
+    """A URL or its host is invalid; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class WebAddress:
+    """The parts of a URL.
+
+    :param host: a lower-case ASCII name without a trailing dot, or a bare IP address.
+    :param target: path and query, as sent in the request.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+
+    @property
+    def ip(self) -> IPv4Address | IPv6Address | None:
+        """The host, if it is an IP address."""
+        try:
+            return ipaddress.ip_address(self.host)
+        except ValueError:
+            return None
+
+    @property
+    def authority(self) -> str:
+        """The value of the ``Host`` header: the host, and the port unless it is the default."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The whole URL, without a fragment."""
+        return f"{self.scheme}://{self.authority}{self.target}"
+
+
+def parse_url(url: str) -> WebAddress:
+    """Parse an absolute URL; drop its fragment, and convert its host to ASCII (UTS 46).
+
+    :raises BadAddress: for another scheme, userinfo, an invalid port or host, an unusual IPv4
+        address, control characters, spaces, backslashes, or over 2,048 characters.
+    """
+    if not url:
+        raise BadAddress("it is empty")
+    if len(url) > MAX_URL:
+        raise BadAddress(f"it has {len(url)} characters; the limit is {MAX_URL}")
+    if _UNFIT.search(url):
+        raise BadAddress("it contains a space, a backslash or a control character")
+    found = _PARTS.match(url)
+    scheme = found[1].lower() if found else ""
+    if scheme and scheme not in _PORTS:
+        raise BadAddress(f"its scheme is {scheme[:20]}; use https or http")
+    if found is None or found[2] is None:
+        raise BadAddress("it is not absolute; it must begin with https:// or http://")
+    authority, target = found[3], found[4]
+    if "@" in authority:
+        raise BadAddress("it contains a user name; send credentials in a header instead")
+    parts = _HOST.fullmatch(authority)
+    if parts is None:
+        raise BadAddress("its host is invalid")
+    path = target if target.startswith("/") else f"/{target}"
+    address = WebAddress(
+        scheme, host_of(parts[1]), _port(parts[2], scheme), quote(path, safe=_ASCII_OF_URL)
+    )
+    size = len(address.url)
+    if size > MAX_URL:
+        raise BadAddress(f"it has {size} characters after encoding; the limit is {MAX_URL}")
+    return address
+
+
+def host_of(text: str) -> str:
+    """Return a host in the normal form of `WebAddress`, or raise BadAddress."""
+    shown = repr(text[:60])
+    if text.startswith("["):
+        if "%" in text:
+            problem = "has an IPv6 zone (%…), which is valid on one machine only"
+            raise BadAddress(f"its host {shown} {problem}")
+        try:
+            return str(IPv6Address(text[1:-1]))
+        except ValueError:
+            raise BadAddress(f"its host {shown} is not an IPv6 address") from None
+    name = (text if text.isascii() else _ascii(text)).lower().removesuffix(".")
+    labels = name.split(".")
+    if _NUMBER.fullmatch(labels[-1]):
+        # Resolvers read 127.1, 0177.0.0.1, 0x7f000001 and 2130706433 as IPv4 addresses, but do not
+        # agree on the address.
+        if _DECIMAL.fullmatch(name) and text.isascii():
+            try:
+                return str(IPv4Address(name))
+            except ValueError:
+                pass
+        problem = "is a number, but not a decimal IPv4 address (a.b.c.d)"
+        raise BadAddress(f"its host {shown} {problem}")
+    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
+        raise BadAddress(f"its host {shown} is not a valid host name")
+    return name
+
+
+def _ascii(name: str) -> str:
+    import idna  # slow to import and rarely needed
+
+    try:
+        return idna.encode(name, uts46=True).decode("ascii")
+    except (idna.IDNAError, UnicodeError):
+        raise BadAddress(f"its host {name[:60]!r} is not a valid host name") from None
+
+
+def _port(text: str | None, scheme: str) -> int:
+    if not text:
+        return _PORTS[scheme]
+    port = int(text) if len(text) <= 5 else 0
+    if not 0 < port < 65536:
+        raise BadAddress(f"its port {text[:10]} is invalid; use 1 to 65535")
+    return port

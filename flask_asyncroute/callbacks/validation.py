@@ -1,0 +1,122 @@
+"""Checks the values of a callback, both as declared and as resolved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from .. import validators
+from ..encoding import MEDIA_TYPES
+from ..errors import ConfigurationError
+from . import expressions
+from .expressions import BadExpression, Template, is_token
+from .url import BadAddress, parse_url
+
+DEPTH_HEADER = "Asyncroute-Depth"  # the number of callbacks that led to a request
+MAX_METHOD = 32
+MAX_VALUE = 8192
+_NO_METHODS = frozenset({"CONNECT", "GET", "HEAD", "OPTIONS", "TRACE"})
+_OURS = frozenset(
+    {DEPTH_HEADER.lower(), "connection", "content-length", "content-type", "expect", "host",
+     "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "webhook-id",
+     "webhook-signature", "webhook-timestamp"}
+)  # fmt: skip
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+_BEGINNING = re.compile(r"https?://", re.IGNORECASE)
+_AUTHORITY = re.compile(r"https?://[^/?#]+/", re.IGNORECASE)
+
+
+def method_of(text: str) -> str:
+    """Return a method in upper case; raise ValueError if it is invalid or has no request body."""
+    method = text.upper()
+    if not is_token(text) or len(text) > MAX_METHOD:
+        raise ValueError(f"{text[:40]!r} is not a request method")
+    if method in _NO_METHODS:
+        raise ValueError(f"{method} has no request body; use POST, PUT or PATCH")
+    return method
+
+
+def content_type_of(text: str) -> str:
+    """Return a content type without parameters (the body is always UTF-8), or raise ValueError."""
+    kind = text.partition(";")[0].strip().lower()
+    if kind not in MEDIA_TYPES:
+        raise ValueError(f"{text[:60]!r} is not one of {', '.join(MEDIA_TYPES)}")
+    return kind
+
+
+def header_value(text: str) -> str:
+    """Return the value of a header, without surrounding blanks.
+
+    :raises ValueError: if it is too long, or contains control characters, which could begin another
+        header.
+    """
+    refuse_control_characters(text)
+    if len(text) > MAX_VALUE:
+        raise ValueError(f"it has {len(text)} characters; the limit is {MAX_VALUE}")
+    return text.strip(" \t")
+
+
+def refuse_control_characters(text: str) -> None:
+    """Raise ValueError for control characters except TAB, which headers may contain."""
+    if _CONTROL.search(text):
+        raise ValueError("it contains a line break or another control character")
+
+
+def check_header_name(label: str, value: Any) -> None:
+    """Raise ConfigurationError if a header name is invalid, or the library sets the header."""
+    name = validators.text(label, value)
+    if not is_token(name):
+        raise ConfigurationError(f"{label} must be a valid header name, not {name[:60]!r}.")
+    if name.lower() in _OURS:
+        problem = f"the library sets {name} itself; remove it"
+        raise ConfigurationError(f"{label}: {problem}.")
+
+
+def check_url(label: str, value: Any) -> None:
+    """Raise ConfigurationError if a callback URL would be invalid for every request."""
+    template = _parsed(label, value)
+    if template.is_alone:
+        return
+    fixed = template.beginning
+    if not template.is_literal:
+        if not _BEGINNING.match(fixed):
+            raise ConfigurationError(
+                f"{label}: the text before the first {{ must begin with https:// or http://. If "
+                "one expression is the whole URL, write it without braces."
+            )
+        if not has_authority(template):
+            return
+    try:
+        parse_url(fixed)
+    except BadAddress as error:
+        raise ConfigurationError(f"{label} is not a URL that can be called: {error}.") from None
+
+
+def has_authority(template: Template) -> bool:
+    """Return whether the URL's authority and the next ``/`` come before the first expression."""
+    return _AUTHORITY.match(template.beginning) is not None
+
+
+def check_term(label: str, value: Any, check: Callable[[str], str]) -> None:
+    """Raise ConfigurationError if a value is invalid.
+
+    :param check: checks the value if it contains no expression; raises ValueError.
+    """
+    template = _parsed(label, value)
+    try:
+        if template.is_literal:
+            check(value)
+            return
+        for part in template.parts:
+            if isinstance(part, str):
+                header_value(part)
+    except ValueError as error:
+        raise ConfigurationError(f"{label}: {error}.") from None
+
+
+def _parsed(label: str, value: Any) -> Template:
+    try:
+        return expressions.parse(validators.text(label, value))
+    except BadExpression as error:
+        raise ConfigurationError(f"{label}: {error}.") from None

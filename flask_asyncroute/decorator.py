@@ -1,0 +1,231 @@
+"""The decorator that replaces a view with a function that starts a task."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from flask import Request, Response, current_app, has_request_context, request
+
+from .config import task_path
+from .current_task import is_in_task
+from .errors import (
+    CannotStart,
+    ConfigurationError,
+    MethodNotAllowed,
+    RequestRefused,
+    StoreUnavailable,
+)
+from .executors import interruption
+from .executors.registry import kind_of
+from .http.params import preferred_wait
+from .http.responses import negotiate, refuse, render, task_answer
+from .http.waits import held, longest
+from .options import checked
+from .routes import MARK, Declaration, Start, View, check_view, declaration_of
+from .runtime import current_runtime
+from .task import AsyncRouteTask
+from .workers.runner import Runner
+
+logger = logging.getLogger("flask_asyncroute")
+
+_NEVER = {"HEAD", "TRACE"}
+"""Methods that are refused with 405. OPTIONS starts no task either, but gets Flask's response."""
+_START = "_asyncroute_start"
+"""Attribute of a request in which an async route was called. It makes a second call fail."""
+
+
+def declare(view: View, options: dict[str, Any]) -> Declaration:
+    """Turn ``view`` into an async route.
+
+    Unit tests can get the plain view with :func:`inspect.unwrap`.
+
+    :raises ConfigurationError: if the options or the view are invalid.
+    """
+    if not callable(view) or not hasattr(view, "__qualname__") or isinstance(view, type):
+        raise ConfigurationError(f"task() decorates a view function, not {view!r}.")
+    if declaration_of(view) is not None:
+        raise ConfigurationError(
+            f"{view.__qualname__}() is already an async route. For several URLs, put several route "
+            "decorators above one @task()."
+        )
+    given = checked(options)
+
+    @functools.wraps(view)
+    def start(*passed: Any, **arguments: Any) -> Any:
+        current = _request_of_call(view)
+        if current is None:
+            return view(*passed, **arguments)
+        try:
+            return _start(view, current, passed, arguments)
+        except RequestRefused as refusal:
+            response = refuse(refusal, current)
+            if isinstance(refusal, MethodNotAllowed):
+                response.headers["Allow"] = _allowed(current)
+            return response
+
+    declaration = Declaration(view, given, start)
+    check_view(declaration)
+    start.__dict__[MARK] = declaration
+    interruption.allow_within(start)
+    return declaration
+
+
+def view_function_of(declaration: Declaration) -> Start:
+    """Return the function that starts tasks, wrapped in the route's ``decorators``. The last
+    decorator is outermost.
+
+    :raises ConfigurationError: if a decorator does not use :func:`functools.wraps`.
+    """
+    function = declaration.start
+    for decorator in declaration.given.get("decorators", ()):
+        function = decorator(function)
+        if not callable(function) or declaration_of(function) is not declaration:
+            raise ConfigurationError(
+                f"{declaration.label}: {decorator!r} in decorators=[…] returned {function!r}. "
+                "Decorators must use functools.wraps, which sets __wrapped__."
+            )
+    if function is declaration.start:
+        return function
+    view = declaration.view
+
+    @functools.wraps(function)
+    def call(*passed: Any, **arguments: Any) -> Any:
+        # Decorators do not run in a task: they may need data that only a client's request has.
+        if _request_of_call(view) is None:
+            return view(*passed, **arguments)
+        return current_app.ensure_sync(function)(*passed, **arguments)
+
+    interruption.allow_within(call)
+    return call
+
+
+def is_bare(view_function: Callable[..., Any]) -> bool:
+    """Return whether a view function is an async route without other decorators above it."""
+    declaration = declaration_of(view_function)
+    return declaration is not None and declaration.start is view_function
+
+
+def _request_of_call(view: View) -> Request | None:
+    """Return the request in which a view was called; None in a task, which runs the plain view."""
+    current: Request | None = None
+    if has_request_context():
+        current = request._get_current_object()  # type: ignore[attr-defined]
+    if is_in_task(current):
+        return None
+    if current is None:
+        raise _call_error(view, "was called outside a request and outside a task")
+    return current
+
+
+def _call_error(view: View, reason: str, remedy: str = "") -> ConfigurationError:
+    return ConfigurationError(
+        f"{view.__qualname__}() is an async route and {reason}. To call the plain function, use "
+        f"inspect.unwrap({view.__name__})(…).{remedy}"
+    )
+
+
+def _start(
+    view: View, current: Request, passed: tuple[Any, ...], arguments: dict[str, Any]
+) -> Response:
+    runtime = current_runtime()
+    if not runtime.is_prepared:
+        runtime.prepare()
+    route = runtime.routes.get(current.endpoint or "")
+    if route is None or route.view is not view:
+        raise _call_error(
+            view,
+            f"was called in a request to the endpoint {current.endpoint!r}, which is not "
+            "registered for it",
+            " Register the route before the app's first request, and use functools.wraps, which "
+            "sets __wrapped__, in each decorator above it.",
+        )
+    if current.method == "OPTIONS":
+        return _default_options_response(current)
+    if runtime.is_child:
+        raise CannotStart(
+            "A child process cannot start tasks, because it exits after its own task. Send a "
+            "request to the server instead."
+        )
+    if current.method in _NEVER:
+        raise MethodNotAllowed(f"{current.method} never starts a task; use {_allowed(current)}.")
+    if passed:
+        raise CannotStart(
+            "A decorator above the async route passed a positional argument. Pass it by keyword."
+        )
+    runner = runtime.runner
+    media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
+    this = object()
+    # Functions of the app may call the view while the task is being started, even on other threads.
+    if vars(current).setdefault(_START, this) is not this:
+        raise _call_error(view, "was called twice in one request, which starts only one task")
+    try:
+        task = runner.dispatcher.start(route, current, arguments)
+    except Exception:
+        delattr(current, _START)  # Nothing was stored, so a decorator may call again.
+        raise
+    config = runner.config
+    # A task that has already ended belongs to an earlier request with the same idempotency key.
+    status = 200 if task.is_completed else config.accepted_status
+    if kind_of(route.options.executor).runs_inline:
+        task = runner.store.get(task.id) or task
+    headers = []
+    if "get" in config.operations:
+        headers.append(("Location", task_path(config, current.root_path, task.id)))
+    seconds = preferred_wait(current, config.max_wait)
+    if seconds is None:
+        return task_answer(task, runner.dispatcher.pace, media_type, status, headers)
+    seconds = longest(current.environ, seconds)
+    return _answer_later(runner, task, seconds, media_type, status, headers)
+
+
+def _answer_later(
+    runner: Runner,
+    task: AsyncRouteTask,
+    seconds: float,
+    media_type: str,
+    status: int,
+    headers: list[tuple[str, str]],
+) -> Response:
+    """Return a response that is sent when the task has ended, or after ``seconds``."""
+
+    def answer(found: AsyncRouteTask | None, is_applied: bool) -> Response:
+        now = found or task
+        applied = [("Preference-Applied", f"wait={seconds:.0f}")] if is_applied else []
+        return task_answer(
+            now, runner.dispatcher.pace, media_type, 200 if now.is_completed else status,
+            [*headers, *applied],
+        )  # fmt: skip
+
+    def failed(error: Exception) -> Response:
+        # The task was created, so the client must get its id.
+        if not isinstance(error, StoreUnavailable):
+            logger.error(
+                "The request that started task %s could not wait for its end. The task continues.",
+                task.id,
+                exc_info=error,
+            )
+        return answer(task, False)
+
+    announced = render(b"", media_type, "", status, headers)
+    return held(runner, task, seconds, lambda found: found.is_completed, announced, answer, failed)
+
+
+def _default_options_response(current: Request) -> Response:
+    """Return Flask's default response to OPTIONS.
+
+    This does not call Flask's own method, because its parameters changed in Flask 3.2.
+    """
+    adapter = current_app.create_url_adapter(current)
+    assert adapter is not None, "a request always has a URL adapter"
+    response = current_app.response_class()
+    response.allow.update(adapter.allowed_methods())
+    return response
+
+
+def _allowed(current: Request) -> str:
+    rule = current.url_rule
+    methods = (rule.methods or set()) - _NEVER if rule is not None else set()
+    return ", ".join(sorted(methods))

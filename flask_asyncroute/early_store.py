@@ -1,0 +1,103 @@
+"""The store that the shared state uses before the runner is created."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from flask import Flask
+
+from .background import when_gone
+from .config import Config
+from .errors import ConfigurationError
+from .stores.base import SharedTaskStore, TaskStore
+from .stores.registry import MEMORY, make_store
+from .workers.runner import new_store
+
+left_behind: list[object] = []
+"""Stores and runners inherited at a fork. The list keeps them alive, because closing their
+connections would break the parent's.
+"""
+
+
+class EarlyStore:
+    """Holds a store that was opened before the runner existed, until a runner takes it. Not
+    thread-safe.
+
+    A copy of an in-memory store's shared values stays here, for the runner of a forked process or
+    of `testing.inline`.
+    """
+
+    def __init__(self) -> None:
+        self._store: TaskStore | None = None
+        self._named_by: tuple[Any, ...] = ()
+        self._finalizer: weakref.finalize[..., Any] | None = None
+
+    def open(self, app: Flask, config: Config) -> TaskStore:
+        """Return the store; the first call opens the store named in ``config``."""
+        if self._store is None:
+            store = new_store(app, config)
+            store.open()
+            self._store, self._named_by = store, _naming(config)
+            self._finalizer = when_gone(self, store.close)
+        return self._store
+
+    def check(self, config: Config) -> None:
+        """Raise ConfigurationError if the open store differs from the one in ``config``."""
+        if self._store is not None and self._named_by != _naming(config):
+            raise ConfigurationError(
+                "ASYNCROUTE_STORE, ASYNCROUTE_NAMESPACE or ASYNCROUTE_CREATE_TABLES was changed "
+                "after async_routes.state was used. Set the key before the first use of the state."
+            )
+
+    def take(self, app: Flask, config: Config) -> TaskStore:
+        """Return the open store or a new one. The runner that takes it must close it."""
+        store = self._store
+        if store is None:
+            return new_store(app, config)
+        self._release()
+        if not store.is_shared:
+            self._store = _copy(store)
+        return store
+
+    def in_memory(self) -> EarlyStore:
+        """Return an early store for `testing.inline`, with a copy of the values of an in-memory
+        store.
+        """
+        copy = EarlyStore()
+        if self._store is not None and not self._store.is_shared:
+            copy._store, copy._named_by = _copy(self._store), self._named_by
+        return copy
+
+    def close(self) -> None:
+        """Close connections; the next access reopens them."""
+        if self._store is not None:
+            self._store.close()
+
+    def forget_process(self) -> None:
+        """Drop the parent's connections without closing them. Call this in the child after a
+        fork.
+        """
+        if isinstance(self._store, SharedTaskStore):
+            self._store.forget()
+            left_behind.append(self._store)
+            self._release()
+
+    def _release(self) -> None:
+        self._store = None
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
+
+def _naming(config: Config) -> tuple[Any, ...]:
+    return config.store, config.namespace, config.create_tables
+
+
+def _copy(store: TaskStore) -> TaskStore:
+    """Return an in-memory store with the shared values of ``store``."""
+    copy = make_store(MEMORY, "", "", True)
+    for key in store.value_keys():
+        found = store.read_value(key)
+        if found is not None:
+            copy.write_value(key, found[0], None)
+    return copy

@@ -1,0 +1,1 @@
+"""Starts and stops tasks, writes their State, and notifies subscribers."""

@@ -1,0 +1,293 @@
+"""Starts, stops and times out tasks. One dispatcher per process and app."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flask import Flask, Request
+from werkzeug.exceptions import HTTPException
+
+from .. import errors
+from ..config import Config
+from ..executors.base import TaskExecutor
+from ..executors.execution import Execution
+from ..permissions import Caller
+from ..request import idempotency
+from ..request.capture import body_refusal, capture, guard, restore_body
+from ..request.identity import IdentityLoader, identify
+from ..request.submission import Intake, permission_of
+from ..routes import Route
+from ..snapshot import encode
+from ..stores.base import StartKey, TaskStore
+from ..task import AsyncRouteTask, State
+from .lifecycle import Lifecycle, seconds_since_end
+from .retry_after import Pace
+
+logger = logging.getLogger("flask_asyncroute")
+
+ID_TRIES = 4  # Attempts to generate an unused id.
+STOPPED = "Aborted by the user"
+TIMED_OUT = "Timeout"
+
+
+@dataclass(eq=False)
+class Dispatcher:
+    """Creates tasks from requests, stops them and times them out. Thread-safe."""
+
+    app: Flask
+    config: Config
+    store: TaskStore
+    lifecycle: Lifecycle
+    identity_loader: Callable[[], IdentityLoader | None]
+    executor_of: Callable[[Route], TaskExecutor]
+    routes: Mapping[str, Route]
+    pace: Pace = field(default_factory=Pace)
+    is_closing: bool = False  # Whether this process is shutting down and starts no more tasks.
+    running: dict[str, tuple[Execution, TaskExecutor]] = field(default_factory=dict)
+    """The runs of this process whose outcome is not stored yet, by task id."""
+    _ended: threading.Condition = field(default_factory=threading.Condition)
+
+    def caller(self) -> Caller | None:
+        """Return the caller of the current request."""
+        return identify(self.app, self.identity_loader(), self.config.user_id_field)
+
+    def start(self, route: Route, current: Request, arguments: Mapping[str, Any]) -> AsyncRouteTask:
+        """Create a task of ``route`` from the request ``current``, and submit it to the executor.
+
+        If the caller has used the ``Idempotency-Key`` before, return the task that was started with
+        it.
+
+        :param arguments: keyword arguments of the view, except those of the route option
+            ``arguments``.
+        :raises RequestRefused: if the task cannot be started; nothing is stored.
+        """
+        if self.is_closing:
+            raise _shutting_down()
+        executor = self.executor_of(route)
+        config, route_permission = self.config, route.options.permission
+        caller = permission = key_name = None
+        loader = self.identity_loader()
+        has_identity = loader is not None or hasattr(self.app, "login_manager")
+        has_key = idempotency.HEADER in current.environ
+        # Skip this if the request needs no identity, key or permission.
+        if has_identity or has_key or route_permission is not None:
+            if has_identity or callable(route_permission):
+                guard(current, config.max_body)  # because the app's functions may read the body
+            try:
+                caller = identify(self.app, loader, config.user_id_field, is_start=True)
+                if has_key:
+                    key_name = idempotency.key_name(current, caller, self.store.secret())
+                else:
+                    permission = permission_of(route, caller)
+            except HTTPException as error:
+                raise body_refusal(current, error) from error
+        captured, body = capture(current, arguments, config.max_body, config.snapshot_drop)
+        intake = Intake(route, current, caller, captured, body, permission)
+        try:
+            if key_name is not None:
+                return self._submit_once(executor, intake, key_name)
+            return self._submit(executor, intake)
+        except BaseException:
+            if body is not None:
+                body.close()
+            raise
+
+    def stop(self, task: AsyncRouteTask) -> AsyncRouteTask:
+        """Stop a task; return the new record. An Aborted task is returned unchanged.
+
+        :raises TaskFinished: if it is Completed or Failed.
+        :raises NotCancellable: if its route does not allow stops.
+        :raises TaskNotFound: if it has been deleted.
+        """
+        current: AsyncRouteTask | None = task
+        while current is not None:
+            if current.state is State.ABORTED:
+                return current
+            if current.state.is_terminal:
+                raise errors.TaskFinished(
+                    f"The task has ended with State {current.state}, so it cannot be stopped.",
+                    task_id=current.id,
+                )
+            if not current.cancellable:
+                raise errors.NotCancellable(
+                    "This task cannot be stopped: its route does not allow it.", task_id=current.id
+                )
+            run = self.running.get(task.id)
+            if run is not None:
+                # Store the view's events first: the store rejects events of an aborted task.
+                self.lifecycle.write_events(run[0])
+            aborted = self.lifecycle.abort(current, STOPPED)
+            if aborted is not None:
+                return aborted
+            current = self.store.get(task.id)
+        raise unknown(task.id)
+
+    def expire(self, execution: Execution) -> None:
+        """Ask a view to stop because its timeout has expired. The store is written later, so this
+        returns quickly.
+        """
+        execution.is_expired = True
+        execution.ask_to_stop()
+        self.lifecycle.pending_writes.keep(
+            execution.task_id, lambda: self.lifecycle.expire(execution, TIMED_OUT)
+        )
+
+    def on_change(self, task: AsyncRouteTask) -> None:
+        """If a task was aborted, or taken over by another process, stop its run or remove it from
+        the queue.
+        """
+        if task.completed_us is not None and task.owner != self.lifecycle.owner:
+            # Only tasks of other processes: `run_task` notes the durations of this process's own
+            # runs.
+            self.pace.note(task, task.completed_us)
+        run = self.running.get(task.id)
+        if task.state is not State.ABORTED:
+            if run is not None and not run[0].is_shutting_down and self._is_lost(run[0], task):
+                logger.warning(
+                    "Another worker has taken over task %s, because this process appeared to be "
+                    "dead. Stopping the run in this process.",
+                    task.id,
+                )
+                run[0].ask_to_stop()
+        elif run is not None:
+            execution, executor = run
+            execution.ask_to_stop(ago=seconds_since_end(task))
+            if task.stopping:
+                executor.abandon(task.id)
+        elif (route := self.routes.get(task.endpoint)) is not None:
+            self.executor_of(route).discard(task.id)
+
+    def begin(self, execution: Execution, executor: TaskExecutor) -> bool:
+        """Register a run; return False if this process already runs the task."""
+        with self._ended:
+            run = execution, executor
+            return self.running.setdefault(execution.task_id, run) is run
+
+    def end(self, execution: Execution) -> None:
+        """Unregister a run."""
+        with self._ended:
+            if self.running.get(execution.task_id, (None,))[0] is execution:
+                del self.running[execution.task_id]
+            self._ended.notify_all()
+
+    def wait_idle(self, seconds: float) -> bool:
+        """Wait until this process runs no task; return False after ``seconds``."""
+        with self._ended:
+            return self._ended.wait_for(lambda: not self.running, seconds)
+
+    def _is_lost(self, execution: Execution, task: AsyncRouteTask) -> bool:
+        """Return whether another process took over a run's task. ``task`` may be older than the
+        claim.
+        """
+        if task.state is State.NOT_STARTED:
+            return 0 < execution.epoch <= task.epoch
+        return task.owner != self.lifecycle.owner and task.epoch > execution.epoch
+
+    def _submit_once(self, executor: TaskExecutor, intake: Intake, name: str) -> AsyncRouteTask:
+        """Return the task that was started with this key, or start one."""
+        key = intake.take_key(name, self.store.secret())
+        task = self._started_with(key)
+        if task is None:
+            restore_body(intake.current, intake.captured, intake.body)
+            try:
+                intake.permission = permission_of(intake.route, intake.caller)
+            except HTTPException as error:
+                raise body_refusal(intake.current, error) from error
+            try:
+                return self._submit(executor, intake)
+            except (errors.KeyTaken, errors.QueueFull) as error:
+                # A concurrent request with the same key started its task first, perhaps in the last
+                # slot.
+                task = self._started_with(key)
+                if task is None and isinstance(error, errors.QueueFull):
+                    raise
+                if task is None:
+                    raise errors.QueueFull(
+                        "The task of this Idempotency-Key was removed. Try again.", retry_after=1
+                    ) from error
+        if intake.body is not None:
+            intake.body.close()
+        return task
+
+    def _started_with(self, key: StartKey) -> AsyncRouteTask | None:
+        found = self.store.started_with(key.name)
+        if found is None:
+            return None
+        task, fingerprint = found
+        if fingerprint != key.fingerprint:
+            raise errors.KeyReused(
+                "This Idempotency-Key was used with a different method, URL or body. Use another "
+                "key."
+            )
+        return task
+
+    def _submit(self, executor: TaskExecutor, intake: Intake) -> AsyncRouteTask:
+        """Store a task and pass it to the executor."""
+        if self.is_closing:  # checked again, because reading the request may take long
+            raise _shutting_down()
+        route = intake.route
+        try:
+            executor.reserve()
+            try:
+                task = self._create(intake)
+            except BaseException:
+                executor.release()
+                raise
+        except (errors.QueueFull, errors.TooManyTasks) as refusal:
+            refusal.retry_after = self.pace.until_free(route.endpoint, route.options.max_workers)
+            raise
+        try:
+            executor.submit(task.id)
+        except Exception as error:
+            logger.exception("The executor of endpoint %s rejected a task.", route.endpoint)
+            deleted: list[bool] = []
+            self.lifecycle.pending_writes.write(
+                task.id, lambda: deleted.append(self.lifecycle.delete_unstarted(task))
+            )
+            if deleted == [False]:
+                return task  # another process has claimed the task
+            raise errors.QueueFull(
+                "The server's executor rejected the task. Try again.", retry_after=5
+            ) from error
+        return task
+
+    def _create(self, intake: Intake) -> AsyncRouteTask:
+        data = encode(intake.captured)
+        callback = intake.route.options.callback
+        if callback is not None:
+            from ..request.callback import resolve  # imported only if an app uses callbacks
+
+            hosts = self.config.callback_allowed_hosts
+            intake.delivery = resolve(callback, intake, intake.name, hosts)
+        grants = () if intake.permission is None else intake.grants()
+        quota = None if intake.caller is None else self.config.max_tasks_per_user
+        for _ in range(ID_TRIES):
+            task = intake.record(self.lifecycle.owner, self.config)
+            try:
+                self.lifecycle.create(
+                    task, data, intake.body, grants, intake.key, quota, intake.delivery
+                )
+            except errors.IdTaken:
+                continue
+            return task
+        raise errors.CannotStart(
+            f"The route's id generator returned {ID_TRIES} existing ids in a row; it must return "
+            "unique ids."
+        )
+
+
+def unknown(task_id: str) -> errors.TaskNotFound:
+    """Return the error for an unknown id, and for a task that the caller may not read."""
+    return errors.TaskNotFound(
+        "There is no task with this id, or you may not read it.", task_id=task_id
+    )
+
+
+def _shutting_down() -> errors.ShuttingDown:
+    return errors.ShuttingDown(
+        "This server process is shutting down, so no task was started. Try again.", retry_after=1
+    )

@@ -1,0 +1,325 @@
+"""The only module that changes the State of tasks. Each change is one store transaction, followed
+by a signal.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any
+
+from blinker import NamedSignal
+from flask import Flask
+
+from .. import signals
+from ..callbacks.model import PENDING, Delivery
+from ..errors import CommitUnknown, StoreUnavailable, TaskUnfinished
+from ..executors.execution import Execution
+from ..request import context
+from ..snapshot import Body
+from ..stores.base import Claim, Expect, StartKey, TaskStore
+from ..task import TERMINAL, TRANSITIONS, AsyncRouteTask, State, now_us
+from .pending_writes import PendingWrites
+
+logger = logging.getLogger("flask_asyncroute")
+
+MAX_RESTARTS = 2  # Maximum restarts of a task with ``on_loss="restart"`` after its worker died.
+NOTIFIED_SECONDS = 0.3
+"""Minimum time between the end of a task and its deletion, so that every poll reads the end."""
+PAGE = 500
+LOST = "Worker lost"
+SHUT_DOWN = "Server shutdown"
+
+_SET_BY_RUN = ("owner", "started_us", "expires_us", "progress", "progress_message")
+_FINISHED = {
+    State.COMPLETED: signals.task_completed,
+    State.FAILED: signals.task_failed,
+    State.ABORTED: signals.task_aborted,
+}
+
+
+class Lifecycle:
+    """Executes the state transitions of tasks in one store.
+
+    Thread-safe; needs no app context. Methods raise `StoreUnavailable` if the store does. If the
+    task is not in the expected state, methods that return a task do nothing and return None.
+    """
+
+    def __init__(self, app: Flask, store: TaskStore, owner: str) -> None:
+        self._app = app
+        self._store = store
+        self.owner = owner  # The worker name of this process.
+        self.pending_writes = PendingWrites()
+        # Signals hold weak references, so they do not keep this object alive.
+        signals.progress_reported.connect(self.on_progress_reported, sender=app)
+
+    def create(
+        self, task: AsyncRouteTask, request: bytes, body: Body | None,
+        grants: Collection[tuple[str, str]], key: StartKey | None = None, quota: int | None = None,
+        delivery: Delivery | None = None,
+    ) -> None:  # fmt: skip
+        """Store a new task; see :meth:`TaskStore.add` for parameters and errors."""
+        try:
+            self._store.add(task, request, body, grants, key, quota, delivery)
+        except CommitUnknown:
+            # The client gets an error, so the task must not run. But with an idempotency key, keep
+            # it: the client's retry finds it.
+            if key is None:
+                self.pending_writes.keep(task.id, lambda: self._undo_create(task))
+            raise
+        self.notify(signals.task_created, task)
+
+    def claim(self, task_id: str) -> Claim | None:
+        """Move a task from NotStarted to Running, owned by this process."""
+        now = now_us()
+        try:
+            claim = self._store.claim(task_id, self.owner, now)
+        except CommitUnknown:
+            # The task could be stored as Running although no process runs it.
+            self.pending_writes.keep(task_id, lambda: self._undo_claim(task_id, now))
+            raise
+        if claim is not None:
+            self.notify(signals.task_started, claim.task)
+        return claim
+
+    def finish(
+        self, execution: Execution, state: State, values: dict[str, Any]
+    ) -> AsyncRouteTask | None:
+        """Store the terminal ``state`` of a run's task, and its last progress. If the task was
+        already aborted, only record that its code has ended.
+        """
+        self.write_events(execution)
+        progress, message = execution.final_report()
+        if progress is not None:
+            reached = 100.0 if state is State.COMPLETED else progress
+            values = {"progress": reached, "progress_message": message, **values}
+        task = self._finish(execution.task_id, self._held_by(execution), state, values)
+        if task is None:
+            self.release(execution)
+        return task
+
+    def abort(self, task: AsyncRouteTask, error: str) -> AsyncRouteTask | None:
+        """Move a task to Aborted unless its state, owner or epoch has changed. A Running task also
+        becomes Stopping.
+        """
+        is_running = task.state is State.RUNNING
+        return self._abort(task.id, _unchanged(task), error, stopping=is_running)
+
+    def expire(self, execution: Execution, error: str) -> AsyncRouteTask | None:
+        """Move a task that runs in this process to Aborted and Stopping."""
+        self.write_events(execution)
+        return self._abort(execution.task_id, self._held_by(execution), error, stopping=True)
+
+    def recover(self, task: AsyncRouteTask) -> AsyncRouteTask | None:
+        """Restart or abort a task whose worker died. If the task is Stopping, record that its code
+        has ended.
+        """
+        if task.state is State.NOT_STARTED:
+            return self.abort(task, LOST)
+        if task.state is not State.RUNNING:
+            return self._change(task.id, _unchanged(task, stopping=True), stopping=False)
+        if task.on_loss == "restart" and task.restarts < MAX_RESTARTS:
+            return self._requeue(task.id, _unchanged(task), restarts=task.restarts + 1)
+        return self._abort(task.id, _unchanged(task), LOST)
+
+    def cut_short(self, execution: Execution, is_over: bool) -> None:
+        """Abort a run's task because of a shutdown. With ``on_loss="restart"``, requeue it if its
+        code has ended (``is_over``); otherwise, recovery restarts it.
+        """
+        self.write_events(execution)
+        expect = self._held_by(execution)
+        task = None
+        if not execution.restarts_on_loss:
+            task = self._abort(execution.task_id, expect, SHUT_DOWN, stopping=not is_over)
+        elif is_over:
+            task = self._requeue(execution.task_id, expect)
+        if task is None and is_over:
+            self.release(execution)
+
+    def abort_later(self, task_id: str, error: str) -> None:
+        """Abort, in the background, a task that only this process could run."""
+
+        def abort() -> None:
+            task = self._store.get(task_id)
+            if task is not None and not task.state.is_terminal:
+                self._abort(task_id, _unchanged(task), error)
+
+        self.pending_writes.keep(task_id, abort)
+
+    def release(self, execution: Execution) -> None:
+        """Record that the code of an aborted task has ended."""
+        expect = Expect((State.ABORTED,), self.owner, execution.epoch, stopping=True)
+        self._change(execution.task_id, expect, stopping=False)
+
+    def delete_unstarted(self, task: AsyncRouteTask) -> bool:
+        """Delete a task if it is NotStarted; return whether it was deleted."""
+        return self._store.delete(task.id, Expect((State.NOT_STARTED,)))
+
+    def purge(self, task_id: str) -> bool:
+        """Delete a finished task whose code has ended; return whether it was deleted."""
+        return self._store.delete(task_id, Expect(tuple(TERMINAL), stopping=False))
+
+    def delete_expired(self) -> None:
+        """Delete tasks whose retention has expired."""
+        while True:
+            ended_before = now_us() - int(NOTIFIED_SECONDS * 1_000_000)
+            expired = self._store.outlived(ended_before, PAGE)
+            for task_id in expired:
+                self.purge(task_id)
+            if len(expired) < PAGE:
+                return
+
+    def write_events(self, execution: Execution) -> None:
+        """Store a view's events; drop them if the run no longer owns the task."""
+        # Another thread may be storing events now. The end of the task must be stored after them.
+        with execution.writing:
+            sent = execution.take_events()
+            if not sent:
+                return
+            expect = self._held_by(execution)
+            try:
+                change = self._store.add_events(execution.task_id, expect, sent)
+            except StoreUnavailable:
+                execution.return_events(sent)
+                raise
+        if change is not None:
+            signals.send_fact(
+                signals.events_written, self._app, task_id=execution.task_id, change=change
+            )
+
+    def on_progress_reported(self, sender: Flask, execution: Execution, **extra: Any) -> None:
+        self.write_progress(execution)
+
+    def write_progress(self, execution: Execution) -> None:
+        """Store the newest progress of a run."""
+        report = execution.take_report()
+        if report is None:
+            return
+        values = {"progress": report[0], "progress_message": report[1]}
+        try:
+            task = self._store.update(execution.task_id, self._held_by(execution), values)
+        except StoreUnavailable:
+            execution.return_report()
+            raise
+        if task is not None:
+            self.notify(signals.task_progressed, task)
+
+    def notify(self, signal: NamedSignal | None, task: AsyncRouteTask, **more: Any) -> None:
+        """Send the signals for a stored change. The app's receivers get ``signal``, with ``task``
+        and ``more`` as arguments.
+        """
+        signals.send_fact(signals.task_changed, self._app, task=task)
+        if logger.isEnabledFor(logging.INFO):
+            with suppress(Exception):  # a log filter or handler of the app may fail
+                _log(signal, task)
+        if task.callback_state in PENDING and task.state.is_terminal:
+            signals.send_fact(signals.callback_pending, self._app, task=task)
+        if signal is None:
+            return
+        is_end = signal in _FINISHED.values()
+        if signal.receivers or (is_end and signals.task_finished.receivers):
+            try:
+                with context.in_app(self._app):
+                    signals.send_fact(signal, self._app, task=task, **more)
+                    if is_end:
+                        signals.send_fact(signals.task_finished, self._app, task=task)
+            except Exception:
+                # A teardown function of the app raised. The caller must still get the stored
+                # change.
+                logger.exception(
+                    "A teardown function raised an exception after the signal %s. The change of "
+                    "the task is stored.",
+                    signal.name,
+                )
+
+    def _held_by(self, execution: Execution) -> Expect:
+        return Expect((State.RUNNING,), self.owner, execution.epoch)
+
+    def _finish(
+        self, task_id: str, expect: Expect, state: State, values: dict[str, Any]
+    ) -> AsyncRouteTask | None:
+        is_allowed = all(state in TRANSITIONS[before] for before in expect.states)
+        if state not in _FINISHED or not is_allowed:
+            before = " or ".join(expect.states)
+            raise ValueError(f"A transition from {before} to {state} is not allowed.")
+        values = {"state": state, "completed_us": now_us(), **values}
+        task = self._store.update(task_id, expect, values)
+        if task is not None:
+            self.notify(_FINISHED[state], task)
+        return task
+
+    def _abort(
+        self, task_id: str, expect: Expect, error: str, **values: Any
+    ) -> AsyncRouteTask | None:
+        return self._finish(task_id, expect, State.ABORTED, {"error": error, **values})
+
+    def _requeue(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
+        """Move a task from Running to NotStarted, as if it had never run."""
+        empty = dict.fromkeys(_SET_BY_RUN)
+        return self._change(task_id, expect, state=State.NOT_STARTED, **empty, **values)
+
+    def _change(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
+        """Write a change that has no signal for the app."""
+        task = self._store.update(task_id, expect, values)
+        if task is not None:
+            self.notify(None, task)
+        return task
+
+    def _undo_create(self, task: AsyncRouteTask) -> None:
+        found = self._store.get(task.id)
+        if found is not None and found.created_us == task.created_us:
+            self.delete_unstarted(task)
+
+    def _undo_claim(self, task_id: str, claimed_us: int) -> None:
+        task = self._store.get(task_id)
+        if task is not None and task.started_us == max(claimed_us, task.created_us):
+            self._requeue(task_id, Expect((State.RUNNING,), self.owner, task.epoch))
+
+
+def _log(signal: NamedSignal | None, task: AsyncRouteTask) -> None:
+    """Log the start and the end of a task."""
+    extra = {"task_id": task.id}
+    if signal is signals.task_started:
+        logger.info("Task %s of endpoint %s started.", task.id, task.endpoint, extra=extra)
+    elif signal in _FINISHED.values() and task.completed_us is not None:
+        began_us = task.created_us if task.started_us is None else task.started_us
+        logger.info(
+            "Task %s of endpoint %s is %s after %.3f s%s.",
+            task.id, task.endpoint, task.state.value, (task.completed_us - began_us) / 1_000_000,
+            " of waiting" if task.started_us is None else "", extra=extra,
+        )  # fmt: skip
+
+
+def _unchanged(task: AsyncRouteTask, stopping: bool | None = None) -> Expect:
+    return Expect((task.state,), task.owner, task.epoch, stopping)
+
+
+def purge(store: TaskStore, lifecycle: Lifecycle, task: AsyncRouteTask) -> bool:
+    """Delete a task once subscribers have had time to read its end; return whether it still
+    existed.
+
+    :raises TaskUnfinished: if it has not ended, or its code is still running.
+    """
+    current: AsyncRouteTask | None = task
+    while current is not None:
+        if not current.is_completed or current.stopping:
+            reason = "its code is still running. Try again."
+            if not current.is_completed:
+                reason = f"its State is {current.state}; stop it first."
+            message = f"The task cannot be removed: {reason}"
+            raise TaskUnfinished(message, task_id=current.id, retry_after=1)
+        time.sleep(NOTIFIED_SECONDS - seconds_since_end(current))
+        if lifecycle.purge(current.id):
+            return True
+        current = store.get(current.id)
+    return False
+
+
+def seconds_since_end(task: AsyncRouteTask) -> float:
+    """Return the seconds since a task ended, limited to 0 to :data:`NOTIFIED_SECONDS`, because
+    clocks may differ between processes.
+    """
+    assert task.completed_us is not None
+    return min(max((now_us() - task.completed_us) / 1_000_000, 0.0), NOTIFIED_SECONDS)

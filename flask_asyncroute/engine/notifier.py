@@ -1,0 +1,329 @@
+"""Notifies streams and long-polling requests when any process changes a task."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flask import Flask
+
+from .. import signals
+from ..background import Loop, when_gone
+from ..errors import StoreUnavailable
+from ..stores.base import Listener, SharedTaskStore, TaskStore
+from ..task import AsyncRouteTask
+from .shared_reads import SharedReads
+
+logger = logging.getLogger("flask_asyncroute")
+
+POLL_SECONDS = 0.05  # Poll interval if the store sends no notifications.
+REREAD_SECONDS = 0.25
+"""Poll interval if the store sends notifications, and interval of the check for server shutdown."""
+REST_SECONDS = 0.005  # Pause after a poll, so that the next poll reads many changes.
+LINGER_SECONDS = 2.0  # How long polling continues after the last subscriber has left.
+IDLE_SECONDS = 60.0
+SHUTDOWN_SEND_SECONDS = 0.5  # How long a client may take to receive a chunk during shutdown.
+
+
+class Follower:
+    """A subscriber to changes. Its thread calls ``clear``, reads the store, calls ``wait``, and
+    repeats.
+
+    ``wait`` acquires a lock that a change releases. A `threading.Event` would use a kilobyte more
+    per stream.
+    """
+
+    __slots__ = ("_changed", "_disconnect", "must_be_sent_by")
+
+    def __init__(self, disconnect: Callable[[], None] | None = None) -> None:
+        self._changed = threading.Lock()
+        self._disconnect = disconnect
+        self.must_be_sent_by: float | None = None  # Deadline of the current chunk (monotonic).
+
+    def clear(self) -> None:
+        """Forget earlier changes."""
+        self._changed.acquire(blocking=False)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a change; return False after ``seconds`` without a change."""
+        return self._changed.acquire(timeout=min(max(seconds, 0.0), threading.TIMEOUT_MAX))
+
+    def set(self, task: AsyncRouteTask | None = None) -> None:
+        """Wake the subscriber. Call from one thread at a time."""
+        if self._changed.locked():
+            self._changed.release()
+
+    def disconnect_if_late(self, now: float) -> None:
+        """Disconnect the client if it has not received a chunk in time, because it blocks a server
+        thread.
+        """
+        deadline = self.must_be_sent_by  # read once: the sending thread may reset it
+        if self._disconnect is not None and deadline is not None and now >= deadline:
+            self._disconnect()
+
+
+class Waiter(Follower):
+    """A subscriber that keeps the newest task record of its notifications."""
+
+    __slots__ = ("task",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task: AsyncRouteTask | None = None
+
+    def set(self, task: AsyncRouteTask | None = None) -> None:
+        known = self.task
+        if task is not None and (known is None or task.change > known.change):
+            self.task = task
+        super().set()
+
+
+class Notifier(Loop):
+    """Calls ``on_change`` for each changed task, then notifies subscribers. Thread-safe.
+
+    Polls a shared store on its own thread, while there are subscribers, or between :meth:`watch`
+    and :meth:`unwatch`.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        store: TaskStore,
+        on_change: Callable[[AsyncRouteTask], None],
+        is_server_ending: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__("asyncroute-watcher")
+        self._store = store
+        self.shared_reads = SharedReads()
+        self._on_change = on_change
+        self._is_server_ending = is_server_ending
+        self._waiting_lock = threading.Lock()
+        self._waiting: dict[str | None, set[Follower]] = {}
+        self._changed: set[str] = set()  # The tasks whose streams must be woken.
+        self._watching = 0
+        self._is_polling = False
+        self._since = 0
+        self._own = 0  # The highest number of this process's own published changes.
+        self._idle_since: float | None = None
+        self._poll_after = 0.0
+        self._listener: Listener | None = None
+        self._has_listened = False
+        self._has_logged_outage = False
+        self.is_over = False  # Whether all waits end because this process is shutting down.
+        self._over_at = math.inf
+        self._check_late_at = 0.0
+        # Signals hold weak references, so they do not keep this object alive.
+        signals.task_changed.connect(self._on_task_changed, sender=app)
+        signals.events_written.connect(self._on_events_written, sender=app)
+
+    def watch(self) -> None:
+        """Receive changes of other processes until :meth:`unwatch`. May raise StoreUnavailable."""
+        if self._store.is_shared:
+            self._begin()
+
+    def unwatch(self) -> None:
+        """Undo one call of :meth:`watch`."""
+        if self._store.is_shared:
+            self._end()
+
+    def _begin(self) -> None:
+        with self._waiting_lock:
+            self._watching += 1
+            is_first = self._watching == 1
+        try:
+            if not self._is_polling:
+                newest = self._store.newest()  # read without the lock, which notifications need
+                with self._waiting_lock:
+                    if not self._is_polling:
+                        self._since = newest
+                        self.shared_reads.forget()  # results may lack changes since the last poll
+                        self._is_polling = True
+            self.start()
+        except BaseException:
+            self._end()
+            raise
+        if is_first:
+            self.wake()
+
+    def _end(self) -> None:
+        with self._waiting_lock:
+            self._watching -= 1
+
+    @contextmanager
+    def telling(self, follower: Follower, task_id: str | None = None) -> Iterator[None]:
+        """Within the block, notify ``follower`` of changes of a task (None: of all tasks) and of
+        :meth:`end_waits`.
+
+        :raises StoreUnavailable: if the store cannot be read.
+        """
+        with self._waiting_lock:
+            self._waiting.setdefault(task_id, set()).add(follower)
+        try:
+            self._begin()
+            try:
+                yield
+            finally:
+                self._end()
+        finally:
+            with self._waiting_lock:
+                followers = self._waiting[task_id]
+                followers.remove(follower)
+                if not followers:
+                    del self._waiting[task_id]
+
+    def wait(
+        self, task_id: str, is_enough: Callable[[AsyncRouteTask], bool], timeout: float | None
+    ) -> AsyncRouteTask | None:
+        """Wait until a task satisfies ``is_enough``, the timeout expires or this process shuts
+        down; return the record, or None if the task does not exist.
+
+        Holds no lock and no connection while waiting.
+
+        :param timeout: seconds; None: no limit.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiter = Waiter()
+        with self.telling(waiter, task_id):
+            waiter.clear()
+            task = self._store.get(task_id)
+            while task is not None and not is_enough(task) and not self.is_over:
+                if not waiter.wait(math.inf if deadline is None else deadline - time.monotonic()):
+                    return self._store.get(task_id)
+                found, waiter.task = waiter.task, None
+                is_newer = found is not None and found.change > task.change
+                task = found if is_newer else self._store.get(task_id)
+            return task
+
+    def end_waits(self) -> None:
+        """End all current and later waits and streams."""
+        self.is_over = True
+        self._over_at = min(self._over_at, time.monotonic())
+        with self._waiting_lock:
+            for followers in self._waiting.values():
+                for follower in followers:
+                    follower.set()
+
+    def close(self) -> None:
+        """End the thread, all waits and all streams."""
+        self.end_waits()
+        super().close()
+        self.shared_reads.close()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _on_task_changed(self, sender: object, task: AsyncRouteTask, **extra: Any) -> None:
+        self._publish(task)
+        self._own = max(self._own, task.change)
+
+    def _on_events_written(self, sender: object, task_id: str, change: int, **extra: Any) -> None:
+        self._notify(task_id)
+        self._own = max(self._own, change)
+
+    def _publish(self, task: AsyncRouteTask) -> None:
+        try:
+            self._on_change(task)
+        except Exception:
+            # Subscribers must not miss this change or later ones.
+            logger.exception(
+                "This process could not handle a change of task %s. If the task was stopped, its "
+                "view may keep running until the timeout.",
+                task.id,
+            )
+        self._notify(task.id, task)
+
+    def _notify(self, task_id: str, task: AsyncRouteTask | None = None) -> None:
+        # Forget results first: later subscribers are not woken and must not get an older result.
+        self.shared_reads.forget()
+        if task_id in self._waiting or None in self._waiting:
+            must_wake_streams = False
+            with self._waiting_lock:
+                for follower in (*self._waiting.get(task_id, ()), *self._waiting.get(None, ())):
+                    if isinstance(follower, Waiter):
+                        follower.set(task)
+                    elif task_id not in self._changed:
+                        must_wake_streams = must_wake_streams or not self._changed
+                        self._changed.add(task_id)
+            if must_wake_streams:
+                try:
+                    self.shared_reads.call(self._wake_streams)
+                except RuntimeError:  # the system has no more threads
+                    self._wake_streams()
+
+    def _wake_streams(self) -> None:
+        """Read the events that streams of the changed tasks need, then wake these streams."""
+        with self._waiting_lock:
+            changed, self._changed = self._changed, set()
+        self.shared_reads.read_ahead(changed)
+        with self._waiting_lock:
+            for task_id in (*changed, None):
+                for follower in self._waiting.get(task_id, ()):
+                    if not isinstance(follower, Waiter):
+                        follower.set()
+
+    def _step(self) -> float:
+        try:
+            return self._watch()
+        except StoreUnavailable as error:
+            if not self._has_logged_outage:
+                logger.error(
+                    "Changes by other processes are not received until the store is available "
+                    "again: %s",
+                    error,
+                )
+            self._has_logged_outage = True
+        except Exception:
+            logger.exception("Changes by other processes could not be read. Retrying.")
+        return 1.0
+
+    def _watch(self) -> float:
+        """Do the checks that are due; return the seconds until the next one."""
+        if not self.is_over and self._is_server_ending():
+            self.end_waits()
+        now = time.monotonic()
+        if now >= self._check_late_at:
+            self._check_late_at = now + REREAD_SECONDS
+            self._disconnect_late(now)
+            self.shared_reads.forget()  # frees memory; all woken streams have read the results
+        with self._waiting_lock:
+            if self._watching:
+                self._idle_since = None
+            elif self._idle_since is None:
+                self._idle_since = now
+            elif now - self._idle_since >= LINGER_SECONDS:
+                self._is_polling = False
+            if not self._is_polling:
+                return IDLE_SECONDS
+        if not isinstance(self._store, SharedTaskStore):
+            return REREAD_SECONDS
+        if self._listener is not None and now < self._poll_after:
+            return self._poll_after - now
+        self._poll(self._store)
+        self._has_logged_outage = False
+        self._poll_after = time.monotonic() + REST_SECONDS
+        return POLL_SECONDS if self._listener is None else REREAD_SECONDS
+
+    def _poll(self, store: SharedTaskStore) -> None:
+        if not self._has_listened:
+            self._listener = store.listen(self._wake.set)
+            self._has_listened = True
+            if self._listener is not None:
+                when_gone(self, self._listener.close)
+        changes = store.news(self._since, self._own)
+        self._since = changes.change
+        for task in changes.tasks:
+            self._publish(task)
+        for task_id in changes.sent:
+            self._notify(task_id)
+
+    def _disconnect_late(self, now: float) -> None:
+        # During shutdown, every unsent chunk is late after SHUTDOWN_SEND_SECONDS.
+        limit = math.inf if now - self._over_at >= SHUTDOWN_SEND_SECONDS else now
+        with self._waiting_lock:
+            for followers in self._waiting.values():
+                for follower in followers:
+                    follower.disconnect_if_late(limit)

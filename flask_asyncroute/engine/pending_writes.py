@@ -1,0 +1,116 @@
+"""Retries writes that failed because the store was unavailable. A write stays in memory until it
+succeeds.
+
+Each write is a compare-and-set, so a late write changes nothing if the task has changed meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import StoreUnavailable
+
+logger = logging.getLogger("flask_asyncroute")
+
+FIRST_DELAY = 0.1  # Seconds before the first retry; doubled after each failure.
+MAX_DELAY = 5.0
+
+Write = Callable[[], object]
+
+
+@dataclass(slots=True)
+class _Pending:
+    task_id: str
+    write: Write
+    then: Write
+    has_failed: bool = False
+
+    def fail(self) -> None:
+        """Log the first failure."""
+        if not self.has_failed:
+            self.has_failed = True
+            logger.error(
+                "A change of task %s could not be stored. It is retried until it succeeds.",
+                self.task_id,
+            )
+
+
+class PendingWrites:
+    """Executes writes and retries them. Thread-safe. Only the number of tasks that ran limits the
+    number of pending writes.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[_Pending] = deque()
+        self._retrying = threading.Lock()
+        self._delay = FIRST_DELAY
+        self._retry_at = 0.0
+        self.wake: Callable[[], None] = lambda: None  # Called after a write was added.
+
+    def write(self, task_id: str, write: Write, then: Write = lambda: None) -> None:
+        """Call ``write``, and ``then`` after it succeeds. While ``write`` raises StoreUnavailable,
+        :meth:`retry` repeats it.
+        """
+        pending = _Pending(task_id, write, then)
+        try:
+            write()
+        except StoreUnavailable:
+            pending.fail()
+            self._add(pending)
+        else:
+            then()
+
+    def keep(self, task_id: str, write: Write) -> None:
+        """Queue ``write``, so that :meth:`retry` calls it; return immediately."""
+        self._add(_Pending(task_id, write, lambda: None))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no write is pending."""
+        return not self._pending
+
+    def retry(self, now: float) -> float:
+        """Execute the writes that are due at ``now`` (monotonic); return when to call again."""
+        if now < self._retry_at:
+            return self._retry_at
+        if not self._pending:
+            return math.inf
+        if not self._retrying.acquire(blocking=False):
+            return now + FIRST_DELAY
+        try:
+            for _ in range(len(self._pending)):
+                pending = self._pending.popleft()
+                try:
+                    pending.write()
+                except StoreUnavailable:
+                    pending.fail()
+                    # Append it again, so that a write that never succeeds does not block the
+                    # others.
+                    self._pending.append(pending)
+                    self._retry_at = time.monotonic() + self._delay
+                    self._delay = min(2 * self._delay, MAX_DELAY)
+                    return self._retry_at
+                except Exception:
+                    logger.exception(
+                        "A change of task %s failed and was discarded.", pending.task_id
+                    )
+                else:
+                    if pending.has_failed:
+                        logger.info(
+                            "The delayed change of task %s has been stored.", pending.task_id
+                        )
+                self._delay = FIRST_DELAY
+                pending.then()
+        finally:
+            self._retrying.release()
+        return now + MAX_DELAY if self._pending else math.inf
+
+    def _add(self, pending: _Pending) -> None:
+        self._pending.append(pending)
+        self.wake()

@@ -1,0 +1,43 @@
+"""Estimates ``Retry-After`` from the durations of recent tasks of each route."""
+
+from __future__ import annotations
+
+import math
+
+from ..task import AsyncRouteTask
+
+WEIGHT = 0.2  # Weight of the newest duration; the mean then covers about ten tasks.
+LEAST_SECONDS = 1
+MOST_SECONDS = 60  # A client that polls less often notices a stop or failure too late.
+
+
+class Pace:
+    """Keeps a running mean of task durations per endpoint. Estimates are 1 to 60 seconds; 1 without
+    a duration.
+
+    Thread-safe, but one of two simultaneous durations may be lost.
+    """
+
+    def __init__(self) -> None:
+        self._means_us: dict[str, float] = {}
+
+    def note(self, task: AsyncRouteTask, completed_us: int | None) -> None:
+        """Add the duration of a run if its code has started and ended."""
+        if completed_us is None or task.started_us is None or task.stopping:
+            return
+        took = completed_us - task.started_us
+        mean = self._means_us.get(task.endpoint, took)
+        self._means_us[task.endpoint] = mean + WEIGHT * (took - mean)
+
+    def rest(self, task: AsyncRouteTask, now_us: int) -> int:
+        """Estimate the seconds until an unfinished task ends."""
+        elapsed = 0 if task.started_us is None else now_us - task.started_us
+        return _seconds(self._means_us.get(task.endpoint, 0) - elapsed)
+
+    def until_free(self, endpoint: str, workers: int) -> int:
+        """Estimate the seconds until one of ``workers`` busy workers is free."""
+        return _seconds(self._means_us.get(endpoint, 0) / workers)
+
+
+def _seconds(microseconds: float) -> int:
+    return min(max(math.ceil(microseconds / 1_000_000), LEAST_SECONDS), MOST_SECONDS)

@@ -1,0 +1,127 @@
+"""Checks whether an exception raised in a thread could skip the end of a `with` or `try` block.
+
+An exception that another thread sets is raised only at certain instructions. Two of these can break
+a block:
+
+- Since Python 3.14, a `with` statement calls ``__enter__`` like any function. After an exception at
+  the end of that call, a lock is held, but the block that releases it was never entered (CPython
+  issue 148874).
+- Python 3.12 and 3.13 compile the last jump of some `while` loops outside the block that contains
+  the loop. An exception there skips the end of the block.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+LOADS_ENTER = "LOAD_SPECIAL"
+"""The instruction that loads ``__enter__`` for the next call. Only Python 3.14 and newer have
+it.
+"""
+CHECKS = {"CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD"}
+"""Instructions that raise a pending exception. CALL_KW does not do so in Python 3.14."""
+EXITS = {"RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "RAISE_VARARGS", "RERAISE"}
+IS_UNAFFECTED = sys.version_info < (3, 12)
+RAISES_AT_ONCE = sys.version_info < (3, 13)
+"""Whether a thread raises a pending exception as soon as it gets the GIL. In newer versions, it
+raises the exception at its next check, or after the C function that it is running.
+"""
+CODE_UNIT = 2
+CACHE_SIZE = 100
+"""Number of functions whose instructions are cached. Reading them must be fast, because the thread
+keeps running meanwhile.
+"""
+
+
+class _Code(NamedTuple):
+    """The instructions of a function."""
+
+    instructions: Sequence[dis.Instruction]
+    indexes: Mapping[int, int]
+    """Maps offsets to indexes in ``instructions``. In Python 3.12, a thread's offset may also be
+    that of a cache entry after an instruction.
+    """
+    harmful: frozenset[int]
+    """Indexes of instructions at which an exception would skip the end of a block."""
+
+    def after(self, index: int) -> list[int]:
+        """Return the indexes of the instructions that may run next; empty if the function exits."""
+        instruction = self.instructions[index]
+        is_jump = instruction.opcode in dis.hasjrel
+        jumps = [self.indexes[instruction.argval]] if is_jump else []
+        goes_on = instruction.opname not in EXITS and not instruction.opname.startswith("JUMP_")
+        return [*jumps, index + 1] if goes_on else jumps
+
+
+def may_skip_a_block(frame: FrameType | None) -> bool:
+    """Return whether an exception raised now could skip the end of a block in ``frame`` or in one
+    of its callers.
+    """
+    if IS_UNAFFECTED:
+        return False
+    while frame is not None:
+        found = _ahead(_read(frame.f_code), frame.f_lasti)
+        if found is not None:
+            return found
+        # The function may return before the exception is raised; then its caller raises it.
+        frame = frame.f_back
+    return False
+
+
+def _ahead(code: _Code, offset: int) -> bool | None:
+    """Return whether an exception could be raised at a harmful instruction; None if the function
+    may exit first.
+    """
+    start = code.indexes[offset]
+    name = code.instructions[start].opname
+    if name in CHECKS:
+        if start in code.harmful and (name == "CALL" or RAISES_AT_ONCE):
+            return True
+        if RAISES_AT_ONCE:
+            return False
+    may_exit = False
+    seen = {start}
+    ahead = code.after(start)
+    while ahead:
+        index = ahead.pop()
+        if index in code.harmful:
+            return True
+        name = code.instructions[index].opname
+        may_exit = may_exit or name in EXITS
+        if index not in seen and name not in CHECKS:
+            seen.add(index)
+            ahead += code.after(index)
+    return None if may_exit else False
+
+
+@lru_cache(maxsize=CACHE_SIZE)
+def _read(code: CodeType) -> _Code:
+    instructions = list(dis.get_instructions(code))
+    blocks: Any = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined]
+
+    def block_of(offset: int) -> int | None:
+        return next((block.target for block in blocks if block.start <= offset < block.end), None)
+
+    return _Code(
+        instructions,
+        {offset: index for index, offset in _offsets(instructions, len(code.co_code))},
+        frozenset(
+            index
+            for index, op in enumerate(instructions)
+            if (op.opname == "CALL" and index and instructions[index - 1].opname == LOADS_ENTER)
+            or (op.opname == "JUMP_BACKWARD" and block_of(op.offset) != block_of(op.argval))
+        ),
+    )
+
+
+def _offsets(instructions: Sequence[dis.Instruction], end: int) -> Iterator[tuple[int, int]]:
+    """Yield each instruction's index with each of its offsets, up to the next instruction."""
+    ends = [instruction.offset for instruction in instructions[1:]] + [end]
+    for index, (instruction, next_offset) in enumerate(zip(instructions, ends, strict=True)):
+        for offset in range(instruction.offset, next_offset, CODE_UNIT):
+            yield index, offset

@@ -1,0 +1,254 @@
+"""One run of a task, in memory. `run_task` creates it, the dispatcher stops it, `maintenance`
+stores its progress and events, and the view uses it through `current_task`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..encoding import clean_text
+from ..errors import TaskAborted
+from ..stores.base import ViewEvent
+from ..task import MAX_MESSAGE
+
+MAX_UNWRITTEN = 1000
+"""Maximum number of a run's events that are not stored yet. Sending another event blocks."""
+
+
+class Execution:
+    """One run of a task. It is created before the claim, so that an immediate stop has an effect.
+    Thread-safe.
+
+    :param interrupt_after: seconds between a stop request and the interruption; None: never.
+    :param wake: called when progress, events or a stop request must be handled; must return at
+        once.
+    """
+
+    def __init__(
+        self, task_id: str, interrupt_after: float | None = None,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.task_id = task_id
+        self.user: str | None = None
+        self.epoch = 0
+        self.deadline: float | None = None
+        self.is_expired = False
+        self.stop = threading.Event()
+        self.interrupt_at: float | None = None
+        self.thread_lock = threading.RLock()  # held while `thread_id` is used or reset
+        self.thread_id: int | None = None
+        self.is_over = False  # the view's code has ended, but its outcome may not be stored yet
+        self.is_shutting_down = False  # stopped by a shutdown; see `Lifecycle.cut_short`
+        self.restarts_on_loss = False
+        self.is_interrupted = False  # `interrupt` has raised an exception in the thread
+        self.reported_at = -math.inf
+        self.has_report = False  # progress or message changed since `take_report`
+        self.writing = threading.Lock()  # held while events are stored, to keep their order
+        self._interrupt_after = interrupt_after
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._has_capacity = threading.Condition(self._lock)
+        self._sent: list[ViewEvent] = []
+        self._sent_so_far = 0
+        self._cancel: Callable[[], object] | None = None
+        self._progress: float | None = None
+        self._message: str | None = None
+        self._climb: Climb | None = None
+
+    def begin(
+        self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False
+    ) -> None:
+        """Set the values that the claim has determined.
+
+        :param seconds: the time limit; None: no limit.
+        :param restarts_on_loss: whether the task runs again if this process cannot finish it.
+        """
+        self.restarts_on_loss = restarts_on_loss
+        self.user = user
+        self.epoch = epoch
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+
+    def ask_to_stop(self, within: float = math.inf, ago: float = 0.0) -> bool:
+        """Ask the view to stop: cancel its coroutine or child process, or schedule the interruption
+        of its thread. Return False if it was asked before.
+
+        A repeated call has an effect only with ``within``.
+
+        :param within: interrupt the thread after at most this many seconds, even if
+            ``interrupt_after`` is longer.
+        :param ago: how many seconds ago the stop was requested; the interruption is earlier by this
+            time.
+        """
+        with self._lock:
+            is_first = not self.stop.is_set()
+            if not is_first and within == math.inf:
+                return False
+            self.stop.set()
+            self._has_capacity.notify_all()
+            self._climb = None
+            cancel = self._cancel
+            if cancel is None and self._interrupt_after is not None:
+                seconds = max(min(self._interrupt_after, within) - ago, 0.0)
+                self.interrupt_at = time.monotonic() + seconds
+        if cancel is not None:
+            cancel()
+        self._wake()
+        return is_first
+
+    def cancel_with(self, cancel: Callable[[], object] | None) -> None:
+        """Set the function that cancels the running coroutine or child process; None after its
+        end.
+        """
+        with self._lock:
+            self._cancel = cancel
+            self.interrupt_at = None
+            is_stopped = self.stop.is_set()
+        if is_stopped and cancel is not None:
+            cancel()
+
+    @property
+    def is_time_up(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def check(self) -> None:
+        """Return if the view may continue.
+
+        :raises TaskAborted: after a stop or the deadline.
+        """
+        if self.stop.is_set():
+            raise TaskAborted("A stop was requested.")
+        if self.is_time_up:
+            raise TaskAborted("The timeout has expired.")
+
+    @property
+    def progress(self) -> float:
+        """The current progress, 0 if none was set."""
+        return self._progress or 0.0
+
+    def advance(
+        self, value: float | None, message: str | None = None, climb: Climb | None = None
+    ) -> None:
+        """Set progress, clipped to 0–100 and rounded to two decimals. Ignore NaN and lower values.
+
+        :param climb: a climb that raises progress over time; None ends an earlier climb.
+        """
+        with self._lock:
+            self._climb = climb
+            self._set(value, message)
+        if self.has_report or climb is not None:
+            self._wake()
+
+    def send_event(self, name: str, data: bytes) -> None:
+        """Queue an event of the view to be stored; block while the queue is full.
+
+        :param data: JSON on one line.
+        :raises TaskAborted: if the task is stopped or times out while this blocks.
+        """
+        with self._lock:
+            while len(self._sent) >= MAX_UNWRITTEN:
+                self.check()
+                self._has_capacity.wait(1.0)
+            self._sent_so_far += 1
+            self._sent.append(ViewEvent(name, data, self._sent_so_far))
+        self._wake()
+
+    @property
+    def has_events(self) -> bool:
+        return bool(self._sent)
+
+    def take_events(self) -> Sequence[ViewEvent]:
+        """Remove and return the events that are not stored yet, in order."""
+        with self._lock:
+            sent, self._sent = self._sent, []
+            self._has_capacity.notify_all()
+        return sent
+
+    def return_events(self, sent: Sequence[ViewEvent]) -> None:
+        """Undo :meth:`take_events`, because the events could not be stored."""
+        with self._lock:
+            self._sent = [*sent, *self._sent]
+
+    def climb(self, now: float) -> float | None:
+        """Raise progress to the value that the climb has reached at ``now``; return when its next
+        step is due.
+        """
+        with self._lock:
+            climb = self._climb
+            if climb is None or self.stop.is_set():
+                return None
+            had_report = self.has_report
+            value, due = climb.step(now)
+            self._set(value, None)
+            if due is None:
+                self._climb = None
+            is_new = self.has_report and not had_report
+        if is_new:
+            self._wake()
+        return due
+
+    def take_report(self) -> tuple[float | None, str | None] | None:
+        """Return progress and message if they changed since the last call, else None."""
+        with self._lock:
+            if not self.has_report:
+                return None
+            self.has_report = False
+            return self._progress, self._message
+
+    def return_report(self) -> None:
+        """Undo :meth:`take_report`, because the report could not be stored."""
+        self.has_report = True
+
+    def end(self) -> None:
+        """Record that the view's code has ended; cancel the deadline, interruption and climb."""
+        with self._lock:
+            self.is_over = True
+            self.deadline = self.interrupt_at = self._climb = None
+            self.has_report = False
+
+    def final_report(self) -> tuple[float | None, str | None]:
+        """End the climb, and return the last progress and message."""
+        with self._lock:
+            self.has_report = False
+            self._climb = None
+            return self._progress, self._message
+
+    def _set(self, value: float | None, message: str | None) -> None:
+        if value is not None and not math.isnan(value):
+            value = round(min(max(float(value), 0.0), 100.0), 2)
+            if self._progress is None or value > self._progress:
+                self._progress = value
+                self.has_report = True
+        if message is not None:
+            text = clean_text(message, MAX_MESSAGE)
+            if text != self._message:
+                self._message = text
+                self._progress = self._progress or 0.0
+                self.has_report = True
+
+
+@dataclass
+class Climb:
+    """Makes progress rise from ``base`` to ``top`` in ``duration`` seconds."""
+
+    base: float
+    top: float
+    duration: float
+    interval: float
+
+    def __post_init__(self) -> None:
+        self.interval = max(self.interval, 0.1)  # progress is not stored more often than this
+        self.began = time.monotonic()
+
+    def step(self, now: float) -> tuple[float, float | None]:
+        """Return the progress at ``now``, and when the next step is due (None after the last)."""
+        passed = now - self.began
+        if passed >= self.duration:
+            return self.top, None
+        steps = math.floor(passed / self.interval + 1e-9)
+        part = min(steps * self.interval / self.duration, 1.0)
+        due = self.began + min((steps + 1) * self.interval, self.duration)
+        return self.base + (self.top - self.base) * part, due

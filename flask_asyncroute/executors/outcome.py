@@ -1,0 +1,97 @@
+"""The outcome of a run, and the text of the task's Error, for threads and child processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.client import responses
+from typing import Any
+
+from werkzeug.exceptions import BadRequestKeyError, HTTPException
+
+from ..encoding import clean_text
+from ..task import MAX_ERROR, State
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The terminal State of a run, and the other fields of the task record to set with it."""
+
+    state: State
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def failed(error: BaseException, expose: bool) -> Outcome:
+    """Return the outcome of a run that raised ``error``.
+
+    :param expose: whether clients see the message of ``error``. They always see that of an
+        `HTTPException`.
+    """
+    name = type(error).__name__
+    if isinstance(error, HTTPException):
+        # abort(response) raises an exception without code and name.
+        status: Any = error.code or getattr(getattr(error, "response", None), "status_code", None)
+
+        def describe() -> str:
+            phrase = error.name if error.code else responses.get(status, error.name)
+            reason = _reason(error)
+            if isinstance(error, BadRequestKeyError) and error.args:
+                reason = f"{reason} (missing: {error.args[0]!r})"
+            return f"{status or 500} {phrase}: {reason}".rstrip(": ")
+
+        text = clean_text(_call(describe, name), MAX_ERROR)
+        return Outcome(State.FAILED, {"error": text, "error_status": status})
+    if expose:
+        message = _call(lambda: str(error)[:MAX_ERROR], "(its message could not be read)")
+        name = f"{name}: {message}" if message else name
+    return Outcome(State.FAILED, {"error": clean_text(name, MAX_ERROR)})
+
+
+def _reason(error: HTTPException) -> str:
+    """Return the custom description of an HTTPException, else the message that an extension has
+    attached, else the standard description of the status.
+
+    Flask-RESTX, Flask-RESTful and webargs put their message into the attribute ``data``;
+    ``abort(response)`` puts it into the response.
+    """
+    data: Any = getattr(error, "data", None)
+    if error.description is not type(error).description:
+        data = error.description
+    elif data is None and getattr(error.response, "is_sequence", False):  # not a file or stream
+        response: Any = error.response
+        data = response.get_json(silent=True) or response.get_data(as_text=True)
+    if isinstance(data, Mapping):
+        found = [data[name] for name in ("message", "messages", "errors") if data.get(name)]
+        data = "; ".join(value if isinstance(value, str) else _json(value) for value in found)
+    return data if isinstance(data, str) and data else str(error.description or "")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def died(cause: str) -> Outcome:
+    """Return the outcome of a run whose process ended without reporting one."""
+    return Outcome(State.FAILED, {"error": f"Process died: {cause}"})
+
+
+def cause_of(status: int | None) -> str:
+    """Describe an exit status from :func:`os.waitstatus_to_exitcode`; None means unknown."""
+    if status is None:
+        return "exit status unknown"
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
+
+
+def _call(describe: Callable[[], str], otherwise: str) -> str:
+    """Return ``describe()``, or ``otherwise`` if the app's exception class raises anything."""
+    try:
+        return describe()
+    except BaseException:
+        return otherwise

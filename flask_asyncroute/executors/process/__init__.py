@@ -1,0 +1,1 @@
+"""Runs each task in its own child process. Linux only."""

@@ -1,0 +1,86 @@
+"""The kinds of executors, one row for each value of the ``executor`` option.
+
+To add a kind, write a module with a `TaskExecutor`, a row here, and tests. No other module compares
+kinds by name.
+"""
+
+from __future__ import annotations
+
+import platform
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, cast
+
+from ..errors import ConfigurationError
+from ..validators import refuse
+from .base import PoolSettings, TaskExecutor
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorKind:
+    name: str
+    location: str  # module and class in this package
+    default_min_workers: int = 1
+    is_bound: bool = False  # only the process that started a task can run it
+    runs_inline: bool = False  # `submit` returns when the task has ended
+    needs_app: bool = False  # child processes load the app from ASYNCROUTE_APP
+    platform: str | None = None  # the only supported system; None: any
+
+
+IMMEDIATE = ExecutorKind(
+    "immediate", "inline:ImmediateTaskExecutor", is_bound=True, runs_inline=True
+)
+_ROWS = (
+    ExecutorKind("thread", "thread:ThreadTaskExecutor"),
+    ExecutorKind(
+        "process", "process.executor:ProcessTaskExecutor", default_min_workers=0, needs_app=True,
+        platform="Linux",
+    ),
+    IMMEDIATE,
+)  # fmt: skip
+KINDS = {kind.name: kind for kind in _ROWS}
+APP_EXECUTOR = ExecutorKind("the app's own", "inline:FutureTaskExecutor", is_bound=True)
+"""The kind of an app's own `concurrent.futures.Executor`, which runs threads in this process."""
+
+
+def checked(label: str, value: Any) -> str | Executor:
+    """Return ``value`` if it is valid for the option: the name of a kind, or an Executor.
+
+    :raises ConfigurationError: for any other value; the message names the option.
+    """
+    if isinstance(value, ProcessPoolExecutor):
+        raise ConfigurationError(
+            f"{label} must not be a ProcessPoolExecutor, because its processes cannot run tasks. "
+            'Use executor="process".'
+        )
+    if isinstance(value, Executor):
+        return value
+    if not isinstance(value, str) or value not in KINDS:
+        names = ", ".join(map(repr, KINDS))
+        raise refuse(label, f"one of {names} or a concurrent.futures.Executor", value)
+    return KINDS[value].name
+
+
+def kind_of(value: str | Executor) -> ExecutorKind:
+    """Return the kind for a value that :func:`checked` returned."""
+    return KINDS[value] if isinstance(value, str) else APP_EXECUTOR
+
+
+def check_usable(label: str, value: str | Executor) -> None:
+    """Check that a kind works on this system.
+
+    :raises ConfigurationError: if it does not; the message names the route.
+    """
+    kind = kind_of(value)
+    if kind.platform not in (None, platform.system()):
+        raise ConfigurationError(
+            f'{label}: executor="{kind.name}" works only on {kind.platform}; use "thread" here.'
+        )
+
+
+def make_executor(settings: PoolSettings) -> TaskExecutor:
+    """Create an executor of the kind in ``settings.option``."""
+    module, _, name = kind_of(settings.option).location.partition(":")
+    executor = getattr(import_module(f".{module}", __package__), name)(settings)
+    return cast(TaskExecutor, executor)

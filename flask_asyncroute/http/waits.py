@@ -1,0 +1,174 @@
+"""Responses that wait for a task, and the maximum time for which the server can hold a request."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from tempfile import SpooledTemporaryFile
+from typing import Any, cast
+
+from flask import Response, current_app
+from werkzeug.datastructures import Headers
+from werkzeug.wsgi import ClosingIterator
+
+from ..task import AsyncRouteTask
+from ..workers import shutdown
+from ..workers.runner import Runner
+
+IDENTITY = "identity"
+BLOCKING_SECONDS = 5.0
+"""Maximum seconds to hold a request if the server can handle no other requests meanwhile."""
+
+
+def longest(environ: Mapping[str, Any], seconds: float) -> float:
+    """Return ``seconds``, or less if the server can handle no other requests while it holds one."""
+    if not _blocks_others(environ):
+        return seconds
+    # gunicorn kills a sync worker, and so its tasks, if a request takes longer than gunicorn's
+    # timeout.
+    return min(seconds, BLOCKING_SECONDS, shutdown.restart_gunicorn_timeout() * 2 / 3)
+
+
+def _blocks_others(environ: Mapping[str, Any]) -> bool:
+    if environ.get("wsgi.multithread", True):
+        return is_asgiref(environ)
+    # gevent's server reports False, but handles other requests if gevent has patched threads.
+    is_gevent = type(environ.get("wsgi.input")).__module__ == "gevent.pywsgi"
+    monkey = sys.modules.get("gevent.monkey")
+    return not (is_gevent and monkey is not None and monkey.is_module_patched("threading"))
+
+
+def is_asgiref(environ: Mapping[str, Any]) -> bool:
+    """Return whether a request came through asgiref's WsgiToAsgi. It reports several threads, but
+    runs all requests of a process on one thread.
+    """
+    # The environ does not name asgiref, but only asgiref passes a SpooledTemporaryFile as the body.
+    body = environ.get("wsgi.input")
+    return "asgiref.wsgi" in sys.modules and isinstance(body, SpooledTemporaryFile)
+
+
+def held(
+    runner: Runner,
+    task: AsyncRouteTask,
+    seconds: float,
+    is_enough: Callable[[AsyncRouteTask], bool],
+    announced: Response,
+    answer: Callable[[AsyncRouteTask | None, bool], Response],
+    failed: Callable[[Exception], Response],
+) -> Response:
+    """Return a response that is sent when a task satisfies ``is_enough``, or after ``seconds``. If
+    the process has too many streams and waits, it is sent at once.
+
+    The wait begins after Flask has torn down the request context (except on Granian), so that it
+    holds no resources of the request. The final status and headers are known only after the wait.
+
+    :param announced: a response whose status and headers ``after_request`` functions see before the
+        wait.
+    :param answer: called with the task (None: it was deleted), and with False if the process has
+        too many streams and waits, otherwise True. It may be called outside the request context.
+    :param failed: called with an exception that the wait raised.
+    """
+    if seconds <= 0 or is_enough(task):
+        return answer(task, True)
+    slots = runner.stream_slots
+    if not slots.acquire(blocking=False):
+        return answer(task, False)
+    # Release the slot until the server begins to send. Otherwise, an ``after_request`` function
+    # that fails or replaces the response would leak it.
+    slots.release()
+
+    def wait() -> Response:
+        if not slots.acquire(blocking=False):
+            return answer(task, False)
+        try:
+            found = runner.notifier.wait(task.id, is_enough, seconds)
+        except Exception as error:
+            return failed(error)
+        finally:
+            slots.release()
+        return answer(found, True)
+
+    response = _held_class(current_app.response_class)(  # type: ignore[arg-type]
+        status=announced.status, headers=Headers(announced.headers)
+    )
+    del response.headers["Content-Length"]
+    # Makes compressors skip the response. Otherwise, Flask-Compress would keep the request context
+    # alive during the wait.
+    response.headers["Content-Encoding"] = IDENTITY
+    response.announced = announced
+    response.final = []
+    response.response = response.body = _body(wait, response.final)
+    return cast(Response, response)
+
+
+def _body(wait: Callable[[], Response], final: list[Response]) -> Iterator[bytes]:
+    final.append(wait())
+    yield final[0].get_data()
+
+
+class _Held(Response):
+    """A response whose body waits. Its headers are sent with the first piece of the body.
+
+    A function of the app may wrap the body, as compressors do. A function that reads the body waits
+    too.
+    """
+
+    announced: Response
+    body: Iterator[bytes]
+    final: list[Response]
+    """Empty during the wait; then contains the final response."""
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        pieces = ClosingIterator(self._pieces(environ, start_response), self.close)
+        if environ.get("SERVER_SOFTWARE") != "Granian":
+            return pieces
+        # Granian reads the status before the first piece, so wait here, although this keeps the
+        # request context alive.
+        try:
+            return list(pieces)
+        finally:
+            pieces.close()
+
+    def _pieces(self, environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        pieces = self.iter_encoded()
+        begun = []
+        for piece in pieces:
+            begun.append(piece)
+            if self.final:  # a compressor may first yield a header of its format
+                break
+        if self.final:
+            self._complete(self.final[0])
+        if self.headers.get("Content-Encoding") == IDENTITY:
+            del self.headers["Content-Encoding"]
+        start_response(self.status, self.get_wsgi_headers(environ).to_wsgi_list())
+        if environ["REQUEST_METHOD"] == "HEAD" or self.status_code == 304:
+            yield b""  # hypercorn sends the headers with the first piece
+            return
+        yield from begun
+        yield from pieces
+
+    def _complete(self, final: Response) -> None:
+        """Set the final status and headers, except those that functions of the app have set."""
+        if self.status == self.announced.status:
+            self.status = final.status
+        if final.mimetype != self.announced.mimetype:  # the final document is a problem
+            self.headers["Content-Type"] = final.headers["Content-Type"]
+        if self.response is not self.body:
+            # The app has wrapped or replaced the body, so a strong ETag would be wrong.
+            del final.headers["Content-Length"]
+            etag, _ = final.get_etag()
+            if etag is not None:
+                final.set_etag(etag, weak=True)
+        for name, value in final.headers:
+            if name not in self.headers:
+                self.headers.add(name, value)
+
+
+@lru_cache
+def _held_class(base: type[Response]) -> Any:
+    """Return a class for held responses that is a subclass of the app's response class.
+
+    Flask would convert a response of any other class to the app's class, which does not wait.
+    """
+    return type("HeldResponse", (_Held, base), {})

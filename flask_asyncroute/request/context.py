@@ -1,0 +1,170 @@
+"""The only module that pushes Flask's contexts: app contexts, and contexts of rebuilt requests."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from flask import Flask, current_app, has_app_context, request
+from flask.ctx import AppContext
+from flask.json.tag import TaggedJSONSerializer
+from flask.sessions import SecureCookieSession
+
+from ..current_task import REBUILT, current_task
+from ..snapshot import Body, Snapshot
+
+logger = logging.getLogger("flask_asyncroute")
+
+_tagged = TaggedJSONSerializer()
+_warned: weakref.WeakKeyDictionary[Flask, set[tuple[str | None, str]]] = weakref.WeakKeyDictionary()
+"""The endpoint and subject of each warning that was already logged, by app."""
+MOST_WARNINGS = 1000
+
+
+@contextmanager
+def in_app(app: Flask) -> Iterator[None]:
+    """Push an app context of ``app`` unless it is the current app."""
+    if has_app_context() and current_app._get_current_object() is app:  # type: ignore[attr-defined]
+        yield
+        return
+    with app.app_context():
+        yield
+
+
+@contextmanager
+def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
+    """Push the context of a request again, without its body, to identify the caller."""
+    with app.request_context({**environ, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr}):
+        yield
+
+
+@contextmanager
+def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[str, Any]]:
+    """Push the request context of ``snapshot``; yield the arguments of the view.
+
+    Teardown functions run at the end. `before_request` and `after_request` functions do not run.
+
+    :raises HTTPException: if the app no longer has the URL.
+    """
+    environ: dict[str, Any] = {
+        **snapshot.environ,
+        "wsgi.version": (1, 0),
+        "wsgi.input": io.BytesIO() if body is None else body.open(),
+        "wsgi.errors": sys.stderr,
+    }
+    if body is not None:
+        environ["CONTENT_LENGTH"] = str(body.size)
+    # Do not use the app's session interface, which could open the user's live session.
+    session = SecureCookieSession(_load_session(snapshot.session))
+    context = _with_session(app, environ, session)
+    context.push()
+    setattr(context.request, REBUILT, True)
+    ended: BaseException | None = None
+    try:
+        if context.request.routing_exception is not None:
+            raise context.request.routing_exception
+        matched = dict(context.request.view_args or {})
+        yield {**{name: matched[name] for name in snapshot.url_names}, **snapshot.injected}
+    except BaseException as error:
+        ended = error
+        raise
+    finally:
+        try:
+            _warn_of_writes(session, _load_session(snapshot.session))
+            # The attribute is private, but Flask has no other way to detect functions of
+            # after_this_request().
+            if getattr(context, "_after_request_functions", None):
+                _warn_once(
+                    "after_this_request",
+                    "A task of endpoint %s called after_this_request(), which has no effect in a "
+                    "task, because it sends no response.",
+                    request.endpoint,
+                )
+        finally:
+            _pop(context, ended)
+
+
+def _with_session(app: Flask, environ: dict[str, Any], session: SecureCookieSession) -> Any:
+    """Return a request context with ``session``, so that Flask does not open another session."""
+    context = app.request_context(environ)
+    build: Any = type(context)
+    # Flask 3.2 merged RequestContext into AppContext, which takes no environ.
+    leading = (app,) if issubclass(build, AppContext) else (app, environ)
+    return build(*leading, request=context.request, session=session)
+
+
+def _load_session(data: str | None) -> dict[str, Any]:
+    return {} if data is None else _tagged.loads(data)
+
+
+def _warn_of_writes(session: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
+    """Warn about the session keys that a task has written, once per route, set of keys and
+    process.
+    """
+    names = [name for name in {**saved, **session} if _text(session, name) != _text(saved, name)]
+    if not names:
+        return
+    keys = ", ".join(sorted(map(repr, names)))
+    _warn_once(
+        keys,
+        "A task of endpoint %s wrote the session keys %s. The changes are lost when the task ends. "
+        "Return the values, or store them in async_routes.state.",
+        request.endpoint, keys,
+    )  # fmt: skip
+
+
+def _warn_once(subject: str, message: str, *arguments: Any) -> None:
+    """Log a warning once per route, subject and process."""
+    app = cast(Flask, current_app._get_current_object())  # type: ignore[attr-defined]
+    warned = _warned.setdefault(app, set())
+    if (request.endpoint, subject) not in warned and len(warned) < MOST_WARNINGS:
+        warned.add((request.endpoint, subject))
+        logger.warning(message, *arguments)
+
+
+def _text(values: Mapping[Any, Any], name: Any) -> str | None:
+    """Return the stored form of a value, for comparison. Comparing the values themselves may fail,
+    for example for arrays.
+    """
+    if name not in values:
+        return None
+    try:
+        return _tagged.dumps(values[name])
+    except Exception:  # dumps() calls methods of the value, which may raise anything
+        return f"a {type(values[name])} that cannot be stored"
+
+
+def process_url(arguments: Mapping[str, Any]) -> None:
+    """Call the app's `url_value_preprocessor` functions, as Flask does before a view.
+
+    These functions may store values for `url_for`. Their changes of ``arguments`` are undone in
+    ``view_args``.
+    """
+    processors = current_app.url_value_preprocessors
+    if not processors:
+        return
+    for name in (None, *reversed(request.blueprints)):
+        for process in processors.get(name, ()):
+            process(request.endpoint, request.view_args)
+    values = request.view_args
+    if values is not None:
+        values.update((name, value) for name, value in arguments.items() if name in values)
+
+
+def _pop(context: Any, ended: BaseException | None) -> None:
+    try:
+        context.pop(ended)
+    except (Exception, SystemExit, BaseExceptionGroup):
+        # A teardown function of the app raised an exception, in Flask 3.2 as a group. The task's
+        # outcome is already determined.
+        task_id = current_task.id
+        logger.exception(
+            "A teardown function raised an exception after task %s, whose outcome is unchanged.",
+            task_id,
+            extra={"task_id": task_id},
+        )

@@ -1,0 +1,89 @@
+"""Computes the hash of an ``Idempotency-Key`` to store, and the request's fingerprint, which shows
+whether the key is reused for another request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Iterable
+
+from flask import Request
+
+from ..errors import InvalidRequest
+from ..permissions import Caller
+
+HEADER = "HTTP_IDEMPOTENCY_KEY"  # The name in the WSGI environ.
+
+# A key is a structured-field string (RFC 9651) without spaces, or the same without quotes. An
+# unquoted comma is refused, because servers join repeated headers with it.
+_QUOTED = re.compile(r'"(?:[\x21\x23-\x5b\x5d-\x7e]|\\["\\])+"')
+_BARE = re.compile(r"[\x21\x23-\x2b\x2d-\x7e][\x21-\x2b\x2d-\x7e]*")
+_ESCAPED = re.compile(r'\\(["\\])')
+_MAX_LENGTH = 255
+
+
+def key_name(current: Request, caller: Caller | None, secret: bytes) -> str:
+    """Return the hash under which the idempotency key of a request is stored.
+
+    Unknown callers are distinguished by their credentials. Without the namespace's ``secret``,
+    readers of the store cannot guess keys or credentials.
+
+    :raises InvalidRequest: if the key is malformed or sent twice, or if an unknown caller has no
+        credentials.
+    """
+    key = _key(current.environ[HEADER])
+    if caller is not None:
+        scope = ["user", caller.id]
+    else:
+        credentials = [current.environ.get(f"HTTP_{k}", "") for k in ("AUTHORIZATION", "COOKIE")]
+        scope = ["sent", *credentials]
+        if not any(credentials):
+            raise InvalidRequest(
+                "Idempotency-Key requires an identifiable caller. Sign in, send a Cookie or "
+                "Authorization header, or omit the key."
+            )
+    return _digest(secret, [*scope, current.endpoint or "", key]).hexdigest()
+
+
+def fingerprint(
+    current: Request, url: str, pieces: Iterable[bytes], boundary: bytes | None, secret: bytes
+) -> str:
+    """Return a digest of the method, the URL with its raw query, and the body without
+    ``boundary``.
+    """
+    digest = _digest(secret, [current.method, url, current.environ.get("QUERY_STRING", "")])
+    for piece in _without(pieces, boundary) if boundary else pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _key(sent: str) -> str:
+    key = sent.strip(" \t")
+    if _QUOTED.fullmatch(key):
+        key = _ESCAPED.sub(r"\1", key[1:-1])
+    elif not _BARE.fullmatch(key):
+        key = ""
+    if not 0 < len(key) <= _MAX_LENGTH:
+        raise InvalidRequest(
+            "Idempotency-Key is invalid; send it once, with 1 to 255 visible ASCII characters. "
+            "Quote a key that contains a comma."
+        )
+    return key
+
+
+def _digest(secret: bytes, parts: list[str]) -> hmac.HMAC:
+    return hmac.new(secret, json.dumps(parts).encode("ascii"), hashlib.sha256)
+
+
+def _without(pieces: Iterable[bytes], boundary: bytes) -> Iterable[bytes]:
+    """Remove the boundary, which may span two pieces, from the pieces."""
+    rest = b""
+    for piece in pieces:
+        rest = (rest + piece).replace(boundary, b"")
+        whole = max(len(rest) - len(boundary), 0)
+        yield rest[:whole]
+        rest = rest[whole:]
+    yield rest

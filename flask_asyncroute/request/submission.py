@@ -1,0 +1,183 @@
+"""The data of a new task before it is stored: request, caller, permission and record."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import msgspec
+from flask import Request
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+from werkzeug.http import parse_options_header
+from werkzeug.sansio.utils import get_host
+
+from ..callbacks.model import NOT_STARTED, Callback, Delivery, Shown
+from ..config import Config, events_path
+from ..errors import CannotStart, NotAuthenticated, NotPermitted, RequestRefused
+from ..permissions import Caller, Permission
+from ..routes import Route
+from ..snapshot import Body, Snapshot
+from ..stores.base import StartKey
+from ..task import AsyncRouteTask, State, now_us
+from ..validators import MAX_NAME, plain
+from . import idempotency
+
+logger = logging.getLogger("flask_asyncroute")
+
+ID_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}\Z")
+
+
+@dataclass
+class Intake:
+    """The data of one new task. A small body is in ``captured``; the store closes a large
+    ``body``.
+    """
+
+    route: Route
+    current: Request
+    caller: Caller | None
+    captured: Snapshot
+    body: Body | None
+    permission: Permission | None = None
+    key: StartKey | None = None
+    delivery: Delivery | None = None
+
+    def __post_init__(self) -> None:
+        rule = self.current.url_rule
+        self.rule = rule.rule if rule is not None else self.current.path
+        name = self.route.options.name or f"[{self.current.method.capitalize()}]{self.rule}"
+        self.name = name[:MAX_NAME]  # The ``AsyncRouteId``.
+
+    def take_key(self, name: str, secret: bytes) -> StartKey:
+        """Remove the ``Idempotency-Key`` from the captured request; return its hash and a
+        fingerprint.
+        """
+        pieces = self.body.pieces() if self.body is not None else (self.captured.body or b"",)
+        kind = self.captured.environ.get("CONTENT_TYPE", "")
+        # A form's multipart boundary differs in each request, so leave it out of the fingerprint.
+        boundary = ""
+        if kind.startswith("multipart/"):
+            boundary = parse_options_header(kind)[1].get("boundary", "")
+        fingerprint = idempotency.fingerprint(
+            self.current, url_of(self.current), pieces, boundary.encode("ascii", "replace"), secret
+        )
+        self.captured.environ.pop(idempotency.HEADER, None)
+        self.key = StartKey(name, fingerprint)
+        return self.key
+
+    def record(self, worker: str, config: Config) -> AsyncRouteTask:
+        """Return the record of a new task. If no other process can run it, ``worker`` becomes its
+        owner.
+        """
+        options, current, delivery = self.route.options, self.current, self.delivery
+        user = None if self.caller is None else self.caller.id
+        has_permission = self.permission is not None
+        task_id = _new_id(self.route)
+        group = sse_url = callback_json = None
+        if options.sse is not None:
+            group = (options.sse.group or self.rule)[:MAX_NAME]
+            if "events" in config.operations:
+                sse_url = events_path(config, current.root_path, task_id)
+        if delivery is not None and options.callback is not None:
+            callback_json = _shown(options.callback, delivery)
+        return AsyncRouteTask(
+            id=task_id,
+            async_route_id=self.name,
+            endpoint=self.route.endpoint,
+            state=State.NOT_STARTED,
+            cancellable=options.cancellable,
+            user=user,
+            url=url_of(current)[:2048],
+            method=current.method,
+            created_us=now_us(),
+            permission_json=msgspec.json.encode(self.permission) if has_permission else None,
+            timeout_us=options.timeout,
+            retention_us=options.retention,
+            on_loss=options.on_loss,
+            body_size=0 if self.body is None else self.body.size,
+            owner=worker if options.is_bound else None,
+            sse_group=group,
+            sse_url=sse_url,
+            sse_result=options.sse is not None and options.sse.send_result,
+            callback_json=callback_json,
+            callback_state=None if delivery is None else NOT_STARTED,
+        )
+
+    def grants(self) -> set[tuple[str, str]]:
+        """Return the (kind, name) pairs of callers, besides the task's user, that may list the
+        task.
+        """
+        if self.caller is None or self.permission is None:
+            return set()
+        return {*self.permission.read, *self.permission.write} - {("users", self.caller.id)}
+
+
+def permission_of(route: Route, caller: Caller | None) -> Permission | None:
+    """Return the permission of the task that the current request starts.
+
+    :raises NotAuthenticated: if the route has a permission and the caller is unknown.
+    :raises NotPermitted: if the route's permission function raises an exception or returns no
+        Permission.
+    """
+    option = route.options.permission
+    if option is None:
+        return None
+    if caller is None:
+        raise NotAuthenticated(
+            "Only authenticated callers may start tasks of this route. Sign in and try again."
+        )
+    if isinstance(option, Permission):
+        return option
+    try:
+        permission = option()
+    except (RequestRefused, ClientDisconnected, RequestEntityTooLarge):
+        raise  # the function has read the body, which is invalid
+    except Exception as error:
+        logger.exception(
+            "The permission function of endpoint %s raised an exception. The request got 403.",
+            route.endpoint,
+        )
+        raise NotPermitted("The permission for this task could not be determined.") from error
+    if not isinstance(permission, Permission):
+        logger.error(
+            "The permission function of endpoint %s returned a %s instead of a Permission. The "
+            "request got 403.",
+            route.endpoint, type(permission).__name__,
+        )  # fmt: skip
+        raise NotPermitted("The permission for this task could not be determined.")
+    return permission
+
+
+def url_of(current: Request) -> str:
+    """Return the absolute, percent-encoded URL of a request without its query."""
+    path = quote(current.root_path + current.path, safe="/:@!$&'()*+,;=~", errors="replace")
+    # Older versions of Werkzeug keep userinfo in the host. Newer ones return "" for an invalid
+    # host.
+    host = current.host.rpartition("@")[2] or get_host(current.scheme, None, current.server)
+    return f"{current.scheme}://{host}{path}"
+
+
+def _new_id(route: Route) -> str:
+    try:
+        task_id = route.options.id_generator()
+    except Exception as error:
+        raise CannotStart("The id generator of this route failed. No task was started.") from error
+    if not isinstance(task_id, str) or not ID_PATTERN.match(task_id):
+        raise CannotStart(
+            "The id generator of this route returned an invalid id; use 1 to 128 of A-Z a-z 0-9 . "
+            "_ ~ -. No task was started."
+        ) from ValueError(f"it returned {task_id!r:.80}")
+    return plain(task_id)
+
+
+def _shown(callback: Callback, delivery: Delivery) -> bytes:
+    same = ("method", "content_type", "send_result", "event_name")
+    shown = Shown(
+        url_field=callback.url_field,
+        header_fields=list(callback.headers),
+        url=delivery.url.partition("?")[0],
+        **{name: getattr(delivery, name) for name in same},
+    )
+    return msgspec.json.encode(shown)

@@ -1,0 +1,130 @@
+"""The events of one namespace: view events and state changes, in commit order.
+
+The events table has a row per view event. The states of the current run are read from the task's
+row, which saves a write. A restart copies earlier states to the events table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from ...encoding import encode_json
+from ...task import AsyncRouteTask, State
+from ..base import PROGRESS, STATE, Event, Events, News, ViewEvent
+from .database import Cursor, Database
+from .migrations import Namespace
+from .rows import record_of
+from .statements import Statements
+
+TRIM_EVERY = 100
+"""A task may exceed `base.MAX_EVENTS` by this many events, because counting them is slow."""
+
+CHANGES_PAGE = 1000
+"""Maximum number of changed tasks per read."""
+
+
+class EventLog:
+    """Reads events, and writes them in transactions of the store."""
+
+    def __init__(self, database: Database, sql: Statements, namespace: Namespace) -> None:
+        self._database = database
+        self._sql = sql
+        self._namespace = namespace
+        self._seen: tuple[Hashable, int] | None = None
+
+    def forget(self) -> None:
+        """Forget the database version, because new connections number versions differently."""
+        self._seen = None
+
+    def add(self, cursor: Cursor, task_id: str, epoch: int, sent: Sequence[ViewEvent]) -> int:
+        """Add the new events of a run, each with its own change number, and remove the oldest if
+        there are too many. Return the last change number.
+        """
+        ns = self._namespace.key
+        which = {"ns": ns, "task_id": task_id}
+        last = cursor.execute(self._sql.get_last_event, which).fetchone()
+        if last is not None:
+            # After CommitUnknown, a run sends its events again, although they may be stored
+            # already.
+            stored = (last.epoch, last.number)
+            sent = [event for event in sent if (epoch, event.number) > stored]
+            if not sent:
+                return int(last.change)
+        count = {"ns": ns, "count": len(sent)}
+        change = cursor.execute(self._sql.take_changes, count).fetchone().change - len(sent)
+        for number, event in enumerate(sent, change + 1):
+            self._add(cursor, task_id, number, event, epoch)
+        if sent[-1].number // TRIM_EVERY != (sent[0].number - 1) // TRIM_EVERY:
+            cursor.execute(self._sql.trim_events, which)
+        return int(change) + len(sent)
+
+    def keep_states(self, cursor: Cursor, task: AsyncRouteTask) -> None:
+        """Add the states of a run as events, before a new run overwrites them."""
+        for state, change in (
+            (State.NOT_STARTED, task.waiting_change),
+            (State.RUNNING, task.started_change),
+        ):
+            if change is not None:
+                event = ViewEvent(STATE, encode_json(task.as_in(state).to_wire()), 0)
+                self._add(cursor, task.id, change, event, task.epoch)
+
+    def read(self, since: int, most: int, task_id: str | None, group: str | None) -> Events:
+        """See `TaskStore.events`."""
+        change = self.newest()
+        statement = self._sql.events_since(task_id is not None, group is not None)
+        values = {
+            "ns": self._namespace.key, "since": since, "limit": most, "task_id": task_id,
+            "group": group,
+        }  # fmt: skip
+        found = [_event_of(row) for row in self._database.fetch_all(statement, values)]
+        last = found[-1].change if found else 0
+        return Events(last if len(found) == most else max(change, last), found)
+
+    def news(self, since: int, known: int) -> News:
+        """See `SharedTaskStore.news`. Call this from one thread at a time."""
+        version = self._database.version()
+        is_alone = self._seen is not None and version == self._seen[0] and since >= self._seen[1]
+        # Read this number before the tasks, so that the tasks include all changes up to it.
+        change = self.newest()
+        if is_alone and change <= max(since, known):
+            return News(change, ())
+        tasks: list[AsyncRouteTask] = []
+        sent: set[str] = set()
+        if change < since:
+            # The database was restored or failed over to an older copy, so its change numbers went
+            # back.
+            since = 0
+        if 0 <= since < change:
+            values = {"ns": self._namespace.key, "since": since, "limit": CHANGES_PAGE}
+            rows = self._database.fetch_all(self._sql.changed_tasks, values)
+            tasks = [record_of(row) for row in rows]
+            # Read the events after the tasks. By now, all changes before the last of these tasks
+            # have been committed.
+            rows = self._database.fetch_all(self._sql.tasks_with_events, values)
+            sent = {row.task_id for row in rows}
+            if len(tasks) == CHANGES_PAGE:
+                return News(tasks[-1].change, tasks, sent)
+            change = max(change, tasks[-1].change if tasks else 0)
+        if version is not None:
+            self._seen = (version, change)
+        return News(change, tasks, sent)
+
+    def newest(self) -> int:
+        """See `TaskStore.newest`."""
+        row = self._database.fetch_one(self._sql.get_change, {"ns": self._namespace.key})
+        return int(row.change)
+
+    def _add(self, cursor: Cursor, task_id: str, change: int, event: ViewEvent, epoch: int) -> None:
+        values = {
+            "ns": self._namespace.key, "task_id": task_id, "change": change, "name": event.name,
+            "data": event.data, "epoch": epoch, "number": event.number,
+        }  # fmt: skip
+        cursor.execute(self._sql.add_event, values)
+
+
+def _event_of(row: Any) -> Event:
+    task, number, name, data = record_of(row), row.number, row.name, row.data
+    if data is not None or name == PROGRESS:
+        return Event(number, name, task, data)
+    return Event(number, STATE, task.as_in(State(name)))

@@ -1,0 +1,282 @@
+"""The `Database` implementation for PostgreSQL, with an SQLAlchemy Engine and psycopg."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import create_engine
+from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.pool import QueuePool
+
+from ...errors import ConfigurationError
+from ..base import Listener
+from .database import Cursor, Database, Duplicate, Rows, logger, read_url
+from .store import SQLTaskStore
+
+T = TypeVar("T")
+
+TIMEOUTS = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+"""libpq timeouts: seconds to connect, and milliseconds until sent data must be acknowledged."""
+TRIES = 3
+CLOSE_SECONDS = 1.0
+RECONNECT_SECONDS = 1.0
+CLOSED_SECONDS = 0.2  # Interval at which a listener checks whether it was closed.
+SCHEMA_LOCK = 0x6173796E63  # Key of the advisory lock for creating tables.
+_ROLLED_BACK = ("40001", "40P01")  # SQLSTATEs to retry: serialization failure, deadlock.
+
+
+def check_setting(label: str, setting: str | Engine) -> None:
+    """Check a URL or an Engine in ``ASYNCROUTE_STORE``.
+
+    :raises ConfigurationError: if the URL names no database, or the Engine does not use PostgreSQL
+        with psycopg.
+    """
+    if isinstance(setting, str):
+        if not read_url(label, setting).database:
+            raise ConfigurationError(
+                f"{label} must name a database: 'postgresql+psycopg://user@host/database'."
+            )
+        return
+    name, driver = setting.dialect.name, setting.dialect.driver
+    if name == "sqlite":
+        raise ConfigurationError(
+            f"{label}: an Engine for SQLite is not supported, because the store needs its own "
+            "connection settings; use the URL 'sqlite:///path'. The app may use the same file."
+        )
+    if (name, driver) != ("postgresql", "psycopg"):
+        raise ConfigurationError(
+            f"{label}: an Engine for {name} with {driver} is not supported; create it with a URL "
+            "that begins with 'postgresql+psycopg://'."
+        )
+
+
+def make_store(
+    setting: str | Engine | Callable[[], Engine], folder: str, namespace: str, create_tables: bool
+) -> SQLTaskStore:
+    """Return a store for a validated setting; see `registry.make_store`."""
+    if isinstance(setting, str):
+        url = make_url(setting)
+        limits = {name: value for name, value in TIMEOUTS.items() if name not in url.query}
+        database = EngineDatabase(create_engine(url, connect_args=limits), is_owned=True)
+        return SQLTaskStore(database, namespace, create_tables)
+    engine = setting if isinstance(setting, Engine) else setting()
+    if not isinstance(engine, Engine):
+        raise ConfigurationError(
+            f"ASYNCROUTE_STORE: the function returned a {type(engine).__name__}; it must return an "
+            "SQLAlchemy Engine."
+        )
+    check_setting("ASYNCROUTE_STORE", engine)
+    return SQLTaskStore(EngineDatabase(engine, is_owned=False), namespace, create_tables)
+
+
+class EngineDatabase(Database):
+    """Uses the connections of an engine. Thread-safe. Do not use it after a fork.
+
+    :param engine: for PostgreSQL with psycopg.
+    :param is_owned: whether :meth:`close` disposes of the engine.
+    """
+
+    def __init__(self, engine: Engine, is_owned: bool) -> None:
+        make_dialect: Any = type(engine.dialect)
+        self.dialect = make_dialect(paramstyle="pyformat")
+        self.label = engine.url.render_as_string(hide_password=True)
+        user = os.geteuid() if hasattr(os, "geteuid") else "user"
+        self.lock_path = Path(tempfile.gettempdir()) / f"flask-asyncroute-{user}-workers"
+        self._engine = engine
+        self._is_owned = is_owned
+        self._unpooled: Connection | None = None
+        self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._several = engine.execution_options(isolation_level="READ COMMITTED")
+        self._snapshot = engine.execution_options(
+            isolation_level="REPEATABLE READ", postgresql_readonly=True
+        )
+
+    def fetch_one(self, sql: str, values: Mapping[str, Any]) -> Any:
+        return self._read(self._single, lambda cursor: cursor.execute(sql, values).fetchone())
+
+    def fetch_all(self, sql: str, values: Mapping[str, Any]) -> Sequence[Any]:
+        return self._read(self._single, lambda cursor: cursor.execute(sql, values).fetchall())
+
+    def read(self, work: Callable[[Cursor], T]) -> T:
+        return self._read(self._snapshot, work)
+
+    def write_one(self, sql: str, values: Mapping[str, Any]) -> Any:
+        def write(attempt: _Attempt) -> Any:
+            with self._single.connect() as connection:
+                attempt.may_be_committed = True
+                rows = connection.exec_driver_sql(sql, dict(values))
+                return rows.fetchone() if rows.returns_rows else None
+
+        return self._repeat(write)
+
+    def write_unpooled(self, sql: str, values: Mapping[str, Any]) -> int:
+        def write(attempt: _Attempt) -> int:
+            try:
+                if self._unpooled is None:
+                    self._unpooled = self._single.connect()
+                    # Detach it, so that it is available even if all pooled connections are in use.
+                    self._unpooled.detach()
+                return self._unpooled.exec_driver_sql(sql, dict(values)).rowcount
+            except SQLAlchemyError:
+                self._close_unpooled()
+                raise
+
+        return self._repeat(write)
+
+    def write(self, work: Callable[[Cursor], T]) -> T:
+        def write(attempt: _Attempt) -> T:
+            with self._several.connect() as connection, connection.begin() as transaction:
+                done = work(_Cursor(connection))
+                attempt.may_be_committed = True
+                transaction.commit()
+                return done
+
+        return self._repeat(write)
+
+    def version(self) -> None:
+        return None
+
+    def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener:
+        return PostgreSQLListener(self._single, channel, payload, notify)
+
+    def lock_schema(self, cursor: Cursor) -> None:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
+
+    def has_table(self, cursor: Cursor, name: str) -> bool:
+        # Do not use to_regclass(), which may read a stale server cache after a wait for the schema
+        # lock.
+        found = cursor.execute(
+            "SELECT 1 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = "
+            "c.relnamespace WHERE c.relname = %s AND n.nspname = ANY (current_schemas(false))",
+            (name,),
+        )
+        return found.fetchone() is not None
+
+    def close(self) -> None:
+        self._close_unpooled()
+        if not self._is_owned:
+            return
+        # dispose() does not close connections in use, so wait for short statements to end.
+        pool = self._engine.pool
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while isinstance(pool, QueuePool) and pool.checkedout() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        self._engine.dispose()
+
+    def forget(self) -> None:
+        # Two processes must not use one socket. The app may use its own engine in the child too, so
+        # replace the engine's pool without closing the old connections.
+        if not self._is_owned:
+            self._engine.dispose(close=False)
+
+    def remedy(self, error: BaseException) -> str:
+        return "Check that the database server is running, and read its log."
+
+    def _log(self, error: BaseException) -> None:
+        # SQLAlchemy's message contains the statement's parameters, which must not be logged.
+        super()._log(getattr(error, "orig", None) or error)
+
+    def _close_unpooled(self) -> None:
+        unpooled, self._unpooled = self._unpooled, None
+        if unpooled is not None:
+            with suppress(SQLAlchemyError):  # the connection may already be lost
+                unpooled.close()
+
+    def _read(self, engine: Engine, work: Callable[[Cursor], T]) -> T:
+        def read(attempt: _Attempt) -> T:
+            with engine.connect() as connection:
+                return work(_Cursor(connection))
+
+        return self._repeat(read)
+
+    def _repeat(self, work: Callable[[_Attempt], T]) -> T:
+        """Return the result of ``work``. Retry after a deadlock, a serialization failure, or a lost
+        connection unless the work may have been committed.
+        """
+        for tries_left in reversed(range(TRIES)):
+            attempt = _Attempt()
+            try:
+                return work(attempt)
+            except IntegrityError as error:
+                raise Duplicate from error
+            except SQLAlchemyError as error:
+                is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
+                if is_lost and attempt.may_be_committed:
+                    raise self.unknown(error) from error
+                sqlstate = getattr(getattr(error, "orig", None), "sqlstate", None)
+                if not tries_left or not (is_lost or sqlstate in _ROLLED_BACK):
+                    raise self.unavailable(error) from error
+        raise AssertionError("the last attempt returns or raises")
+
+
+@dataclass(slots=True)
+class _Attempt:
+    may_be_committed: bool = False
+
+
+class _Cursor:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, parameters: Any = (), /) -> Rows:
+        return self._connection.exec_driver_sql(sql, parameters)
+
+
+class PostgreSQLListener:
+    """Calls a function for each notification (``LISTEN``) until it is closed. Thread-safe.
+
+    It has its own thread and connection. Notifications are lost while the connection is down, so
+    ``notify`` is also called after each reconnection.
+
+    :param engine: its connection is detached from the engine's pool.
+    :param notify: called on the listener's thread; must return immediately and raise no
+        exceptions.
+    """
+
+    def __init__(
+        self, engine: Engine, channel: str, payload: str, notify: Callable[[], None]
+    ) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._payload = payload
+        self._notify = notify
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="asyncroute-listener", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread; wait up to five seconds until it has ended."""
+        self._closed.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(5)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                with self._engine.connect() as connection:
+                    driver: Any = connection.connection.driver_connection
+                    connection.detach()
+                    connection.exec_driver_sql(f"LISTEN {self._channel}")
+                    self._notify()
+                    while not self._closed.is_set():
+                        for notification in driver.notifies(timeout=CLOSED_SECONDS):
+                            if notification.payload == self._payload:
+                                self._notify()
+            except Exception as error:
+                # SQLAlchemy and the driver raise errors of different classes.
+                if not self._closed.is_set():
+                    logger.warning(
+                        "The LISTEN connection to PostgreSQL failed: %s. It is reopened; until "
+                        "then the store is polled four times a second.",
+                        type(error).__name__,
+                    )
+            self._closed.wait(RECONNECT_SECONDS)

@@ -1,0 +1,1 @@
+"""The parts of a worker process: running tasks, maintenance, heartbeat, recovery and shutdown."""

@@ -1,0 +1,115 @@
+"""Detects different apps that use the same namespace of a store, and so would run each other's
+tasks.
+
+In one process, using the older app again raises an error. Between processes, `recovery` only logs a
+warning, because a new release may have moved a view.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from flask import Flask
+
+from ..config import Config
+from ..errors import ConfigurationError
+from ..routes import Route
+from ..stores.base import TaskStore
+
+Views = Mapping[str, Sequence[str]]
+"""Maps each endpoint to the app's import name and root path, and the view's full name."""
+
+
+class Runner(Protocol):
+    """The attributes of `runner.Runner` that this module uses. Importing that class would be a
+    circular import.
+    """
+
+    app: Flask
+    config: Config
+    routes: Mapping[str, Route]
+    store: TaskStore
+    superseded_by: Callable[[], Runner | None]
+
+
+_opened: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
+"""The runners of this process whose store is open."""
+
+
+def views_of(app: Flask, routes: Mapping[str, Route]) -> Views:
+    """Return a description of an app, with which other worker processes recognize it."""
+    return {
+        endpoint: [
+            app.import_name,
+            app.root_path,
+            f"{route.view.__module__}.{route.view.__qualname__}",
+        ]
+        for endpoint, route in routes.items()
+    }
+
+
+def difference(ours: Views, theirs: Views) -> str | None:
+    """Describe the first difference between two apps; return None if they may be the same app.
+
+    Endpoints that only one app has are ignored.
+    """
+    if not ours or not theirs:
+        return None
+    (name, path, _), (other_name, other_path, _) = (
+        next(iter(views.values())) for views in (ours, theirs)
+    )
+    if name != other_name:
+        return f"the import name is {name!r} and {other_name!r}"
+    if path != other_path:
+        return f"the root path is {path!r} and {other_path!r}"
+    for endpoint in sorted(ours.keys() & theirs.keys()):
+        view, other = ours[endpoint][2], theirs[endpoint][2]
+        if view != other:
+            return f"the view of the endpoint {endpoint!r} is {view} and {other}"
+    return None
+
+
+def supersede_others(runner: Runner) -> None:
+    """Register a runner with an open store, until :func:`leave`. Runners of other apps with the
+    same store and namespace then take no more tasks.
+    """
+    # Register first, so that two runners that register at the same time are both refused.
+    _opened[id(runner)] = runner
+    # The secret identifies the store and the namespace.
+    secret = runner.store.secret()
+    for other in list(_opened.values()):
+        if other.app is not runner.app and other.store.secret() == secret:
+            other.superseded_by = weakref.ref(runner)
+
+
+def refuse_superseded(runner: Runner) -> None:
+    """Raise an error if another app has opened the same namespace after this runner.
+
+    A test suite may use several apps in turn, even if a task or traceback keeps an earlier one
+    alive.
+
+    :raises ConfigurationError: the message names both apps and the configuration key to change.
+    """
+    if _successor(runner) is not None:
+        # Free a newer app that only a reference cycle keeps alive.
+        gc.collect()
+    newer = _successor(runner)
+    if newer is not None:
+        raise ConfigurationError(
+            f"Two apps in this process, {runner.app.name!r} and {newer.app.name!r}, use the "
+            f"namespace {runner.config.namespace!r} of the store {runner.store.label}. Each would "
+            "run the other's tasks. Set another ASYNCROUTE_NAMESPACE for one of them."
+        )
+
+
+def leave(runner: Runner) -> None:
+    """Unregister a runner because it was closed, or belongs to the parent process."""
+    _opened.pop(id(runner), None)
+
+
+def _successor(runner: Runner) -> Runner | None:
+    newer = runner.superseded_by()
+    return newer if newer is not None and id(newer) in _opened else None

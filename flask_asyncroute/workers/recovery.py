@@ -1,0 +1,130 @@
+"""Detects dead workers and recovers their tasks. Several processes may do this concurrently."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from ..engine.lifecycle import Lifecycle
+from ..stores.base import SharedTaskStore, Worker
+from ..task import State, now_us
+from . import process_lock
+from .app_identity import difference
+from .heartbeat import LEASE_SECONDS, Heartbeat
+
+logger = logging.getLogger("flask_asyncroute")
+
+GAP_SECONDS = 15.0
+"""After a gap this long between two checks, this process or the store was stalled, so missing
+heartbeats prove nothing. The gap is shorter than the lease by more than one heartbeat interval, and
+longer than a check of a slow store.
+"""
+CONFIRM_SECONDS = 0.4  # A lock that is free for less time may have been released by accident.
+ROUTE_GONE_SECONDS = 3600.0
+ROUTE_GONE = "Route gone"
+PAGE = 500
+
+
+@dataclass(eq=False)
+class Recovery:
+    """Checks the workers of one app. Not thread-safe."""
+
+    store: SharedTaskStore
+    lifecycle: Lifecycle
+    heartbeat: Heartbeat
+    _beats: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Each worker's last heartbeat, and the monotonic time when it was first seen."""
+    _free: dict[str, float] = field(default_factory=dict)
+    """For each worker, the monotonic time since which every check found its lock free."""
+    _differences: set[str] = field(default_factory=set)
+    """Differences between apps that were already logged."""
+    _checked_at: float = field(default_factory=lambda: time.monotonic())
+    _unlisted: dict[str, float] = field(default_factory=dict)
+    """For each endpoint, the monotonic time since which no worker has it."""
+
+    def recover_tasks(self) -> None:
+        """Recover the tasks of dead workers."""
+        self.heartbeat.enter()
+        listed = {worker.name: worker for worker in self.store.workers.listed()}
+        if self.heartbeat.name not in listed:
+            # Another worker has deleted the row of this process. Without it, other workers would
+            # detect the death of this process only after the lease.
+            self.heartbeat.send_soon()
+        for name in self.store.workers.owners():
+            # A worker without a row may still be running. Its next heartbeat restores the row.
+            listed.setdefault(name, Worker(name, "", 0, "", frozenset(), beat=-1))
+        now = time.monotonic()
+        if now - self._checked_at > GAP_SECONDS:
+            self._beats.clear()
+            self._free.clear()
+        self._checked_at = now
+        for seen in (self._beats, self._free):
+            for name in seen.keys() - listed.keys():
+                del seen[name]
+        for worker in listed.values():
+            is_alive = worker.name == self.heartbeat.name or self._is_alive(worker, now)
+            if is_alive:
+                self._compare(worker)
+            if is_alive is not False:
+                continue
+            held = self.store.workers.held(worker.name)
+            for task in held:
+                self.lifecycle.recover(task)
+            self.store.workers.leave(worker.name)
+            if held:
+                logger.warning(
+                    "The worker %s died; its %d unfinished tasks were aborted or restarted.",
+                    worker.name, len(held),
+                )  # fmt: skip
+
+    def _compare(self, worker: Worker) -> None:
+        """Log a warning, once for each difference, if another worker seems to run another app."""
+        found = difference(self.heartbeat.views, worker.views)
+        if found is not None and found not in self._differences:
+            self._differences.add(found)
+            logger.warning(
+                "This worker, %s, and the worker %s use the same namespace, but %s. Different apps "
+                "would run each other's tasks: set another ASYNCROUTE_NAMESPACE for one of them. "
+                "During the deployment of a new release this warning is expected.",
+                self.heartbeat.name, worker.name, found,
+            )  # fmt: skip
+
+    def abort_unroutable(self) -> None:
+        """Abort waiting tasks whose endpoint no worker has had for an hour."""
+        workers = self.store.workers
+        listed = {endpoint for worker in workers.listed() for endpoint in worker.endpoints}
+        unlisted = [endpoint for endpoint in workers.wanted() if endpoint not in listed]
+        now = time.monotonic()
+        self._unlisted = {name: self._unlisted.get(name, now) for name in unlisted}
+        gone = [name for name, since in self._unlisted.items() if now - since >= ROUTE_GONE_SECONDS]
+        if gone:
+            logger.warning(
+                "These endpoints have not existed in any running worker for an hour: %s. Their "
+                "waiting tasks are aborted.",
+                ", ".join(gone),
+            )
+        while gone and (waiting := self.store.waiting(dict.fromkeys(gone, PAGE), now_us())):
+            for task_id, _ in waiting:
+                task = self.store.get(task_id)
+                if task is not None and task.state is State.NOT_STARTED:
+                    self.lifecycle.abort(task, ROUTE_GONE)
+
+    def _is_alive(self, worker: Worker, now: float) -> bool | None:
+        """Return whether another worker is alive; None if this is not known yet."""
+        lock_file = self.heartbeat.lock_file
+        if lock_file is not None and worker.place == lock_file.name:
+            if lock_file.is_held(worker.number):
+                self._free.pop(worker.name, None)
+                return True
+            is_running = process_lock.is_running(worker.process)
+            if not is_running:
+                free_for = now - self._free.setdefault(worker.name, now)
+                is_dead = is_running is False or free_for >= CONFIRM_SECONDS
+                return False if is_dead else None
+            # The process runs, but its code keeps closing the lock file, so use its heartbeats.
+        beat, since = self._beats.get(worker.name, (None, now))
+        if beat != worker.beat:
+            self._beats[worker.name] = (worker.beat, now)
+            return None if beat is None else True
+        return False if now - since >= LEASE_SECONDS else None

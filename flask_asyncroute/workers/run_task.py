@@ -1,0 +1,291 @@
+"""Runs one task: claims it, rebuilds its request, calls the view and records the outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from flask import Flask, got_request_exception
+from werkzeug.exceptions import HTTPException
+
+from .. import snapshot
+from ..config import Config
+from ..current_task import running
+from ..encoding import encode_result, json_default
+from ..engine.dispatcher import TIMED_OUT, Dispatcher
+from ..engine.lifecycle import LOST, SHUT_DOWN, Lifecycle
+from ..engine.notifier import Notifier
+from ..engine.pending_writes import FIRST_DELAY, MAX_DELAY
+from ..errors import (
+    AsyncRouteError,
+    ConfigurationError,
+    ResultError,
+    StoreUnavailable,
+    TaskAborted,
+)
+from ..executors import interruption
+from ..executors.base import TaskExecutor
+from ..executors.execution import Execution
+from ..executors.outcome import Outcome, failed
+from ..request import context
+from ..routes import Route, View
+from ..stores.base import Claim, TaskStore
+from ..task import AsyncRouteTask, State, now_us
+from .maintenance import Timekeeper
+
+logger = logging.getLogger("flask_asyncroute")
+
+
+class Worker(Protocol):
+    """The attributes of `runner.Runner` that this module uses. Importing that class would be a
+    circular import.
+    """
+
+    app: Flask
+    config: Config
+    routes: Mapping[str, Route]
+    before_task: Sequence[Callable[[], Any]]
+
+    store: TaskStore
+    lifecycle: Lifecycle
+    dispatcher: Dispatcher
+    notifier: Notifier
+    timekeeper: Timekeeper
+
+    def enter(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+
+def run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
+    """Run a waiting task on this thread; return at once if another process has claimed it.
+
+    This never raises an Exception. The task gets an outcome, whatever the view does.
+    """
+    try:
+        _run(runner, executor, task_id)
+    except TaskAborted:
+        # The outcome is already recorded, or another worker recovers the task.
+        logger.warning("Task %s was interrupted after its view had already ended.", task_id)
+    except Exception as error:
+        is_known = isinstance(error, AsyncRouteError)
+        logger.error("Task %s could not be run: %s", task_id, error, exc_info=not is_known)
+        if executor.is_bound:
+            runner.lifecycle.abort_later(task_id, LOST)
+
+
+def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
+    dispatcher, lifecycle = runner.dispatcher, runner.lifecycle
+    execution = Execution(task_id, executor.interrupt_after, runner.wake)
+    if not dispatcher.begin(execution, executor):
+        return
+    is_ended = False
+    try:
+        runner.notifier.watch()
+        try:
+            if dispatcher.is_closing:
+                # Another process will run the task, unless it is bound to this one.
+                if executor.is_bound:
+                    lifecycle.abort_later(task_id, SHUT_DOWN)
+                return
+            runner.enter()
+            claim = lifecycle.claim(task_id)
+            if claim is None:
+                return
+            task = claim.task
+            seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000
+            execution.begin(task.user, task.epoch, seconds, task.on_loss == "restart")
+            runner.timekeeper.wake()  # so that it enforces the task's timeout
+            pid = os.getpid()
+            try:
+                outcome = _carry_out(runner, executor, claim, execution)
+            finally:
+                if os.getpid() != pid:
+                    # The view forked this process. The task and all connections belong to the
+                    # parent process.
+                    logger.error(
+                        "The view of task %s forked, and the forked process returned from the "
+                        "view. The forked process exits now; it should have called os._exit().",
+                        task_id,
+                    )
+                    os._exit(1)
+                interruption.leave(execution)
+                execution.end()
+            completed_us = now_us()
+            dispatcher.pace.note(task, completed_us)
+            if execution.is_expired:
+                outcome = Outcome(State.ABORTED, {"error": TIMED_OUT})
+            values = {"completed_us": completed_us, **outcome.values}
+            write: Callable[[], object]
+            if execution.is_shutting_down and not execution.is_expired:
+                # The shutdown has stopped the run, so ignore the view's return value.
+                write = partial(lifecycle.cut_short, execution, is_over=True)
+            else:
+                write = partial(lifecycle.finish, execution, outcome.state, values)
+            # Keep the run registered until its outcome is stored.
+            lifecycle.pending_writes.write(task_id, write, partial(dispatcher.end, execution))
+            is_ended = True
+        finally:
+            runner.notifier.unwatch()
+    finally:
+        if not is_ended:
+            dispatcher.end(execution)
+
+
+def _carry_out(
+    runner: Worker, executor: TaskExecutor, claim: Claim, execution: Execution
+) -> Outcome:
+    """Run a claimed task, in a child process if the executor uses one; return the outcome."""
+    body = None
+    try:
+        if claim.task.body_size:
+            body = _read_body(runner.store, claim.task, execution)
+        outcome = executor.hand_over(claim, body, execution)
+        return outcome or execute(runner, claim.task.endpoint, claim.request, body, execution)
+    except BaseException as error:
+        return _failed(error, execution, runner.config.expose_errors)
+    finally:
+        if body is not None:
+            body.close()
+
+
+def _read_body(store: TaskStore, task: AsyncRouteTask, execution: Execution) -> snapshot.Body:
+    """Return the request body of a claimed task. Retry while the store is unavailable.
+
+    :raises TaskAborted: if the task was stopped, timed out, or was ended by another process.
+    """
+    delay = FIRST_DELAY
+    while True:
+        try:
+            body = store.body(task.id)
+            break
+        except StoreUnavailable:
+            execution.stop.wait(delay)
+            execution.check()
+            delay = min(2 * delay, MAX_DELAY)
+    if body.size < task.body_size:
+        # The body was deleted, because the task has ended. The view must not run without it.
+        body.close()
+        raise TaskAborted("The task has ended, and its body was deleted.")
+    return body
+
+
+def execute(
+    runner: Worker, endpoint: str, request: bytes, body: snapshot.Body | None, execution: Execution
+) -> Outcome:
+    """Call a view in its rebuilt request, in a thread or child process; return the outcome.
+
+    :param request: an encoded `Snapshot`, which contains a small body.
+    :param body: a large body, if any.
+    """
+    app, outcome = runner.app, None
+    try:
+        route = runner.routes.get(endpoint)
+        if route is None:
+            raise ConfigurationError(
+                f"The app of ASYNCROUTE_APP ({runner.config.app}) has no async route with the "
+                f"endpoint {endpoint!r}."
+            )
+        captured = snapshot.decode(request)
+        if captured.body is not None:
+            body = snapshot.Body([captured.body])
+        default = json_default(app.json)
+        with running(execution, default), context.rebuilt(app, captured, body) as arguments:
+            try:
+                context.process_url(arguments)
+                for prepare in runner.before_task:
+                    prepare()
+                execution.check()
+                result = _call(route, {**route.options.arguments, **arguments}, execution)
+                if execution.is_time_up:
+                    raise TaskAborted("The view returned after its timeout.")
+                if result is None:
+                    return Outcome(State.COMPLETED)
+                encoded = encode_result(result, default, runner.config.max_result)
+                return Outcome(State.COMPLETED, {"result_json": encoded})
+            except BaseException as error:
+                # Read the error inside the request context, so that a lazy message is translated
+                # into the request's language.
+                _explain(error, app)
+                outcome = _failed(error, execution, runner.config.expose_errors)
+                _report(app, error, execution.task_id)
+                raise
+    except BaseException as error:
+        return outcome or _failed(error, execution, runner.config.expose_errors)
+
+
+def _explain(error: BaseException, app: Flask) -> None:
+    """Explain an error about a value of ``g`` that `before_request` functions would have set."""
+    if (
+        isinstance(error, AttributeError)
+        and issubclass(type(error.obj), app.app_ctx_globals_class)
+        and error.args == (error.name,)  # the app has not set the message
+    ):
+        error.args = (
+            f"g.{error.name} is not set, because before_request functions do not run in a task. "
+            "Set it in a before_task function.",
+        )
+
+
+def _failed(error: BaseException, execution: Execution, expose: bool) -> Outcome:
+    if execution.is_time_up and not execution.stop.is_set():
+        # The view may have raised the error because of the timeout, before the timekeeper reacted.
+        return Outcome(State.ABORTED, {"error": TIMED_OUT})
+    return failed(error, expose)
+
+
+def _call(route: Route, arguments: dict[str, Any], execution: Execution) -> Any:
+    if inspect.iscoroutinefunction(route.view):
+        return _await(route.view, arguments, execution)
+    result = interruption.call(route.view, arguments, execution)
+    if inspect.iscoroutine(result):
+        return _await(lambda: result, {}, execution)
+    return result
+
+
+def _await(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
+    """Run a coroutine on its own event loop. A stop cancels the coroutine at once."""
+
+    async def main() -> Any:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        execution.cancel_with(lambda: loop.call_soon_threadsafe(task.cancel))
+        try:
+            return await view(**arguments)
+        finally:
+            execution.cancel_with(None)
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        execution.check()
+        raise
+
+
+def _report(app: Flask, error: BaseException, task_id: str) -> None:
+    """Log an exception of a view, and send the signal got_request_exception. Also log errors of log
+    handlers and receivers.
+
+    HTTPException and TaskAborted are ignored: they are not errors of the app.
+    """
+    if isinstance(error, (HTTPException, TaskAborted)):
+        return
+    extra = {"task_id": task_id}
+    try:
+        if isinstance(error, ResultError):
+            app.logger.error(
+                "The result of task %s cannot be stored: %s", task_id, error, extra=extra
+            )
+            return
+        app.logger.exception("The view of task %s raised an exception.", task_id, extra=extra)
+        got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
+    except Exception:
+        logger.exception(
+            "A log handler or signal receiver failed while reporting the error of task %s.", task_id
+        )

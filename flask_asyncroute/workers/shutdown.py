@@ -1,0 +1,292 @@
+"""Graceful shutdown: detects that the server is stopping this process, and ends its tasks in time.
+
+Servers run exit hooks only after open requests have ended. So this module ends waits and streams
+earlier: when gunicorn or uvicorn receives a signal, or else before Python joins threads.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+
+# Import these modules first, so that our exit hooks run before theirs, which join threads and child
+# processes: hooks run in reverse order.
+import concurrent.futures.thread  # noqa: F401
+import logging
+import math
+import multiprocessing
+import multiprocessing.util  # noqa: F401
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from ..engine.lifecycle import SHUT_DOWN
+from ..errors import AsyncRouteError
+from ..executors.execution import Execution
+from ..task import State
+from .runner import Runner
+
+logger = logging.getLogger("flask_asyncroute")
+
+INTERRUPT_SECONDS = 0.2  # Time between the request to stop and the interruption of a run.
+GRACE_SECONDS = 0.6  # Time for the remaining runs to stop after that request.
+RECORD_SECONDS = 0.8  # Time for recording the remaining outcomes after that.
+MOST_NAMED = 20  # Maximum number of task ids in the log message about the exit.
+
+_SIGNALS = [
+    number
+    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGABRT")
+    if (number := getattr(signal, name, None)) is not None
+]
+_servers: list[weakref.ref[Any]] = []
+"""The servers found so far. Signal handlers show a server only until `_chained` replaces them or
+uvicorn restores older ones.
+"""
+runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # to shut down when this process exits
+_began_at: float | None = None  # When the shutdown was first noticed (monotonic).
+
+
+def is_server_ending() -> bool:
+    """Return whether gunicorn (after a signal or ``max_requests``) or uvicorn is stopping this
+    process. The drain time begins when this first returns True.
+    """
+    is_ending = any(
+        not getattr(server, "alive", True) or getattr(server, "should_exit", False)
+        for server in _known_servers()
+    )
+    if is_ending:
+        _note_time()
+    return is_ending
+
+
+def restart_gunicorn_timeout() -> float:
+    """Restart the timeout after which gunicorn kills a busy sync worker; return it in seconds.
+
+    Returns infinity under other servers.
+    """
+    for server in _known_servers():
+        settings = getattr(server, "cfg", None)
+        if settings is not None and settings.timeout:
+            server.notify()  # half of the timeout may have passed before the request began
+            return float(settings.timeout)
+    return math.inf
+
+
+def _known_servers() -> list[Any]:
+    """Find the gunicorn worker or uvicorn server of this process through its signal handlers, which
+    are methods of it. Return all that were found so far and still exist.
+    """
+    for number in _SIGNALS:
+        server = getattr(signal.getsignal(number), "__self__", None)
+        is_server = hasattr(server, "alive") or hasattr(server, "should_exit")
+        if is_server and not any(known() is server for known in _servers):
+            _servers.append(weakref.ref(server))
+    return [server for known in _servers if (server := known()) is not None]
+
+
+def notice(then: Callable[[], None]) -> None:
+    """Call ``then`` on a new thread when the server receives a signal to exit.
+
+    Call this on the main thread, after the server has installed its signal handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        logger.warning(
+            "async_routes.start() was not called in the main thread, so this process cannot notice "
+            "signals of its server: open waits and streams may delay its exit."
+        )
+        return
+    if "uvicorn" in sys.modules and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        logger.warning(
+            "uvicorn does not run exit hooks after SIGTERM, so running tasks are not shut down "
+            "gracefully. Call signal.signal(signal.SIGTERM, signal.default_int_handler) before "
+            "async_routes.start()."
+        )
+    servers = _known_servers()
+    handled: list[Callable[..., Any]] = []
+    for number in _SIGNALS:
+        handler = signal.getsignal(number)
+        # Servers that exit on KeyboardInterrupt, such as waitress and cheroot, would first wait for
+        # open requests, for seconds or until a stream ends.
+        is_interrupt = handler is signal.default_int_handler
+        if callable(handler) and (is_interrupt or getattr(handler, "__self__", None) in servers):
+            signal.signal(number, _chained(handler, then, handled))
+
+
+def _chained(
+    handler: Callable[[int, FrameType | None], Any],
+    then: Callable[[], None],
+    handled: list[Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Return a signal handler that runs ``then`` on a new thread and calls ``handler``.
+
+    The handler of a gunicorn worker is called only once. After Ctrl-C, it would be called for
+    SIGINT from the terminal and SIGQUIT from the arbiter. The second call would wait for a lock
+    that the first holds, or end the graceful shutdown. uvicorn's handler is called each time: a
+    second Ctrl-C makes uvicorn end open requests.
+    """
+    server = getattr(handler, "__self__", None)
+    # uvicorn runs exit hooks after SIGINT, but not after SIGTERM. So always pass it SIGINT.
+    is_uvicorn = hasattr(server, "should_exit")
+
+    def handle(number: int, frame: FrameType | None) -> Any:
+        if handler in handled:
+            return None
+        if hasattr(server, "alive"):
+            handled.append(handler)
+        # Use a new thread, because the interrupted main thread may hold any lock. Starting a
+        # threading.Thread would take a lock. If no thread can be started, continue.
+        with suppress(RuntimeError):
+            _thread.start_new_thread(then, ())
+        return handler(signal.SIGINT if is_uvicorn else number, frame)
+
+    return handle
+
+
+def shut_down(seconds: Mapping[Runner, float]) -> None:
+    """Start no more tasks. Let running tasks continue for ``seconds``, then abort or requeue them.
+
+    Waiting tasks stay in the store for other processes. The runners shut down concurrently. This
+    returns at most 1.5 seconds after the longest time limit, because only the maintenance threads
+    wait for stores.
+    """
+    began = time.monotonic()
+    running = sum(len(runner.dispatcher.running) for runner in seconds)
+    if running:
+        with suppress(Exception):  # a log filter or handler of the app failed
+            logger.info(
+                "This process exits; it waits up to %.1f s for %d running tasks.",
+                max(seconds.values()), running,
+            )  # fmt: skip
+    for runner in seconds:
+        runner.dispatcher.is_closing = True
+        runner.sender.is_closing = True
+    waiting = {
+        runner: [task_id for executor in runner.executors for task_id in executor.discard_waiting()]
+        for runner in seconds
+    }
+    late = [runner for runner in seconds if not _is_idle_by(runner, began + seconds[runner])]
+    cut: list[str] = []
+    for runner in late:
+        for execution in _unfinished(runner):
+            cut.append(execution.task_id)
+            execution.is_shutting_down = True
+            try:
+                execution.ask_to_stop(INTERRUPT_SECONDS)
+            except Exception:
+                # A cancel function of the app may fail. The other runs must still be stopped.
+                logger.exception("Task %s could not be asked to stop.", execution.task_id)
+        runner.maintenance.call(partial(_abort, runner))
+    deadline = time.monotonic() + GRACE_SECONDS
+    for runner in late:
+        _is_idle_by(runner, deadline)
+    recorded = [
+        runner.maintenance.call(partial(_record, runner, waiting[runner])) for runner in seconds
+    ]
+    queued = sum(map(len, waiting.values()))
+    if running or queued:
+        with suppress(Exception):
+            logger.info(
+                "At the exit of this process %d tasks had ended, %d were cut off (%s), and %d had "
+                "not started.",
+                max(running - len(cut), 0), len(cut), ", ".join(cut[:MOST_NAMED]) or "none", queued,
+            )  # fmt: skip
+    deadline = time.monotonic() + RECORD_SECONDS
+    if not all([event.wait(max(deadline - time.monotonic(), 0.0)) for event in recorded]):
+        logger.error(
+            "The store did not respond in time during the shutdown; other workers will recover the "
+            "remaining tasks."
+        )
+
+
+def _is_idle_by(runner: Runner, deadline: float) -> bool:
+    return runner.dispatcher.wait_idle(max(deadline - time.monotonic(), 0.0))
+
+
+def _unfinished(runner: Runner) -> list[Execution]:
+    """Return the runs whose code has not ended. The outcomes of the other runs are known."""
+    runs = list(runner.dispatcher.running.values())
+    return [execution for execution, _ in runs if not execution.is_over]
+
+
+def _abort(runner: Runner) -> None:
+    with suppress(Exception):  # because `_record` tries again
+        for execution in _unfinished(runner):
+            runner.lifecycle.cut_short(execution, is_over=False)
+
+
+def _record(runner: Runner, waiting: list[str]) -> None:
+    """Record the remaining outcomes. Abort the queued tasks that only this process can run."""
+    try:
+        runner.lifecycle.pending_writes.retry(math.inf)
+        for execution in _unfinished(runner):
+            runner.lifecycle.cut_short(execution, is_over=True)
+        for task in map(runner.store.get, waiting):
+            if task and task.state is State.NOT_STARTED and task.owner == runner.lifecycle.owner:
+                runner.lifecycle.abort(task, SHUT_DOWN)
+        if runner.heartbeat is not None and runner.lifecycle.pending_writes.is_empty:
+            runner.heartbeat.leave()
+    except Exception as error:
+        logger.error(
+            "Some outcomes could not be recorded during the shutdown; other workers will recover "
+            "these tasks. (%s)",
+            error, exc_info=not isinstance(error, AsyncRouteError),
+        )  # fmt: skip
+
+
+def end_waits() -> None:
+    """End all waits and streams of this process. Tasks can still start and run."""
+    _note_time()
+    for runner in list(runners):
+        runner.notifier.end_waits()
+
+
+def _note_time() -> None:
+    global _began_at
+    if _began_at is None:
+        _began_at = time.monotonic()
+
+
+def _at_exit() -> None:
+    """Shut all runners down. Their drain time began when the shutdown was first noticed."""
+    end_waits()
+    spent = 0.0 if _began_at is None else time.monotonic() - _began_at
+    try:
+        shut_down({runner: max(runner.config.drain - spent, 0.0) for runner in list(runners)})
+    except Exception:
+        logger.exception(
+            "The graceful shutdown of this process failed; other workers will recover its tasks."
+        )
+    runners.clear()
+
+
+def _before_joins() -> None:
+    """End waits and streams before Python joins executor threads and non-daemon threads, on which
+    servers may handle requests. Exit hooks run later.
+    """
+    end_waits()
+    if multiprocessing.parent_process() is not None:
+        _at_exit()  # Processes that multiprocessing forked (as Granian does) run no exit hooks.
+
+
+def _after_fork() -> None:
+    global _began_at
+    _began_at = None
+    runners.clear()
+
+
+atexit.register(_at_exit)
+# `threading._register_atexit` is private, but runs before Python joins threads. Without it, an open
+# stream on such a thread would delay the exit for minutes.
+_register_before_joins = getattr(threading, "_register_atexit", None)
+if _register_before_joins is not None:
+    _register_before_joins(_before_joins)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
