@@ -75,10 +75,14 @@ class Stream:
         self.parser = Parser()
         self._http = HTTPConnection("127.0.0.1", port, timeout=timeout)
         resumed = {} if last_id is None else {"Last-Event-ID": last_id}
-        self._http.request("GET", path, headers={"Accept": "text/event-stream"} | resumed)
-        # http.client drops its socket once it has the response of a connection that will close.
-        self._socket = self._http.sock
-        self.response: HTTPResponse = self._http.getresponse()
+        try:
+            self._http.request("GET", path, headers={"Accept": "text/event-stream"} | resumed)
+            # http.client drops its socket once it has the response of a connection that will close.
+            self._socket = self._http.sock
+            self.response: HTTPResponse = self._http.getresponse()
+        except BaseException:
+            self._http.close()
+            raise
         self.status = self.response.status
 
     def __enter__(self) -> Stream:
