@@ -180,13 +180,13 @@ class Lifecycle:
                 return
             expect = self._held_by(execution)
             try:
-                change = self._store.add_events(execution.task_id, expect, sent)
+                changes = self._store.add_events(execution.task_id, expect, sent)
             except StoreUnavailable:
                 execution.return_events(sent)
                 raise
-        if change is not None:
+        if changes is not None:
             signals.send_fact(
-                signals.events_written, self._app, task_id=execution.task_id, change=change
+                signals.events_written, self._app, task_id=execution.task_id, changes=changes
             )
 
     def on_progress_reported(self, sender: Flask, execution: Execution, **extra: Any) -> None:

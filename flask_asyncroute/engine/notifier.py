@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,9 @@ REREAD_SECONDS = 0.25
 REST_SECONDS = 0.005  # Pause after a poll, so that the next poll reads many changes.
 LINGER_SECONDS = 2.0  # How long polling continues after the last subscriber has left.
 IDLE_SECONDS = 60.0
+NOTIFIED_SECONDS = 60.0
+"""How long the store is asked for notifications at a time, while there are subscribers."""
+MAX_OWN = 10_000
 SHUTDOWN_SEND_SECONDS = 0.5  # How long a client may take to receive a chunk during shutdown.
 
 
@@ -86,29 +89,35 @@ class Waiter(Follower):
 class Notifier(Loop):
     """Calls ``on_change`` for each changed task, then notifies subscribers. Thread-safe.
 
-    Polls a shared store on its own thread, while there are subscribers, or between :meth:`watch`
-    and :meth:`unwatch`.
+    Polls a shared store on its own thread, while there are subscribers. Between :meth:`watch` and
+    :meth:`unwatch`, it polls for changes that the runs of this process need.
+
+    :param worker: the name of this process in the store.
     """
 
     def __init__(
         self,
         app: Flask,
         store: TaskStore,
+        worker: str,
         on_change: Callable[[AsyncRouteTask], None],
         is_server_ending: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__("asyncroute-watcher")
         self._store = store
+        self._worker = worker
         self.shared_reads = SharedReads()
         self._on_change = on_change
         self._is_server_ending = is_server_ending
         self._waiting_lock = threading.Lock()
         self._waiting: dict[str | None, set[Follower]] = {}
         self._changed: set[str] = set()  # The tasks whose streams must be woken.
-        self._watching = 0
+        self._watching = 0  # The number of subscribers and runs.
+        self._following = 0  # The number of subscribers.
         self._is_polling = False
+        self._is_notified_until = 0.0
         self._since = 0
-        self._own = 0  # The highest number of this process's own published changes.
+        self._own: set[int] = set()  # Change numbers of this process, which need not be read.
         self._idle_since: float | None = None
         self._poll_after = 0.0
         self._listener: Listener | None = None
@@ -122,7 +131,9 @@ class Notifier(Loop):
         signals.events_written.connect(self._on_events_written, sender=app)
 
     def watch(self) -> None:
-        """Receive changes of other processes until :meth:`unwatch`. May raise StoreUnavailable."""
+        """Call ``on_change`` for stops by other processes until :meth:`unwatch`. May raise
+        StoreUnavailable.
+        """
         if self._store.is_shared:
             self._begin()
 
@@ -131,28 +142,40 @@ class Notifier(Loop):
         if self._store.is_shared:
             self._end()
 
-    def _begin(self) -> None:
+    def _begin(self, is_follower: bool = False) -> None:
         with self._waiting_lock:
             self._watching += 1
+            self._following += is_follower
             is_first = self._watching == 1
         try:
+            if is_follower and isinstance(self._store, SharedTaskStore):
+                self._keep_notified(self._store)
             if not self._is_polling:
                 newest = self._store.newest()  # read without the lock, which notifications need
                 with self._waiting_lock:
                     if not self._is_polling:
                         self._since = newest
+                        self._own.clear()
                         self.shared_reads.forget()  # results may lack changes since the last poll
                         self._is_polling = True
             self.start()
         except BaseException:
-            self._end()
+            self._end(is_follower)
             raise
         if is_first:
             self.wake()
 
-    def _end(self) -> None:
+    def _end(self, is_follower: bool = False) -> None:
         with self._waiting_lock:
             self._watching -= 1
+            self._following -= is_follower
+
+    def _keep_notified(self, store: SharedTaskStore) -> None:
+        """Ask the store for notifications, unless it was asked recently."""
+        now = time.monotonic()
+        if now >= self._is_notified_until - NOTIFIED_SECONDS / 2:
+            store.keep_notifying(NOTIFIED_SECONDS)
+            self._is_notified_until = now + NOTIFIED_SECONDS
 
     @contextmanager
     def telling(self, follower: Follower, task_id: str | None = None) -> Iterator[None]:
@@ -164,11 +187,11 @@ class Notifier(Loop):
         with self._waiting_lock:
             self._waiting.setdefault(task_id, set()).add(follower)
         try:
-            self._begin()
+            self._begin(is_follower=True)
             try:
                 yield
             finally:
-                self._end()
+                self._end(is_follower=True)
         finally:
             with self._waiting_lock:
                 followers = self._waiting[task_id]
@@ -218,11 +241,17 @@ class Notifier(Loop):
 
     def _on_task_changed(self, sender: object, task: AsyncRouteTask, **extra: Any) -> None:
         self._publish(task)
-        self._own = max(self._own, task.change)
+        self._add_own((task.change,))
 
-    def _on_events_written(self, sender: object, task_id: str, change: int, **extra: Any) -> None:
+    def _on_events_written(
+        self, sender: object, task_id: str, changes: range, **extra: Any
+    ) -> None:
         self._notify(task_id)
-        self._own = max(self._own, change)
+        self._add_own(changes)
+
+    def _add_own(self, changes: Iterable[int]) -> None:
+        if self._is_polling and len(self._own) < MAX_OWN:
+            self._own.update(changes)
 
     def _publish(self, task: AsyncRouteTask) -> None:
         try:
@@ -313,12 +342,34 @@ class Notifier(Loop):
             self._has_listened = True
             if self._listener is not None:
                 when_gone(self, self._listener.close)
-        changes = store.news(self._since, self._own)
-        self._since = changes.change
+        if self._following:
+            self._keep_notified(store)
+        if self._skip_own(store.newest()):
+            return
+        reads_all = self._following > 0
+        changes = store.news(self._since, None if reads_all else self._worker)
+        with self._waiting_lock:
+            if self._following and not reads_all:
+                # A subscriber has come meanwhile and needs changes that were not read.
+                self.wake()
+                return
+            self._since = changes.change
+        self._own = {change for change in self._own.copy() if change > self._since}
         for task in changes.tasks:
             self._publish(task)
         for task_id in changes.sent:
             self._notify(task_id)
+
+    def _skip_own(self, newest: int) -> bool:
+        """Skip the next changes as long as this process has made them; return whether all are
+        skipped.
+        """
+        if newest < self._since:
+            self._own.clear()  # the database was restored, and assigns these numbers again
+        while self._since < newest and self._since + 1 in self._own:
+            self._since += 1
+            self._own.discard(self._since)
+        return self._since == newest
 
     def _disconnect_late(self, now: float) -> None:
         # During shutdown, every unsent chunk is late after SHUTDOWN_SEND_SECONDS.

@@ -192,8 +192,8 @@ class TaskStore(ABC):
         """
 
     @abstractmethod
-    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> int | None:
-        """Store view events of the run with the expected epoch. Return the last change number; None
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> range | None:
+        """Store view events of the run with the expected epoch. Return their change numbers; None
         if the task does not match ``expect``.
 
         Events whose number is already stored are skipped. The oldest events over :data:`MAX_EVENTS`
@@ -272,20 +272,24 @@ class SharedTaskStore(TaskStore):
         """
 
     @abstractmethod
-    def news(self, since: int, known: int = 0) -> News:
-        """Return the changes after the change number ``since``; this is fast if there are none.
-        Call it from one thread at a time.
-
-        :param known: the highest change number that this process itself has published. Its own
-            changes are omitted if no other process has changed anything since the last call.
+    def news(self, since: int, worker: str | None = None) -> News:
+        """Return the changes after the change number ``since``.
 
         :param since: -1 to read only the newest number. If it is over the newest number, as after a
             restore of the database, all tasks are returned.
+        :param worker: return only what a worker with this name needs if nobody waits in its
+            process: stops of its tasks, and tasks that other workers have ended or taken over.
+        """
+
+    def keep_notifying(self, seconds: float) -> None:  # noqa: B027 - optional
+        """Send a notification for each later write of any process, for this time. At other times
+        stores may send notifications only for stops; see :meth:`listen`.
         """
 
     def listen(self, notify: Callable[[], None]) -> Listener | None:
-        """Call ``notify``, on any thread, soon after each later write by any process. Return None
-        if the store sends no notifications.
+        """Call ``notify``, on any thread, soon after each later stop of a task by any process, and
+        after each later write during :meth:`keep_notifying`. Return None if the store sends no
+        notifications.
 
         Notifications are lost while the connection is down, so poll :meth:`news` as well.
         """

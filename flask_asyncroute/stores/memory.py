@@ -186,18 +186,19 @@ class MemoryTaskStore(TaskStore):
                 values = {**values, "completed_us": max(values["completed_us"], start_us)}
             return self._write(entry, values)
 
-    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> int | None:
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> range | None:
         with self._lock:
             entry = self._expected(task_id, expect)
             if entry is None:
                 return None
+            before = self._change
             for event in sent:
                 number = entry.task.epoch, event.number
                 if number > entry.last_sent:
                     self._change += 1
                     entry.keep(self._change, event.name, event.data)
                     entry.last_sent = number
-            return self._change
+            return range(before + 1, self._change + 1)
 
     def delete(self, task_id: str, expect: Expect) -> bool:
         with self._lock:

@@ -140,8 +140,15 @@ class Timekeeper(Loop):
     def __init__(self, dispatcher: Dispatcher) -> None:
         super().__init__("asyncroute-timekeeper")
         self._dispatcher = dispatcher
+        self._due = math.inf  # when the next step is due; inf during a step
+
+    def begin(self, execution: Execution) -> None:
+        """Time out a run whose deadline was just set."""
+        if execution.deadline is not None and execution.deadline < self._due:
+            self.wake()
 
     def _step(self) -> float:
+        self._due = math.inf
         due = time.monotonic() + LONGEST_SLEEP
         for execution, executor in list(self._dispatcher.running.values()):
             try:
@@ -152,6 +159,7 @@ class Timekeeper(Loop):
                     execution.task_id,
                 )
                 due = min(due, time.monotonic() + 1.0)
+        self._due = due
         return max(due - time.monotonic(), 0.0)
 
     def _attend(self, execution: Execution, executor: TaskExecutor, now: float) -> float:

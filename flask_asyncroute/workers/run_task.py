@@ -100,7 +100,7 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
             task = claim.task
             seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000
             execution.begin(task.user, task.epoch, seconds, task.on_loss == "restart")
-            runner.timekeeper.wake()  # so that it enforces the task's timeout
+            runner.timekeeper.begin(execution)
             pid = os.getpid()
             try:
                 outcome = _carry_out(runner, executor, claim, execution)

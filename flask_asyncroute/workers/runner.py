@@ -69,7 +69,9 @@ class Runner:
         self.dispatcher = Dispatcher(
             app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes
         )
-        self.notifier = Notifier(app, self.store, self.dispatcher.on_change, is_ending)
+        self.notifier = Notifier(
+            app, self.store, self.lifecycle.owner, self.dispatcher.on_change, is_ending
+        )
         self.stream_slots = threading.BoundedSemaphore(config.max_streams)
         self.heartbeat: Heartbeat | None = None
         self.sender = Sender(

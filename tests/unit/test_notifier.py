@@ -43,7 +43,7 @@ def make_notifier(app: Flask) -> Iterator[MakeNotifier]:
     def make(
         store: TaskStore, listener: Callable[[AsyncRouteTask], None] = lambda task: None
     ) -> Notifier:
-        made.append(Notifier(app, store, listener))
+        made.append(Notifier(app, store, "worker", listener))
         return made[-1]
 
     yield make
@@ -298,7 +298,7 @@ def test_every_change_drops_shared_reads_even_without_subscribers(
     lifecycle = Lifecycle(app, store, "owner")
     for change in (
         lambda: lifecycle.create(make_task(), b"", None, ()),
-        lambda: signals.send_fact(signals.events_written, app, task_id="task", change=2),
+        lambda: signals.send_fact(signals.events_written, app, task_id="task", changes=range(2, 3)),
     ):
         assert reads.get("key", lambda: "before") == "before"
         change()
@@ -645,7 +645,7 @@ def test_close_wakes_a_thread_that_is_about_to_pause(
 def test_the_thread_ends_when_its_notifier_is_collected(
     app: Flask, two_stores: tuple[TaskStore, TaskStore], eventually: Eventually
 ) -> None:
-    notifier = Notifier(app, two_stores[0], lambda task: None)
+    notifier = Notifier(app, two_stores[0], "worker", lambda task: None)
     notifier.watch()
     reference = weakref.ref(notifier)
     del notifier
@@ -657,7 +657,7 @@ def test_the_thread_ends_when_its_notifier_is_collected(
 def test_the_shared_reads_thread_ends_when_its_notifier_is_collected(
     app: Flask, eventually: Eventually
 ) -> None:
-    notifier = Notifier(app, MemoryTaskStore(), lambda task: None)
+    notifier = Notifier(app, MemoryTaskStore(), "worker", lambda task: None)
     assert notifier.shared_reads.get("key", lambda: "read") == "read"
     threads = [t for t in threading.enumerate() if t.name == "asyncroute-reader"]
     assert threads

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -102,12 +102,6 @@ class Database(ABC):
 
         :param work: may be called again. It must use only its cursor, because nested reads could
             deadlock.
-        """
-
-    @abstractmethod
-    def version(self) -> Hashable:
-        """Return a value that changes after each commit by another process; None if unknown. Call
-        from one thread only.
         """
 
     def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener | None:

@@ -6,7 +6,7 @@ row, which saves a write. A restart copies earlier states to the events table.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ...encoding import encode_json
@@ -31,15 +31,10 @@ class EventLog:
         self._database = database
         self._sql = sql
         self._namespace = namespace
-        self._seen: tuple[Hashable, int] | None = None
 
-    def forget(self) -> None:
-        """Forget the database version, because new connections number versions differently."""
-        self._seen = None
-
-    def add(self, cursor: Cursor, task_id: str, epoch: int, sent: Sequence[ViewEvent]) -> int:
+    def add(self, cursor: Cursor, task_id: str, epoch: int, sent: Sequence[ViewEvent]) -> range:
         """Add the new events of a run, each with its own change number, and remove the oldest if
-        there are too many. Return the last change number.
+        there are too many. Return the change numbers.
         """
         ns = self._namespace.key
         which = {"ns": ns, "task_id": task_id}
@@ -50,14 +45,15 @@ class EventLog:
             stored = (last.epoch, last.number)
             sent = [event for event in sent if (epoch, event.number) > stored]
             if not sent:
-                return int(last.change)
+                return range(0)
         count = {"ns": ns, "count": len(sent)}
-        change = cursor.execute(self._sql.take_changes, count).fetchone().change - len(sent)
-        for number, event in enumerate(sent, change + 1):
+        last_change = int(cursor.execute(self._sql.take_changes, count).fetchone().change)
+        changes = range(last_change - len(sent) + 1, last_change + 1)
+        for number, event in zip(changes, sent, strict=True):
             self._add(cursor, task_id, number, event, epoch)
         if sent[-1].number // TRIM_EVERY != (sent[0].number - 1) // TRIM_EVERY:
             cursor.execute(self._sql.trim_events, which)
-        return int(change) + len(sent)
+        return changes
 
     def keep_states(self, cursor: Cursor, task: AsyncRouteTask) -> None:
         """Add the states of a run as events, before a new run overwrites them."""
@@ -81,34 +77,30 @@ class EventLog:
         last = found[-1].change if found else 0
         return Events(last if len(found) == most else max(change, last), found)
 
-    def news(self, since: int, known: int) -> News:
-        """See `SharedTaskStore.news`. Call this from one thread at a time."""
-        version = self._database.version()
-        is_alone = self._seen is not None and version == self._seen[0] and since >= self._seen[1]
+    def news(self, since: int, worker: str | None) -> News:
+        """See `SharedTaskStore.news`."""
         # Read this number before the tasks, so that the tasks include all changes up to it.
         change = self.newest()
-        if is_alone and change <= max(since, known):
-            return News(change, ())
-        tasks: list[AsyncRouteTask] = []
-        sent: set[str] = set()
         if change < since:
             # The database was restored or failed over to an older copy, so its change numbers went
             # back.
             since = 0
-        if 0 <= since < change:
-            values = {"ns": self._namespace.key, "since": since, "limit": CHANGES_PAGE}
-            rows = self._database.fetch_all(self._sql.changed_tasks, values)
-            tasks = [record_of(row) for row in rows]
+        if not 0 <= since < change:
+            return News(change, ())
+        values = {
+            "ns": self._namespace.key, "since": since, "limit": CHANGES_PAGE, "worker": worker,
+        }  # fmt: skip
+        statement = self._sql.changed_tasks if worker is None else self._sql.ended_tasks
+        tasks = [record_of(row) for row in self._database.fetch_all(statement, values)]
+        sent: set[str] = set()
+        if worker is None:
             # Read the events after the tasks. By now, all changes before the last of these tasks
             # have been committed.
             rows = self._database.fetch_all(self._sql.tasks_with_events, values)
             sent = {row.task_id for row in rows}
-            if len(tasks) == CHANGES_PAGE:
-                return News(tasks[-1].change, tasks, sent)
-            change = max(change, tasks[-1].change if tasks else 0)
-        if version is not None:
-            self._seen = (version, change)
-        return News(change, tasks, sent)
+        if len(tasks) == CHANGES_PAGE:
+            return News(tasks[-1].change, tasks, sent)
+        return News(max(change, tasks[-1].change if tasks else 0), tasks, sent)
 
     def newest(self) -> int:
         """See `TaskStore.newest`."""

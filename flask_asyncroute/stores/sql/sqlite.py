@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -32,7 +32,6 @@ Identity = tuple[int, int]  # The device and inode of a file.
 
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 BUSY_SECONDS = 5.0  # Maximum wait for locks of other processes or threads.
-VERSION_SECONDS = 0.01  # How long `version` waits for writes of other threads.
 CHECK_SECONDS = 0.5  # Interval of the check for a replaced file.
 READERS = 8  # Maximum read connections; one per thread would need too much memory.
 CHECKPOINT_PAGES = 8000
@@ -162,16 +161,6 @@ class SQLiteDatabase(Database):
             return done
 
         return self._write(write)
-
-    def version(self) -> Hashable:
-        self._check()
-        if not self._write_lock.acquire(timeout=VERSION_SECONDS):
-            return None
-        # data_version counts commits on other connections; this process writes only on this one.
-        # The number is comparable only within one connection, so return both.
-        return self._write_locked(
-            lambda writer: (writer, writer.execute("PRAGMA data_version").fetchone()[0])
-        )
 
     def lock_schema(self, cursor: Cursor) -> None:
         """Do nothing, because ``BEGIN IMMEDIATE`` has already locked the file."""
@@ -303,10 +292,6 @@ class SQLiteDatabase(Database):
         self._check()
         if not self._write_lock.acquire(timeout=BUSY_SECONDS):
             raise self.unavailable(TimeoutError("the write connection stayed in use"))
-        return self._write_locked(work)
-
-    def _write_locked(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Call ``work`` with the write connection, then release the caller's write lock."""
         try:
             if self._writer is None:
                 self._writer = self.connect()

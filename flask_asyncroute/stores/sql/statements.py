@@ -54,8 +54,14 @@ records; see `rows.record_of`.
 """
 _RECORD_WITHOUT_RESULT = RECORD.replace('"result_json"', "NULL AS result_json")
 
-_IS_TASK = "namespace = :ns AND id = :task_id"
-_OF_TASK = "namespace = :ns AND task_id = :task_id"
+_IN_NAMESPACE = "namespace [postgresql: + 0] = :ns"
+"""The condition beside a condition on the first column of a primary key. PostgreSQL cannot use an
+index that begins with the namespace for it; see `tables`.
+"""
+_IS_TASK = f"id = :task_id AND {_IN_NAMESPACE}"
+_OF_TASK = f"task_id = :task_id AND {_IN_NAMESPACE}"
+_STATE = "state [postgresql: || '']"
+"""The state beside a condition on the id. PostgreSQL cannot use an index of the state for it."""
 _IS_VALUE = "namespace = :ns AND key = :key"
 _IS_STOPPING = "namespace = :ns AND stopping = 1 AND owner IS NOT NULL"
 _IS_BOUND = "namespace = :ns AND state = 'NotStarted' AND owner IS NOT NULL"
@@ -71,23 +77,29 @@ _IS_PLAIN = "permission_json IS NULL AND callback_json IS NULL AND body_size = 0
 _HIGHEST = """max(change, coalesce(
     (SELECT max(change) FROM asyncroute_tasks WHERE namespace = :ns), 0))"""
 _LAST = f"[sqlite: {_HIGHEST}] [postgresql: change]"
+_NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 _NOTIFY = f"pg_notify('{CHANNEL}', CAST(key AS TEXT))"
+# A notification wakes all processes of the app, so most writes send one only if a process has asked
+# for it.
+_NOTIFY_IF_ASKED = f"CASE WHEN notify_until_us > {_NOW} THEN {_NOTIFY} END"
 _NEXT = "(SELECT change FROM counter)"
 
 
-def _counter(where: str = "") -> str:
+def _counter(where: str = "", is_urgent: bool = False) -> str:
     """Return the WITH clause of a statement that changes a task. :data:`_NEXT` reads the change
     number from it.
 
+    :param is_urgent: whether to send a notification even if no process has asked for it.
     :param where: the condition of the statement. If no task meets it, PostgreSQL does not increment
         the change number, lock the namespace or notify listeners.
     """
     if_any = f"AND EXISTS (SELECT 1 FROM asyncroute_tasks WHERE {where})" if where else ""
+    notify = _NOTIFY if is_urgent else _NOTIFY_IF_ASKED
     return f"""
         WITH counter AS (
             [sqlite: SELECT {_HIGHEST} + 1 AS change FROM asyncroute_namespaces WHERE key = :ns]
             [postgresql: UPDATE asyncroute_namespaces SET change = change + 1
-                WHERE key = :ns {if_any} RETURNING change, {_NOTIFY}])"""
+                WHERE key = :ns {if_any} RETURNING change, {notify}])"""
 
 
 def _claim(where: str) -> str:
@@ -111,7 +123,7 @@ def _set_callback(state: str, attempts: str) -> str:
 
 def _as_expected(expect: Expect) -> str:
     states = ", ".join(f":state_{number}" for number in range(len(expect.states)))
-    where = f"{_IS_TASK} AND state IN ({states})"
+    where = f"{_IS_TASK} AND {_STATE} IN ({states})"
     for name in ("owner", "epoch", "stopping"):
         if getattr(expect, name) is not None:
             where += f" AND {name} = :is_{name}"
@@ -143,7 +155,9 @@ class Statements:
     get_change = f"SELECT {_LAST} AS change FROM asyncroute_namespaces WHERE key = :ns"
     take_changes = f"""
         UPDATE asyncroute_namespaces SET change = {_LAST} + :count WHERE key = :ns
-        RETURNING change [postgresql: , {_NOTIFY}]"""
+        RETURNING change [postgresql: , {_NOTIFY_IF_ASKED}]"""
+    keep_notifying = f"""[postgresql: UPDATE asyncroute_namespaces
+        SET notify_until_us = {_NOW} + :us WHERE key = :ns]"""
     # Execute this before a task is removed, so that its change number is never assigned again.
     skip_change = f"UPDATE asyncroute_namespaces SET change = {_LAST} + 1 WHERE key = :ns"
 
@@ -155,9 +169,8 @@ class Statements:
     add_task = f"{_counter()} {_new_task.replace(':change', _NEXT)}"
     get_task = f"SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_request = f"SELECT request, {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
-    # With a literal state, PostgreSQL would search all NotStarted tasks, not the id.
-    claim_task = _claim(f"{_IS_TASK} AND state = :waiting")
-    claim_plain_task = _claim(f"{_IS_TASK} AND state = :waiting AND {_IS_PLAIN}")
+    claim_task = _claim(f"{_IS_TASK} AND {_STATE} = 'NotStarted'")
+    claim_plain_task = _claim(f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND {_IS_PLAIN}")
     outlived_tasks = f"""
         SELECT id FROM asyncroute_tasks
         WHERE namespace = :ns AND outlived_us < :now AND stopping = 0
@@ -166,6 +179,12 @@ class Statements:
     changed_tasks = f"""
         SELECT {RECORD} FROM asyncroute_tasks
         WHERE namespace = :ns AND change > :since ORDER BY change LIMIT :limit"""
+    ended_tasks = f"""
+        SELECT {RECORD} FROM asyncroute_tasks
+        WHERE namespace = :ns AND change > :since
+            AND (owner IS NULL OR owner != :worker OR stopping = 1)
+            AND (completed_us IS NOT NULL OR epoch > CASE state WHEN 'NotStarted' THEN 0 ELSE 1 END)
+        ORDER BY change LIMIT :limit"""
 
     # --- Grants, bodies, idempotency keys, quotas, shared values
 
@@ -178,12 +197,12 @@ class Statements:
     delete_body = f"DELETE FROM asyncroute_bodies WHERE {_OF_TASK}"
 
     add_key = _insert(tables.keys)
-    get_key = "SELECT task_id FROM asyncroute_keys WHERE namespace = :ns AND name = :name"
+    get_key = f"SELECT task_id FROM asyncroute_keys WHERE name = :name AND {_IN_NAMESPACE}"
     get_task_of_key = f"""
         SELECT fingerprint, {RECORD}
         FROM asyncroute_keys AS keys JOIN asyncroute_tasks AS tasks
-            ON tasks.namespace = keys.namespace AND tasks.id = keys.task_id
-        WHERE keys.namespace = :ns AND keys.name = :name"""
+            ON tasks.id = keys.task_id AND tasks.{_IN_NAMESPACE}
+        WHERE keys.name = :name AND keys.{_IN_NAMESPACE}"""
     delete_key = f"DELETE FROM asyncroute_keys WHERE {_OF_TASK}"
     count_unfinished = f"""
         SELECT count(*) AS unfinished FROM (
@@ -335,8 +354,10 @@ class Statements:
         :param of_task: read only the events of one task.
         :param of_group: read only the events of one Sse group.
         """
-        events = "namespace = :ns AND change > :since" + " AND task_id = :task_id" * of_task
-        changed = "namespace = :ns AND change > :since" + " AND id = :task_id" * of_task
+        events = changed = "namespace = :ns AND change > :since"
+        if of_task:
+            events = f"{_OF_TASK} AND change > :since"
+            changed = f"{_IS_TASK} AND change > :since"
         # Without MATERIALIZED, PostgreSQL without statistics would repeat the search for each task.
         text = f"""
             WITH happened AS MATERIALIZED (
@@ -353,7 +374,7 @@ class Statements:
                 FROM asyncroute_tasks
                 WHERE {changed} AND state = 'Running' AND change != started_change)
             SELECT number, name, data, {_RECORD_WITHOUT_RESULT}
-            FROM happened JOIN asyncroute_tasks ON namespace = :ns AND id = task_id
+            FROM happened JOIN asyncroute_tasks ON id = task_id AND {_IN_NAMESPACE}
             WHERE sse_group IS NOT NULL {"AND sse_group = :group" * of_group}
             ORDER BY number LIMIT :limit"""
         return _in_dialect(self._dialect_name, text)
@@ -376,7 +397,9 @@ def _update_task(dialect_name: str, fields: tuple[str, ...], where: str) -> str:
         values.update(waiting_change="NULL", started_change="NULL")
     setting = ", ".join(f'"{name}" = {value}' for name, value in values.items())
     text = f"UPDATE asyncroute_tasks SET {setting} WHERE {where} RETURNING {RECORD}"
-    return _in_dialect(dialect_name, f"{_counter(where)} {text}")
+    # These fields are written only when a task is stopped or begins again.
+    is_urgent = "stopping" in fields or ("state" in fields and "completed_us" not in fields)
+    return _in_dialect(dialect_name, f"{_counter(where, is_urgent)} {text}")
 
 
 @lru_cache(512)
@@ -386,7 +409,10 @@ def _in_dialect(dialect_name: str, text: str) -> str:
     def choose(part: re.Match[str]) -> str:
         return part[2] if part[1] == dialect_name else ""
 
-    text = " ".join(re.sub(r"\[(\w+):([^]]*)\]", choose, text).split())
+    count = 1
+    while count:  # the innermost brackets first
+        text, count = re.subn(r"\[(\w+):([^][]*)\]", choose, text)
+    text = " ".join(text.split())
     if dialect_name == "sqlite":
         return text
     return re.sub(r":(\w+)", r"%(\1)s", text.replace("%", "%%"))

@@ -58,7 +58,6 @@ class SQLTaskStore(SharedTaskStore):
 
     def close(self) -> None:
         self._database.close()
-        self._events.forget()
 
     def add(
         self, task: AsyncRouteTask, request: bytes, body: Body | None,
@@ -113,10 +112,7 @@ class SQLTaskStore(SharedTaskStore):
         return None if row is None else (record_of(row), row.fingerprint)
 
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
-        values = {
-            "ns": self._ns, "task_id": task_id, "owner": owner, "now": now_us,
-            "waiting": State.NOT_STARTED.value,
-        }  # fmt: skip
+        values = {"ns": self._ns, "task_id": task_id, "owner": owner, "now": now_us}
 
         def find() -> Claim | None:
             row = self._database.fetch_one(self._sql.get_request, values)
@@ -200,10 +196,10 @@ class SQLTaskStore(SharedTaskStore):
 
         return self._unless_rolled_back(step)
 
-    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> int | None:
+    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> range | None:
         which = {**self._which(task_id), **expectation(expect)}
 
-        def add(cursor: Cursor) -> int | None:
+        def add(cursor: Cursor) -> range | None:
             cursor.execute(self._sql.lock_namespace, which)
             if cursor.execute(self._sql.find_task(expect), which).fetchone() is None:
                 return None
@@ -277,9 +273,9 @@ class SQLTaskStore(SharedTaskStore):
         values = {"ns": self._ns, "now": now_us, "limit": limit}
         return [row.id for row in self._database.fetch_all(self._sql.outlived_tasks, values)]
 
-    def news(self, since: int, known: int = 0) -> base.News:
+    def news(self, since: int, worker: str | None = None) -> base.News:
         self.open()
-        return self._events.news(since, known)
+        return self._events.news(since, worker)
 
     def newest(self) -> int:
         self.open()
@@ -294,6 +290,12 @@ class SQLTaskStore(SharedTaskStore):
     def listen(self, notify: Callable[[], None]) -> base.Listener | None:
         self.open()
         return self._database.listen(CHANNEL, str(self._ns), notify)
+
+    def keep_notifying(self, seconds: float) -> None:
+        self.open()
+        if self._sql.keep_notifying:
+            values = {"ns": self._ns, "us": int(seconds * 1_000_000)}
+            self._database.write_one(self._sql.keep_notifying, values)
 
     def secret(self) -> bytes:
         return self._namespace.secret

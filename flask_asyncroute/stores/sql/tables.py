@@ -1,6 +1,11 @@
 """The tables of the SQL stores, also for Alembic. Columns contain numbers, text and bytes, which
 drivers do not convert.
 
+Primary keys begin with the column that a statement looks up, not with the namespace. PostgreSQL
+without statistics of a table takes all indexes that begin with a column of the condition for
+equally good. It could search all tasks of the namespace for an id; see
+`statements._IN_NAMESPACE`.
+
 The columns of a task are in the order of the record's fields. An empty ``user`` means no user. SQL
 compares and sorts it like other text, unlike NULL.
 """
@@ -15,6 +20,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     String,
     Table,
     Text,
@@ -51,6 +57,7 @@ namespaces = Table(
     Column("key", Integer, primary_key=True),
     Column("name", _text(255), nullable=False),
     Column("change", BigInteger, nullable=False),
+    Column("notify_until_us", BigInteger, nullable=False, server_default="0"),
     Column("secret", LargeBinary, nullable=False),
     UniqueConstraint("name", name="asyncroute_namespace_name"),
 )
@@ -58,8 +65,8 @@ namespaces = Table(
 tasks = Table(
     "asyncroute_tasks",
     metadata,
-    Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("id", _text(128), primary_key=True),
+    Column("namespace", Integer, nullable=False),
+    Column("id", _text(128), nullable=False),
     Column("async_route_id", _text(255), nullable=False),
     Column("endpoint", _text(255), nullable=False),
     Column("state", _text(16), nullable=False),
@@ -98,6 +105,7 @@ tasks = Table(
     Column("sse_result", Integer, nullable=False, server_default="0"),
     Column("outlived_us", BigInteger),
     Column("request", LargeBinary),
+    PrimaryKeyConstraint("id", "namespace"),
 )
 # For each index, storing a task adds a page to the log. So lists over all states have no index of
 # their own, but merge five ranges.
@@ -112,12 +120,13 @@ _index("asyncroute_task_bound", tasks, "owner", where="state = 'NotStarted' AND 
 grants = Table(
     "asyncroute_grants",
     metadata,
-    Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("task_id", _text(128), primary_key=True),
-    Column("reader", _text(264), primary_key=True),
+    Column("namespace", Integer, nullable=False),
+    Column("task_id", _text(128), nullable=False),
+    Column("reader", _text(264), nullable=False),
     Column("user", _text(255), nullable=False),
     Column("state", _text(16), nullable=False),
     Column("created_us", BigInteger, nullable=False),
+    PrimaryKeyConstraint("task_id", "reader", "namespace"),
 )
 """One row per (kind, name) that may list a task. It repeats columns of the task, so that a query
 reads one index range.
@@ -128,22 +137,24 @@ _index("asyncroute_grant_user", grants, "reader", "user", "state", "created_us")
 bodies = Table(
     "asyncroute_bodies",
     metadata,
-    Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("task_id", _text(128), primary_key=True),
-    Column("part", Integer, primary_key=True, autoincrement=False),
+    Column("namespace", Integer, nullable=False),
+    Column("task_id", _text(128), nullable=False),
+    Column("part", Integer, nullable=False),
     Column("data", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("task_id", "part", "namespace"),
 )
 
 events = Table(
     "asyncroute_events",
     metadata,
-    Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("task_id", _text(128), primary_key=True),
-    Column("change", BigInteger, primary_key=True, autoincrement=False),
+    Column("namespace", Integer, nullable=False),
+    Column("task_id", _text(128), nullable=False),
+    Column("change", BigInteger, nullable=False),
     Column("name", _text(255), nullable=False),
     Column("data", LargeBinary, nullable=False),
     Column("epoch", Integer, nullable=False),
     Column("number", BigInteger, nullable=False),
+    PrimaryKeyConstraint("task_id", "change", "namespace"),
 )
 """View events, and the states of earlier runs. The states of the current run are in the task's
 row.
@@ -153,19 +164,20 @@ _index("asyncroute_event_change", events, "change")
 keys = Table(
     "asyncroute_keys",
     metadata,
-    Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("name", _text(64), primary_key=True),
+    Column("namespace", Integer, nullable=False),
+    Column("name", _text(64), nullable=False),
     Column("fingerprint", _text(64), nullable=False),
     Column("task_id", _text(128), nullable=False),
+    PrimaryKeyConstraint("name", "namespace"),
 )
 """One row per task that was started with an ``Idempotency-Key``."""
-_index("asyncroute_key_task", keys, "task_id")
+Index("asyncroute_key_task", keys.c.task_id, keys.c.namespace)
 
 callbacks = Table(
     "asyncroute_callbacks",
     metadata,
-    Column("namespace", Integer, primary_key=True, autoincrement=False),
-    Column("task_id", _text(128), primary_key=True),
+    Column("namespace", Integer, nullable=False),
+    Column("task_id", _text(128), nullable=False),
     Column("webhook_id", _text(64), nullable=False),
     Column("url", _text(), nullable=False),
     Column("host", _text(255), nullable=False),
@@ -179,6 +191,7 @@ callbacks = Table(
     Column("attempts", Integer, nullable=False),
     Column("due_us", BigInteger),
     Column("holder", _text(64)),
+    PrimaryKeyConstraint("task_id", "namespace"),
 )
 """The outbox: one row per task with a callback. ``due_us`` is NULL before the task ends, and after
 the callback has succeeded or failed.
