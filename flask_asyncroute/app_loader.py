@@ -1,4 +1,4 @@
-"""Finds the import path of the app, from which child processes (``executor="process"``) load it."""
+"""The import path from which child processes (``executor="process"``) load the app."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REMEDY = f"Set ASYNCROUTE_APP to the import path of the app, such as {_EXAMPLES
 
 
 def checked(label: str, value: Any) -> str:
-    """Check an import path: a module, optionally followed by ``:`` and an app or a factory call."""
+    """Check a path: a module, optionally followed by ``:`` and an app or a factory call."""
     pattern = r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*(\(.*\))?)?"
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
         raise refuse(label, _EXAMPLES, value)
@@ -30,10 +30,10 @@ def checked(label: str, value: Any) -> str:
 
 
 def found(app: Flask, given: str | None) -> str:
-    """Return the import path of ``app``: ``given`` if set, else the app's import name.
+    """Return ``given`` if set, else the import name of ``app``.
 
-    The module is not imported and the factory is not called, so the first child process reports
-    their errors.
+    The first child process reports errors of the module or the factory, because neither is executed
+    here.
 
     :raises ConfigurationError: if the module or the app is not found.
     """
@@ -56,7 +56,7 @@ def found(app: Flask, given: str | None) -> str:
 
 
 def load(path: str) -> Flask:
-    """Import and return the app.
+    """Import the app.
 
     :raises ConfigurationError: if the import fails; the message names ``ASYNCROUTE_APP`` and the
         cause.

@@ -62,19 +62,18 @@ class Runtime:
         """``initial`` is the configuration at ``init_app``; ``config`` is the one frozen at first
         use.
         """
-        self.is_prepared = False  # Whether the configuration has been frozen.
-        self.routes: dict[str, Route] = {}  # The async routes by endpoint; empty before first use.
+        self.is_prepared = False  # whether the configuration is frozen
+        self.routes: dict[str, Route] = {}  # the async routes by endpoint; empty before first use
         self._lock = threading.RLock()
         self._runner: Runner | None = None
         self._early = self._built = EarlyStore()
-        """The store before first use. When `testing.inline` ends, the runtime uses ``_built``
-        again.
-        """
+        """The store before first use; `testing.inline` restores ``_built`` at its end."""
         _runtimes.add(self)
 
     @property
     def runner(self) -> Runner:
-        """The runner of this process, with an open store. It is created at first use.
+        """This process's runner (the app's threads and connections), with an open store; created at
+        first use.
 
         :raises AsyncRouteError: if the app is misconfigured, or the store cannot be opened.
         """
@@ -92,8 +91,8 @@ class Runtime:
     def store(self) -> TaskStore:
         """The open store of this process.
 
-        Before first use, the store is opened with the current configuration, which is not frozen
-        then. The runner takes the store over.
+        Before first use, the current configuration, which is not frozen, determines the store. The
+        runner takes over the store.
 
         :raises AsyncRouteError: like :attr:`runner`.
         """
@@ -104,9 +103,7 @@ class Runtime:
         return self.runner.store
 
     def become_runner(self) -> None:
-        """Make this process run waiting tasks and maintenance as soon as the store can be
-        opened.
-        """
+        """Run waiting tasks and maintenance in this process as soon as the store can be opened."""
         if self.is_child:
             return
         runner = self._runner or self._make_runner()
@@ -124,7 +121,7 @@ class Runtime:
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""
         self.is_child = True
-        # Close the store that loading the app may have opened: the parent's may be another store.
+        # Loading the app may have opened another store than the parent's.
         self._early.close()
         self._early = self._built = EarlyStore()
         return self._make_runner()
@@ -142,7 +139,7 @@ class Runtime:
 
     @property
     def json_default(self) -> Callable[[Any], Any]:
-        """The function of the app's JSON provider that converts values without a JSON type."""
+        """The app's JSON provider's function for values without a JSON type."""
         return json_default(self._get_app().json)
 
     def prepare(self) -> Config:
@@ -178,7 +175,6 @@ class Runtime:
             runner.close()
 
     def reset(self, is_inline: bool) -> None:
-        """Return to the state before first use."""
         self.close()
         with self._lock:
             self.is_inline, self.is_prepared = is_inline, False
@@ -221,7 +217,7 @@ def check_app(app: Any) -> None:
 def runtime_of(app: Flask) -> Runtime:
     """Return the runtime of ``app``.
 
-    :raises ConfigurationError: if ``app`` is not a Flask app, or ``init_app`` was not called.
+    :raises ConfigurationError: if ``app`` is no Flask app, or ``init_app`` was not called.
     """
     check_app(app)
     runtime = app.extensions.get(EXTENSION)
@@ -303,14 +299,14 @@ def _methods(rule: Rule) -> list[str]:
 
 
 def _shape(rule: str) -> str:
-    """Return a rule without its variable names, converters and trailing slash."""
+    """Return a rule without variable names, converters and trailing slash."""
     parts = rule.split("/")
     shape = ["<>" if part.startswith("<") and part.endswith(">") else part for part in parts]
     return "/".join(shape).rstrip("/")
 
 
 def _host(rule: Rule) -> str:
-    """Return the host or subdomain of a rule, with variables as in `_shape`."""
+    """Return a rule's host or subdomain, as :func:`_shape` does."""
     return _shape(rule.host or rule.subdomain or "")
 
 

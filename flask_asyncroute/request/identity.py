@@ -21,8 +21,7 @@ def identify(
     """Return the caller of the current request; without a loader, return Flask-Login's user.
 
     :param is_start: whether the request starts a task. Otherwise, an invalid id returns None.
-    :raises CannotStart: if the identity's groups, roles, scopes or, at a start, its id are
-        invalid.
+    :raises CannotStart: if the identity's groups, roles, scopes or, at a start, id are invalid.
     """
     if loader is not None:
         identity = loader()
@@ -77,7 +76,7 @@ def _names(identity: Any, kind: str) -> frozenset[str]:
 
 
 def _name(value: Any) -> str:
-    """Return the name of a group, role or scope; for a model object, its ``name`` attribute."""
+    """Return the name of a group, role or scope; for a model object, its ``name``."""
     writes_text: Any = type(value).__str__
     if not isinstance(value, Enum) and writes_text is object.__str__:
         name = getattr(value, "name", None)

@@ -1,8 +1,8 @@
 """Detects different apps that use the same namespace of a store, and so would run each other's
 tasks.
 
-In one process, using the older app again raises an error. Between processes, `recovery` only logs a
-warning, because a new release may have moved a view.
+In one process, further use of the older app raises an error. Between processes, `recovery` only
+logs a warning, because a new release may have moved a view.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ Views = Mapping[str, Sequence[str]]
 
 
 class Runner(Protocol):
-    """The attributes of `runner.Runner` that this module uses. Importing that class would be a
-    circular import.
-    """
+    """The attributes of `runner.Runner` used here; importing that class would be circular."""
 
     app: Flask
     config: Config
@@ -36,11 +34,11 @@ class Runner(Protocol):
 
 
 _opened: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
-"""The runners of this process whose store is open."""
+"""This process's runners with an open store."""
 
 
 def views_of(app: Flask, routes: Mapping[str, Route]) -> Views:
-    """Return a description of an app, with which other worker processes recognize it."""
+    """Return a description of an app, by which other worker processes recognize it."""
     return {
         endpoint: [
             app.import_name,
@@ -54,7 +52,7 @@ def views_of(app: Flask, routes: Mapping[str, Route]) -> Views:
 def difference(ours: Views, theirs: Views) -> str | None:
     """Describe the first difference between two apps; return None if they may be the same app.
 
-    Endpoints that only one app has are ignored.
+    Endpoints of only one app are ignored.
     """
     if not ours or not theirs:
         return None
@@ -76,7 +74,7 @@ def supersede_others(runner: Runner) -> None:
     """Register a runner with an open store, until :func:`leave`. Runners of other apps with the
     same store and namespace then take no more tasks.
     """
-    # Register first, so that two runners that register at the same time are both refused.
+    # Register first, so that two simultaneous runners are both refused.
     _opened[id(runner)] = runner
     # The secret identifies the store and the namespace.
     secret = runner.store.secret()
@@ -106,7 +104,7 @@ def refuse_superseded(runner: Runner) -> None:
 
 
 def leave(runner: Runner) -> None:
-    """Unregister a runner because it was closed, or belongs to the parent process."""
+    """Unregister a runner that was closed, or belongs to the parent process."""
     _opened.pop(id(runner), None)
 
 
