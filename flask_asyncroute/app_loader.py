@@ -32,8 +32,7 @@ def checked(label: str, value: Any) -> str:
 def found(app: Flask, given: str | None) -> str:
     """Return ``given`` if set, else the import name of ``app``.
 
-    The first child process reports errors of the module or the factory, because neither is executed
-    here.
+    The module and factory are not executed here: the first child process reports their errors.
 
     :raises ConfigurationError: if the module or the app is not found.
     """
@@ -87,7 +86,7 @@ def without_servers() -> Iterator[None]:
 
 
 def _name_of_script() -> str | None:
-    """Return the name under which a child can import the started script; None if it cannot."""
+    """Return the name by which a child can import the started script; None if it cannot."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:  # started with python -m package.module

@@ -20,8 +20,8 @@ def when_gone(
     :param function: must not reference ``owner``.
     :return: a finalizer: a call runs ``function`` now, unless it has already run.
     """
-    # Use a new thread, because the garbage collector may run on a thread that holds a lock that
-    # `function` needs. Starting a threading.Thread takes locks too.
+    # The garbage collector may run on a thread that holds a lock that `function` needs. Starting a
+    # threading.Thread takes locks too.
     finalizer = weakref.finalize(owner, _thread.start_new_thread, function, arguments)
     finalizer.atexit = False
     return finalizer
@@ -58,7 +58,7 @@ class Loop(ABC):
                 when_gone(self, self._wake.set)
 
     def wake(self) -> None:
-        """Make the thread run its next step now."""
+        """Run the next step now."""
         self._wake.set()
 
     def close(self) -> None:

@@ -81,8 +81,8 @@ def _pieces(incoming: Iterator[tuple[bytes, bytes]], size: int) -> Iterator[byte
 
 
 class _Reporter(Loop):
-    """Sends progress, events and the outcome to the parent. A thread sends progress and events; the
-    caller of :meth:`end` sends the outcome.
+    """A thread sends progress and events to the parent; the caller of :meth:`end` sends the
+    outcome.
     """
 
     def __init__(self, channel: socket.socket) -> None:

@@ -145,10 +145,9 @@ raise an error, so that misspelled keys are noticed.
 
 
 def values_for_child(app: Flask, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Return the values for a child process, and the keys that the child reads itself.
-
-    The child reads functions and objects, which cannot be sent, and the `ROUTING` keys, which take
-    effect while the child loads the app.
+    """Return the values for a child process, and the keys that the child reads itself: functions
+    and objects, which cannot be sent, and the `ROUTING` keys, which take effect while the child
+    loads the app.
     """
     values: dict[str, Any] = {"ASYNCROUTE_NAMESPACE": config.namespace}
     if isinstance(config.store, str):

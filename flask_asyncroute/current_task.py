@@ -173,7 +173,7 @@ class CurrentTask:
         :param event: its name: 1 to 255 printable characters without leading or trailing blanks,
             not beginning with ``task.``.
         :raises ValueError: if the name is invalid.
-        :raises ResultError: if the data is too large or has no JSON form; the message says where.
+        :raises ResultError: if the data is too large or has no JSON form.
         :raises TaskAborted: if the task is stopped or times out while the call blocks.
         """
         if (

@@ -213,9 +213,8 @@ def _answer_later(
 
 
 def _default_options_response(current: Request) -> Response:
-    """Return Flask's default response to OPTIONS.
-
-    Flask's own method is not used, because Flask 3.2 changed its parameters.
+    """Return Flask's default response to OPTIONS, without Flask's own method, whose parameters
+    changed in Flask 3.2.
     """
     adapter = current_app.create_url_adapter(current)
     assert adapter is not None, "a request always has a URL adapter"

@@ -25,7 +25,7 @@ parent's.
 class EarlyStore:
     """Holds a store that was opened before the runner, until the runner takes it. Not thread-safe.
 
-    A copy of an in-memory store's values stays here, for the runner of a forked process or of
+    A copy of an in-memory store's values stays here, for a runner after a fork or in
     `testing.inline`.
     """
 

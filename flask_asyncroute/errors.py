@@ -51,7 +51,7 @@ class RequestRefused(AsyncRouteError):
     A subclass without a status keeps the status and slug of its base class.
 
     :param detail: what is wrong and what the client can do.
-    :param task_id: the task concerned, if any.
+    :param task_id: the task concerned.
     :param retry_after: seconds after which the client may try again.
     """
 

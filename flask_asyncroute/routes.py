@@ -41,8 +41,8 @@ class Declaration:
 class Route:
     """An endpoint of an app that starts tasks.
 
-    :param pool: the key of the pool (workers and queue) that runs its tasks. Routes can share a
-        named pool.
+    :param pool: the key of the pool (workers and queue) of its tasks. Routes can share a named
+        pool.
     """
 
     endpoint: str

@@ -37,10 +37,8 @@ _is_child_process = False
 
 
 class Runtime:
-    """The state of one app. Thread-safe.
-
-    The configuration and routes are frozen at first use: a request, `start()`, or access to
-    tasks.
+    """Freezes the configuration and routes at first use: a request, `start()`, or access to tasks.
+    Thread-safe.
     """
 
     def __init__(
@@ -55,11 +53,11 @@ class Runtime:
         self._before_task = before_task
         self._identity_loader = identity_loader
         self.is_child = _is_child_process
-        """Whether this is a child process, which runs a single task; see `child_main`."""
+        """Whether this process runs a single task for its parent; see `child_main`."""
         self.is_inline = False
         """Whether all routes run inside the request, on ``memory://``; see `testing`."""
         self.initial = self.config = configuration.read(app)
-        """``initial`` is the configuration at ``init_app``; ``config`` is the one frozen at first
+        """``initial`` is the configuration at ``init_app``, ``config`` the one frozen at first
         use.
         """
         self.is_prepared = False  # whether the configuration is frozen
@@ -91,8 +89,8 @@ class Runtime:
     def store(self) -> TaskStore:
         """The open store of this process.
 
-        Before first use, the current configuration, which is not frozen, determines the store. The
-        runner takes over the store.
+        Before first use, the current, unfrozen configuration determines the store. The runner takes
+        the store over.
 
         :raises AsyncRouteError: like :attr:`runner`.
         """
@@ -203,10 +201,7 @@ class Runtime:
 
 
 def check_app(app: Any) -> None:
-    """Raise if ``app`` is not a Flask app.
-
-    :raises ConfigurationError: the message names the type.
-    """
+    """Raise ConfigurationError if ``app`` is not a Flask app."""
     if not isinstance(app, Flask):
         raise ConfigurationError(
             f"A {type(app).__name__} is not a Flask app. Pass the Flask app itself; if a WSGI "
@@ -217,7 +212,7 @@ def check_app(app: Any) -> None:
 def runtime_of(app: Flask) -> Runtime:
     """Return the runtime of ``app``.
 
-    :raises ConfigurationError: if ``app`` is no Flask app, or ``init_app`` was not called.
+    :raises ConfigurationError: if ``app`` is not a Flask app, or ``init_app`` was not called.
     """
     check_app(app)
     runtime = app.extensions.get(EXTENSION)
@@ -234,9 +229,8 @@ def current_runtime() -> Runtime:
 
 
 def be_child_process() -> None:
-    """Prevent apps of this process from becoming runners, even if a module calls ``start()``.
-
-    Call it before the app is imported.
+    """Prevent this process's apps from becoming runners, even if a module calls ``start()``. Call
+    this before the app is imported.
     """
     global _is_child_process
     _is_child_process = True
@@ -249,10 +243,7 @@ def close_early_stores() -> None:
 
 
 def refuse_eventlet() -> None:
-    """Raise if eventlet has replaced Python's threads.
-
-    :raises ConfigurationError: the message names what to use instead.
-    """
+    """Raise ConfigurationError if eventlet has replaced Python's threads."""
     patcher = sys.modules.get("eventlet.patcher")
     if patcher is not None and patcher.is_monkey_patched("thread"):
         raise ConfigurationError(
@@ -262,9 +253,8 @@ def refuse_eventlet() -> None:
 
 
 def refuse_conflicts(app: Flask, routes: Collection[str]) -> None:
-    """Raise if a URL rule of the app has the same method and path as an operation.
-
-    :raises ConfigurationError: the message names the rule and the keys to change.
+    """Raise ConfigurationError if a URL rule of the app has the same method and path as an
+    operation.
     """
     operations: dict[tuple[str, str], str] = {}
     hosts: set[str] = set()

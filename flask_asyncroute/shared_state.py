@@ -1,4 +1,4 @@
-"""The mapping of JSON values that requests and tasks of all processes share."""
+"""The mapping behind ``async_routes.state``."""
 
 from __future__ import annotations
 

@@ -172,8 +172,8 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
 def _parameter(key: str, text: str | None) -> str:
     """Return a parameter of a Content-Disposition header, quoted as browsers do (WHATWG HTML).
 
-    Only text that this would change is encoded as in RFC 2231, because several versions of Werkzeug
-    strip outer quotation marks from RFC 2231 values.
+    Only text that this would change is encoded as in RFC 2231: several versions of Werkzeug strip
+    outer quotation marks from RFC 2231 values.
     """
     if text is None:
         return ""

@@ -1,4 +1,4 @@
-"""Checks of options, configuration values and names in requests.
+"""Checks of options, configuration values and names.
 
 A check takes a label for its error message and a value, and returns the value in its stored
 form.
@@ -168,7 +168,7 @@ def time_limit(label: str, value: Any) -> int | None:
 
 
 def function(label: str, value: Any) -> Callable[[], Any]:
-    """Accept a callable, but no class and no async function, because no event loop is running."""
+    """Accept a callable, but no class or async function, because no event loop is running."""
     if not callable(value) or isinstance(value, type) or inspect.iscoroutinefunction(value):
         raise refuse(label, "a function that is not async", value)
     return value  # type: ignore[no-any-return]

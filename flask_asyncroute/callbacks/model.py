@@ -21,10 +21,10 @@ PENDING = (NOT_STARTED, RUNNING)  # the states of an unfinished callback
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """The request that reports the outcome of a task when it ends.
+    """The request with which the server reports the outcome of an ended task.
 
     The URL, method, content type and header values may be OpenAPI runtime expressions, or contain
-    expressions in braces. They are resolved when the task is started.
+    expressions in braces. They are resolved when the task is created.
 
     :param url: an absolute URL, or an expression that reads it from the request that starts the
         task.

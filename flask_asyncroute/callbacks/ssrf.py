@@ -1,7 +1,7 @@
 """The SSRF guard: restricts callbacks to public addresses if the client chose the host.
 
-When a task starts, the guard checks the host without DNS. At each attempt, it resolves the name and
-checks every address, and the webhook client connects only to these. ``is_global`` is unsuitable: in
+When a task is created, the guard checks the host without DNS. At each attempt, it resolves the name
+and checks every address; the webhook client connects only to these. ``is_global`` is unsuitable: in
 Python 3.11 it is True for addresses that reach internal hosts (NAT64, 6to4, ``::127.0.0.1``,
 multicast).
 """
@@ -97,7 +97,7 @@ def _resolve_within(host: str, port: int, seconds: float) -> list[Address]:
     def look_up() -> None:
         try:
             found = map(ipaddress.ip_address, dict.fromkeys(resolve(host, port)))
-            # DNS may return an IPv4 address in its IPv6 form (::ffff:a.b.c.d).
+            # DNS may return an IPv4 address as IPv6 (::ffff:a.b.c.d).
             answers.append([getattr(ip, "ipv4_mapped", None) or ip for ip in found])
         except (OSError, ValueError):
             answers.append([])
@@ -120,8 +120,8 @@ def _check_ip(ip: Address, host: str, allowed: AllowedHosts) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AllowedHosts:
-    """Non-public hosts that callbacks may use: networks, and names in the form of `WebAddress`,
-    without subdomains.
+    """Non-public hosts that callbacks may use: networks, and names as in `WebAddress`, without
+    subdomains.
     """
 
     names: frozenset[str] = frozenset()

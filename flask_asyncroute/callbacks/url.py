@@ -53,7 +53,6 @@ class WebAddress:
 
     @property
     def url(self) -> str:
-        """The URL without a fragment."""
         return f"{self.scheme}://{self.authority}{self.target}"
 
 

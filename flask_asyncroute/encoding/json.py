@@ -112,8 +112,8 @@ def decode_json(data: bytes, what: str) -> Any:
 def is_deep(data: bytes, most: int = MAX_BODY_DEPTH) -> bool:
     """Return whether JSON is nested more than ``most`` levels deep, without parsing it.
 
-    The parser recurses in C: on a small stack (128 KiB for threads on Alpine), deep nesting would
-    crash the process instead of raising RecursionError.
+    Deep nesting would crash the parser, which recurses in C, on a small stack (128 KiB for threads
+    on Alpine).
     """
     if data.count(b"[") + data.count(b"{") <= most:
         return False

@@ -82,9 +82,9 @@ def _encoded(value: Any, default: Default, max_bytes: int, where: str, key: str 
 class _Walk:
     """Converts one value.
 
-    ``remaining`` is the size limit minus the minimum encoded size of the values so far. Containers
-    are copied only if a member changes, and plain members are checked without a call: otherwise,
-    large results would take up to twice as long.
+    ``remaining`` is the size limit minus the minimum encoded size of the values so far. For speed,
+    containers are copied only if a member changes, and plain members are checked without a call:
+    large results would otherwise take up to twice as long.
     """
 
     def __init__(self, default: Default, max_bytes: int, key: str | None) -> None:

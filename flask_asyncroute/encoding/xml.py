@@ -24,8 +24,9 @@ def encode_xml(document: Any, root: str) -> bytes:
     Each field is an element. List members are ``<item>``. A key that is not an XML name, or is
     ``item``, becomes ``<item name="…">``. null is ``nil="true"``. ``Result`` and all values inside
     it have a type attribute (``type="number"``, ``boolean``, ``array`` or ``object``), except
-    strings and nulls. A string or key that XML cannot hold becomes base64 of its UTF-8, with
-    ``encoding="base64"`` or ``name-encoding="base64"``. A carriage return is ``&#13;``.
+    strings and nulls. A string that XML cannot hold becomes base64 of its UTF-8, with
+    ``encoding="base64"``; such a key too, with ``name-encoding="base64"``. A carriage return is
+    ``&#13;``.
 
     :raises TypeError: for a value that is not plain JSON, :class:`msgspec.Raw` included.
     """

@@ -1,4 +1,4 @@
-"""Starts, stops and times out tasks. One dispatcher per process and app."""
+"""Creates tasks from requests, stops them and times them out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TIMED_OUT = "Timeout"
 
 @dataclass(eq=False)
 class Dispatcher:
-    """Creates tasks from requests, stops them and times them out. Thread-safe."""
+    """One per process and app. Thread-safe."""
 
     app: Flask
     config: Config
@@ -46,7 +46,7 @@ class Dispatcher:
     executor_of: Callable[[Route], TaskExecutor]
     routes: Mapping[str, Route]
     pace: Pace = field(default_factory=Pace)
-    is_closing: bool = False  # whether this process is shutting down and starts no tasks
+    is_closing: bool = False  # whether this process starts no more tasks
     running: dict[str, tuple[Execution, TaskExecutor]] = field(default_factory=dict)
     """Runs whose outcome is not stored yet, by task id."""
     _ended: threading.Condition = field(default_factory=threading.Condition)

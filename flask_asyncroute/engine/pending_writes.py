@@ -31,7 +31,6 @@ class _Pending:
     has_failed: bool = False
 
     def fail(self) -> None:
-        """Log the first failure."""
         if not self.has_failed:
             self.has_failed = True
             logger.error(
@@ -41,9 +40,7 @@ class _Pending:
 
 
 class PendingWrites:
-    """Executes writes and retries them. Thread-safe. Only the number of tasks that ran limits the
-    number of pending writes.
-    """
+    """Thread-safe. Only the number of tasks that ran limits the number of pending writes."""
 
     def __init__(self) -> None:
         self._pending: deque[_Pending] = deque()

@@ -19,8 +19,6 @@ Feed = tuple[str | None, str | None]
 
 
 class Page(Protocol):
-    """Events up to a change number."""
-
     @property
     def change(self) -> int: ...
 
@@ -32,8 +30,8 @@ IDLE_SECONDS = 60.0
 class SharedReads(Loop):
     """Reads on one thread, and caches the results until the next change. Thread-safe.
 
-    Reads by each stream's own thread would need one connection per stream, and a malloc cache of 15
-    KiB per thread.
+    With a thread per stream, a change would need one connection per stream, and malloc 15 KiB per
+    thread.
     """
 
     def __init__(self) -> None:
@@ -89,7 +87,7 @@ class SharedReads(Loop):
 
     def read_ahead(self, task_ids: Collection[str]) -> None:
         """Read the next page of each feed with events of one of these tasks. Call this before
-        waking the streams: otherwise each would wait twice, for the change and for the read.
+        waking the streams, which would otherwise wait twice, for the change and for the read.
         """
         for feed, (since, read) in list(self._heads.items()):
             if feed[0] is not None and feed[0] not in task_ids:

@@ -97,9 +97,7 @@ class Execution:
         return is_first
 
     def cancel_with(self, cancel: Callable[[], object] | None) -> None:
-        """Set the function that cancels the running coroutine or child process; None after its
-        end.
-        """
+        """Set the function that cancels the running coroutine or child; None after its end."""
         with self._lock:
             self._cancel = cancel
             self.interrupt_at = None

@@ -131,9 +131,9 @@ def _try(execution: Execution) -> bool:
 def _withdraw_from(thread_id: int) -> None:
     """Withdraw a pending exception from a thread.
 
-    After that, until another exception is raised, CPython threads check for exceptions at every
-    instruction, and hang under a tracer. So this thread sets one for itself in the same C call,
-    during which the interpreter does not check.
+    CPython threads would then check for exceptions at every instruction, and hang under a tracer,
+    until another exception is raised. So this thread sets one for itself in the same C call, during
+    which the interpreter does not check.
     """
     try:
         list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))

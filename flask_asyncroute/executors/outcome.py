@@ -1,4 +1,4 @@
-"""The outcome of a run, and the text of the task's Error, for threads and child processes."""
+"""The outcome of a run, and the text of the task's Error."""
 
 from __future__ import annotations
 

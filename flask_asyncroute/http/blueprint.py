@@ -255,9 +255,9 @@ def _matches_etag(current: Request, etag: str) -> bool:
 def _wait_condition(
     current: Request, task: AsyncRouteTask
 ) -> Callable[[AsyncRouteTask], bool] | None:
-    """Return the condition that a get waits for: the task's end or, if If-None-Match has the
-    current revision, any change. Return None, for no wait, if it has an older revision or the task
-    will not change.
+    """Return what a get waits for: the task's end or, if If-None-Match has the current revision,
+    any change. Return None, for no wait, if it has an older revision or the task will not
+    change.
     """
     if "HTTP_IF_NONE_MATCH" not in current.environ:
         return lambda found: found.is_completed

@@ -99,12 +99,11 @@ class Stream:
 
     :param current: the request for the stream.
     :param caller: the caller of that request.
-    :param task_id: the task of the stream; None: all tasks of `group`.
+    :param task_id: the task of the stream; None: all tasks of `group` (None: of all groups).
     """
 
     __slots__ = ("runner", "environ", "caller", "task_id", "ids", "since", "beginning")
     group: str | None = None
-    """None: all groups."""
     has_ended = False
     """Whether the task had already ended, so that no new events follow."""
     beginning: bytes
@@ -133,9 +132,8 @@ class Stream:
     def pieces(self) -> Iterator[bytes]:
         """Yield the stream, or only its beginning if the process has too many streams.
 
-        The slot (one of the process's limited number of held requests) is acquired only when the
-        server begins to send. Otherwise, an ``after_request`` function that fails or replaces the
-        response would leak it.
+        The slot (capacity for one held request) is acquired only when the server begins to send: an
+        ``after_request`` function that fails or replaces the response would otherwise leak it.
         """
         if self.has_ended:
             yield from self._guarded()
@@ -235,7 +233,6 @@ class Stream:
         return page
 
     def _task(self, task_id: str) -> AsyncRouteTask | None:
-        """Return a task's record, shared by streams."""
         reads = self.runner.notifier.shared_reads
         return reads.get(task_id, lambda: self.runner.store.get(task_id))
 

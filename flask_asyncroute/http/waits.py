@@ -1,4 +1,4 @@
-"""Responses that wait for a task, and the maximum time for which the server can hold a request."""
+"""Responses that wait for a task, and the maximum time of a wait."""
 
 from __future__ import annotations
 
@@ -73,9 +73,8 @@ def held(
     slots = runner.stream_slots
     if not slots.acquire(blocking=False):
         return answer(task, False)
-    # Release the slot (this request's share of the process's limit) until the server begins to
-    # send. Otherwise, an ``after_request`` function that fails or replaces the response would leak
-    # it.
+    # Release the slot (capacity for one held request) until the server begins to send: an
+    # ``after_request`` function that fails or replaces the response would otherwise leak it.
     slots.release()
 
     def wait() -> Response:
@@ -93,8 +92,8 @@ def held(
         status=announced.status, headers=Headers(announced.headers)
     )
     del response.headers["Content-Length"]
-    # Makes compressors skip the response. Flask-Compress would keep the request context alive
-    # during the wait.
+    # Compressors skip this response. Flask-Compress would keep the request context alive during the
+    # wait.
     response.headers["Content-Encoding"] = IDENTITY
     response.announced = announced
     response.final = []

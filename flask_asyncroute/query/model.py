@@ -95,9 +95,7 @@ def find_field(name: str, hint: str = "") -> Field:
 
 
 def find_operator(name: str, field: Field) -> Operator:
-    """Return the operator with this name, in any letter case; refuse it if ``field`` does not
-    support it.
-    """
+    """Return the operator with this name, in any letter case, if ``field`` supports it."""
     operator = Operator.__members__.get(name.translate(ASCII_UPPER))
     if operator not in field.operators:
         problem = "is not an operator" if operator is None else "is not supported here"
@@ -116,7 +114,7 @@ def shown(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A comparison. It is false for a task without a value in the field.
+    """A comparison; false for a task without a value in the field.
 
     :param value: of the field's kind: a time in microseconds since the epoch (UTC), a number as a
         float, a state by its name, a method in upper case; for LIKE and NOTLIKE, the text as

@@ -1,4 +1,4 @@
-"""Capture the current request as a `Snapshot`: environ, body, session and the view's arguments."""
+"""Capture the current request as a `Snapshot`."""
 
 from __future__ import annotations
 

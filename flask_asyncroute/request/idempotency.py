@@ -1,5 +1,5 @@
-"""Computes the hash of an ``Idempotency-Key``, and the request's fingerprint, which shows whether
-the key is reused for another request.
+"""The hash of an ``Idempotency-Key``, and the request's fingerprint, which shows whether the key is
+reused for another request.
 """
 
 from __future__ import annotations

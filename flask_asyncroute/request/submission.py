@@ -31,9 +31,7 @@ ID_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}\Z")
 
 @dataclass
 class Intake:
-    """The data of one new task. A small body is in ``captured``; the store closes a large
-    ``body``.
-    """
+    """Holds a small body in ``captured``; the store closes a large ``body``."""
 
     route: Route
     current: Request

@@ -142,8 +142,7 @@ class TaskStore(ABC):
 
         :param grants: (kind, name) pairs that may list the task, besides its user.
         :param key: the idempotency key, stored until the task is removed.
-        :param quota: maximum number of unfinished tasks of the user, including this one; None: no
-            limit.
+        :param quota: maximum unfinished tasks of the user, including this one; None: no limit.
         :param delivery: the callback to send when the task ends.
         :raises KeyTaken: if another task has a key with this name.
         :raises TooManyTasks: if the user would exceed the quota.
@@ -152,8 +151,8 @@ class TaskStore(ABC):
 
     @abstractmethod
     def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
-        """Return the task that was started with a key, and the fingerprint; None if there is no
-        such key.
+        """Return the task that was started with a key, and the fingerprint; None if the key is
+        unknown.
         """
 
     @abstractmethod
@@ -179,8 +178,8 @@ class TaskStore(ABC):
         revision.
 
         Writing a terminal state removes the request and body, and makes the callback due. It
-        requires ``completed_us``, which is raised to StartingTime if it is earlier. Writing
-        NotStarted begins a new run; the previous run's states remain as events.
+        requires ``completed_us``, raised to StartingTime if earlier. Writing NotStarted begins a
+        new run; the previous run's states remain as events.
 
         :return: the new record; None, with nothing written, if the task does not match.
         """
@@ -268,8 +267,8 @@ class SharedTaskStore(TaskStore):
         """Return the changes after ``since``; fast if there are none. Call it from one thread at a
         time.
 
-        :param known: the highest change number that this process has published. Its own changes are
-            omitted if no other process has changed anything since the last call.
+        :param known: the highest change number that this process has published. If no other process
+            has changed anything since the last call, this process's changes are omitted.
 
         :param since: -1 to read only the newest number. If over the newest number, as after a
             restore of the database, all tasks are returned.
@@ -289,8 +288,8 @@ class SharedTaskStore(TaskStore):
         """
 
     def forget(self) -> None:  # noqa: B027 - optional
-        """Drop all connections without closing them, because the parent process uses them. A forked
-        child calls this and discards the store.
+        """Drop all connections without closing them, because the parent process uses them. Called
+        in a forked child, which then discards the store.
         """
 
 

@@ -39,8 +39,7 @@ class StoreKind:
         setting)``, which raises ConfigurationError for an invalid setting, and
         ``make_store(setting, folder, namespace, create_tables)``, which returns an unopened store.
     :param is_shared: whether several processes can use one store.
-    :param is_file: whether its URL names a file. Relative paths are relative to the instance
-        folder.
+    :param is_file: whether its URL names a file, relative to the instance folder.
     :param takes_engine: whether the setting may be an Engine, or a function that returns one.
     :param driver: the driver module, which the pip extra ``extra`` installs.
     :param preload: further modules to import, which opens no connections or files.
@@ -73,7 +72,7 @@ KINDS = (
 def kind_of(setting: StoreSetting, label: str = _KEY) -> StoreKind:
     """Return the kind of store that a setting names.
 
-    :raises ConfigurationError: if the store is not supported. The message shows no password.
+    :raises ConfigurationError: if the store is not supported; shows no password.
     """
     if not isinstance(setting, str):
         return next(kind for kind in KINDS if kind.takes_engine)
@@ -93,8 +92,7 @@ def kind_of(setting: StoreSetting, label: str = _KEY) -> StoreKind:
 def checked(label: str, value: Any) -> StoreSetting:
     """Validate and return a value of ``ASYNCROUTE_STORE``.
 
-    :raises ConfigurationError: if the value is invalid. The message names the key and shows no
-        password.
+    :raises ConfigurationError: if the value is invalid; shows no password.
     """
     if not isinstance(value, str):
         from sqlalchemy.engine import Engine

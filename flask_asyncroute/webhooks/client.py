@@ -94,7 +94,6 @@ def tls_context() -> ssl.SSLContext:
 
 
 def _connected(address: WebAddress, ips: list[Address], deadline: float) -> socket.socket:
-    """Connect to the first address that accepts."""
     ips = ips[:MAX_ADDRESSES]
     for number, ip in enumerate(ips, 1):
         try:

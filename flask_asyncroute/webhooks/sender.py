@@ -1,7 +1,4 @@
-"""Sends due callbacks: claims them in the outbox, sends each to its URL, and records the outcome.
-
-Each attempt has its own thread. A receiver cannot change a task's State.
-"""
+"""Sends due callbacks, each attempt on its own thread. A receiver cannot change a task's State."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ JITTER = 0.2  # random part of a delay, so that retries are not simultaneous
 
 
 class Sender:
-    """Sends the callbacks of one process. Thread-safe.
+    """Claims due callbacks in the outbox, sends them, and records the outcomes. Thread-safe.
 
     :param enter: registers this process as a worker; called before each claim.
     :param schedule: schedules :meth:`look` on a background thread.
@@ -240,7 +237,6 @@ def body_of(task: AsyncRouteTask, delivery: Delivery) -> bytes:
 
 
 def headers_of(delivery: Delivery, body: bytes, secrets: Sequence[str]) -> dict[str, str]:
-    """Return the headers of one attempt."""
     headers = dict(delivery.headers)
     if not any(name.lower() == "user-agent" for name in headers):
         headers["User-Agent"] = "flask-asyncroute"

@@ -84,12 +84,11 @@ def supersede_others(runner: Runner) -> None:
 
 
 def refuse_superseded(runner: Runner) -> None:
-    """Raise an error if another app has opened the same namespace after this runner.
+    """Raise ConfigurationError if another app has opened the same namespace after this runner; the
+    message names both apps and the key to change.
 
     A test suite may use several apps in turn, even if a task or traceback keeps an earlier one
     alive.
-
-    :raises ConfigurationError: the message names both apps and the configuration key to change.
     """
     if _successor(runner) is not None:
         # Free a newer app that only a reference cycle keeps alive.

@@ -61,8 +61,6 @@ class Job:
 
 
 class Maintenance(Loop):
-    """Stores progress, events and pending writes, and runs jobs."""
-
     def __init__(
         self, app: Flask, lifecycle: Lifecycle, dispatcher: Dispatcher, jobs: Sequence[Job]
     ) -> None:

@@ -17,8 +17,8 @@ logger = logging.getLogger("flask_asyncroute")
 
 GAP_SECONDS = 15.0
 """After a gap this long between two checks, this process or the store was stalled, so missing
-heartbeats prove nothing. The gap is shorter than the lease (``LEASE_SECONDS`` of `heartbeat`) by
-more than a heartbeat interval, and longer than a check of a slow store.
+heartbeats prove nothing. The gap exceeds a check of a slow store; it is shorter than the lease
+(``LEASE_SECONDS`` of `heartbeat`) by more than a heartbeat interval.
 """
 CONFIRM_SECONDS = 0.4  # a lock may be released by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
@@ -51,7 +51,8 @@ class Recovery:
             # detect the death of this process only after the lease.
             self.heartbeat.send_soon()
         for name in self.store.workers.owners():
-            # A worker without a row may still be running. Its next heartbeat restores the row.
+            # Another worker has deleted this process's row. Without it, other workers would detect
+            # the death of this process only after the lease.
             listed.setdefault(name, Worker(name, "", 0, "", frozenset(), beat=-1))
         now = time.monotonic()
         if now - self._checked_at > GAP_SECONDS:

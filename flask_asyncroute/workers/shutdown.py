@@ -114,7 +114,7 @@ def notice(then: Callable[[], None]) -> None:
     for number in _SIGNALS:
         handler = signal.getsignal(number)
         # Servers that exit on KeyboardInterrupt, such as waitress and cheroot, would first wait for
-        # open requests, for seconds or until a stream ends.
+        # open requests.
         is_interrupt = handler is signal.default_int_handler
         if callable(handler) and (is_interrupt or getattr(handler, "__self__", None) in servers):
             signal.signal(number, _chained(handler, then, handled))
@@ -153,9 +153,9 @@ def _chained(
 def shut_down(seconds: Mapping[Runner, float]) -> None:
     """Start no more tasks. Let running tasks continue for ``seconds``, then abort or requeue them.
 
-    Waiting tasks stay in the store for other processes. The runners shut down concurrently. This
-    returns at most 1.5 seconds after the longest time limit, because only maintenance threads wait
-    for stores.
+    Waiting tasks stay in the store for other processes. The runners shut down concurrently. Returns
+    at most 1.5 seconds after the longest limit, because only maintenance threads wait for
+    stores.
     """
     began = time.monotonic()
     running = sum(len(runner.dispatcher.running) for runner in seconds)
@@ -268,8 +268,8 @@ def _at_exit() -> None:
 
 
 def _before_joins() -> None:
-    """End waits and streams before Python joins executor threads and non-daemon threads, on which
-    servers may handle requests. Exit hooks run later.
+    """End waits and streams before Python joins threads, on which servers may handle requests. Exit
+    hooks run later.
     """
     end_waits()
     if multiprocessing.parent_process() is not None:

@@ -1,4 +1,4 @@
-"""The executor that runs each task in its own child process, with spare children."""
+"""The executor behind ``executor="process"``."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def fork_server_of(host: Host) -> ForkServer:
 
 
 class ProcessTaskExecutor(PooledTaskExecutor):
-    """Runs each task in a child process supervised by a thread. A stop kills the child's process
-    group.
+    """Runs each task in its own child process, supervised by a thread. A stop kills the child's
+    process group.
 
     After the first task, ``min_workers`` spare children are kept ready, because loading the app
     takes time.

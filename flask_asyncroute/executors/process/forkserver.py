@@ -1,6 +1,8 @@
-"""The program of the fork server, which imports the app's module and forks children. It is a new
-interpreter with one thread, so its forks copy no locks, connections or signal handlers of a web
-server. It must not use the app.
+"""The program of the fork server, which imports the app's module and forks children. It must not
+use the app.
+
+It is a new interpreter with one thread, so forks copy no locks, connections or signal handlers of a
+web server.
 """
 
 from __future__ import annotations

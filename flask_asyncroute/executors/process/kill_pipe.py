@@ -1,8 +1,7 @@
 """A pipe that kills a process group when it is written to, or when the process with the write end
 exits. Linux only.
 
-The kernel sends SIGKILL instead of SIGIO, even if the group is busy. It refers to the group itself,
-so it never kills a later group with the same id.
+The kernel sends SIGKILL instead of SIGIO, and never kills a later group with the same id.
 """
 
 from __future__ import annotations
