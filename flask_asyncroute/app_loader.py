@@ -22,7 +22,7 @@ _REMEDY = f"Set ASYNCROUTE_APP to the import path of the app, such as {_EXAMPLES
 
 
 def checked(label: str, value: Any) -> str:
-    """Check a path: a module, optionally followed by ``:`` and an app or a factory call."""
+    """Check a path: a module, then optionally ``:`` and an app or factory call."""
     pattern = r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*(\(.*\))?)?"
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
         raise refuse(label, _EXAMPLES, value)

@@ -1,8 +1,8 @@
 """The entry point of a child process: load the app, run one task, and report to the parent.
 
 The fork server imports this module by name and calls :func:`be_child_process`,
-:func:`close_early_stores` and, in each child, :func:`main`. A child changes no task's State, runs
-no maintenance and claims no tasks.
+:func:`close_early_stores` and, in each child, :func:`main`. A child claims no tasks, changes no
+State and runs no maintenance.
 """
 
 from __future__ import annotations

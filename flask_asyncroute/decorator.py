@@ -108,7 +108,7 @@ def is_bare(view_function: Callable[..., Any]) -> bool:
 
 
 def _request_of_call(view: View) -> Request | None:
-    """Return the request in which a view was called; None in a task, which runs the plain view."""
+    """Return the request of a view's call; None in a task, which runs the plain view."""
     current: Request | None = None
     if has_request_context():
         current = request._get_current_object()  # type: ignore[attr-defined]

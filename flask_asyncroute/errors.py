@@ -1,7 +1,6 @@
 """All errors of the package.
 
-`http.responses` turns a `RequestRefused` into a problem response (RFC 9457). Clients see the
-messages, so these contain no secrets.
+Clients see a `RequestRefused` as a problem response (RFC 9457), so messages contain no secrets.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ class NotPermitted(RequestRefused, status=403):
 
 
 class TaskNotFound(RequestRefused, LookupError, status=404):
-    """No task has this id, or the caller may not read the task. The response does not say which."""
+    """No task has this id, or the caller may not read the task. Responses do not say which."""
 
 
 class MethodNotAllowed(RequestRefused, status=405):

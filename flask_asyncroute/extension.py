@@ -1,4 +1,4 @@
-"""`AsyncRoute`: the decorators, `init_app`, and access to tasks from the app's own code."""
+"""`AsyncRoute`: the decorators, `init_app`, and access to tasks from code."""
 
 from __future__ import annotations
 
@@ -41,8 +41,6 @@ _VARIABLE = re.compile(r"<(?:[^<>]*:)?([A-Za-z_]\w*)>")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rule:
-    """A URL rule of :meth:`AsyncRoute.route`, to be added to each app."""
-
     rule: str
     view: Start
     settings: Mapping[str, Any]

@@ -108,7 +108,7 @@ OWN = tuple(name for name in _CHECKS if name not in DEFAULTED)
 
 
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the options of one decorator.
+    """Check a decorator's options.
 
     :raises ConfigurationError: if an option is unknown or its value is invalid.
     """

@@ -1,4 +1,4 @@
-"""Permissions to read and write tasks. They do not depend on Flask."""
+"""Permissions to read and write tasks, independent of Flask."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Runtime:
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""
         self.is_child = True
-        # Loading the app may have opened another store than the parent's.
+        # Loading the app may have opened a store other than the parent's.
         self._early.close()
         self._early = self._built = EarlyStore()
         return self._make_runner()
@@ -137,7 +137,7 @@ class Runtime:
 
     @property
     def json_default(self) -> Callable[[Any], Any]:
-        """The app's JSON provider's function for values without a JSON type."""
+        """The function of the app's JSON provider for values without a JSON type."""
         return json_default(self._get_app().json)
 
     def prepare(self) -> Config:
@@ -289,7 +289,7 @@ def _methods(rule: Rule) -> list[str]:
 
 
 def _shape(rule: str) -> str:
-    """Return a rule without variable names, converters and trailing slash."""
+    """Return a rule without variable names, converters or trailing slash."""
     parts = rule.split("/")
     shape = ["<>" if part.startswith("<") and part.endswith(">") else part for part in parts]
     return "/".join(shape).rstrip("/")

@@ -1,8 +1,8 @@
-"""The signals of the package (blinker).
+"""The signals (blinker) of the package.
 
 The public signals (`FACTS`) report a stored change, at most once, in the process that stored it,
 with an app context. The sender is the Flask app; receivers take ``task`` (the record) and
-``**extra``. A receiver's error is logged, and the other receivers run. All other signals are
+``**extra``. A receiver's error is logged, and the other receivers run. Other signals are
 internal.
 """
 

@@ -1,6 +1,6 @@
 """The stored form of a request, with which any process can run the view later.
 
-A body over 256 KiB is written to a temporary file, so that memory never holds a whole upload.
+Bodies over 256 KiB are written to temporary files, so that memory never holds a whole upload.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     environ: dict[str, Any]  # the WSGI environ's plain values
     body: bytes | None = None  # a small body; None: no body, or it is stored separately
     session: str | None = None  # Flask's tagged JSON; None: empty
-    url_names: tuple[str, ...] = ()  # names of URL variables
+    url_names: tuple[str, ...] = ()
     injected: dict[str, Any] = msgspec.field(default_factory=dict)  # other arguments of the view
 
 

@@ -1,4 +1,4 @@
-"""The record of a task, its states and the transitions between them."""
+"""The record of a task, and its states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Helpers for an app's tests: run tasks inside requests, and create a fake current task."""
+"""Helpers for an app's tests: tasks inside requests, and a fake current task."""
 
 from __future__ import annotations
 

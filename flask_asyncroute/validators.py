@@ -35,7 +35,7 @@ def is_name(value: object) -> TypeGuard[str]:
 
 
 def plain(text: str) -> str:
-    """Convert a text to a plain :class:`str`: encoders and databases refuse subclasses."""
+    """Convert to a plain :class:`str`: encoders and databases refuse subclasses."""
     return text if type(text) is str else str.__str__(text)
 
 

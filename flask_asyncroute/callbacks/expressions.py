@@ -105,9 +105,7 @@ def parse(text: str) -> Template:
 
 
 def _literal(text: str, at: int) -> list[str]:
-    """Check literal text that begins at character ``at``; return a list of it, or [] if it is
-    empty.
-    """
+    """Check literal text that begins at character ``at``; return it in a list, or [] if empty."""
     checked, opened, _ = text.partition("{")
     if "}" in checked:
         raise BadExpression(f"the }} at character {at + text.index('}')} has no {{")

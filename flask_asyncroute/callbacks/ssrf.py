@@ -132,7 +132,7 @@ class AllowedHosts:
 
 
 def check_allowed_hosts(label: str, value: Any) -> AllowedHosts:
-    """Accept a list of host names, IP addresses and networks in CIDR form."""
+    """Accept a list of host names, IP addresses and CIDR networks."""
     if not isinstance(value, (list, tuple)):
         wanted = "a list of hosts and networks, such as ['hooks.internal', '10.1.0.0/16']"
         raise refuse(label, wanted, value)

@@ -1,4 +1,4 @@
-"""Check the values of a callback, as declared and as resolved."""
+"""Check a callback's values, as declared and as resolved."""
 
 from __future__ import annotations
 

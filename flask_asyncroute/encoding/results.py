@@ -1,4 +1,4 @@
-"""Convert a view's return value to JSON, or refuse it with the reason and the path.
+"""Convert a view's return value to JSON, or refuse it with the reason and path.
 
 Values far over the size limit are refused before they are encoded.
 """

@@ -29,14 +29,14 @@ from .retry_after import Pace
 
 logger = logging.getLogger("flask_asyncroute")
 
-ID_TRIES = 4  # attempts to generate an unused id
+ID_TRIES = 4  # to generate an unused id
 STOPPED = "Aborted by the user"
 TIMED_OUT = "Timeout"
 
 
 @dataclass(eq=False)
 class Dispatcher:
-    """One per process and app. Thread-safe."""
+    """The dispatcher of one app in this process. Thread-safe."""
 
     app: Flask
     config: Config
@@ -178,9 +178,7 @@ class Dispatcher:
             return self._ended.wait_for(lambda: not self.running, seconds)
 
     def _is_lost(self, execution: Execution, task: AsyncRouteTask) -> bool:
-        """Return whether another process took over a run's task. ``task`` may be older than the
-        claim.
-        """
+        """Return whether another process took over a run. ``task`` may be older than the claim."""
         if task.state is State.NOT_STARTED:
             return 0 < execution.epoch <= task.epoch
         return task.owner != self.lifecycle.owner and task.epoch > execution.epoch
@@ -224,7 +222,6 @@ class Dispatcher:
         return task
 
     def _submit(self, executor: TaskExecutor, intake: Intake) -> AsyncRouteTask:
-        """Store a task and pass it to the executor."""
         if self.is_closing:  # check again, because reading the request may take long
             raise _shutting_down()
         route = intake.route

@@ -1,4 +1,4 @@
-"""Reads data once for all streams that need the same data after a change."""
+"""Reads data once for all streams that need it after a change."""
 
 from __future__ import annotations
 

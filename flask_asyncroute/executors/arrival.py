@@ -25,8 +25,8 @@ CHECKS = {"CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD"}
 EXITS = {"RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "RAISE_VARARGS", "RERAISE"}
 IS_UNAFFECTED = sys.version_info < (3, 12)
 RAISES_AT_ONCE = sys.version_info < (3, 13)
-"""Whether a thread raises a pending exception as soon as it gets the GIL. In newer versions, it
-does so at its next check, or after the running C function.
+"""Whether a thread raises a pending exception as soon as it gets the GIL. Newer versions do so at
+the thread's next check, or after its running C function.
 """
 CODE_UNIT = 2
 CACHE_SIZE = 100

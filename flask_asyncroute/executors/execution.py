@@ -1,5 +1,5 @@
-"""One run of a task, in memory. `run_task` creates it, the dispatcher stops it, `maintenance`
-stores its progress and events, and the view uses it through `current_task`.
+"""One run of a task, in memory. `run_task` creates an `Execution`, the dispatcher stops it,
+`maintenance` stores its progress and events, and the view uses it as `current_task`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ MAX_UNWRITTEN = 1000
 
 
 class Execution:
-    """One run of a task, created before the claim, so that an immediate stop has an effect.
-    Thread-safe.
+    """Created before the claim of the task, so that an immediate stop has an effect. Thread-safe.
 
     :param interrupt_after: seconds between a stop request and the interruption; None: never.
     :param wake: called when progress, events or a stop request must be handled; must return at
@@ -185,7 +184,7 @@ class Execution:
         return due
 
     def take_report(self) -> tuple[float | None, str | None] | None:
-        """Return progress and message if they changed since the last call, else None."""
+        """Return progress and message if changed since the last call, else None."""
         with self._lock:
             if not self.has_report:
                 return None
@@ -238,7 +237,7 @@ class Climb:
         self.began = time.monotonic()
 
     def step(self, now: float) -> tuple[float, float | None]:
-        """Return the progress at ``now``, and when the next step is due (None after the last)."""
+        """Return the progress at ``now``, and when the next step is due, if any."""
         passed = now - self.began
         if passed >= self.duration:
             return self.top, None

@@ -131,7 +131,7 @@ def _try(execution: Execution) -> bool:
 def _withdraw_from(thread_id: int) -> None:
     """Withdraw a pending exception from a thread.
 
-    CPython threads would then check for exceptions at every instruction, and hang under a tracer,
+    After that, CPython threads check for exceptions at every instruction, and hang under a tracer,
     until another exception is raised. So this thread sets one for itself in the same C call, during
     which the interpreter does not check.
     """
@@ -144,7 +144,7 @@ def _withdraw_from(thread_id: int) -> None:
 
 
 class _Nothing(BaseException):
-    """Set by `_withdraw_from` for its own thread."""
+    """Raised by `_withdraw_from` in its own thread."""
 
 
 def _is_safe(frame: FrameType | None, execution: Execution) -> bool:

@@ -1,4 +1,4 @@
-"""Content negotiation, and all responses except streams: documents, task objects and problems."""
+"""Content negotiation, and all responses except streams."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ default.
 """
 
 _MAX_CACHED = 400
-"""Maximum length of an Accept header whose result is cached. Browsers send about 130 characters."""
+"""Maximum length of a cached Accept header. Browsers send about 130 characters."""
 
 
 def negotiate(accept: str | None, offered: Sequence[str]) -> str:
@@ -135,8 +135,8 @@ def render(
 
 class _Answer(Response):
     def get_wsgi_headers(self, environ: dict[str, Any]) -> Headers:
-        # Werkzeug copies headers to complete them. Skipping complete ones makes starting a task 11
-        # % faster, and getting one 7 %.
+        # Werkzeug copies headers to complete them. Skipping this for complete headers makes
+        # starting a task 11 % faster, and getting one 7 %.
         has_length = False
         if self.status_code in (200, 202):
             for name, value in self.headers:
@@ -184,8 +184,8 @@ names no registered scheme: ``Basic`` would open a browser dialog, ``Bearer`` wo
 
 
 def refuse(refusal: RequestRefused, current: Request) -> Response:
-    """Return the response to a refused request. If the app caused it, log the error and send
-    got_request_exception.
+    """Return the response to a refused request. If the app caused the refusal, log the error and
+    send got_request_exception.
     """
     if isinstance(refusal, CannotStart):
         logger.error(

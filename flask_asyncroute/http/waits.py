@@ -65,7 +65,7 @@ def held(
     :param announced: its status and headers are shown to ``after_request`` functions before the
         wait.
     :param answer: called with the task (None: it was deleted), and with False if the process has
-        too many streams and waits, otherwise True; perhaps outside the request context.
+        too many streams and waits, otherwise True. The call may be outside the request context.
     :param failed: called with an exception raised by the wait.
     """
     if seconds <= 0 or is_enough(task):
@@ -92,8 +92,8 @@ def held(
         status=announced.status, headers=Headers(announced.headers)
     )
     del response.headers["Content-Length"]
-    # Compressors skip this response. Flask-Compress would keep the request context alive during the
-    # wait.
+    # Makes compressors skip the response: Flask-Compress would keep the request context alive
+    # during the wait.
     response.headers["Content-Encoding"] = IDENTITY
     response.announced = announced
     response.final = []
@@ -165,7 +165,7 @@ class _Held(Response):
 
 @lru_cache
 def _held_class(base: type[Response]) -> Any:
-    """Return a class for held responses, a subclass of the app's response class.
+    """Return a subclass of the app's response class for held responses.
 
     Flask would convert other classes to the app's, which does not wait.
     """

@@ -1,4 +1,4 @@
-"""The cursor: the position where a page ended, signed for one query and one caller."""
+"""The cursor: the end of a page, signed for one query and one caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Applies conditions and sort orders to records in memory, and creates LIKE patterns for SQL."""
+"""Applies conditions and sort orders in memory, and creates LIKE patterns for SQL."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def position_of(task: AsyncRouteTask, sort: Sort) -> Position:
 
 
 def is_after(task: AsyncRouteTask, sort: Sort, position: Position) -> bool:
-    """Return whether the task comes after the position in the sort's order."""
     key, last = _sort_key(position_of(task, sort), sort), _sort_key(position, sort)
     return key < last if sort.descending else key > last
 

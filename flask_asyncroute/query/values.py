@@ -73,7 +73,7 @@ def microseconds(text: str) -> int:
     """Convert an RFC 3339 time to microseconds since the epoch; drop smaller fractions.
 
     A time without an offset is UTC. A space before the offset is read as ``+``, because URL
-    decoding turns a plus sign into a space. Leap seconds (``:60``) are refused.
+    decoding turns ``+`` into a space. Leap seconds (``:60``) are refused.
 
     :raises ValueError: if the time is invalid.
     """

@@ -44,8 +44,7 @@ _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 def resolve(
     callback: Callback, intake: Intake, name: str, allowed: AllowedHosts
 ) -> Delivery | None:
-    """Return the delivery (a resolved callback) for a task; None if the request has no callback
-    URL.
+    """Return the delivery (a resolved callback); None if the request has no callback URL.
 
     :param name: the default ``EventName``.
     :raises CallbackRefused: for an invalid value, a URL host that is not public, an expression that
@@ -201,7 +200,6 @@ def _in_url(value: str) -> str:
 
 
 def _depth_of(current: Request) -> int:
-    """Return how many callbacks led to this request."""
     text = current.headers.get(DEPTH_HEADER, "0")
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise CallbackRefused(f"{DEPTH_HEADER} must be an integer, not {text[:40]!r}.")

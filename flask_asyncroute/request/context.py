@@ -1,4 +1,4 @@
-"""The only module that pushes Flask's contexts: app contexts, and contexts of rebuilt requests."""
+"""The only module that pushes Flask's app contexts and request contexts."""
 
 from __future__ import annotations
 

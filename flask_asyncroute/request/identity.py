@@ -1,4 +1,4 @@
-"""Identifies the caller of the current request with the app's identity loader or Flask-Login."""
+"""Identifies callers with the app's identity loader or Flask-Login."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IdentityLoader: TypeAlias = Callable[[], Any]
 def identify(
     app: Flask, loader: IdentityLoader | None, id_field: str, is_start: bool = False
 ) -> Caller | None:
-    """Return the caller of the current request; without a loader, return Flask-Login's user.
+    """Return the caller of the current request; without a loader, Flask-Login's user.
 
     :param is_start: whether the request starts a task. Otherwise, an invalid id returns None.
     :raises CannotStart: if the identity's groups, roles, scopes or, at a start, id are invalid.

@@ -1,4 +1,4 @@
-"""The data of a new task before it is stored: request, caller, permission and record."""
+"""The request, caller, permission and record of a new task before it is stored."""
 
 from __future__ import annotations
 

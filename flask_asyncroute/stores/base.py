@@ -1,4 +1,4 @@
-"""The store interfaces. One test suite checks every implementation against these docstrings.
+"""The store interfaces. One test suite checks all implementations against these docstrings.
 
 Methods are thread-safe unless noted. Each write to a task is one transaction, which increases the
 store's change number. Change numbers follow the commit order, with gaps. A method raises
@@ -30,7 +30,7 @@ STATE, PROGRESS = "task.state", "task.progress"
 class Expect:
     """Conditions on a task before a write (compare-and-set). None matches any value."""
 
-    states: tuple[State, ...]  # one of these
+    states: tuple[State, ...]  # the task's state is one of these
     owner: str | None = None  # the name of the worker that claimed the task
     epoch: int | None = None  # the number of the claim
     stopping: bool | None = None  # whether the code still runs after an abort
@@ -99,6 +99,8 @@ class News:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
+    """A worker process, as the store lists it."""
+
     name: str  # stored as ``owner`` of its tasks
     place: str  # identifies its lock file, see `heartbeat`; empty: no file
     number: int  # the byte of that file that it locks
@@ -256,8 +258,8 @@ class SharedTaskStore(TaskStore):
         """Return the (id, endpoint) pairs of NotStarted tasks created before ``before_us``, oldest
         first.
 
-        Tasks created over :data:`AHEAD_US` later are included, because the clock was set back
-        since.
+        Tasks created over :data:`AHEAD_US` after ``before_us`` are included, because the clock was
+        set back.
 
         :param most: the maximum number of tasks per endpoint. Other endpoints are omitted.
         """
@@ -267,11 +269,10 @@ class SharedTaskStore(TaskStore):
         """Return the changes after ``since``; fast if there are none. Call it from one thread at a
         time.
 
+        :param since: -1 to read only the newest number. If over the newest number, as after a
+            database restore, all tasks are returned.
         :param known: the highest change number that this process has published. If no other process
             has changed anything since the last call, this process's changes are omitted.
-
-        :param since: -1 to read only the newest number. If over the newest number, as after a
-            restore of the database, all tasks are returned.
         """
 
     def listen(self, notify: Callable[[], None]) -> Listener | None:
@@ -294,7 +295,7 @@ class SharedTaskStore(TaskStore):
 
 
 class Listener(Protocol):
-    """Calls a function for each notification until closed."""
+    """Calls a function for each notification until it is closed."""
 
     def close(self) -> None:
         """Stop the calls. Thread-safe."""

@@ -1,6 +1,4 @@
-"""The store in process memory (``memory://``), for tests, demos, and apps that may lose their tasks
-at a restart.
-"""
+"""The store in process memory (``memory://``), for apps that may lose tasks at a restart."""
 
 from __future__ import annotations
 

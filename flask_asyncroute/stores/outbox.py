@@ -1,8 +1,8 @@
-"""The interface of the outbox, which stores callbacks and assigns them to sending processes.
+"""The interface of the outbox, which stores callbacks and assigns them to processes.
 
 A callback is stored and removed with its task. The transaction that ends the task makes it due. A
 claim does not expire; it ends when it is released, or its process shuts down or is detected as
-dead. Methods raise the same errors as those of `base.TaskStore`.
+dead. Methods raise errors like `base.TaskStore`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Due:
 
 
 class Outbox(ABC):
-    """Stores a namespace's callbacks. A transaction that changes ``callback_state`` or
-    ``callback_attempts`` of a task also increments its revision and the change number.
+    """A transaction that changes ``callback_state`` or ``callback_attempts`` of a task also
+    increments its revision and the change number.
     """
 
     @abstractmethod
@@ -49,8 +49,7 @@ class Outbox(ABC):
 
     @abstractmethod
     def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
-        """Claim up to ``limit`` due callbacks; return them and their tasks, earliest due time
-        first.
+        """Claim up to ``limit`` due callbacks; return them with their tasks, earliest first.
 
         All processes together hold at most :data:`PER_HOST` claims per host. NotStarted callbacks
         become Running.
@@ -60,8 +59,7 @@ class Outbox(ABC):
     def settle(
         self, task_id: str, holder: str, state: str, due_us: int | None
     ) -> AsyncRouteTask | None:
-        """Record an attempt's outcome, count it, and release the callback; return the new task
-        record.
+        """Record and count an attempt, and release the callback; return the new task record.
 
         :param state: the callback's new state. A final state removes the stored headers.
         :param due_us: when the next attempt is due; None: never.

@@ -72,7 +72,7 @@ KINDS = (
 def kind_of(setting: StoreSetting, label: str = _KEY) -> StoreKind:
     """Return the kind of store that a setting names.
 
-    :raises ConfigurationError: if the store is not supported; shows no password.
+    :raises ConfigurationError: if the store is not supported; the message shows no password.
     """
     if not isinstance(setting, str):
         return next(kind for kind in KINDS if kind.takes_engine)
@@ -92,7 +92,7 @@ def kind_of(setting: StoreSetting, label: str = _KEY) -> StoreKind:
 def checked(label: str, value: Any) -> StoreSetting:
     """Validate and return a value of ``ASYNCROUTE_STORE``.
 
-    :raises ConfigurationError: if the value is invalid; shows no password.
+    :raises ConfigurationError: if the value is invalid; the message shows no password.
     """
     if not isinstance(value, str):
         from sqlalchemy.engine import Engine

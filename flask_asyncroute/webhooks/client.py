@@ -1,7 +1,7 @@
 """Makes one attempt to send a callback: one HTTP/1.1 request to a checked IP address.
 
-It follows no redirects, uses no proxy or ``.netrc``, and always verifies certificates. An attempt
-ends after at most 15 seconds.
+Follows no redirects, uses no proxy or ``.netrc``, always verifies certificates, and ends after at
+most 15 seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..callbacks.url import WebAddress
 ATTEMPT_SECONDS = 15.0  # for DNS, connection, TLS, request and response together
 MAX_RESPONSE = 64 * 1024  # bytes read from a response, including its header
 MAX_RETRY_AFTER = 3600.0
-MAX_ADDRESSES = 4  # addresses to try per host name
+MAX_ADDRESSES = 4
 
 
 @dataclass(frozen=True, slots=True)

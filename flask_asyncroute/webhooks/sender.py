@@ -30,7 +30,7 @@ logger = logging.getLogger("flask_asyncroute")
 MOST_THREADS = 32  # simultaneous attempts; at most two per host
 DELAYS = (0.0, 5.0, 30.0, 120.0)  # seconds before each attempt; later delays double
 MAX_DELAY = 3600.0
-JITTER = 0.2  # random part of a delay, so that retries are not simultaneous
+JITTER = 0.2  # random part of a delay, to spread retries
 
 
 class Sender:
@@ -71,7 +71,7 @@ class Sender:
         was removed.
 
         :param callback: the callback of the task's route, if the route still exists.
-        :raises TaskUnfinished: if the task is unfinished, or its callback is being sent.
+        :raises TaskUnfinished: if the task has not ended, or its callback is being sent.
         :raises CallbackRefused: if the task has no callback.
         """
         if task.callback_json is None:

@@ -1,5 +1,4 @@
-"""Detects different apps that use the same namespace of a store, and so would run each other's
-tasks.
+"""Detects apps that share a namespace of a store, and so would run each other's tasks.
 
 In one process, further use of the older app raises an error. Between processes, `recovery` only
 logs a warning, because a new release may have moved a view.
@@ -24,7 +23,7 @@ Views = Mapping[str, Sequence[str]]
 
 
 class Runner(Protocol):
-    """The attributes of `runner.Runner` used here; importing that class would be circular."""
+    """The attributes of `runner.Runner` used here. Importing it would be circular."""
 
     app: Flask
     config: Config

@@ -71,7 +71,7 @@ class Heartbeat(Loop):
                 self.lock_file.release(self._number)
 
     def send_soon(self) -> None:
-        """Send the next heartbeat now, which also restores a missing row of this worker."""
+        """Send a heartbeat now, which also restores a missing row of this worker."""
         self._next_beat_at = 0.0
         self.wake()
 

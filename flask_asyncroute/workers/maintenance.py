@@ -1,5 +1,5 @@
-"""The two background threads of a process. `Maintenance` does the work that uses the store:
-progress, pending writes, retention and recovery. `Timekeeper` enforces timeouts.
+"""The background threads of a process. `Maintenance` does the work that uses the store: progress,
+pending writes, retention and recovery. `Timekeeper` enforces timeouts.
 """
 
 from __future__ import annotations
@@ -182,5 +182,4 @@ def _do_once(work: Callable[[], None], done: threading.Event) -> float:
 
 
 def _name(work: Callable[[], None]) -> str:
-    """Return the name of a function, or of a partial's function."""
     return str(getattr(getattr(work, "func", work), "__name__", work))

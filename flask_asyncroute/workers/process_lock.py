@@ -1,4 +1,4 @@
-"""Detects which workers of this host are running. Each worker locks one byte of a shared file.
+"""Detects which workers of this host are running: each locks one byte of a shared file.
 
 The kernel releases such a lock when its process ends, and child processes do not inherit it.
 `heartbeat` holds this process's lock; `recovery` tests those of other processes.
@@ -25,10 +25,8 @@ _files_lock = threading.Lock()
 
 
 class LockFile:
-    """A file in which every worker of this host locks a byte. Thread-safe.
-
-    It is never closed, because closing any descriptor of a file releases all locks on it
-    (POSIX).
+    """An open file, never closed, because closing any descriptor of a file releases all locks on it
+    (POSIX). Thread-safe.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:

@@ -47,12 +47,11 @@ class Recovery:
         self.heartbeat.enter()
         listed = {worker.name: worker for worker in self.store.workers.listed()}
         if self.heartbeat.name not in listed:
-            # Another worker has deleted the row of this process. Without it, other workers would
-            # detect the death of this process only after the lease.
-            self.heartbeat.send_soon()
-        for name in self.store.workers.owners():
             # Another worker has deleted this process's row. Without it, other workers would detect
             # the death of this process only after the lease.
+            self.heartbeat.send_soon()
+        for name in self.store.workers.owners():
+            # A worker without a row may still be running. Its next heartbeat restores the row.
             listed.setdefault(name, Worker(name, "", 0, "", frozenset(), beat=-1))
         now = time.monotonic()
         if now - self._checked_at > GAP_SECONDS:

@@ -1,4 +1,4 @@
-"""Graceful shutdown: detects that the server is stopping this process, and ends its tasks in time.
+"""Graceful shutdown: detects that the server stops this process, and ends its tasks in time.
 
 Servers run exit hooks only after open requests have ended. So this module ends waits and streams
 earlier: when gunicorn or uvicorn receives a signal, or else before Python joins threads.
@@ -56,7 +56,7 @@ _began_at: float | None = None  # when the shutdown was first noticed (monotonic
 
 def is_server_ending() -> bool:
     """Return whether gunicorn (after a signal or ``max_requests``) or uvicorn is stopping this
-    process. The drain time begins when this first returns True.
+    process. Its first True begins the drain time.
     """
     is_ending = any(
         not getattr(server, "alive", True) or getattr(server, "should_exit", False)
@@ -81,8 +81,8 @@ def restart_gunicorn_timeout() -> float:
 
 
 def _known_servers() -> list[Any]:
-    """Find the gunicorn worker or uvicorn server of this process through its signal handlers, which
-    are its methods. Return all found so far that still exist.
+    """Find the gunicorn worker or uvicorn server whose methods are signal handlers of this process.
+    Return all found so far that still exist.
     """
     for number in _SIGNALS:
         server = getattr(signal.getsignal(number), "__self__", None)

@@ -92,9 +92,7 @@ def _descriptors() -> set[int]:
 
 
 def _is_unsafe(descriptor: int) -> bool:
-    """Return whether children must not share this open file. They may share log files and
-    devices.
-    """
+    """Return whether children must not share an open file. They may share log files and devices."""
     kind = os.fstat(descriptor).st_mode
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     is_log = stat.S_ISREG(kind) and access == os.O_WRONLY

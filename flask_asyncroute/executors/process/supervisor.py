@@ -1,4 +1,4 @@
-"""Child processes: a fork server starts them, a socket connects them, and a pipe kills them.
+"""Child processes, started by a fork server.
 
 Each child has its own sockets and kill pipe, so that it cannot harm others.
 """
@@ -33,7 +33,7 @@ class Child:
     """A child process of the fork server. Only :meth:`kill` is thread-safe."""
 
     channel: socket.socket
-    exit_socket: socket.socket  # receives the exit status
+    exit_socket: socket.socket
     kill_pipe: KillPipe
     limits: Mapping[bytes, int]  # in bytes, by kind of frame
     resources: ExitStack  # closes the sockets and the kill pipe
