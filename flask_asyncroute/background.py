@@ -20,8 +20,8 @@ def when_gone(
     :param function: must not reference ``owner``.
     :return: a finalizer: a call runs ``function`` now, unless it has already run.
     """
-    # The garbage collector may run on a thread that holds a lock that `function` needs. Starting a
-    # threading.Thread takes locks too.
+    # Use a new thread: the garbage collector may run on a thread that holds a lock that `function`
+    # needs. Starting a threading.Thread takes locks too.
     finalizer = weakref.finalize(owner, _thread.start_new_thread, function, arguments)
     finalizer.atexit = False
     return finalizer

@@ -68,7 +68,8 @@ def main(channel: socket.socket) -> None:
     pid = os.getpid()
     outcome = execute(runner, job.endpoint, bytes(job.request), body, execution)
     if os.getpid() != pid:
-        # The view has forked this process and also returned in the copy. Only the original reports.
+        # The view has forked this process and also returned in the copy. Only the original reports
+        # the outcome.
         os._exit(1)
     reporter.end(outcome)
 

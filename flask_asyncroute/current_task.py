@@ -137,7 +137,7 @@ class CurrentTask:
     ) -> ProgressRange:
         """Return a range whose steps raise progress equally, up to ``max_progress``.
 
-        A view can use several ranges in turn, such as to 80 and to 100.
+        A view can use several ranges in turn, such as one to 80 and one to 100.
 
         :param decimal: whether progress may have decimals.
         :raises ValueError: if ``step`` does not lead from ``start`` to ``end``.
@@ -149,8 +149,8 @@ class CurrentTask:
     ) -> None:
         """Advance progress to ``max_progress`` in the background; return immediately.
 
-        Progress advances every ``interval`` seconds for ``duration`` seconds, unless the task ends
-        or the view sets progress.
+        Progress advances every ``interval`` seconds for ``duration`` seconds, or until the task
+        ends or the view sets progress.
 
         :raises ValueError: unless ``duration`` is at least 0 and ``interval`` greater than 0.
         """

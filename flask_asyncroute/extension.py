@@ -80,7 +80,8 @@ class AsyncRoute:
     def init_app(self, app: Flask) -> None:
         """Check the configuration of ``app``; add the routes declared so far and the operations.
 
-        Starts no thread and opens no store. After an error, fix the cause and call this again.
+        The call starts no thread and opens no store. After an error, fix the cause and repeat the
+        call.
 
         :raises ConfigurationError: if the app is misconfigured; the message names the key or
             route.
@@ -128,9 +129,9 @@ class AsyncRoute:
     def route(self, rule: str, **settings: Any) -> Callable[[View], Start]:
         """Turn the decorated view into an async route with the URL rule ``rule``.
 
-        The route is added to all apps of this instance that are not in use, including later ones.
-        The options are those of :meth:`task` and of :meth:`flask.Flask.route` (``methods``,
-        ``endpoint``, ``defaults``, …).
+        The route is added to all apps of this instance that are not in use, including apps
+        initialised later. The options are those of :meth:`task` and of :meth:`flask.Flask.route`
+        (``methods``, ``endpoint``, ``defaults``, …).
 
         :raises ConfigurationError: like :meth:`task`, and if all apps are already in use.
         """

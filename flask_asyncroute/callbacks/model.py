@@ -69,7 +69,7 @@ class Callback:
 
     @property
     def is_trusted(self) -> bool:
-        """Whether the developer chose the host: no expression precedes or is inside it."""
+        """Whether the developer chose the host: no expression is before or inside it."""
         template = expressions.parse(self.url)
         return template.is_literal or validation.has_authority(template)
 

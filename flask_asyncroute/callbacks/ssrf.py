@@ -46,7 +46,7 @@ class Inside(ValueError):
 
 
 class NotResolved(OSError):
-    """DNS returned no address for a host name."""
+    """A host name could not be resolved."""
 
 
 def is_public(ip: Address) -> bool:

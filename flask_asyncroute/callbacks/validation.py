@@ -66,7 +66,7 @@ def refuse_control_characters(text: str) -> None:
 
 
 def check_header_name(label: str, value: Any) -> None:
-    """Raise ConfigurationError if a header name is invalid or reserved for the library."""
+    """Raise ConfigurationError if a header name is invalid, or set by the library."""
     name = validators.text(label, value)
     if not is_token(name):
         raise ConfigurationError(f"{label} must be a valid header name, not {name[:60]!r}.")

@@ -30,8 +30,8 @@ IDLE_SECONDS = 60.0
 class SharedReads(Loop):
     """Reads on one thread, and caches the results until the next change. Thread-safe.
 
-    With a thread per stream, a change would need one connection per stream, and malloc 15 KiB per
-    thread.
+    With a thread per stream, a change would need one connection per stream, and malloc would cache
+    15 KiB per thread.
     """
 
     def __init__(self) -> None:

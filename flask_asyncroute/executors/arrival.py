@@ -30,7 +30,7 @@ the thread's next check, or after its running C function.
 """
 CODE_UNIT = 2
 CACHE_SIZE = 100
-"""Number of functions whose instructions are cached. Slow reads would let the thread run on."""
+"""Number of functions whose instructions are cached, because the thread runs on during a read."""
 
 
 class _Code(NamedTuple):

@@ -20,7 +20,8 @@ MAX_UNWRITTEN = 1000
 
 
 class Execution:
-    """Created before the claim of the task, so that an immediate stop has an effect. Thread-safe.
+    """A run, created before the task is claimed, so that an immediate stop has an effect.
+    Thread-safe.
 
     :param interrupt_after: seconds between a stop request and the interruption; None: never.
     :param wake: called when progress, events or a stop request must be handled; must return at

@@ -1,5 +1,5 @@
-"""Executors whose tasks only the process that started them can run: inside the request, or on the
-app's own `concurrent.futures.Executor`.
+"""Executors whose tasks run in the process that started them: inside the request, or on the app's
+own `concurrent.futures.Executor`.
 """
 
 from __future__ import annotations

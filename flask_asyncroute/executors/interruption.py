@@ -63,7 +63,7 @@ def leave(execution: Execution) -> None:
                 if execution.thread_id == threading.get_ident():
                     execution.thread_id = None
             if execution.is_interrupted:
-                # Raise a pending exception in this loop, not in later code of the thread.
+                # A pending exception must be raised in this loop, not in later code of the thread.
                 # Withdrawing it would make CPython threads hang under a tracer.
                 for _ in range(100):
                     pass

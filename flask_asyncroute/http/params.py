@@ -137,7 +137,6 @@ def refuse_cross_site(request: Request, config: Config) -> None:
 
 
 def next_link(request: Request, cursor: str) -> tuple[str, str]:
-    """Return the Link header for the next page of a query."""
     parts = request.query_string.decode("latin-1").split("&")
     kept = [part for part in parts if part and unquote_plus(part.partition("=")[0]) != "cursor"]
     target = "&".join([*kept, f"cursor={cursor}"])

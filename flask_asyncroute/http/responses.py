@@ -39,7 +39,7 @@ _URLS = ("location", "content-location")
 _PLAIN_URL = re.compile(r"[A-Za-z0-9_./?=&-]*")
 
 _WEIGHT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
-"""The value of ``q``. More lenient than RFC 9110, because Java's HTTP client sends ``*; q=.2`` by
+"""The value of ``q``, more lenient than RFC 9110: Java's HTTP client sends ``*; q=.2`` by
 default.
 """
 

@@ -95,7 +95,9 @@ def find_field(name: str, hint: str = "") -> Field:
 
 
 def find_operator(name: str, field: Field) -> Operator:
-    """Return the operator with this name, in any letter case, if ``field`` supports it."""
+    """Return the operator with this name, in any letter case; refuse it unless ``field`` supports
+    it.
+    """
     operator = Operator.__members__.get(name.translate(ASCII_UPPER))
     if operator not in field.operators:
         problem = "is not an operator" if operator is None else "is not supported here"

@@ -49,7 +49,7 @@ class Outbox(ABC):
 
     @abstractmethod
     def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
-        """Claim up to ``limit`` due callbacks; return them with their tasks, earliest first.
+        """Claim up to ``limit`` due callbacks; return them with their tasks, earliest due first.
 
         All processes together hold at most :data:`PER_HOST` claims per host. NotStarted callbacks
         become Running.

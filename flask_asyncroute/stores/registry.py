@@ -39,7 +39,7 @@ class StoreKind:
         setting)``, which raises ConfigurationError for an invalid setting, and
         ``make_store(setting, folder, namespace, create_tables)``, which returns an unopened store.
     :param is_shared: whether several processes can use one store.
-    :param is_file: whether its URL names a file, relative to the instance folder.
+    :param is_file: whether its URL names a file; relative paths start at the instance folder.
     :param takes_engine: whether the setting may be an Engine, or a function that returns one.
     :param driver: the driver module, which the pip extra ``extra`` installs.
     :param preload: further modules to import, which opens no connections or files.

@@ -217,7 +217,6 @@ def delay(attempts: int) -> float:
 
 
 def body_of(task: AsyncRouteTask, delivery: Delivery) -> bytes:
-    """Return the request body for a finished task, in its callback's content type."""
     is_json = delivery.content_type == "application/json"
     document: dict[str, Any] = {
         "Id": task.id,

@@ -23,7 +23,7 @@ Views = Mapping[str, Sequence[str]]
 
 
 class Runner(Protocol):
-    """The attributes of `runner.Runner` used here. Importing it would be circular."""
+    """The attributes of `runner.Runner` used here. Importing that class would be circular."""
 
     app: Flask
     config: Config

@@ -25,8 +25,8 @@ _files_lock = threading.Lock()
 
 
 class LockFile:
-    """An open file, never closed, because closing any descriptor of a file releases all locks on it
-    (POSIX). Thread-safe.
+    """A lock file that is never closed, because closing any descriptor of a file releases all locks
+    on it (POSIX). Thread-safe.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:

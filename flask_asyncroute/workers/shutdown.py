@@ -56,7 +56,7 @@ _began_at: float | None = None  # when the shutdown was first noticed (monotonic
 
 def is_server_ending() -> bool:
     """Return whether gunicorn (after a signal or ``max_requests``) or uvicorn is stopping this
-    process. Its first True begins the drain time.
+    process. The drain time begins at the first True.
     """
     is_ending = any(
         not getattr(server, "alive", True) or getattr(server, "should_exit", False)
