@@ -1,5 +1,5 @@
-"""Background threads that end when their object is garbage-collected, and cleanup of such
-objects.
+"""Background threads that end, and cleanup functions that run, when an object is
+garbage-collected.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ def when_gone(
     """Call ``function`` on a new thread after ``owner`` has been garbage-collected.
 
     :param function: must not reference ``owner``.
-    :return: a finalizer; calling it runs ``function`` now, unless it has already run.
+    :return: a finalizer: a call runs ``function`` now, unless it has already run.
     """
-    # The garbage collector may run on a thread that holds a lock that `function` needs, so call it
-    # on a new thread. Starting a threading.Thread takes locks too.
+    # Use a new thread: the garbage collector may run on a thread that holds a lock that `function`
+    # needs. Starting a threading.Thread takes locks too.
     finalizer = weakref.finalize(owner, _thread.start_new_thread, function, arguments)
     finalizer.atexit = False
     return finalizer
 
 
 class Loop(ABC):
-    """A daemon thread that calls :meth:`_step` repeatedly after :meth:`start`. Thread-safe."""
+    """A daemon thread that calls :meth:`_step` repeatedly. Thread-safe."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -43,11 +43,10 @@ class Loop(ABC):
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread was started and not closed."""
         return self._thread is not None and not self._is_closed
 
     def start(self) -> None:
-        """Start the thread if it is not running. After a RuntimeError, call again to retry."""
+        """Start the thread unless it is running. After a RuntimeError, call again to retry."""
         if self._thread is not None:
             return
         with self._lock:
@@ -59,7 +58,7 @@ class Loop(ABC):
                 when_gone(self, self._wake.set)
 
     def wake(self) -> None:
-        """Make the thread run its next step now."""
+        """Run the next step now."""
         self._wake.set()
 
     def close(self) -> None:
@@ -74,7 +73,7 @@ class Loop(ABC):
 
 def _run(reference: weakref.ref[Loop], wake: threading.Event) -> None:
     while True:
-        wake.clear()  # Clear before the checks below, so that no wake-up is lost.
+        wake.clear()  # clear before the checks, so that no wake-up is lost
         loop = reference()
         if loop is None or loop._is_closed:
             return

@@ -1,8 +1,8 @@
 """The entry point of a child process: load the app, run one task, and report to the parent.
 
 The fork server imports this module by name and calls :func:`be_child_process`,
-:func:`close_early_stores` and, in each child, :func:`main`. A child changes no task's State, runs
-    no maintenance and claims no tasks.
+:func:`close_early_stores` and, in each child, :func:`main`. A child claims no tasks, changes no
+State and runs no maintenance.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .workers.run_task import execute
 logger = logging.getLogger("flask_asyncroute")
 
 REPORT_SECONDS = 0.1
-"""Minimum time between two progress reports to the parent."""
+"""Minimum interval between progress reports to the parent."""
 LONGEST_SLEEP = 30.0
 
 __all__ = ["be_child_process", "close_early_stores", "main"]
 
 
 def main(channel: socket.socket) -> None:
-    """Run one task for the parent at the other end of ``channel``; return early if the parent has
-    exited.
+    """Run one task for the parent at the other end of ``channel``; return early if the parent
+    exits.
     """
     pieces = iter(lambda: protocol.receive(channel), b"")
     incoming = protocol.frames(pieces, protocol.TO_CHILD)
@@ -68,8 +68,8 @@ def main(channel: socket.socket) -> None:
     pid = os.getpid()
     outcome = execute(runner, job.endpoint, bytes(job.request), body, execution)
     if os.getpid() != pid:
-        # The view forked this process and also returned in the copy. Only the original reports the
-        # outcome.
+        # The view has forked this process and also returned in the copy. Only the original reports
+        # the outcome.
         os._exit(1)
     reporter.end(outcome)
 
@@ -82,8 +82,8 @@ def _pieces(incoming: Iterator[tuple[bytes, bytes]], size: int) -> Iterator[byte
 
 
 class _Reporter(Loop):
-    """Sends progress, events and the outcome to the parent. A thread, which starts with the first
-    of them, sends progress and events; the caller of :meth:`end` sends the outcome.
+    """A thread sends progress and events to the parent; the caller of :meth:`end` sends the
+    outcome.
     """
 
     def __init__(self, channel: socket.socket) -> None:
@@ -104,7 +104,7 @@ class _Reporter(Loop):
         super().wake()
 
     def end(self, outcome: Outcome) -> None:
-        """Send the outcome. If sending fails, the parent reports this process's exit status
+        """Send the outcome. If this fails, the parent reports this process's exit status
         instead.
         """
         report: protocol.Report = None, None

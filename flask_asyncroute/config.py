@@ -1,6 +1,4 @@
-"""Reads and checks the ``ASYNCROUTE_*`` keys at ``init_app``, and again, for the last time, at
-first use.
-"""
+"""Read and check the ``ASYNCROUTE_*`` keys at ``init_app`` and, finally, at first use."""
 
 from __future__ import annotations
 
@@ -36,9 +34,9 @@ from .validators import (
 
 PREFIX = "ASYNCROUTE_"
 MIN_SECRET = 24
-"""Minimum bytes of a callback secret, as Standard Webhooks requires."""
+"""Minimum bytes of a callback secret (Standard Webhooks)."""
 ROUTING = ("OPERATIONS", "URL_PREFIX", "TASK_PATH", "TASKS_PATH", "TASK_ID_IN")
-"""The keys that define the URL rules, which ``init_app`` registers."""
+"""The keys that define the URL rules. ``init_app`` registers these rules."""
 OPERATIONS = ("get", "stop", "query", "events")
 
 _PATH = r"(/[A-Za-z0-9._~-]+)+"
@@ -56,7 +54,7 @@ def _lower_names(label: str, value: Any) -> frozenset[str]:
 
 
 def _secrets(label: str, value: Any) -> tuple[str, ...]:
-    """Accept one secret or a list of secrets. The error message does not show them."""
+    """Accept one secret or a list of secrets. Error messages do not show them."""
     if value is None:
         return ()
     secrets = value if isinstance(value, (list, tuple)) else (value,)
@@ -72,7 +70,7 @@ def _secrets(label: str, value: Any) -> tuple[str, ...]:
 def _is_secret(text: str) -> bool:
     encoded = text.removeprefix("whsec_").rstrip("=")
     try:
-        # Accept a secret without base64 padding, as the standardwebhooks library does.
+        # Like the standardwebhooks library, accept a secret without base64 padding.
         secret = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     except ValueError:
         return False
@@ -132,7 +130,7 @@ class Config:
 
     @property
     def routing(self) -> tuple[Any, ...]:
-        """The values that determine the URL rules and cannot change after ``init_app``."""
+        """The values that determine the URL rules; fixed after ``init_app``."""
         return tuple(getattr(self, name.lower()) for name in ROUTING)
 
 
@@ -141,16 +139,15 @@ KEYS: dict[str, tuple[Check, Any]] = {
     key.name.upper(): (key.metadata["check"], key.default)
     for key in (*_FIELDS, *fields(options.DefaultedOptions))
 }
-"""The check and default of every configuration key, by name without the prefix. Other keys with the
-prefix raise an error, so misspelled keys are not ignored.
+"""The check and default of each configuration key, without the prefix. Other keys with the prefix
+raise an error, so that misspelled keys are noticed.
 """
 
 
 def values_for_child(app: Flask, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Return the values to send to a child process, and the keys that the child reads itself.
-
-    Functions and objects cannot be sent, and the `ROUTING` keys take effect while the child loads
-    the app, so the child reads them itself.
+    """Return the values for a child process, and the keys that the child reads itself: functions
+    and objects, which cannot be sent, and the `ROUTING` keys, which take effect while the child
+    loads the app.
     """
     values: dict[str, Any] = {"ASYNCROUTE_NAMESPACE": config.namespace}
     if isinstance(config.store, str):
@@ -161,7 +158,7 @@ def values_for_child(app: Flask, config: Config) -> tuple[dict[str, Any], list[s
             if isinstance(value, timedelta):
                 value = value.total_seconds()
             members = value if isinstance(value, (list, tuple)) else (value,)
-            # A child sends no callbacks, so it does not need the callback secret.
+            # A child sends no callbacks, so it needs no callback secret.
             is_own = name[len(PREFIX) :] in (*ROUTING, "CALLBACK_SECRET")
             if is_own or not all(type(m) in (str, int, float, bool, NoneType) for m in members):
                 own.append(name)
@@ -178,9 +175,10 @@ def take_values(app: Flask, values: Mapping[str, Any], own: Collection[str]) -> 
 
 
 def read(app: Flask) -> Config:
-    """Read and check the configuration of ``app``.
+    """Read and check the configuration.
 
-    :raises ConfigurationError: if a key is invalid; the message names the key and its valid values.
+    :raises ConfigurationError: if a key is invalid; the message names the key and its valid
+        values.
     """
     given = {name: value for name, value in app.config.items() if name.startswith(PREFIX)}
     for name in given:
@@ -226,5 +224,4 @@ def task_path(config: Config, root_path: str, task_id: str, end: str = "") -> st
 
 
 def events_path(config: Config, root_path: str, task_id: str) -> str:
-    """Return the path of a task's event stream."""
     return task_path(config, root_path, task_id, "/events")

@@ -20,11 +20,11 @@ from .validators import is_name, plain
 
 T = TypeVar("T")
 
-MAX_EVENT = 64 * 1024  # Maximum bytes of an event's data.
+MAX_EVENT = 64 * 1024  # bytes of an event's data
 
 
 class ProgressRange:
-    """A range of progress in equal steps: iterate over it, or call :meth:`tick` after each step."""
+    """Progress in equal steps: iterate over the range, or call :meth:`tick` after each step."""
 
     def __init__(
         self, execution: Execution, start: float, end: float, step: float, top: float, decimal: bool
@@ -59,7 +59,7 @@ class ProgressRange:
 
 
 class CurrentTask:
-    """The running task, which the view uses as :data:`flask_asyncroute.current_task`.
+    """The running task. The view uses it as :data:`flask_asyncroute.current_task`.
 
     In a thread that the view starts, use the object itself
     (``current_task._get_current_object()``). Progress is stored in the background, at most ten
@@ -114,7 +114,7 @@ class CurrentTask:
     ) -> Iterator[T]:
         """Yield the items of ``iterable``; advance progress up to ``max_progress`` after each.
 
-        :param total: the number of items; defaults to ``len(iterable)``. Without a total, progress
+        :param total: the number of items; defaults to ``len(iterable)``. Without either, progress
             changes only at the end.
         """
         top = _top(max_progress)
@@ -137,7 +137,7 @@ class CurrentTask:
     ) -> ProgressRange:
         """Return a range whose steps raise progress equally, up to ``max_progress``.
 
-        A view can use several ranges in turn, for example one to 80 and one to 100.
+        A view can use several ranges in turn, such as one to 80 and one to 100.
 
         :param decimal: whether progress may have decimals.
         :raises ValueError: if ``step`` does not lead from ``start`` to ``end``.
@@ -149,8 +149,8 @@ class CurrentTask:
     ) -> None:
         """Advance progress to ``max_progress`` in the background; return immediately.
 
-        Progress advances every ``interval`` seconds for ``duration`` seconds, until the task ends
-        or the view sets progress in another way.
+        Progress advances every ``interval`` seconds for ``duration`` seconds, or until the task
+        ends or the view sets progress.
 
         :raises ValueError: unless ``duration`` is at least 0 and ``interval`` greater than 0.
         """
@@ -165,7 +165,7 @@ class CurrentTask:
     def send_event(self, data: Any, event: str = "message") -> None:
         """Send an event to the subscribers of the task.
 
-        The event is stored in the background, so clients that reconnect also receive it. The call
+        Events are stored in the background, so clients that reconnect also receive them. The call
         blocks while 1,000 events wait to be stored. The last 1,000 events of a task are kept.
         Events sent after a stop are dropped.
 
@@ -173,7 +173,7 @@ class CurrentTask:
         :param event: its name: 1 to 255 printable characters without leading or trailing blanks,
             not beginning with ``task.``.
         :raises ValueError: if the name is invalid.
-        :raises ResultError: if the data is too large or has no JSON form; the message says where.
+        :raises ResultError: if the data is too large or has no JSON form.
         :raises TaskAborted: if the task is stopped or times out while the call blocks.
         """
         if (
@@ -219,7 +219,7 @@ class CurrentTask:
 
 _running: ContextVar[CurrentTask] = ContextVar("flask_asyncroute.current_task")
 REBUILT = "_asyncroute_rebuilt"
-"""Attribute of a request that was rebuilt to run a task."""
+"""Attribute of a request rebuilt for a task."""
 
 
 def _current() -> CurrentTask:
@@ -233,14 +233,14 @@ def _current() -> CurrentTask:
 
 
 current_task = cast(CurrentTask, LocalProxy(_current))
-"""The running task (a :class:`CurrentTask`); outside a task, any use raises `NoCurrentTask`."""
+"""The running task (a :class:`CurrentTask`); any use outside a task raises `NoCurrentTask`."""
 
 
 def is_in_task(current: Request | None) -> bool:
     """Return whether the calling code belongs to a task.
 
-    Code that handles a request sent by the task does not belong to it. Code on a thread with a copy
-    of the task's request context does, even without a current task.
+    Code on a thread with a copy of the task's request context belongs to it, even without a current
+    task. Code that handles a request sent by the task does not.
 
     :param current: the current request, if any.
     """
@@ -260,8 +260,8 @@ def running(
 ) -> Iterator[CurrentTask]:
     """Make ``execution`` the current task of this context.
 
-    :param dispatched: for a fake task, the requests dispatched since it began; code that handles
-        them does not belong to the task.
+    :param dispatched: for a fake task, the requests dispatched since it began. Their code does not
+        belong to the task.
     """
     task = CurrentTask(execution, json_default, dispatched)
     token = _running.set(task)

@@ -32,15 +32,15 @@ from .workers.runner import Runner
 logger = logging.getLogger("flask_asyncroute")
 
 _NEVER = {"HEAD", "TRACE"}
-"""Methods that are refused with 405. OPTIONS starts no task either, but gets Flask's response."""
+"""Methods refused with 405. OPTIONS also starts no task, but gets Flask's response."""
 _START = "_asyncroute_start"
-"""Attribute of a request in which an async route was called. It makes a second call fail."""
+"""Attribute of a request in which an async route was called; a second call fails."""
 
 
 def declare(view: View, options: dict[str, Any]) -> Declaration:
     """Turn ``view`` into an async route.
 
-    Unit tests can get the plain view with :func:`inspect.unwrap`.
+    :func:`inspect.unwrap` returns the plain view.
 
     :raises ConfigurationError: if the options or the view are invalid.
     """
@@ -74,8 +74,7 @@ def declare(view: View, options: dict[str, Any]) -> Declaration:
 
 
 def view_function_of(declaration: Declaration) -> Start:
-    """Return the function that starts tasks, wrapped in the route's ``decorators``. The last
-    decorator is outermost.
+    """Return the function that starts tasks, inside the route's ``decorators``, the last outermost.
 
     :raises ConfigurationError: if a decorator does not use :func:`functools.wraps`.
     """
@@ -93,7 +92,7 @@ def view_function_of(declaration: Declaration) -> Start:
 
     @functools.wraps(function)
     def call(*passed: Any, **arguments: Any) -> Any:
-        # Decorators do not run in a task: they may need data that only a client's request has.
+        # Decorators do not run in a task, because they may need the client's request.
         if _request_of_call(view) is None:
             return view(*passed, **arguments)
         return current_app.ensure_sync(function)(*passed, **arguments)
@@ -103,13 +102,13 @@ def view_function_of(declaration: Declaration) -> Start:
 
 
 def is_bare(view_function: Callable[..., Any]) -> bool:
-    """Return whether a view function is an async route without other decorators above it."""
+    """Return whether no other decorator is above the async route."""
     declaration = declaration_of(view_function)
     return declaration is not None and declaration.start is view_function
 
 
 def _request_of_call(view: View) -> Request | None:
-    """Return the request in which a view was called; None in a task, which runs the plain view."""
+    """Return the request of a view's call; None in a task, which runs the plain view."""
     current: Request | None = None
     if has_request_context():
         current = request._get_current_object()  # type: ignore[attr-defined]
@@ -158,16 +157,16 @@ def _start(
     runner = runtime.runner
     media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
     this = object()
-    # Functions of the app may call the view while the task is being started, even on other threads.
+    # The app may call the view while the task is being started, even on other threads.
     if vars(current).setdefault(_START, this) is not this:
         raise _call_error(view, "was called twice in one request, which starts only one task")
     try:
         task = runner.dispatcher.start(route, current, arguments)
     except Exception:
-        delattr(current, _START)  # Nothing was stored, so a decorator may call again.
+        delattr(current, _START)  # nothing was stored, so a decorator may call again
         raise
     config = runner.config
-    # A task that has already ended belongs to an earlier request with the same idempotency key.
+    # An ended task belongs to an earlier request with the same idempotency key.
     status = 200 if task.is_completed else config.accepted_status
     if kind_of(route.options.executor).runs_inline:
         task = runner.store.get(task.id) or task
@@ -189,7 +188,7 @@ def _answer_later(
     status: int,
     headers: list[tuple[str, str]],
 ) -> Response:
-    """Return a response that is sent when the task has ended, or after ``seconds``."""
+    """Return a response that is sent when the task ends, or after ``seconds``."""
 
     def answer(found: AsyncRouteTask | None, is_applied: bool) -> Response:
         now = found or task
@@ -214,9 +213,8 @@ def _answer_later(
 
 
 def _default_options_response(current: Request) -> Response:
-    """Return Flask's default response to OPTIONS.
-
-    This does not call Flask's own method, because its parameters changed in Flask 3.2.
+    """Return Flask's default response to OPTIONS, without Flask's own method, whose parameters
+    changed in Flask 3.2.
     """
     adapter = current_app.create_url_adapter(current)
     assert adapter is not None, "a request always has a URL adapter"

@@ -1,4 +1,6 @@
-"""The store that the shared state uses before the runner is created."""
+"""The store that the shared state uses before the runner (an app's threads and connections in this
+process) exists.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,16 @@ from .stores.registry import MEMORY, make_store
 from .workers.runner import new_store
 
 left_behind: list[object] = []
-"""Stores and runners inherited at a fork. The list keeps them alive, because closing their
-connections would break the parent's.
+"""Stores and runners inherited at a fork, kept alive: closing their connections would break the
+parent's.
 """
 
 
 class EarlyStore:
-    """Holds a store that was opened before the runner existed, until a runner takes it. Not
-    thread-safe.
+    """Holds a store that was opened before the runner, until the runner takes it. Not thread-safe.
 
-    A copy of an in-memory store's shared values stays here, for the runner of a forked process or
-    of `testing.inline`.
+    A copy of an in-memory store's values stays here, for a runner after a fork or in
+    `testing.inline`.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class EarlyStore:
             )
 
     def take(self, app: Flask, config: Config) -> TaskStore:
-        """Return the open store or a new one. The runner that takes it must close it."""
+        """Return the open store or a new one. The runner must close it."""
         store = self._store
         if store is None:
             return new_store(app, config)
@@ -61,8 +62,8 @@ class EarlyStore:
         return store
 
     def in_memory(self) -> EarlyStore:
-        """Return an early store for `testing.inline`, with a copy of the values of an in-memory
-        store.
+        """Return an early store for `testing.inline`, with a copy of an in-memory store's
+        values.
         """
         copy = EarlyStore()
         if self._store is not None and not self._store.is_shared:
@@ -94,7 +95,6 @@ def _naming(config: Config) -> tuple[Any, ...]:
 
 
 def _copy(store: TaskStore) -> TaskStore:
-    """Return an in-memory store with the shared values of ``store``."""
     copy = make_store(MEMORY, "", "", True)
     for key in store.value_keys():
         found = store.read_value(key)

@@ -1,7 +1,6 @@
 """All errors of the package.
 
-`http.responses` turns a `RequestRefused` into a problem response. Messages contain no secrets,
-because clients see them.
+Clients see a `RequestRefused` as a problem response (RFC 9457), so messages contain no secrets.
 """
 
 from __future__ import annotations
@@ -41,23 +40,23 @@ class TaskAborted(BaseException):
     """Raised inside a view whose task was stopped or timed out.
 
     Derives from :exc:`BaseException`, so ``except Exception`` does not catch it. Clean up in
-    ``finally`` and do not suppress it.
+    ``finally``; do not suppress it.
     """
 
 
 class RequestRefused(AsyncRouteError):
     """The request is answered with an error and changes nothing.
 
-    A subclass without its own status keeps the status and slug of its base class.
+    A subclass without a status keeps the status and slug of its base class.
 
     :param detail: what is wrong and what the client can do.
-    :param task_id: the task concerned, if any.
+    :param task_id: the task concerned.
     :param retry_after: seconds after which the client may try again.
     """
 
     status = 400
     slug = "bad-request"
-    """The kind of error, for clients: the class name with hyphens, such as ``task-not-found``."""
+    """The class name with hyphens, such as ``task-not-found``, for clients."""
 
     def __init_subclass__(cls, status: int | None = None, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
@@ -80,7 +79,7 @@ class RequestRefused(AsyncRouteError):
 
 
 class InvalidRequest(RequestRefused, status=400):
-    """The request is malformed, for example its body is incomplete or a header is invalid."""
+    """The request is malformed, such as an incomplete body or an invalid header."""
 
 
 class InvalidQuery(RequestRefused, status=400):
@@ -100,7 +99,7 @@ class NotPermitted(RequestRefused, status=403):
 
 
 class TaskNotFound(RequestRefused, LookupError, status=404):
-    """No task has this id, or the caller may not read the task. The response does not say which."""
+    """No task has this id, or the caller may not read the task. Responses do not say which."""
 
 
 class MethodNotAllowed(RequestRefused, status=405):
@@ -144,7 +143,6 @@ class TooManyTasks(RequestRefused, status=429):
 
     @classmethod
     def of(cls, quota: int) -> TooManyTasks:
-        """Return the error for a user with ``quota`` unfinished tasks."""
         return cls(
             f"You have {quota} unfinished tasks, the maximum per user. Wait until one ends, or "
             "stop one."
@@ -156,7 +154,7 @@ class TaskFailed(RequestRefused, status=500):
 
 
 class CannotStart(RequestRefused, status=500):
-    """An error in the app, for example in its id generator, prevents the task from starting."""
+    """An error in the app, such as in its id generator, prevents the task from starting."""
 
 
 class QueueFull(RequestRefused, status=503):

@@ -1,4 +1,4 @@
-"""`AsyncRoute`: the decorators, `init_app`, and access to tasks from the app's own code."""
+"""`AsyncRoute`: the decorators, `init_app`, and access to tasks from code."""
 
 from __future__ import annotations
 
@@ -41,8 +41,6 @@ _VARIABLE = re.compile(r"<(?:[^<>]*:)?([A-Za-z_]\w*)>")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rule:
-    """A URL rule declared with :meth:`AsyncRoute.route`. It is added to each app."""
-
     rule: str
     view: Start
     settings: Mapping[str, Any]
@@ -51,7 +49,7 @@ class _Rule:
 class AsyncRoute:
     """Turns views of Flask apps into async routes, and serves the HTTP operations on their tasks.
 
-    One instance may serve several apps. The state of each app is in ``app.extensions``.
+    One instance may serve several apps. Each app's state is in ``app.extensions``.
 
     :param app: if set, passed to :meth:`init_app`.
     :param decorators: decorators of the app (``login_required``, …) for every operation.
@@ -73,7 +71,7 @@ class AsyncRoute:
         self.state = SharedState(
             lambda: current_runtime().store, lambda: current_runtime().json_default
         )
-        """JSON values that the requests and tasks of all processes share. Access needs an app
+        """JSON values that requests and tasks of all processes share. Access needs an app
         context.
         """
         if app is not None:
@@ -82,9 +80,11 @@ class AsyncRoute:
     def init_app(self, app: Flask) -> None:
         """Check the configuration of ``app``; add the routes declared so far and the operations.
 
-        This starts no thread and opens no store. After an error, fix the cause and call it again.
+        The call starts no thread and opens no store. After an error, fix the cause and repeat the
+        call.
 
-        :raises ConfigurationError: if the app is misconfigured; the message names the key or route.
+        :raises ConfigurationError: if the app is misconfigured; the message names the key or
+            route.
         """
         check_app(app)
         if EXTENSION in app.extensions:
@@ -114,8 +114,7 @@ class AsyncRoute:
     def task(self, view: Any = None, /, **given: Any) -> Any:
         """Turn the decorated view into an async route.
 
-        Put the route decorator of the app or blueprint above this one, and pass the options of the
-        async route in parentheses.
+        Put the route decorator of the app or blueprint above this one; pass options in parentheses.
 
         :raises ConfigurationError: if the options or the view are invalid.
         """
@@ -130,9 +129,9 @@ class AsyncRoute:
     def route(self, rule: str, **settings: Any) -> Callable[[View], Start]:
         """Turn the decorated view into an async route with the URL rule ``rule``.
 
-        The route is added to all apps of this instance that are not in use yet, including apps
-        initialised later. The options are those of :meth:`task` and of
-        :meth:`flask.Flask.route` (``methods``, ``endpoint``, ``defaults``, …).
+        The route is added to all apps of this instance that are not in use, including apps
+        initialised later. The options are those of :meth:`task` and of :meth:`flask.Flask.route`
+        (``methods``, ``endpoint``, ``defaults``, …).
 
         :raises ConfigurationError: like :meth:`task`, and if all apps are already in use.
         """
@@ -170,7 +169,7 @@ class AsyncRoute:
     def before_task(self, function: F) -> F:
         """Register a function that runs in the rebuilt request before each view.
 
-        The function takes no parameters. It can do the work of ``before_request``, such as setting
+        The function takes no parameters. It can do what ``before_request`` does, such as set
         ``g.user``. If it raises, the task fails.
 
         :raises ConfigurationError: if it is async or not a function.
@@ -184,7 +183,7 @@ class AsyncRoute:
 
         The function takes no parameters and returns None, or a mapping or object with ``id`` (see
         ``ASYNCROUTE_USER_ID_FIELD``), ``groups``, ``roles`` and ``scopes``. Without an identity
-        loader, the caller is Flask-Login's user, if the app uses Flask-Login.
+        loader, the caller is the user of Flask-Login, if the app uses it.
 
         :raises ConfigurationError: if it is async or not a function.
         """
@@ -195,13 +194,13 @@ class AsyncRoute:
     def start(self, app: Flask) -> None:
         """Make this process run waiting tasks and background maintenance of ``app``.
 
-        The first request does the same. Call this method in a process that may receive no request.
-        Also call it in gunicorn's ``post_worker_init``: then streams and waits end as soon as the
-        worker receives the signal to exit, and do not delay it. Further calls, and calls in
-        children of ``executor="process"``, do nothing.
+        The first request does the same. Call this method in a process that may receive no request,
+        and in gunicorn's ``post_worker_init``: then streams and waits end as soon as the worker
+        receives the signal to exit. Further calls, and calls in children of ``executor="process"``,
+        do nothing.
 
-        If the store cannot be opened now, a warning is logged and maintenance retries, so the
-        server can start without its database.
+        If the store cannot be opened, a warning is logged and maintenance retries, so the server
+        can start without its database.
 
         :raises ConfigurationError: if the app is misconfigured.
         """
@@ -276,8 +275,8 @@ class AsyncRoute:
     def redeliver(self, task_id: str) -> AsyncRouteTask:
         """Send the callback of a finished task again, with the same ``webhook-id``.
 
-        The attempt count restarts at 0. Literal header values of the route are sent again. Header
-        values from the request are not, because they were deleted after the last attempt.
+        The attempt count restarts at 0. The route's literal header values are sent again. Those
+        from the request are not, because they were deleted after the last attempt.
 
         :raises TaskNotFound: if no task has this id.
         :raises TaskUnfinished: if the task has not ended, or its callback is being sent.
@@ -298,7 +297,7 @@ class AsyncRoute:
         return task
 
     def _add(self, app: Flask, rule: _Rule) -> None:
-        # Skip rules that an earlier call of init_app() added before it failed.
+        # Skip rules that an earlier, failed call of init_app() added.
         added = self._added.setdefault(app, set())
         if rule not in added:
             app.add_url_rule(rule.rule, view_func=rule.view, **rule.settings)
@@ -308,8 +307,7 @@ class AsyncRoute:
 def _on_request(app: Flask, **extra: Any) -> None:
     """At the app's first request, make this process run waiting tasks and maintenance.
 
-    If the configuration is invalid, this raises an error, and is called again at the next
-    request.
+    If the configuration is invalid, raise an error; the next request calls this again.
     """
     runtime = runtime_of(app)
     runtime.become_runner()
@@ -326,14 +324,13 @@ def _on_request(app: Flask, **extra: Any) -> None:
             "the adapter, or a WSGI server with threads.",
             BLOCKING_SECONDS,
         )
-    # Without hooks and decorators, nothing reads the body before the task is started. Then omit
-    # this receiver, which makes starting or getting a task 5 % slower.
+    # Without hooks and decorators, nothing reads the body before the task is created. Without this
+    # receiver, starting or getting a task is 5 % faster.
     has_hooks = any(app.before_request_funcs.values()) or any(app.url_value_preprocessors.values())
     if has_hooks or not all(is_bare(app.view_functions[endpoint]) for endpoint in runtime.routes):
         request_started.connect(_before_hooks, sender=app, weak=False)
         _before_hooks(app)
-    # Disconnect last, so that each request that arrives meanwhile on another thread calls a
-    # receiver.
+    # Disconnect last, so that each concurrent request on another thread calls a receiver.
     request_started.disconnect(_on_request, sender=app)
 
 

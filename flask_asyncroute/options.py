@@ -1,4 +1,4 @@
-"""The options of an async route. The decorator checks them. The first request adds the app's
+"""The options of an async route. The decorator checks them; the first request adds the app's
 defaults.
 """
 
@@ -81,7 +81,7 @@ class DefaultedOptions:
 
 @dataclass(frozen=True, slots=True)
 class RouteOptions(DefaultedOptions):
-    """All options of one route in one app. `interrupt_after` is in seconds; other times are in
+    """All options of one route in one app. `interrupt_after` is in seconds, other times in
     microseconds.
     """
 
@@ -102,13 +102,13 @@ _CHECKS: dict[str, Check] = {
     option.name: option.metadata["check"] for option in fields(RouteOptions)
 }
 DEFAULTED = tuple(option.name for option in fields(DefaultedOptions))
-"""The names of the options that have an app-wide default."""
+"""The options with an app-wide default."""
 OWN = tuple(name for name in _CHECKS if name not in DEFAULTED)
-"""The names of the options without an app-wide default."""
+"""The options without an app-wide default."""
 
 
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the options of one decorator.
+    """Check a decorator's options.
 
     :raises ConfigurationError: if an option is unknown or its value is invalid.
     """
@@ -122,9 +122,9 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> RouteOptions:
-    """Add the app's defaults to the options of a decorator.
+    """Add the app's defaults to a decorator's options.
 
-    :param given: the result of :func:`checked`.
+    :param given: from :func:`checked`.
     :param defaults: a checked value for each name in :data:`DEFAULTED`.
     :param where: the route's name for error messages.
     :raises ConfigurationError: if two options contradict each other.

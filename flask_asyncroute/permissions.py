@@ -1,4 +1,4 @@
-"""Permissions to read and write tasks. They do not depend on Flask."""
+"""Permissions to read and write tasks, independent of Flask."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KINDS = ("users", "groups", "roles", "scopes")
 class Access(msgspec.Struct, frozen=True, rename="pascal"):
     """The callers that have one of the listed user ids, groups, roles or scopes.
 
-    Names are case-sensitive and have at most 255 characters. A member of a string Enum is replaced
-    by its value.
+    Names are case-sensitive and have at most 255 characters. A string Enum member is replaced by
+    its value.
 
     :param users: the ids of users.
     :raises ConfigurationError: if a parameter is not a list, tuple or set of such names.
@@ -60,9 +60,7 @@ class Permission(msgspec.Struct, frozen=True, rename="pascal"):
         }
 
     def with_owner(self, user: str) -> Permission:
-        """Return this permission with the task's user added to the users of ``read`` and
-        ``write``.
-        """
+        """Return this permission with the task's user added to ``read`` and ``write``."""
 
         def add(access: Access) -> Access:
             if user in access.users:
@@ -73,7 +71,7 @@ class Permission(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """The caller of a request, as the identity loader returned it."""
+    """The caller of a request, from the identity loader."""
 
     id: str
     groups: frozenset[str] = frozenset()
@@ -81,7 +79,6 @@ class Caller(msgspec.Struct, frozen=True):
     scopes: frozenset[str] = frozenset()
 
     def is_in(self, access: Access) -> bool:
-        """Return whether ``access`` includes this caller."""
         return (
             self.id in access.users
             or not self.groups.isdisjoint(access.groups)
@@ -90,7 +87,7 @@ class Caller(msgspec.Struct, frozen=True):
         )
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Yield each (kind, name) pair by which a permission can include this caller."""
+        """Yield the (kind, name) pairs by which a permission can include this caller."""
         yield "users", self.id
         for kind in KINDS[1:]:
             for name in sorted(getattr(self, kind)):
@@ -131,7 +128,8 @@ def may_list(
 ) -> bool:
     """Return whether a task appears in lists for ``caller``.
 
-    :param with_anonymous: whether lists contain tasks without an owner; lists for admins always do.
+    :param with_anonymous: whether lists contain tasks without an owner; those of admins always
+        do.
     """
     if owner is None:
         return with_anonymous or (caller is not None and caller.is_in(admins))

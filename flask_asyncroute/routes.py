@@ -21,12 +21,12 @@ Start: TypeAlias = Callable[..., Any]
 
 MARK = "__asyncroute__"
 AUTHENTICATION = {"flask_login", "flask_httpauth", "flask_jwt_extended", "flask_security"}
-"""The packages whose decorators must not be below an async route."""
+"""Packages whose decorators must not be below an async route."""
 
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """A decorated view, the options of its decorator, and the function that starts its tasks."""
+    """A decorated view, its decorator's options, and the function that starts its tasks."""
 
     view: View
     given: Mapping[str, Any]
@@ -34,7 +34,6 @@ class Declaration:
 
     @property
     def label(self) -> str:
-        """The view's name for error messages."""
         return f"The async route {self.view.__module__}.{self.view.__qualname__}()"
 
 
@@ -42,7 +41,8 @@ class Declaration:
 class Route:
     """An endpoint of an app that starts tasks.
 
-    :param pool: the key of the pool that runs its tasks. Routes can share a named pool.
+    :param pool: the key of the pool (workers and queue) of its tasks. Routes can share a named
+        pool.
     """
 
     endpoint: str
@@ -52,7 +52,7 @@ class Route:
 
 
 def declaration_of(function: Callable[..., Any] | None) -> Declaration | None:
-    """Return the declaration of a view function, even if other decorators wrap it; else None."""
+    """Return the declaration of a view function, even inside other decorators; else None."""
     while function is not None:
         found = function.__dict__.get(MARK) if hasattr(function, "__dict__") else None
         if isinstance(found, Declaration):

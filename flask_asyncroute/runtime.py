@@ -37,10 +37,8 @@ _is_child_process = False
 
 
 class Runtime:
-    """The state of one app. Thread-safe.
-
-    The configuration and routes are frozen at first use: a request, `start()`, or access to
-    tasks.
+    """Freezes the configuration and routes at first use: a request, `start()`, or access to tasks.
+    Thread-safe.
     """
 
     def __init__(
@@ -55,26 +53,25 @@ class Runtime:
         self._before_task = before_task
         self._identity_loader = identity_loader
         self.is_child = _is_child_process
-        """Whether this is a child process, which runs a single task; see `child_main`."""
+        """Whether this process runs a single task for its parent; see `child_main`."""
         self.is_inline = False
         """Whether all routes run inside the request, on ``memory://``; see `testing`."""
         self.initial = self.config = configuration.read(app)
-        """``initial`` is the configuration at ``init_app``; ``config`` is the one frozen at first
+        """``initial`` is the configuration at ``init_app``, ``config`` the one frozen at first
         use.
         """
-        self.is_prepared = False  # Whether the configuration has been frozen.
-        self.routes: dict[str, Route] = {}  # The async routes by endpoint; empty before first use.
+        self.is_prepared = False  # whether the configuration is frozen
+        self.routes: dict[str, Route] = {}  # the async routes by endpoint; empty before first use
         self._lock = threading.RLock()
         self._runner: Runner | None = None
         self._early = self._built = EarlyStore()
-        """The store before first use. When `testing.inline` ends, the runtime uses ``_built``
-        again.
-        """
+        """The store before first use; `testing.inline` restores ``_built`` at its end."""
         _runtimes.add(self)
 
     @property
     def runner(self) -> Runner:
-        """The runner of this process, with an open store. It is created at first use.
+        """This process's runner (the app's threads and connections), with an open store; created at
+        first use.
 
         :raises AsyncRouteError: if the app is misconfigured, or the store cannot be opened.
         """
@@ -92,8 +89,8 @@ class Runtime:
     def store(self) -> TaskStore:
         """The open store of this process.
 
-        Before first use, the store is opened with the current configuration, which is not frozen
-        then. The runner takes the store over.
+        Before first use, the current, unfrozen configuration determines the store. The runner takes
+        the store over.
 
         :raises AsyncRouteError: like :attr:`runner`.
         """
@@ -104,9 +101,7 @@ class Runtime:
         return self.runner.store
 
     def become_runner(self) -> None:
-        """Make this process run waiting tasks and maintenance as soon as the store can be
-        opened.
-        """
+        """Run waiting tasks and maintenance in this process as soon as the store can be opened."""
         if self.is_child:
             return
         runner = self._runner or self._make_runner()
@@ -124,7 +119,7 @@ class Runtime:
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""
         self.is_child = True
-        # Close the store that loading the app may have opened: the parent's may be another store.
+        # Loading the app may have opened a store other than the parent's.
         self._early.close()
         self._early = self._built = EarlyStore()
         return self._make_runner()
@@ -142,7 +137,7 @@ class Runtime:
 
     @property
     def json_default(self) -> Callable[[Any], Any]:
-        """The function of the app's JSON provider that converts values without a JSON type."""
+        """The function of the app's JSON provider for values without a JSON type."""
         return json_default(self._get_app().json)
 
     def prepare(self) -> Config:
@@ -178,7 +173,6 @@ class Runtime:
             runner.close()
 
     def reset(self, is_inline: bool) -> None:
-        """Return to the state before first use."""
         self.close()
         with self._lock:
             self.is_inline, self.is_prepared = is_inline, False
@@ -207,10 +201,7 @@ class Runtime:
 
 
 def check_app(app: Any) -> None:
-    """Raise if ``app`` is not a Flask app.
-
-    :raises ConfigurationError: the message names the type.
-    """
+    """Raise ConfigurationError if ``app`` is not a Flask app."""
     if not isinstance(app, Flask):
         raise ConfigurationError(
             f"A {type(app).__name__} is not a Flask app. Pass the Flask app itself; if a WSGI "
@@ -238,9 +229,8 @@ def current_runtime() -> Runtime:
 
 
 def be_child_process() -> None:
-    """Prevent apps of this process from becoming runners, even if a module calls ``start()``.
-
-    Call it before the app is imported.
+    """Prevent this process's apps from becoming runners, even if a module calls ``start()``. Call
+    this before the app is imported.
     """
     global _is_child_process
     _is_child_process = True
@@ -253,10 +243,7 @@ def close_early_stores() -> None:
 
 
 def refuse_eventlet() -> None:
-    """Raise if eventlet has replaced Python's threads.
-
-    :raises ConfigurationError: the message names what to use instead.
-    """
+    """Raise ConfigurationError if eventlet has replaced Python's threads."""
     patcher = sys.modules.get("eventlet.patcher")
     if patcher is not None and patcher.is_monkey_patched("thread"):
         raise ConfigurationError(
@@ -266,9 +253,8 @@ def refuse_eventlet() -> None:
 
 
 def refuse_conflicts(app: Flask, routes: Collection[str]) -> None:
-    """Raise if a URL rule of the app has the same method and path as an operation.
-
-    :raises ConfigurationError: the message names the rule and the keys to change.
+    """Raise ConfigurationError if a URL rule of the app has the same method and path as an
+    operation.
     """
     operations: dict[tuple[str, str], str] = {}
     hosts: set[str] = set()
@@ -303,14 +289,14 @@ def _methods(rule: Rule) -> list[str]:
 
 
 def _shape(rule: str) -> str:
-    """Return a rule without its variable names, converters and trailing slash."""
+    """Return a rule without variable names, converters or trailing slash."""
     parts = rule.split("/")
     shape = ["<>" if part.startswith("<") and part.endswith(">") else part for part in parts]
     return "/".join(shape).rstrip("/")
 
 
 def _host(rule: Rule) -> str:
-    """Return the host or subdomain of a rule, with variables as in `_shape`."""
+    """Return a rule's host or subdomain, as :func:`_shape` does."""
     return _shape(rule.host or rule.subdomain or "")
 
 

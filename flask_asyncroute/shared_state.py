@@ -1,4 +1,4 @@
-"""The mapping of JSON values that the requests and tasks of all processes share."""
+"""The mapping behind ``async_routes.state``."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class SharedState(MutableMapping[str, Any]):
     def apply(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         """Atomically replace a value with ``function(value)``; return the new value.
 
-        :param function: called again if the value has changed meanwhile, so it must have no side
-            effects.
+        :param function: must have no side effects: it is called again if the value has changed
+            meanwhile.
         :param default: passed to ``function`` if the key is missing.
         """
         store = self._store()

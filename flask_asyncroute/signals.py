@@ -1,9 +1,9 @@
-"""The signals of the package (blinker).
+"""The signals (blinker) of the package.
 
 The public signals (`FACTS`) report a stored change, at most once, in the process that stored it,
 with an app context. The sender is the Flask app; receivers take ``task`` (the record) and
-``**extra``. If a receiver raises an error, it is logged, and the others still run. All other
-signals are internal.
+``**extra``. A receiver's error is logged, and the other receivers run. Other signals are
+internal.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ FACTS = (
 
 
 def send_fact(signal: NamedSignal, app: Flask, **values: Any) -> None:
-    """Call every receiver of ``signal``; log exceptions of receivers."""
+    """Call every receiver of ``signal``; log their exceptions."""
     for receiver in signal.receivers_for(app):
         try:
             receiver(app, **values)

@@ -1,6 +1,6 @@
 """The stored form of a request, with which any process can run the view later.
 
-A body over 256 KiB is written to a temporary file, so that memory never holds a whole upload.
+Bodies over 256 KiB are written to temporary files, so that memory never holds a whole upload.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .errors import BodyTooLarge, InvalidRequest, RequestRefused
 
 CHUNK = 256 * 1024
 SMALL = 8 * 1024
-"""Maximum bytes of a body that is a part of the snapshot. Stores keep larger bodies separately."""
+"""Maximum bytes of a body in the snapshot. Stores keep larger bodies separately."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The stored part of a request, without a large body."""
 
-    environ: dict[str, Any]  # The plain values of the WSGI environ.
-    body: bytes | None = None  # A small body; None: no body, or it is stored separately.
-    session: str | None = None  # Flask's tagged JSON; None: empty.
-    url_names: tuple[str, ...] = ()  # Names of URL variables.
-    injected: dict[str, Any] = msgspec.field(default_factory=dict)  # Other arguments of the view.
+    environ: dict[str, Any]  # the WSGI environ's plain values
+    body: bytes | None = None  # a small body; None: no body, or it is stored separately
+    session: str | None = None  # Flask's tagged JSON; None: empty
+    url_names: tuple[str, ...] = ()
+    injected: dict[str, Any] = msgspec.field(default_factory=dict)  # other arguments of the view
 
 
 encode = msgspec.json.Encoder().encode
@@ -38,9 +38,7 @@ decode = msgspec.json.Decoder(Snapshot).decode
 
 
 class Body:
-    """The bytes of one request body, for one reader at a time. Close it, because it may be in a
-    file.
-    """
+    """A request body, for one reader at a time. Close it, because it may be in a file."""
 
     def __init__(self, pieces: Iterable[bytes] = ()) -> None:
         self._file: IO[bytes] = io.BytesIO()
@@ -49,7 +47,6 @@ class Body:
             self.write(piece)
 
     def write(self, piece: bytes) -> None:
-        """Append ``piece``."""
         if self.size <= CHUNK < self.size + len(piece):
             memory = cast(io.BytesIO, self._file)
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
@@ -69,7 +66,6 @@ class Body:
             yield piece
 
     def close(self) -> None:
-        """Release the memory or the file."""
         self._file.close()
 
 
@@ -77,8 +73,8 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
     """Read a request body of at most ``limit`` bytes to its end.
 
     :param announced: the Content-Length; None if the body is chunked.
-    :raises RequestRefused: if the body is too large or incomplete. Not every server checks
-        completeness.
+    :raises RequestRefused: if the body is too large or incomplete, which some servers do not
+        check.
     """
     check_announced(announced, limit)
     body = Body()
@@ -96,12 +92,12 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
 
 
 class LimitedInput(io.RawIOBase):
-    """The input stream of a request, which raises BodyTooLarge after ``limit`` bytes."""
+    """A request's input stream, which raises BodyTooLarge after ``limit`` bytes."""
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         self._stream = stream
         self._limit = limit
-        self.arrived = 0  # Bytes read so far.
+        self.arrived = 0  # bytes read so far
 
     def readable(self) -> bool:
         return True
@@ -148,7 +144,7 @@ def form_body(
     if mimetype != "multipart/form-data":
         return mimetype, Body([urlencode(list(form.items(multi=True))).encode("ascii")])
     body = Body()
-    # Use a random boundary, so that no value can contain it and add parts.
+    # A random boundary, so that no value can contain it and add parts.
     boundary = secrets.token_hex(20)
     for name, value in form.items(multi=True):
         body.write(_part(boundary, {"Content-Disposition": "form-data" + _parameter("name", name)}))
@@ -176,8 +172,8 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
 def _parameter(key: str, text: str | None) -> str:
     """Return a parameter of a Content-Disposition header, quoted as browsers do (WHATWG HTML).
 
-    Only text that this quoting would change is encoded as in RFC 2231, because several versions of
-    Werkzeug strip outer quotation marks from RFC 2231 values.
+    Only text that this would change is encoded as in RFC 2231: several versions of Werkzeug strip
+    outer quotation marks from RFC 2231 values.
     """
     if text is None:
         return ""

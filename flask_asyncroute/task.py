@@ -1,4 +1,4 @@
-"""The record of a task, its states and the transitions between them."""
+"""The record of a task, and its states."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ MAX_MESSAGE = 500
 class AsyncRouteTask(msgspec.Struct, frozen=True):
     """An immutable record of a task at one revision.
 
-    The fields of the task object are available in snake case. Other fields (``endpoint``,
-    ``owner``, ``epoch``, ``change``, …) are internal and may change.
+    The task object's fields are available in snake case. Other fields (``endpoint``, ``owner``,
+    ``epoch``, ``change``, …) are internal and may change.
 
     ``waiting_change``, ``started_change`` and ``completed_change`` are the change numbers of the
     transitions to NotStarted, Running and a terminal state. While a task is NotStarted, ``change``
@@ -132,7 +132,7 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
 
     @property
     def granted(self) -> Permission | None:
-        """The permission that the route sets, without the task's user."""
+        """The permission from the route, without the task's user."""
         if self.permission_json is None:
             return None
         return msgspec.json.decode(self.permission_json, type=Permission)
@@ -145,8 +145,8 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         return msgspec.json.decode(self.callback_json, type=Shown)
 
     def as_in(self, state: State) -> AsyncRouteTask:
-        """Return the task as it was when it entered ``state`` in its current run. ``state`` must be
-        NotStarted, Running or its current state.
+        """Return the task as it was when its current run entered ``state``: NotStarted, Running or
+        its current state.
         """
         if state is self.state and state is not State.RUNNING:
             return self
@@ -155,8 +155,8 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, state=state, callback_state=callback_state, **earlier)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the task object as clients see it. It has PascalCase names and RFC 3339 times, and
-        omits fields that do not apply.
+        """Return the task object as clients see it, with PascalCase names and RFC 3339 times,
+        without fields that do not apply.
         """
         wire = self.to_wire()
         if "Result" in wire:
@@ -219,7 +219,7 @@ _AT_THE_CREATION: dict[str, Any] = {**_AT_THE_START, "started_us": None, "expire
 
 
 def now_us() -> int:
-    """Return the current time in whole microseconds since the epoch."""
+    """Return the current time in microseconds since the epoch."""
     return time.time_ns() // 1000
 
 
@@ -229,11 +229,11 @@ def moment(microseconds: int) -> datetime:
 
 
 def rfc3339(microseconds: int) -> str:
-    """Convert microseconds since the epoch to RFC 3339, always with six decimals and ``Z``."""
+    """Convert microseconds since the epoch to RFC 3339, with six decimals and ``Z``."""
     return f"{_second(microseconds // 1_000_000)}.{microseconds % 1_000_000:06d}Z"
 
 
 @lru_cache(1024)
 def _second(seconds: int) -> str:
-    # Times of one task are often in the same second. Without this cache, a get is 15 % slower.
+    # A task's times are often in the same second. Without this cache, a get is 15 % slower.
     return (EPOCH + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat()

@@ -1,4 +1,4 @@
-"""Helpers for the tests of an app: run tasks inside requests, and create a fake current task."""
+"""Helpers for an app's tests: tasks inside requests, and a fake current task."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def fake_task(
     Inside, calling an async route calls its view directly, except in requests of a test client.
     Progress can be read from the task; events are dropped, and nothing is stored.
 
-    :param timeout: the timeout in seconds; None: no timeout.
+    :param timeout: in seconds; None: no timeout.
     """
 
     def wake() -> None:
-        execution.take_events()  # take the events at once, so that send_event() never waits
+        execution.take_events()  # so that send_event() never waits
 
     execution = Execution(task_id, wake=wake)
     execution.begin(user, 1, timeout)

@@ -1,4 +1,4 @@
-"""Checks of options, configuration values and names in requests.
+"""Checks of options, configuration values and names.
 
 A check takes a label for its error message and a value, and returns the value in its stored
 form.
@@ -20,13 +20,12 @@ from typing import Any, TypeGuard
 from .errors import ConfigurationError
 
 MAX_NAME = 255
-"""Maximum characters of a name."""
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def can_be_stored(text: str) -> bool:
-    """Return whether every store can hold a text: it has no NUL and no lone surrogate."""
+    """Return whether every store can hold a text: it has no NUL or lone surrogate."""
     return _UNSTORABLE.search(text) is None
 
 
@@ -36,12 +35,12 @@ def is_name(value: object) -> TypeGuard[str]:
 
 
 def plain(text: str) -> str:
-    """Convert a text to a plain :class:`str`, because encoders and databases refuse subclasses."""
+    """Convert to a plain :class:`str`: encoders and databases refuse subclasses."""
     return text if type(text) is str else str.__str__(text)
 
 
 def name_of(value: Any) -> str:
-    """Convert an id or a name to the string that is compared. An Enum becomes its value.
+    """Convert an id or a name to the string that is compared; an Enum becomes its value.
 
     :raises ValueError: for None, bytes and booleans, which are not valid names.
     """
@@ -73,12 +72,10 @@ def refuse(label: str, wanted: str, value: Any) -> ConfigurationError:
 
 
 def optional(check: Check) -> Check:
-    """Return a check that accepts None and what ``check`` accepts."""
     return lambda label, value: None if value is None else check(label, value)
 
 
 def instance_of(kind: type[Any], wanted: str) -> Check:
-    """Return a check that accepts instances of a class."""
 
     def check(label: str, value: Any) -> Any:
         if not isinstance(value, kind):
@@ -93,7 +90,6 @@ boolean = instance_of(bool, "True or False")
 
 
 def whole(minimum: int) -> Check:
-    """Return a check that accepts integers of at least ``minimum``."""
 
     def check(label: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -104,7 +100,6 @@ def whole(minimum: int) -> Check:
 
 
 def matching(pattern: str, wanted: str) -> Check:
-    """Return a check that accepts strings that match a regular expression."""
 
     def check(label: str, value: Any) -> str:
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
@@ -118,7 +113,6 @@ text = matching(r"(?s:.){1,2048}", "a string of 1 to 2,048 characters")
 
 
 def short_name(label: str, value: Any) -> str:
-    """Accept a string of 1 to 255 characters that every store can hold."""
     if not is_name(value):
         wanted = f"a name of 1 to {MAX_NAME} characters, without NUL and in valid Unicode"
         raise refuse(label, wanted, value)
@@ -126,14 +120,13 @@ def short_name(label: str, value: Any) -> str:
 
 
 def names(label: str, value: Any) -> tuple[str, ...]:
-    """Accept a list or tuple of names."""
     if not isinstance(value, (list, tuple)):
         raise refuse(label, "a list of names", value)
     return tuple(short_name(f"a member of {label}", name) for name in value)
 
 
 def some_of(*allowed: str) -> Check:
-    """Return a check that accepts a non-empty list of allowed words without duplicates."""
+    """Return a check for a non-empty list of allowed words without duplicates."""
     wanted = "a non-empty list of any of " + ", ".join(map(repr, allowed))
 
     def check(label: str, value: Any) -> tuple[str, ...]:
@@ -148,7 +141,7 @@ def some_of(*allowed: str) -> Check:
 
 
 def seconds(label: str, value: Any, least: float = 0.0) -> float:
-    """Accept a finite number of seconds or a timedelta, of at least ``least`` seconds."""
+    """Accept a finite number of seconds or a timedelta, at least ``least`` seconds."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -175,14 +168,13 @@ def time_limit(label: str, value: Any) -> int | None:
 
 
 def function(label: str, value: Any) -> Callable[[], Any]:
-    """Accept a callable, but no class and no async function, because no event loop is running."""
+    """Accept a callable, but no class or async function, because no event loop is running."""
     if not callable(value) or isinstance(value, type) or inspect.iscoroutinefunction(value):
         raise refuse(label, "a function that is not async", value)
     return value  # type: ignore[no-any-return]
 
 
 def decorators(label: str, value: Any) -> tuple[Callable[..., Any], ...]:
-    """Accept a list or tuple of decorators."""
     if not isinstance(value, (list, tuple)) or not all(map(callable, value)):
         raise refuse(label, "a list of decorators", value)
     return tuple(value)

@@ -1,6 +1,6 @@
 """Runtime expressions of OpenAPI 3.1 (section 4.8.20.4) in the values of a `Callback`.
 
-Their values come from the request that starts a task, so ``$response`` and ``$statusCode`` are
+The request that starts a task supplies the values, so ``$response`` and ``$statusCode`` are
 refused.
 """
 
@@ -23,26 +23,24 @@ _JSON_KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a l
 
 
 class BadExpression(ValueError):
-    """An expression is invalid; the message says why and at which character, counted from 1."""
+    """An expression is invalid; the message names the reason and the character, counted from 1."""
 
 
 class NotText(ValueError):
-    """The value of an expression is not a string."""
+    """An expression's value is not a string."""
 
 
 Source: TypeAlias = Callable[[str, str], Any]
-"""Returns the value for the kind and name of an expression; None if the request has no such
-value.
-"""
+"""Returns the value for an expression's kind and name; None if the request has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expression:
     """A runtime expression.
 
-    :param text: the whole expression as written.
+    :param text: the whole expression.
     :param kind: ``url``, ``method``, ``query``, ``header``, ``path`` or ``body``.
-    :param name: the name of the parameter, header or path variable; for the body, a JSON pointer.
+    :param name: the parameter, header or path variable; for the body, a JSON pointer.
     """
 
     text: str
@@ -58,12 +56,11 @@ class Template:
 
     @property
     def is_literal(self) -> bool:
-        """Whether the template has no expression."""
         return all(isinstance(part, str) for part in self.parts)
 
     @property
     def is_alone(self) -> bool:
-        """Whether the template is a single expression without other text."""
+        """Whether the template is one expression without other text."""
         return len(self.parts) == 1 and isinstance(self.parts[0], Expression)
 
     @property
@@ -74,7 +71,7 @@ class Template:
     def resolve(self, source: Source, embedded: Callable[[str], str] = str) -> str | None:
         """Return the text for one request; None if an expression has no value.
 
-        :param embedded: encodes each value, unless one expression is the whole text.
+        :param embedded: encodes each value, unless :attr:`is_alone`.
         :raises NotText: if a value is not a string.
         """
         pieces = []
@@ -94,9 +91,7 @@ class Template:
 
 @lru_cache(maxsize=512)
 def parse(text: str) -> Template:
-    """Parse a text that is one expression, beginning with ``$``, or that has expressions in
-    braces.
-    """
+    """Parse an expression, beginning with ``$``, or a text with expressions in braces."""
     if text.startswith("$"):
         return Template((_expression(text, 1),))
     parts: list[str | Expression] = []
@@ -110,9 +105,7 @@ def parse(text: str) -> Template:
 
 
 def _literal(text: str, at: int) -> list[str]:
-    """Check literal text that begins at character ``at``. Return it in a list; [] if it is
-    empty.
-    """
+    """Check literal text that begins at character ``at``; return it in a list, or [] if empty."""
     checked, opened, _ = text.partition("{")
     if "}" in checked:
         raise BadExpression(f"the }} at character {at + text.index('}')} has no {{")
@@ -126,7 +119,6 @@ def _literal(text: str, at: int) -> list[str]:
 
 
 def _expression(text: str, at: int) -> Expression:
-    """Return the expression ``text``, which begins at character ``at``."""
     if text in ("$url", "$method"):
         return Expression(text, text[1:])
     if text == "$statusCode" or text.startswith("$response"):
@@ -167,5 +159,5 @@ def _pointer(text: str, at: int) -> str:
 
 
 def is_token(text: str) -> bool:
-    """Return whether a text is a token of RFC 9110, such as a method or a header name."""
+    """Return whether a text is an RFC 9110 token, such as a method or header name."""
     return _TOKEN.fullmatch(text) is not None

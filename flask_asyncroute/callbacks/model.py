@@ -16,15 +16,15 @@ NOT_STARTED = "NotStarted"
 RUNNING = "Running"
 COMPLETED = "Completed"
 FAILED = "Failed"
-PENDING = (NOT_STARTED, RUNNING)  # the states of a callback that is not finished
+PENDING = (NOT_STARTED, RUNNING)  # the states of an unfinished callback
 
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """The request that the server sends when a task ends, to report its outcome.
+    """The request with which the server reports the outcome of an ended task.
 
-    The URL, method, content type and header values may be runtime expressions of OpenAPI, or
-    contain such expressions in braces. They are resolved when the task is started.
+    The URL, method, content type and header values may be OpenAPI runtime expressions, or contain
+    expressions in braces. They are resolved when the task is created.
 
     :param url: an absolute URL, or an expression that reads it from the request that starts the
         task.
@@ -64,21 +64,19 @@ class Callback:
 
     @property
     def url_field(self) -> str:
-        """The URL to show to clients, without its query, which may contain a secret."""
+        """The URL for clients, without its query, which may contain a secret."""
         return self.url if expressions.parse(self.url).is_alone else self.url.partition("?")[0]
 
     @property
     def is_trusted(self) -> bool:
-        """Whether the developer chose the host: the URL has no expression before or inside the
-        host.
-        """
+        """Whether the developer chose the host: no expression is before or inside it."""
         template = expressions.parse(self.url)
         return template.is_literal or validation.has_authority(template)
 
     @property
     def literal_headers(self) -> dict[str, str]:
-        """The headers whose values contain no expressions. The values of other headers are deleted
-        after the last attempt.
+        """The headers without expressions. Other header values are deleted after the last
+        attempt.
         """
         headers = self.headers.items()
         return {name: value for name, value in headers if expressions.parse(value).is_literal}
@@ -90,7 +88,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     :param webhook_id: the ``webhook-id`` header of every attempt.
     :param url: the absolute URL, normalized by `url`; ``host`` is its host.
     :param is_trusted: whether the developer chose the host.
-    :param headers: may contain secrets, so they are deleted after the last attempt.
+    :param headers: deleted after the last attempt, because they may contain secrets.
     :param depth: the length of the chain of callbacks that ends with this one.
     """
 
@@ -107,11 +105,11 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """The part of a callback that clients see, without secrets.
+    """The part of a callback that clients see.
 
     :param url_field: the URL as declared, without its query.
     :param url: the resolved URL, without its query.
-    :param header_fields: the header names without values.
+    :param header_fields: the header names.
     """
 
     url_field: str
@@ -123,7 +121,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     url: str
 
     def settings(self) -> dict[str, Any]:
-        """Return the ``CallbackSettings`` field of the task object."""
+        """Return the task object's ``CallbackSettings``."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         del found["Url"]
         return found

@@ -1,9 +1,9 @@
 """The SSRF guard: restricts callbacks to public addresses if the client chose the host.
 
-When a task is started, the guard checks the host without DNS. At each attempt, it resolves the name
-and checks every address, and the webhook client connects only to these. The guard does not use
-``is_global``, which in Python 3.11 is True for addresses that reach internal hosts (NAT64, 6to4,
-``::127.0.0.1``, multicast).
+When a task is created, the guard checks the host without DNS. At each attempt, it resolves the name
+and checks every address; the webhook client connects only to these. ``is_global`` is unsuitable: in
+Python 3.11 it is True for addresses that reach internal hosts (NAT64, 6to4, ``::127.0.0.1``,
+multicast).
 """
 
 from __future__ import annotations
@@ -28,17 +28,13 @@ _SPECIAL_4 = tuple(
         "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
     )
 )  # fmt: skip
-"""Networks that are not public: IANA's special-purpose registry, multicast and reserved
-addresses.
-"""
+"""Non-public networks: IANA's special-purpose registry, multicast and reserved addresses."""
 _GLOBAL_6 = IPv6Network("2000::/3")  # excludes NAT64, IPv4-mapped, local and multicast addresses
 _SPECIAL_6 = tuple(
     IPv6Network(network)
     for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3ffe::/16", "3fff::/20")
 )
-"""Non-public networks in `_GLOBAL_6`: protocols (Teredo, ORCHID), documentation, 6to4, the former
-6bone.
-"""
+"""Non-public networks in `_GLOBAL_6`: protocols (Teredo, ORCHID), documentation, 6to4, 6bone."""
 _LOCAL_NAMES = frozenset(
     {"localhost", "localhost.localdomain", "localhost6", "localhost6.localdomain6",
      "ip6-localhost", "ip6-loopback"}
@@ -46,22 +42,21 @@ _LOCAL_NAMES = frozenset(
 
 
 class Inside(ValueError):
-    """An address is not public, so a client may not choose it; the message names the address."""
+    """An address is not public, so a client may not choose it; the message names it."""
 
 
 class NotResolved(OSError):
-    """A host name could not be resolved to an address."""
+    """A host name could not be resolved."""
 
 
 def is_public(ip: Address) -> bool:
-    """Return whether an address is known to be public."""
     if isinstance(ip, IPv4Address):
         return not any(ip in network for network in _SPECIAL_4)
     return ip in _GLOBAL_6 and not any(ip in network for network in _SPECIAL_6)
 
 
 def check_host(address: WebAddress, allowed: AllowedHosts) -> None:
-    """Raise Inside if a host is known not to be public, without using DNS."""
+    """Raise Inside if a host is known not to be public. Does not use DNS."""
     if address.host in allowed.names:
         return
     ip = address.ip
@@ -74,11 +69,11 @@ def check_host(address: WebAddress, allowed: AllowedHosts) -> None:
 def addresses_of(
     address: WebAddress, is_trusted: bool, allowed: AllowedHosts, seconds: float
 ) -> list[Address]:
-    """Return the addresses of a host, after checking each of them.
+    """Return the addresses of a host after checking each.
 
     :param is_trusted: the developer chose the host, so it need not be public.
     :param seconds: timeout of the DNS lookup.
-    :raises Inside: if any address is not public, even if others are.
+    :raises Inside: if any address is not public.
     :raises NotResolved: if the host has no address, or DNS does not answer in time.
     """
     ip = address.ip
@@ -91,18 +86,18 @@ def addresses_of(
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a host name, or raise OSError. The call may block for a long time."""
+    """Return the addresses of a host name, or raise OSError. May block for a long time."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 def _resolve_within(host: str, port: int, seconds: float) -> list[Address]:
-    """Resolve a name on its own thread, because the system's resolver cannot be interrupted."""
+    """Resolve on a separate thread, because the system's resolver cannot be interrupted."""
     answers: list[list[Address]] = []
 
     def look_up() -> None:
         try:
             found = map(ipaddress.ip_address, dict.fromkeys(resolve(host, port)))
-            # DNS may return an IPv4 address in its IPv6 form (::ffff:a.b.c.d).
+            # DNS may return an IPv4 address as IPv6 (::ffff:a.b.c.d).
             answers.append([getattr(ip, "ipv4_mapped", None) or ip for ip in found])
         except (OSError, ValueError):
             answers.append([])
@@ -125,20 +120,19 @@ def _check_ip(ip: Address, host: str, allowed: AllowedHosts) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AllowedHosts:
-    """Non-public hosts that callbacks may use: networks, and names in the form of `WebAddress`,
-    without subdomains.
+    """Non-public hosts that callbacks may use: networks, and names as in `WebAddress`, without
+    subdomains.
     """
 
     names: frozenset[str] = frozenset()
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
 
     def holds(self, ip: Address) -> bool:
-        """Return whether an address is in one of the networks."""
         return any(ip in network for network in self.networks)
 
 
 def check_allowed_hosts(label: str, value: Any) -> AllowedHosts:
-    """Accept a list of host names, IP addresses and networks in CIDR form."""
+    """Accept a list of host names, IP addresses and CIDR networks."""
     if not isinstance(value, (list, tuple)):
         wanted = "a list of hosts and networks, such as ['hooks.internal', '10.1.0.0/16']"
         raise refuse(label, wanted, value)

@@ -1,4 +1,4 @@
-"""Parse absolute http and https URLs. Refuse hosts that other parsers may read differently."""
+"""Parse absolute http and https URLs. Refuse hosts that parsers read differently."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WebAddress:
     """The parts of a URL.
 
     :param host: a lower-case ASCII name without a trailing dot, or a bare IP address.
-    :param target: path and query, as sent in the request.
+    :param target: path and query, as sent.
     """
 
     scheme: str
@@ -47,13 +47,12 @@ class WebAddress:
 
     @property
     def authority(self) -> str:
-        """The value of the ``Host`` header: the host, and the port unless it is the default."""
+        """The ``Host`` header: the host, and the port unless it is the default."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
     @property
     def url(self) -> str:
-        """The whole URL, without a fragment."""
         return f"{self.scheme}://{self.authority}{self.target}"
 
 
@@ -105,8 +104,8 @@ def host_of(text: str) -> str:
     name = (text if text.isascii() else _ascii(text)).lower().removesuffix(".")
     labels = name.split(".")
     if _NUMBER.fullmatch(labels[-1]):
-        # Resolvers read 127.1, 0177.0.0.1, 0x7f000001 and 2130706433 as IPv4 addresses, but do not
-        # agree on the address.
+        # Resolvers disagree about IPv4 addresses such as 127.1, 0177.0.0.1, 0x7f000001 and
+        # 2130706433.
         if _DECIMAL.fullmatch(name) and text.isascii():
             try:
                 return str(IPv4Address(name))
@@ -120,7 +119,7 @@ def host_of(text: str) -> str:
 
 
 def _ascii(name: str) -> str:
-    import idna  # slow to import and rarely needed
+    import idna  # slow to import, rarely needed
 
     try:
         return idna.encode(name, uts46=True).decode("ascii")

@@ -1,4 +1,4 @@
-"""Checks the values of a callback, both as declared and as resolved."""
+"""Check a callback's values, as declared and as resolved."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ _AUTHORITY = re.compile(r"https?://[^/?#]+/", re.IGNORECASE)
 
 
 def method_of(text: str) -> str:
-    """Return a method in upper case; raise ValueError if it is invalid or has no request body."""
+    """Return a method in upper case; raise ValueError if it is invalid or allows no request
+    body.
+    """
     method = text.upper()
     if not is_token(text) or len(text) > MAX_METHOD:
         raise ValueError(f"{text[:40]!r} is not a request method")
@@ -46,7 +48,7 @@ def content_type_of(text: str) -> str:
 
 
 def header_value(text: str) -> str:
-    """Return the value of a header, without surrounding blanks.
+    """Return a header's value without surrounding blanks.
 
     :raises ValueError: if it is too long, or contains control characters, which could begin another
         header.
@@ -64,7 +66,7 @@ def refuse_control_characters(text: str) -> None:
 
 
 def check_header_name(label: str, value: Any) -> None:
-    """Raise ConfigurationError if a header name is invalid, or the library sets the header."""
+    """Raise ConfigurationError if a header name is invalid, or set by the library."""
     name = validators.text(label, value)
     if not is_token(name):
         raise ConfigurationError(f"{label} must be a valid header name, not {name[:60]!r}.")
@@ -101,7 +103,7 @@ def has_authority(template: Template) -> bool:
 def check_term(label: str, value: Any, check: Callable[[str], str]) -> None:
     """Raise ConfigurationError if a value is invalid.
 
-    :param check: checks the value if it contains no expression; raises ValueError.
+    :param check: checks a value without expressions; raises ValueError.
     """
     template = _parsed(label, value)
     try:

@@ -1,4 +1,4 @@
-"""Encode and decode values. A value that a format cannot hold is refused or encoded reversibly."""
+"""Encode and decode values. Those that a format cannot hold are refused or encoded reversibly."""
 
 from .json import clean_text, decode_json, encode_json
 from .results import encode_result, encode_value, json_default
@@ -13,7 +13,7 @@ CONTENT_TYPES = {
     "application/problem+json": "application/problem+json",
     "application/problem+xml": "application/problem+xml; charset=utf-8",
 }
-"""The ``Content-Type`` of each media type. JSON has no charset parameter: it is always UTF-8."""
+"""The ``Content-Type`` of each media type. JSON needs no charset: it is always UTF-8."""
 
 __all__ = ["CONTENT_TYPES", "MEDIA_TYPES", "clean_text", "decode_json", "encode_json"]
 __all__ += ["encode_result", "encode_value", "encode_xml", "encode_yaml", "json_default"]

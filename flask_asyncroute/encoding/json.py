@@ -16,19 +16,17 @@ MAX_BODY_DIGITS = 300  # a longer integer cannot be compared with a float
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
-"""Matches strings and brackets. An unterminated string matches to the end, which avoids a slow
-search.
-"""
+"""Strings and brackets. An unterminated string matches to the end, which avoids a slow search."""
 
 encode_json = msgspec.json.Encoder().encode
-"""Encode a document that the package built as UTF-8 JSON; it may contain :class:`msgspec.Raw`.
+"""Encode a document of this package as UTF-8 JSON; it may contain :class:`msgspec.Raw`.
 
-For results of views, use :func:`~flask_asyncroute.encoding.encode_result`.
+For views' results, use :func:`~flask_asyncroute.encoding.encode_result`.
 """
 
 
 def clean_text(text: str, limit: int) -> str:
-    """Return the first ``limit`` characters; NUL and lone surrogates become U+FFFD."""
+    """Return the first ``limit`` characters; replace NUL and lone surrogates by U+FFFD."""
     return without_surrogates(text[:limit]).replace("\0", "\ufffd")
 
 
@@ -44,7 +42,7 @@ def without_surrogates(text: str) -> str:
 def decode_json(data: bytes, what: str) -> Any:
     """Decode a JSON request body strictly (RFC 8259, UTF-8, no duplicate names).
 
-    :param data: the body, whose size the caller has checked.
+    :param data: the body; the caller has checked its size.
     :param what: the subject of error messages, such as ``The query``.
     :raises InvalidQuery: for invalid JSON, nesting over 64 levels, NUL, lone surrogates, numbers
         that are not finite, and integers of over 300 digits.
@@ -114,8 +112,8 @@ def decode_json(data: bytes, what: str) -> Any:
 def is_deep(data: bytes, most: int = MAX_BODY_DEPTH) -> bool:
     """Return whether JSON is nested more than ``most`` levels deep, without parsing it.
 
-    The parser recurses in C. In a thread with a small stack (128 KiB on Alpine), deep nesting would
-    crash the process before Python raises RecursionError.
+    Deep nesting would crash the parser, which recurses in C, on a small stack (128 KiB for threads
+    on Alpine).
     """
     if data.count(b"[") + data.count(b"{") <= most:
         return False

@@ -1,4 +1,4 @@
-"""Explain why a result cannot be stored. Messages name keys and types, but never show values."""
+"""Explain why a result cannot be stored. Messages name keys and types, never values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from werkzeug.local import LocalProxy
 _MAX_STEP, _MAX_PATH = 40, 240
 _RESPONSES = ("Response", "HTTPException")
 BELOW = "Put decorators that create responses above task()"
-"""Advice if a view returned a response, which a decorator below ``task()`` may have created."""
+"""Advice if a view returned a response, perhaps created by a decorator below ``task()``."""
 
 
 class NotStorable(Exception):
-    """A value has no JSON form. Each enclosing container adds a step to its path."""
+    """A value has no JSON form. Each enclosing container adds a step to the path."""
 
     def __init__(self, found: str, advice: str, *, has_path: bool = True) -> None:
         super().__init__(found)
@@ -40,8 +40,8 @@ class NotStorable(Exception):
         self.steps.append((id(holder), shown))
 
     def message(self, where: str) -> str:
-        """Return the message, which begins with ``where``. A container that occurs twice in the
-        path contains itself.
+        """Return the message, beginning with ``where``. A container twice in the path contains
+        itself.
         """
         found, advice = self.found, self.advice
         if not self.has_path:
@@ -71,8 +71,8 @@ def too_large(max_bytes: int, key: str | None) -> NotStorable:
 
 
 def refuse(value: Any) -> None:
-    """Raise NotStorable for values that the JSON provider or msgspec would accept by mistake, or
-    that need specific advice.
+    """Raise NotStorable for values that the JSON provider or msgspec would wrongly accept, or that
+    need specific advice.
     """
     if issubclass(type(value), LocalProxy):  # isinstance() would check the proxied object
         raise NotStorable(_a(value), "return the data that you need from the object")
@@ -97,7 +97,6 @@ def refuse(value: Any) -> None:
 
 
 def unconverted(value: object, error: Exception) -> NotStorable:
-    """Return the error for a value that the app's JSON provider could not convert."""
     if not isinstance(error, TypeError):
         return NotStorable(
             _a(value), f"the app's JSON provider raised {type(error).__name__} for it"
@@ -118,7 +117,7 @@ def _a(value: object) -> str:
 
 
 def type_name(value: object) -> str:
-    """Return the name of a value's type, with its module unless that is builtins."""
+    """Return a type's name, with its module unless it is builtins."""
     kind = type(value)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"

@@ -1,6 +1,6 @@
-"""Convert the return value of a view to JSON, or refuse it with the reason and the path.
+"""Convert a view's return value to JSON, or refuse it with the reason and path.
 
-A value far over the size limit is refused before it is encoded.
+Values far over the size limit are refused before they are encoded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .json import encode_json, without_surrogates
 from .refusals import BELOW, NotStorable, refuse, too_large, type_name, unconverted
 
 MAX_DEPTH = 200
-MAX_DIGITS = 4300  # Digits of an integer; Python's default limit for conversions to str.
+MAX_DIGITS = 4300  # Python's default limit for converting integers to str.
 
 Default: TypeAlias = Callable[[Any], Any]
 
@@ -31,27 +31,25 @@ _PLAIN = frozenset({float, bool, type(None)})  # msgspec writes NaN and the infi
 
 
 def json_default(provider: JSONProvider) -> Default:
-    """Return a function that converts values as the app's JSON provider does (``app.json``)."""
+    """Return a function that converts values as the app's JSON provider (``app.json``) does."""
     if isinstance(provider, DefaultJSONProvider):
         return provider.default
     return lambda value: json.loads(provider.dumps(value))
 
 
 def encode_value(value: Any, default: Default, max_bytes: int) -> bytes:
-    """Encode a shared value or an event like :func:`encode_result`, but convert a tuple to an
-    array.
-    """
+    """Encode a shared value or an event like :func:`encode_result`, but a tuple as an array."""
     return _encoded(value, default, max_bytes, "found", None)
 
 
 def encode_result(value: Any, default: Default, max_bytes: int) -> bytes:
     """Encode the return value of a view as UTF-8 JSON.
 
-    Besides the JSON types, this converts datetime (RFC 3339; UTC if it has no time zone), date,
-    time, UUID, Decimal (a string), Enum (its value), dataclasses and msgspec Structs (objects, with
-    a Struct's tag first and its encoded names). Other values are passed to ``default``. A Mapping
-    that it cannot convert becomes an object. NaN and infinities, also of Decimal, become null.
-    Nested tuples become arrays. Keys that are int, float, bool or None become strings as in
+    Besides the JSON types, convert datetime (RFC 3339; UTC if it has no time zone), date, time,
+    UUID, Decimal (a string), Enum (its value), dataclasses and msgspec Structs (objects, with a
+    Struct's tag first and its encoded names). Other values are passed to ``default``. A Mapping
+    that ``default`` cannot convert becomes an object. NaN and infinities, also of Decimal, become
+    null. Nested tuples become arrays. Keys that are int, float, bool or None become strings as in
     :mod:`json` (``1`` → ``"1"``, ``True`` → ``"true"``). A lone surrogate becomes U+FFFD.
 
     :param default: from :func:`json_default`; raises :exc:`TypeError` if it cannot convert a value.
@@ -84,9 +82,9 @@ def _encoded(value: Any, default: Default, max_bytes: int, where: str, key: str 
 class _Walk:
     """Converts one value.
 
-    ``remaining`` is the size limit minus the minimum encoded size of the values so far. Containers
-    are copied only if a member changes, and plain members are checked without a call. Otherwise,
-    finishing a task with a large result would take up to twice as long.
+    ``remaining`` is the size limit minus the minimum encoded size of the values so far. For speed,
+    containers are copied only if a member changes, and plain members are checked without a call:
+    large results would otherwise take up to twice as long.
     """
 
     def __init__(self, default: Default, max_bytes: int, key: str | None) -> None:
@@ -96,7 +94,6 @@ class _Walk:
         self.remaining = max_bytes
 
     def value(self, value: Any, depth: int) -> Any:
-        """Return ``value``, or its replacement in JSON."""
         kind = type(value)
         if kind in _PLAIN:
             return value
@@ -133,7 +130,7 @@ class _Walk:
         return self._by_default(value, depth)
 
     def _object(self, members: dict[Any, Any], holder: object, depth: int) -> dict[str, Any]:
-        """Return the converted members; ``holder`` is the object that contains them."""
+        """Return the converted members of ``holder``."""
         self._enter(5 * len(members), depth)
         used = 0
         names: dict[Any, str] = {}

@@ -1,4 +1,4 @@
-"""Encode documents as XML 1.0 that every parser accepts and that can be decoded without loss."""
+"""Encode documents as XML 1.0 that every parser accepts and that decodes without loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xml.parsers import expat
 _ASCII_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*")
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MARKUP = re.compile(r"[<>&!/=?;'\"\s]")
-"""Characters that no XML name contains. expat could read a key with these as a document with
+"""Characters not allowed in XML names. expat could read a key with them as a document with
 entities.
 """
 _MAX_NAME = 255
@@ -22,11 +22,11 @@ def encode_xml(document: Any, root: str) -> bytes:
     """Encode a document of plain JSON values as UTF-8 XML with the root element ``root``.
 
     Each field is an element. List members are ``<item>``. A key that is not an XML name, or is
-    ``item``, becomes ``<item name="…">``. null is ``nil="true"``. ``Result`` and all values
-    inside it have a type attribute (``type="number"``, ``boolean``, ``array`` or ``object``),
-    except strings and nulls. A string that XML cannot hold is encoded as base64 of its UTF-8, with
-    ``encoding="base64"``. A key that XML cannot hold is encoded the same way, with
-    ``name-encoding="base64"``. A carriage return is ``&#13;``.
+    ``item``, becomes ``<item name="…">``. null is ``nil="true"``. ``Result`` and all values inside
+    it have a type attribute (``type="number"``, ``boolean``, ``array`` or ``object``), except
+    strings and nulls. A string that XML cannot hold becomes base64 of its UTF-8, with
+    ``encoding="base64"``; such a key too, with ``name-encoding="base64"``. A carriage return is
+    ``&#13;``.
 
     :raises TypeError: for a value that is not plain JSON, :class:`msgspec.Raw` included.
     """
@@ -77,7 +77,7 @@ def _child(element: ElementTree.Element, key: str) -> ElementTree.Element:
 
 
 def _is_name(key: str) -> bool:
-    # Names that begin with "xml" are reserved, and a colon separates namespaces.
+    # "xml" at the beginning is reserved, and a colon separates namespaces.
     if len(key) > _MAX_NAME or key == "item" or key[:3].lower() == "xml" or ":" in key:
         return False
     if key.isascii() or _MARKUP.search(key):
@@ -89,7 +89,7 @@ def _is_name(key: str) -> bool:
 def _is_expat_name(key: str) -> bool:
     """Return whether expat, and so every parser, accepts the name.
 
-    expat follows the fourth edition of XML 1.0, whose names are also valid in the fifth.
+    expat follows the fourth edition of XML 1.0, whose names the fifth also allows.
     """
     found: list[str] = []
     parser = expat.ParserCreate("utf-8")

@@ -1,4 +1,4 @@
-"""Encode documents as YAML. PyYAML is imported on the first call, because the import is slow."""
+"""Encode documents as YAML. The first call imports PyYAML, because the import is slow."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _ALSO_TYPED = (
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("bool", r"[yYnN]", "yYnN"),
 )
-"""Text that PyYAML may read as a string, but YAML 1.2 parsers or stricter 1.1 parsers do not."""
+"""Text that PyYAML may read as a string, but YAML 1.2 or stricter 1.1 parsers do not."""
 
 _ONE_LINE = 2**31 - 1  # maximum line width; the C emitter does not accept infinity
 
 
 def encode_yaml(document: Any) -> bytes:
-    """Encode a document of plain JSON values as UTF-8 YAML, without anchors or sorted keys.
+    """Encode plain JSON values as UTF-8 YAML, without anchors or sorted keys.
 
     Strings that a YAML 1.1 or 1.2 parser would read as another type are quoted.
     """
@@ -43,7 +43,7 @@ def _dumper() -> Any:
             return True
 
     def text(dumper: Any, value: str) -> Any:
-        # Only the double-quoted style keeps line breaks of every kind and control characters.
+        # Only the double-quoted style keeps all line breaks and control characters.
         style = None if value.isprintable() else '"'
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 

@@ -1,4 +1,4 @@
-"""Starts, stops and times out tasks. One dispatcher per process and app."""
+"""Creates tasks from requests, stops them and times them out."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .retry_after import Pace
 
 logger = logging.getLogger("flask_asyncroute")
 
-ID_TRIES = 4  # Attempts to generate an unused id.
+ID_TRIES = 4  # to generate an unused id
 STOPPED = "Aborted by the user"
 TIMED_OUT = "Timeout"
 
 
 @dataclass(eq=False)
 class Dispatcher:
-    """Creates tasks from requests, stops them and times them out. Thread-safe."""
+    """The dispatcher of one app in this process. Thread-safe."""
 
     app: Flask
     config: Config
@@ -46,22 +46,20 @@ class Dispatcher:
     executor_of: Callable[[Route], TaskExecutor]
     routes: Mapping[str, Route]
     pace: Pace = field(default_factory=Pace)
-    is_closing: bool = False  # Whether this process is shutting down and starts no more tasks.
+    is_closing: bool = False  # whether this process starts no more tasks
     running: dict[str, tuple[Execution, TaskExecutor]] = field(default_factory=dict)
-    """The runs of this process whose outcome is not stored yet, by task id."""
+    """Runs whose outcome is not stored yet, by task id."""
     _ended: threading.Condition = field(default_factory=threading.Condition)
 
     def caller(self) -> Caller | None:
-        """Return the caller of the current request."""
         return identify(self.app, self.identity_loader(), self.config.user_id_field)
 
     def start(self, route: Route, current: Request, arguments: Mapping[str, Any]) -> AsyncRouteTask:
-        """Create a task of ``route`` from the request ``current``, and submit it to the executor.
+        """Create a task from the request ``current`` and submit it to the executor of ``route``.
 
-        If the caller has used the ``Idempotency-Key`` before, return the task that was started with
-        it.
+        If the caller has used the ``Idempotency-Key`` before, return the earlier task.
 
-        :param arguments: keyword arguments of the view, except those of the route option
+        :param arguments: the view's keyword arguments, except those of the route option
             ``arguments``.
         :raises RequestRefused: if the task cannot be started; nothing is stored.
         """
@@ -73,7 +71,7 @@ class Dispatcher:
         loader = self.identity_loader()
         has_identity = loader is not None or hasattr(self.app, "login_manager")
         has_key = idempotency.HEADER in current.environ
-        # Skip this if the request needs no identity, key or permission.
+        # Skipped for speed if the request needs no identity, key or permission.
         if has_identity or has_key or route_permission is not None:
             if has_identity or callable(route_permission):
                 guard(current, config.max_body)  # because the app's functions may read the body
@@ -101,7 +99,7 @@ class Dispatcher:
 
         :raises TaskFinished: if it is Completed or Failed.
         :raises NotCancellable: if its route does not allow stops.
-        :raises TaskNotFound: if it has been deleted.
+        :raises TaskNotFound: if it was deleted.
         """
         current: AsyncRouteTask | None = task
         while current is not None:
@@ -118,7 +116,8 @@ class Dispatcher:
                 )
             run = self.running.get(task.id)
             if run is not None:
-                # Store the view's events first: the store rejects events of an aborted task.
+                # Store the view's events first, because the store rejects events of an aborted
+                # task.
                 self.lifecycle.write_events(run[0])
             aborted = self.lifecycle.abort(current, STOPPED)
             if aborted is not None:
@@ -127,8 +126,8 @@ class Dispatcher:
         raise unknown(task.id)
 
     def expire(self, execution: Execution) -> None:
-        """Ask a view to stop because its timeout has expired. The store is written later, so this
-        returns quickly.
+        """Ask a view to stop because its timeout has expired. Returns quickly: the store is written
+        later.
         """
         execution.is_expired = True
         execution.ask_to_stop()
@@ -137,12 +136,11 @@ class Dispatcher:
         )
 
     def on_change(self, task: AsyncRouteTask) -> None:
-        """If a task was aborted, or taken over by another process, stop its run or remove it from
-        the queue.
+        """Stop or dequeue a task that was aborted; stop a run that another process has taken
+        over.
         """
         if task.completed_us is not None and task.owner != self.lifecycle.owner:
-            # Only tasks of other processes: `run_task` notes the durations of this process's own
-            # runs.
+            # Only tasks of other processes: `run_task` notes the durations of this process's runs.
             self.pace.note(task, task.completed_us)
         run = self.running.get(task.id)
         if task.state is not State.ABORTED:
@@ -180,9 +178,7 @@ class Dispatcher:
             return self._ended.wait_for(lambda: not self.running, seconds)
 
     def _is_lost(self, execution: Execution, task: AsyncRouteTask) -> bool:
-        """Return whether another process took over a run's task. ``task`` may be older than the
-        claim.
-        """
+        """Return whether another process took over a run. ``task`` may be older than the claim."""
         if task.state is State.NOT_STARTED:
             return 0 < execution.epoch <= task.epoch
         return task.owner != self.lifecycle.owner and task.epoch > execution.epoch
@@ -200,7 +196,7 @@ class Dispatcher:
             try:
                 return self._submit(executor, intake)
             except (errors.KeyTaken, errors.QueueFull) as error:
-                # A concurrent request with the same key started its task first, perhaps in the last
+                # A concurrent request with this key started its task first, perhaps in the last
                 # slot.
                 task = self._started_with(key)
                 if task is None and isinstance(error, errors.QueueFull):
@@ -226,8 +222,7 @@ class Dispatcher:
         return task
 
     def _submit(self, executor: TaskExecutor, intake: Intake) -> AsyncRouteTask:
-        """Store a task and pass it to the executor."""
-        if self.is_closing:  # checked again, because reading the request may take long
+        if self.is_closing:  # check again, because reading the request may take long
             raise _shutting_down()
         route = intake.route
         try:
@@ -259,7 +254,7 @@ class Dispatcher:
         data = encode(intake.captured)
         callback = intake.route.options.callback
         if callback is not None:
-            from ..request.callback import resolve  # imported only if an app uses callbacks
+            from ..request.callback import resolve  # needed only by apps with callbacks
 
             hosts = self.config.callback_allowed_hosts
             intake.delivery = resolve(callback, intake, intake.name, hosts)
@@ -281,7 +276,7 @@ class Dispatcher:
 
 
 def unknown(task_id: str) -> errors.TaskNotFound:
-    """Return the error for an unknown id, and for a task that the caller may not read."""
+    """Return the error for an unknown id, or a task that the caller may not read."""
     return errors.TaskNotFound(
         "There is no task with this id, or you may not read it.", task_id=task_id
     )

@@ -1,7 +1,6 @@
-"""Retries writes that failed because the store was unavailable. A write stays in memory until it
-succeeds.
+"""Keeps writes in memory and retries them until the store is available.
 
-Each write is a compare-and-set, so a late write changes nothing if the task has changed meanwhile.
+Each write is a compare-and-set, so a late write has no effect if the task has changed meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..errors import StoreUnavailable
 
 logger = logging.getLogger("flask_asyncroute")
 
-FIRST_DELAY = 0.1  # Seconds before the first retry; doubled after each failure.
+FIRST_DELAY = 0.1  # seconds before the first retry; doubles after each failure
 MAX_DELAY = 5.0
 
 Write = Callable[[], object]
@@ -32,7 +31,6 @@ class _Pending:
     has_failed: bool = False
 
     def fail(self) -> None:
-        """Log the first failure."""
         if not self.has_failed:
             self.has_failed = True
             logger.error(
@@ -42,20 +40,18 @@ class _Pending:
 
 
 class PendingWrites:
-    """Executes writes and retries them. Thread-safe. Only the number of tasks that ran limits the
-    number of pending writes.
-    """
+    """Thread-safe. Only the number of tasks that ran limits the number of pending writes."""
 
     def __init__(self) -> None:
         self._pending: deque[_Pending] = deque()
         self._retrying = threading.Lock()
         self._delay = FIRST_DELAY
         self._retry_at = 0.0
-        self.wake: Callable[[], None] = lambda: None  # Called after a write was added.
+        self.wake: Callable[[], None] = lambda: None  # called after a write was added
 
     def write(self, task_id: str, write: Write, then: Write = lambda: None) -> None:
-        """Call ``write``, and ``then`` after it succeeds. While ``write`` raises StoreUnavailable,
-        :meth:`retry` repeats it.
+        """Call ``write``, then ``then``. While ``write`` raises StoreUnavailable, :meth:`retry`
+        repeats it.
         """
         pending = _Pending(task_id, write, then)
         try:
@@ -67,16 +63,15 @@ class PendingWrites:
             then()
 
     def keep(self, task_id: str, write: Write) -> None:
-        """Queue ``write``, so that :meth:`retry` calls it; return immediately."""
+        """Queue ``write`` for :meth:`retry`; return immediately."""
         self._add(_Pending(task_id, write, lambda: None))
 
     @property
     def is_empty(self) -> bool:
-        """Whether no write is pending."""
         return not self._pending
 
     def retry(self, now: float) -> float:
-        """Execute the writes that are due at ``now`` (monotonic); return when to call again."""
+        """Execute the writes due at ``now`` (monotonic); return when to call again."""
         if now < self._retry_at:
             return self._retry_at
         if not self._pending:
@@ -90,8 +85,7 @@ class PendingWrites:
                     pending.write()
                 except StoreUnavailable:
                     pending.fail()
-                    # Append it again, so that a write that never succeeds does not block the
-                    # others.
+                    # Append, so that a write that never succeeds does not block the others.
                     self._pending.append(pending)
                     self._retry_at = time.monotonic() + self._delay
                     self._delay = min(2 * self._delay, MAX_DELAY)

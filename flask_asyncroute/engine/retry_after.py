@@ -1,4 +1,4 @@
-"""Estimates ``Retry-After`` from the durations of recent tasks of each route."""
+"""Estimates ``Retry-After`` from the durations of each route's recent tasks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 from ..task import AsyncRouteTask
 
-WEIGHT = 0.2  # Weight of the newest duration; the mean then covers about ten tasks.
+WEIGHT = 0.2  # weight of the newest duration; the mean covers about ten tasks
 LEAST_SECONDS = 1
-MOST_SECONDS = 60  # A client that polls less often notices a stop or failure too late.
+MOST_SECONDS = 60  # a client that polls less often notices a stop or failure too late
 
 
 class Pace:
@@ -22,7 +22,7 @@ class Pace:
         self._means_us: dict[str, float] = {}
 
     def note(self, task: AsyncRouteTask, completed_us: int | None) -> None:
-        """Add the duration of a run if its code has started and ended."""
+        """Add a run's duration if its code has started and ended."""
         if completed_us is None or task.started_us is None or task.stopping:
             return
         took = completed_us - task.started_us

@@ -1,4 +1,4 @@
-"""Reads data once for all streams that need the same data after a change."""
+"""Reads data once for all streams that need it after a change."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ Feed = tuple[str | None, str | None]
 
 
 class Page(Protocol):
-    """Events up to a change number."""
-
     @property
     def change(self) -> int: ...
 
@@ -32,28 +30,25 @@ IDLE_SECONDS = 60.0
 class SharedReads(Loop):
     """Reads on one thread, and caches the results until the next change. Thread-safe.
 
-    If each stream read on its own thread, a change would need one connection per stream, and malloc
-    would keep a cache of 15 KiB per thread.
+    With a thread per stream, a change would need one connection per stream, and malloc would cache
+    15 KiB per thread.
     """
 
     def __init__(self) -> None:
         super().__init__("asyncroute-reader")
         self._reads: dict[Hashable, Future[Any]] = {}
-        self._feeds: dict[Feed, int] = {}  # the number of open streams by feed
+        self._feeds: dict[Feed, int] = {}  # open streams by feed
         self._feeds_lock = threading.Lock()
         self._heads: dict[Feed, tuple[int, Callable[[int], Page]]] = {}
-        """Per feed, the change number up to which it was read, and the function that reads the
-        events after it.
-        """
+        """Per feed, the change number read up to, and the function that reads later events."""
         self._queue: deque[tuple[Future[Any] | None, Callable[[], Any]]] = deque()
         """Functions for the thread to call, each with the future for its result, if any."""
 
     def get(self, key: Hashable, read: Callable[[], T]) -> T:
         """Return the result of ``read``, or raise its error.
 
-        All calls with an equal key share one result until :meth:`forget` or :meth:`drop`. After
-        that, a call starts a new read, even if an earlier one is still running. Errors are not
-        cached.
+        Calls with an equal key share one result until :meth:`forget` or :meth:`drop`. The next call
+        then starts a new read, even if an earlier one is still running. Errors are not cached.
         """
         self.start()
         reads = self._reads
@@ -74,11 +69,10 @@ class SharedReads(Loop):
         return result
 
     def page(self, feed: Feed, since: int, read: Callable[[int], P]) -> P:
-        """Return the result of ``read(since)``, shared as by :meth:`get`, and remember the newest
-        position of the feed for :meth:`read_ahead`.
+        """Return ``read(since)``, shared as by :meth:`get`; remember the feed's newest position for
+        :meth:`read_ahead`.
 
-        :param read: returns the events after a change number; must not keep a reference to a
-            stream.
+        :param read: returns the events after a change number; must not reference a stream.
         """
         page = self.get((feed, since), partial(read, since))
         self._advance(feed, page, read)
@@ -92,8 +86,8 @@ class SharedReads(Loop):
                     self._heads[feed] = page.change, read
 
     def read_ahead(self, task_ids: Collection[str]) -> None:
-        """Read the next page of each feed that has events of one of these tasks. Call this before
-        waking the streams: otherwise each stream would wait twice, for the change and for the read.
+        """Read the next page of each feed with events of one of these tasks. Call this before
+        waking the streams, which would otherwise wait twice, for the change and for the read.
         """
         for feed, (since, read) in list(self._heads.items()):
             if feed[0] is not None and feed[0] not in task_ids:
@@ -104,7 +98,7 @@ class SharedReads(Loop):
             try:
                 page = read(since)
             except BaseException as error:
-                # Leave the other reads to the streams, because each could take seconds to fail.
+                # Leave the other reads to the streams: each could take seconds to fail.
                 future.set_exception(error)
                 self.drop((feed, since))
                 return
@@ -113,7 +107,7 @@ class SharedReads(Loop):
 
     @contextmanager
     def following(self, feed: Feed) -> Iterator[None]:
-        """Read the next pages of a feed ahead while at least one of these blocks is active."""
+        """Read a feed's next pages ahead while at least one of these blocks is active."""
         with self._feeds_lock:
             self._feeds[feed] = self._feeds.get(feed, 0) + 1
         try:
@@ -126,7 +120,7 @@ class SharedReads(Loop):
                     self._heads.pop(feed, None)
 
     def call(self, function: Callable[[], object]) -> None:
-        """Call ``function``, which must not raise, on the thread of this object."""
+        """Call ``function``, which must not raise, on this object's thread."""
         self.start()
         self._queue.append((None, function))
         self.wake()
@@ -134,12 +128,11 @@ class SharedReads(Loop):
             self._step()
 
     def drop(self, key: Hashable) -> None:
-        """Drop one result."""
         self._reads.pop(key, None)
 
     def forget(self) -> None:
-        """Drop all results. Call this after each commit, before streams wake, because older results
-        lack the change.
+        """Drop all results. Call this after each commit, before streams wake: older results lack
+        the change.
         """
         self._reads = {}
 
@@ -150,7 +143,7 @@ class SharedReads(Loop):
 
     def _step(self) -> float:
         outage: StoreUnavailable | None = None
-        with suppress(IndexError):  # during close(), another thread may empty the queue
+        with suppress(IndexError):  # another thread may empty the queue during close()
             while True:
                 future, read = self._queue.popleft()
                 if future is None:
@@ -158,7 +151,7 @@ class SharedReads(Loop):
                     continue
                 try:
                     if outage is not None:
-                        # Skip the other reads: each may take seconds to fail, and block streams for
+                        # Each read may take seconds to fail; together they could block streams for
                         # minutes.
                         raise outage
                     future.set_result(read())

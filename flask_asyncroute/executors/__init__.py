@@ -1,1 +1,1 @@
-"""Executors run tasks: `base` is their interface, and `registry` lists the implementations."""
+"""Executors run tasks. `base` is their interface; `registry` lists the implementations."""

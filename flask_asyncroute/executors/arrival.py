@@ -1,13 +1,12 @@
 """Checks whether an exception raised in a thread could skip the end of a `with` or `try` block.
 
-An exception that another thread sets is raised only at certain instructions. Two of these can break
-a block:
+An exception that another thread sets is raised only at certain instructions. Two can break a block:
 
-- Since Python 3.14, a `with` statement calls ``__enter__`` like any function. After an exception at
-  the end of that call, a lock is held, but the block that releases it was never entered (CPython
-  issue 148874).
-- Python 3.12 and 3.13 compile the last jump of some `while` loops outside the block that contains
-  the loop. An exception there skips the end of the block.
+- Since Python 3.14, `with` calls ``__enter__`` like any function. An exception at the end of that
+  call leaves a lock held, because the block that releases it was never entered (CPython issue
+  148874).
+- Python 3.12 and 3.13 compile the last jump of some `while` loops outside the block around the
+  loop. An exception there skips the end of the block.
 """
 
 from __future__ import annotations
@@ -20,37 +19,31 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 LOADS_ENTER = "LOAD_SPECIAL"
-"""The instruction that loads ``__enter__`` for the next call. Only Python 3.14 and newer have
-it.
-"""
+"""The instruction that loads ``__enter__`` for the next call (Python 3.14 and newer)."""
 CHECKS = {"CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD"}
-"""Instructions that raise a pending exception. CALL_KW does not do so in Python 3.14."""
+"""Instructions that raise a pending exception. In Python 3.14, CALL_KW does not."""
 EXITS = {"RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "RAISE_VARARGS", "RERAISE"}
 IS_UNAFFECTED = sys.version_info < (3, 12)
 RAISES_AT_ONCE = sys.version_info < (3, 13)
-"""Whether a thread raises a pending exception as soon as it gets the GIL. In newer versions, it
-raises the exception at its next check, or after the C function that it is running.
+"""Whether a thread raises a pending exception as soon as it gets the GIL. Newer versions do so at
+the thread's next check, or after its running C function.
 """
 CODE_UNIT = 2
 CACHE_SIZE = 100
-"""Number of functions whose instructions are cached. Reading them must be fast, because the thread
-keeps running meanwhile.
-"""
+"""Number of functions whose instructions are cached, because the thread runs on during a read."""
 
 
 class _Code(NamedTuple):
-    """The instructions of a function."""
-
     instructions: Sequence[dis.Instruction]
     indexes: Mapping[int, int]
-    """Maps offsets to indexes in ``instructions``. In Python 3.12, a thread's offset may also be
-    that of a cache entry after an instruction.
+    """Maps offsets to indexes in ``instructions``. In Python 3.12, a thread's offset may be that of
+    a cache entry after an instruction.
     """
     harmful: frozenset[int]
-    """Indexes of instructions at which an exception would skip the end of a block."""
+    """Indexes of instructions where an exception would skip the end of a block."""
 
     def after(self, index: int) -> list[int]:
-        """Return the indexes of the instructions that may run next; empty if the function exits."""
+        """Return the indexes of the possible next instructions; empty if the function exits."""
         instruction = self.instructions[index]
         is_jump = instruction.opcode in dis.hasjrel
         jumps = [self.indexes[instruction.argval]] if is_jump else []
@@ -59,8 +52,8 @@ class _Code(NamedTuple):
 
 
 def may_skip_a_block(frame: FrameType | None) -> bool:
-    """Return whether an exception raised now could skip the end of a block in ``frame`` or in one
-    of its callers.
+    """Return whether an exception raised now could skip the end of a block in ``frame`` or a
+    caller.
     """
     if IS_UNAFFECTED:
         return False
@@ -68,7 +61,7 @@ def may_skip_a_block(frame: FrameType | None) -> bool:
         found = _ahead(_read(frame.f_code), frame.f_lasti)
         if found is not None:
             return found
-        # The function may return before the exception is raised; then its caller raises it.
+        # If the function returns before the exception is raised, its caller raises it.
         frame = frame.f_back
     return False
 
@@ -120,7 +113,7 @@ def _read(code: CodeType) -> _Code:
 
 
 def _offsets(instructions: Sequence[dis.Instruction], end: int) -> Iterator[tuple[int, int]]:
-    """Yield each instruction's index with each of its offsets, up to the next instruction."""
+    """Yield each instruction's index with each offset before the next instruction."""
     ends = [instruction.offset for instruction in instructions[1:]] + [end]
     for index, (instruction, next_offset) in enumerate(zip(instructions, ends, strict=True)):
         for offset in range(instruction.offset, next_offset, CODE_UNIT):

@@ -1,5 +1,5 @@
-"""One run of a task, in memory. `run_task` creates it, the dispatcher stops it, `maintenance`
-stores its progress and events, and the view uses it through `current_task`.
+"""One run of a task, in memory. `run_task` creates an `Execution`, the dispatcher stops it,
+`maintenance` stores its progress and events, and the view uses it as `current_task`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..stores.base import ViewEvent
 from ..task import MAX_MESSAGE
 
 MAX_UNWRITTEN = 1000
-"""Maximum number of a run's events that are not stored yet. Sending another event blocks."""
+"""Maximum unstored events of a run. Sending another event blocks."""
 
 
 class Execution:
-    """One run of a task. It is created before the claim, so that an immediate stop has an effect.
+    """A run, created before the task is claimed, so that an immediate stop has an effect.
     Thread-safe.
 
     :param interrupt_after: seconds between a stop request and the interruption; None: never.
@@ -41,13 +41,13 @@ class Execution:
         self.interrupt_at: float | None = None
         self.thread_lock = threading.RLock()  # held while `thread_id` is used or reset
         self.thread_id: int | None = None
-        self.is_over = False  # the view's code has ended, but its outcome may not be stored yet
+        self.is_over = False  # the view's code has ended; its outcome may be unstored
         self.is_shutting_down = False  # stopped by a shutdown; see `Lifecycle.cut_short`
         self.restarts_on_loss = False
-        self.is_interrupted = False  # `interrupt` has raised an exception in the thread
+        self.is_interrupted = False  # `interrupt` raised an exception in the thread
         self.reported_at = -math.inf
         self.has_report = False  # progress or message changed since `take_report`
-        self.writing = threading.Lock()  # held while events are stored, to keep their order
+        self.writing = threading.Lock()  # held to store events in order
         self._interrupt_after = interrupt_after
         self._wake = wake
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class Execution:
     def begin(
         self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False
     ) -> None:
-        """Set the values that the claim has determined.
+        """Set the values that the claim determined.
 
         :param seconds: the time limit; None: no limit.
         :param restarts_on_loss: whether the task runs again if this process cannot finish it.
@@ -74,14 +74,11 @@ class Execution:
 
     def ask_to_stop(self, within: float = math.inf, ago: float = 0.0) -> bool:
         """Ask the view to stop: cancel its coroutine or child process, or schedule the interruption
-        of its thread. Return False if it was asked before.
-
-        A repeated call has an effect only with ``within``.
+        of its thread. Return False if it was asked before; only ``within`` then has an effect.
 
         :param within: interrupt the thread after at most this many seconds, even if
             ``interrupt_after`` is longer.
-        :param ago: how many seconds ago the stop was requested; the interruption is earlier by this
-            time.
+        :param ago: seconds since the stop was requested, subtracted from the wait.
         """
         with self._lock:
             is_first = not self.stop.is_set()
@@ -100,9 +97,7 @@ class Execution:
         return is_first
 
     def cancel_with(self, cancel: Callable[[], object] | None) -> None:
-        """Set the function that cancels the running coroutine or child process; None after its
-        end.
-        """
+        """Set the function that cancels the running coroutine or child; None after its end."""
         with self._lock:
             self._cancel = cancel
             self.interrupt_at = None
@@ -126,7 +121,6 @@ class Execution:
 
     @property
     def progress(self) -> float:
-        """The current progress, 0 if none was set."""
         return self._progress or 0.0
 
     def advance(
@@ -143,7 +137,7 @@ class Execution:
             self._wake()
 
     def send_event(self, name: str, data: bytes) -> None:
-        """Queue an event of the view to be stored; block while the queue is full.
+        """Queue a view's event to be stored; block while the queue is full.
 
         :param data: JSON on one line.
         :raises TaskAborted: if the task is stopped or times out while this blocks.
@@ -161,20 +155,20 @@ class Execution:
         return bool(self._sent)
 
     def take_events(self) -> Sequence[ViewEvent]:
-        """Remove and return the events that are not stored yet, in order."""
+        """Remove and return the unstored events, in order."""
         with self._lock:
             sent, self._sent = self._sent, []
             self._has_capacity.notify_all()
         return sent
 
     def return_events(self, sent: Sequence[ViewEvent]) -> None:
-        """Undo :meth:`take_events`, because the events could not be stored."""
+        """Undo :meth:`take_events` after a failed write."""
         with self._lock:
             self._sent = [*sent, *self._sent]
 
     def climb(self, now: float) -> float | None:
-        """Raise progress to the value that the climb has reached at ``now``; return when its next
-        step is due.
+        """Raise progress to the value that the climb has at ``now``; return when its next step is
+        due.
         """
         with self._lock:
             climb = self._climb
@@ -191,7 +185,7 @@ class Execution:
         return due
 
     def take_report(self) -> tuple[float | None, str | None] | None:
-        """Return progress and message if they changed since the last call, else None."""
+        """Return progress and message if changed since the last call, else None."""
         with self._lock:
             if not self.has_report:
                 return None
@@ -199,7 +193,7 @@ class Execution:
             return self._progress, self._message
 
     def return_report(self) -> None:
-        """Undo :meth:`take_report`, because the report could not be stored."""
+        """Undo :meth:`take_report` after a failed write."""
         self.has_report = True
 
     def end(self) -> None:
@@ -210,7 +204,7 @@ class Execution:
             self.has_report = False
 
     def final_report(self) -> tuple[float | None, str | None]:
-        """End the climb, and return the last progress and message."""
+        """End the climb; return the last progress and message."""
         with self._lock:
             self.has_report = False
             self._climb = None
@@ -240,11 +234,11 @@ class Climb:
     interval: float
 
     def __post_init__(self) -> None:
-        self.interval = max(self.interval, 0.1)  # progress is not stored more often than this
+        self.interval = max(self.interval, 0.1)  # progress is stored no more often
         self.began = time.monotonic()
 
     def step(self, now: float) -> tuple[float, float | None]:
-        """Return the progress at ``now``, and when the next step is due (None after the last)."""
+        """Return the progress at ``now``, and when the next step is due, if any."""
         passed = now - self.began
         if passed >= self.duration:
             return self.top, None

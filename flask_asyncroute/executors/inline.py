@@ -1,5 +1,5 @@
-"""Two executors that run a task only in the process that started it: inside the request, or on the
-app's own `concurrent.futures.Executor`.
+"""Executors whose tasks run in the process that started them: inside the request, or on the app's
+own `concurrent.futures.Executor`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _adapters: weakref.WeakValueDictionary[int, FutureTaskExecutor] = weakref.WeakVa
 
 
 class FutureTaskExecutor(TaskExecutor):
-    """Submits tasks to the app's own Executor, which decides how many run at once. This class
-    limits only the total of running and waiting tasks.
+    """Limits only the total of running and waiting tasks; the app's own Executor decides how many
+    run at once.
     """
 
     def __init__(self, settings: PoolSettings) -> None:
@@ -29,7 +29,7 @@ class FutureTaskExecutor(TaskExecutor):
         _adapters[self._number] = self
 
     def close(self) -> None:
-        """Do nothing, because the app shuts its Executor down."""
+        """Do nothing: the app shuts its Executor down."""
 
     def _start(self, task_id: str) -> Future[None]:
         return self._executor.submit(_run_here, self._number, task_id)
@@ -38,7 +38,7 @@ class FutureTaskExecutor(TaskExecutor):
 def _run_here(number: int, task_id: str) -> None:
     """Run a task for the `FutureTaskExecutor` with this number.
 
-    The object itself is not passed, because some Executors copy their arguments.
+    Some Executors copy their arguments, so the object itself cannot be passed.
     """
     adapter = _adapters.get(number)
     if adapter is None:
@@ -50,7 +50,7 @@ def _run_here(number: int, task_id: str) -> None:
 
 
 class ImmediateTaskExecutor(TaskExecutor):
-    """Runs each task inside :meth:`submit`, on the thread of the request. No task waits."""
+    """Runs each task inside :meth:`submit`, on the request's thread. No task waits."""
 
     def reserve(self) -> None: ...
 

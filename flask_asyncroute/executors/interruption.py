@@ -1,8 +1,7 @@
 """Raises `TaskAborted`, when it is safe, in a thread whose view does not stop by itself.
 
-CPython can raise an asynchronous exception at any point of the thread's code. So this module raises
-it only while the thread runs the task's view, outside functions of modules that might leave a lock
-held.
+CPython can raise an asynchronous exception at any point. So this module raises it only in the
+task's view, outside functions of modules that might leave a lock held.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ PAUSE_SECONDS = 2e-5
 _set_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
     ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
 )
-"""Takes a thread id and the address of an exception class (in CPython, its ``id``), or None."""
+"""Takes a thread id and the address (in CPython, the ``id``) of an exception class, or None."""
 
 _interrupting = threading.Lock()
 
 
 def allow_within(function: Any) -> None:
-    """Allow interruptions while ``function`` is on the stack, although it belongs to this package:
-    it holds no lock. A view calls another async route through such a function.
+    """Allow interruptions while ``function`` of this package is on the stack: it holds no lock. A
+    view calls another async route through such a function.
     """
     _transparent.add(function.__code__)
 
@@ -57,7 +56,7 @@ def call(view: Callable[..., Any], arguments: dict[str, Any], execution: Executi
 
 
 def leave(execution: Execution) -> None:
-    """Prevent interruptions of this thread for ``execution`` from now on. Idempotent."""
+    """Prevent further interruptions of this thread for ``execution``. Idempotent."""
     while True:
         try:
             with execution.thread_lock:
@@ -65,12 +64,12 @@ def leave(execution: Execution) -> None:
                     execution.thread_id = None
             if execution.is_interrupted:
                 # A pending exception must be raised in this loop, not in later code of the thread.
-                # It is not withdrawn, which would make CPython threads hang under a tracer.
+                # Withdrawing it would make CPython threads hang under a tracer.
                 for _ in range(100):
                     pass
             return
         except TaskAborted:
-            # Python 3.14 may raise the exception after `with` has acquired the lock and before its
+            # Python 3.14 may raise the exception after `with` has acquired the lock, before its
             # block.
             with suppress(RuntimeError):  # raised if the thread does not hold the lock
                 execution.thread_lock.release()
@@ -79,13 +78,13 @@ def leave(execution: Execution) -> None:
 def interrupt(execution: Execution) -> bool:
     """Raise `TaskAborted` in the thread that runs ``execution``, unless the view has ended.
 
-    :return: False if there was no safe moment within a few milliseconds; call again soon.
+    :return: False if no moment within a few milliseconds was safe; call again soon.
     """
     with _interrupting:
         if _try(execution):
             return True
-        # A thread that logs a lot may release the GIL only inside logging, which is never safe. A
-        # short switch interval makes it release the GIL elsewhere too.
+        # A thread that logs a lot may release the GIL only inside logging, where interruption is
+        # never safe. A short switch interval makes it release the GIL elsewhere too.
         interval = sys.getswitchinterval()
         try:
             for _ in range(ATTEMPTS):
@@ -100,8 +99,8 @@ def interrupt(execution: Execution) -> bool:
 
 
 def _try(execution: Execution) -> bool:
-    # Turn garbage collection off: during the check, finalizers would let the thread continue, and
-    # in Python 3.11 the checked frames could be freed.
+    # Turn garbage collection off: finalizers would let the thread continue during the check, and
+    # Python 3.11 could free the checked frames.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -120,7 +119,7 @@ def _try(execution: Execution) -> bool:
             now = sys._current_frames().get(thread_id)
             has_moved = now is not frame or now.f_lasti != instruction
             if has_moved and not _is_safe(now, execution):
-                # Meanwhile, the thread has moved to a point where the exception would do harm.
+                # The thread has moved to a point where the exception would do harm.
                 _withdraw_from(thread_id)
                 return False
         return True
@@ -133,8 +132,8 @@ def _withdraw_from(thread_id: int) -> None:
     """Withdraw a pending exception from a thread.
 
     After that, CPython threads check for exceptions at every instruction, and hang under a tracer,
-    until another one is raised. So this thread sets one for itself in the same C call, during which
-    the interpreter does not check.
+    until another exception is raised. So this thread sets one for itself in the same C call, during
+    which the interpreter does not check.
     """
     try:
         list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))
@@ -145,11 +144,11 @@ def _withdraw_from(thread_id: int) -> None:
 
 
 class _Nothing(BaseException):
-    """An exception that `_withdraw_from` sets for its own thread."""
+    """Raised by `_withdraw_from` in its own thread."""
 
 
 def _is_safe(frame: FrameType | None, execution: Execution) -> bool:
-    """Return whether ``frame`` and its callers, up to the call of the view, may be interrupted."""
+    """Return whether ``frame`` and its callers, up to the view's call, may be interrupted."""
     is_inside = False
     innermost = frame
     while frame is not None:

@@ -1,4 +1,4 @@
-"""The outcome of a run, and the text of the task's Error, for threads and child processes."""
+"""The outcome of a run, and the text of the task's Error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..task import MAX_ERROR, State
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The terminal State of a run, and the other fields of the task record to set with it."""
+    """The terminal State of a run, and the other record fields to set with it."""
 
     state: State
     values: dict[str, Any] = field(default_factory=dict)
@@ -50,8 +50,8 @@ def failed(error: BaseException, expose: bool) -> Outcome:
 
 
 def _reason(error: HTTPException) -> str:
-    """Return the custom description of an HTTPException, else the message that an extension has
-    attached, else the standard description of the status.
+    """Return an HTTPException's custom description, else an extension's message, else the status's
+    standard description.
 
     Flask-RESTX, Flask-RESTful and webargs put their message into the attribute ``data``;
     ``abort(response)`` puts it into the response.
@@ -73,7 +73,7 @@ def _json(value: Any) -> str:
 
 
 def died(cause: str) -> Outcome:
-    """Return the outcome of a run whose process ended without reporting one."""
+    """Return the outcome of a run whose process reported none."""
     return Outcome(State.FAILED, {"error": f"Process died: {cause}"})
 
 
@@ -90,7 +90,7 @@ def cause_of(status: int | None) -> str:
 
 
 def _call(describe: Callable[[], str], otherwise: str) -> str:
-    """Return ``describe()``, or ``otherwise`` if the app's exception class raises anything."""
+    """Return ``describe()``, or ``otherwise`` if the app's exception class raises."""
     try:
         return describe()
     except BaseException:

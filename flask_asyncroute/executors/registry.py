@@ -1,6 +1,6 @@
 """The kinds of executors, one row for each value of the ``executor`` option.
 
-To add a kind, write a module with a `TaskExecutor`, a row here, and tests. No other module compares
+A new kind needs a module with a `TaskExecutor`, a row here, and tests. No other module compares
 kinds by name.
 """
 
@@ -20,7 +20,7 @@ from .base import PoolSettings, TaskExecutor
 @dataclass(frozen=True, slots=True)
 class ExecutorKind:
     name: str
-    location: str  # module and class in this package
+    location: str  # module and class
     default_min_workers: int = 1
     is_bound: bool = False  # only the process that started a task can run it
     runs_inline: bool = False  # `submit` returns when the task has ended
@@ -45,7 +45,7 @@ APP_EXECUTOR = ExecutorKind("the app's own", "inline:FutureTaskExecutor", is_bou
 
 
 def checked(label: str, value: Any) -> str | Executor:
-    """Return ``value`` if it is valid for the option: the name of a kind, or an Executor.
+    """Return ``value`` if it is a kind's name or an Executor.
 
     :raises ConfigurationError: for any other value; the message names the option.
     """
@@ -63,14 +63,14 @@ def checked(label: str, value: Any) -> str | Executor:
 
 
 def kind_of(value: str | Executor) -> ExecutorKind:
-    """Return the kind for a value that :func:`checked` returned."""
+    """Return the kind for a value from :func:`checked`."""
     return KINDS[value] if isinstance(value, str) else APP_EXECUTOR
 
 
 def check_usable(label: str, value: str | Executor) -> None:
     """Check that a kind works on this system.
 
-    :raises ConfigurationError: if it does not; the message names the route.
+    :raises ConfigurationError: if not; the message names the route.
     """
     kind = kind_of(value)
     if kind.platform not in (None, platform.system()):
@@ -80,7 +80,6 @@ def check_usable(label: str, value: str | Executor) -> None:
 
 
 def make_executor(settings: PoolSettings) -> TaskExecutor:
-    """Create an executor of the kind in ``settings.option``."""
     module, _, name = kind_of(settings.option).location.partition(":")
     executor = getattr(import_module(f".{module}", __package__), name)(settings)
     return cast(TaskExecutor, executor)

@@ -53,10 +53,9 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
-    """Create the blueprint of the operations. Its rules depend on the configuration of each app.
+    """Create the blueprint of the operations. Its rules depend on each app's configuration.
 
-    :param decorators: decorators of the app for every operation. The last decorator is
-        outermost.
+    :param decorators: the app's decorators for every operation, the last outermost.
     """
     blueprint = Blueprint(EXTENSION, __name__)
     views = {name: _view(operation, decorators) for name, operation in _OPERATIONS.items()}
@@ -88,8 +87,8 @@ def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
 
 
 def _hosts(app: Flask) -> list[dict[str, str]]:
-    """Return rule options that match every host on which a task can be started, because the
-    Location header contains no host.
+    """Return rule options that match every host of an async route, because the Location header
+    contains no host.
     """
     if app.url_map.host_matching:
         app.url_default_functions.setdefault(EXTENSION, []).append(_add_host)
@@ -121,7 +120,7 @@ def _view(operation: Operation, decorators: Sequence[Decorator]) -> Callable[...
 
 
 def get(runner: Runner, current: Request, task_id: str | None) -> Response:
-    """Return a task in any state. With ``?wait=``, wait for its end or a change."""
+    """Return a task. With ``?wait=``, wait for its end or a change."""
     media_type = negotiate(current.environ.get("HTTP_ACCEPT"), MEDIA_TYPES)
     seconds = params.requested_wait(current, runner.config.max_wait)
     task, _ = _readable(runner, current, task_id)
@@ -137,7 +136,7 @@ def get(runner: Runner, current: Request, task_id: str | None) -> Response:
 
     def failed(error: Exception) -> Response:
         if not isinstance(error, RequestRefused):
-            # The server responds with 500. Log the error here, because Flask has left the request.
+            # The response is 500. Log the error here, because Flask has left the request.
             logger.error("The wait for task %s failed.", task.id, exc_info=error)
             raise error
         return problem_response(error, current.headers.get("Accept"), current.path)
@@ -148,7 +147,7 @@ def get(runner: Runner, current: Request, task_id: str | None) -> Response:
 
 
 def result(runner: Runner, current: Request, task_id: str | None) -> Response:
-    """Return only the result of a task, or a problem that says why there is no result."""
+    """Return only a task's result, or a problem that says why there is no result."""
     media_type = negotiate(current.headers.get("Accept"), MEDIA_TYPES)
     task, _ = _readable(runner, current, task_id)
     if not task.is_completed:
@@ -207,7 +206,6 @@ def query(runner: Runner, current: Request, task_id: str | None) -> Response:
 
 
 def events(runner: Runner, current: Request, task_id: str | None) -> Response:
-    """Stream the events of a task."""
     negotiate(current.headers.get("Accept"), (CONTENT_TYPE,))
     task, caller = _readable(runner, current, task_id)
     if task.sse_group is None:
@@ -220,7 +218,7 @@ def events(runner: Runner, current: Request, task_id: str | None) -> Response:
 
 
 def events_of_group(runner: Runner, current: Request, task_id: str | None) -> Response:
-    """Stream the events of the tasks of a group, or of all groups, that the caller may list."""
+    """Stream the events of a group's tasks, or of all tasks, that the caller may list."""
     negotiate(current.headers.get("Accept"), (CONTENT_TYPE,))
     caller = runner.dispatcher.caller()
     is_admin = caller is not None and caller.is_in(runner.config.admins)
@@ -248,8 +246,8 @@ def _answer(runner: Runner, current: Request, media_type: str, task: AsyncRouteT
 
 
 def _matches_etag(current: Request, etag: str) -> bool:
-    """Return whether If-None-Match contains ``etag``. Requests without the header skip the parser,
-    which makes a get 5 % faster.
+    """Return whether If-None-Match contains ``etag``. Requests without it skip the parser, which
+    makes a get 5 % faster.
     """
     return "HTTP_IF_NONE_MATCH" in current.environ and current.if_none_match.contains_weak(etag)
 
@@ -257,9 +255,9 @@ def _matches_etag(current: Request, etag: str) -> bool:
 def _wait_condition(
     current: Request, task: AsyncRouteTask
 ) -> Callable[[AsyncRouteTask], bool] | None:
-    """Return the condition that a get waits for: the task's end or, if If-None-Match has the
-    current revision, any change. Return None, for no wait, if it has an older revision or the task
-    will not change any more.
+    """Return what a get waits for: the task's end or, if If-None-Match has the current revision,
+    any change. Return None, for no wait, if it has an older revision or the task will not
+    change.
     """
     if "HTTP_IF_NONE_MATCH" not in current.environ:
         return lambda found: found.is_completed
@@ -270,8 +268,8 @@ def _wait_condition(
 
 
 def _has_revision(current: Request, task: AsyncRouteTask) -> bool:
-    """Return whether the client has the current revision. Compressors and proxies may have added a
-    suffix to its ETag or made it weak.
+    """Return whether the client has the current revision. Compressors and proxies may have weakened
+    its ETag or added a suffix.
     """
     tags = current.if_none_match.as_set(include_weak=True)
     return any(tag.partition("-")[0] == str(task.revision) for tag in tags)
@@ -282,7 +280,8 @@ def _readable(
 ) -> tuple[AsyncRouteTask, Caller | None]:
     """Return the requested task, and the caller.
 
-    The caller is identified even if the task does not exist, so that both cases take equally long.
+    The caller is always identified, so that the response time does not reveal whether the task
+    exists.
 
     :raises TaskNotFound: if the task does not exist, or the caller may not read it.
     """
@@ -295,7 +294,7 @@ def _readable(
 
 
 def _readers(runner: Runner, caller: Caller | None) -> Readers | None:
-    """Return the caller's names, by which lists are filtered; None to list all tasks."""
+    """Return the caller's names, which filter lists; None to list all tasks."""
     config = runner.config
     if caller is not None and caller.is_in(config.admins):
         return None

@@ -1,4 +1,4 @@
-"""Parses the parameters of a request to an operation: task id, query, wait and purge."""
+"""Parses the request parameters of an operation: task id, query, wait and purge."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ def arguments(request: Request) -> MultiDict[str, str]:
 
 
 def task_id(request: Request, config: Config, in_path: str | None) -> str:
-    """Return the task id of a request, from the first location in ASYNCROUTE_TASK_ID_IN that has
-    one.
+    """Return the request's task id, from the first location in ASYNCROUTE_TASK_ID_IN that has one.
 
-    :raises InvalidRequest: if no location contains an id, or the query string contains it twice.
+    :raises InvalidRequest: if there is no id, or the query string has it twice.
     :raises TaskNotFound: if the text is not a valid id.
     """
     name = config.task_id_name
@@ -65,7 +64,7 @@ def task_id(request: Request, config: Config, in_path: str | None) -> str:
 
 
 def is_purge(request: Request) -> bool:
-    """Return whether a stop request has ``?purge=true``, which deletes the task.
+    """Return whether a stop request has ``?purge=true``.
 
     :raises InvalidRequest: if the value is not true or false.
     """
@@ -76,13 +75,13 @@ def is_purge(request: Request) -> bool:
 
 
 def query(request: Request) -> Query:
-    """Parse the query of a request in any of the three styles.
+    """Parse a query in any of the three styles.
 
     :raises InvalidQuery: if the query is invalid.
     :raises UnsupportedMediaType: if the body is not JSON in UTF-8.
-    :raises BodyTooLarge: if the body is larger than 1 MiB.
+    :raises BodyTooLarge: if the body exceeds 1 MiB.
     """
-    # Do not decode it yet: an encoded comma must not begin a new condition.
+    # Do not decode yet: an encoded comma must not begin a new condition.
     query_string = request.query_string.decode("latin-1")
     if request.method != "POST":
         return parse_get(query_string)
@@ -122,7 +121,7 @@ def _document(request: Request) -> Any:
 
 
 def refuse_cross_site(request: Request, config: Config) -> None:
-    """Refuse a request that a page of another site sends with this site's cookies (Fetch Metadata).
+    """Refuse a request from another site's page with this site's cookies (Fetch Metadata).
 
     :raises NotPermitted: if the request has a Cookie and ``Sec-Fetch-Site: cross-site``, and its
         Origin is not trusted.
@@ -138,21 +137,20 @@ def refuse_cross_site(request: Request, config: Config) -> None:
 
 
 def next_link(request: Request, cursor: str) -> tuple[str, str]:
-    """Return the Link header with the URL of the next page of a query."""
     parts = request.query_string.decode("latin-1").split("&")
     kept = [part for part in parts if part and unquote_plus(part.partition("=")[0]) != "cursor"]
     target = "&".join([*kept, f"cursor={cursor}"])
-    # Leave all printable ASCII characters unchanged, except <, > and ".
+    # Leave printable ASCII unchanged, except <, > and ".
     safe = quote(target, safe="!#$%&'()*+,/:;=?@[\\]^`{|}", encoding="latin-1")
     return "Link", f'<{quote(request.root_path + request.path)}?{safe}>; rel="next"'
 
 
 def requested_wait(request: Request, longest: float) -> float:
-    """Return the seconds in ``?wait=``, at most ``longest``; 0 without the parameter.
+    """Return the seconds in ``?wait=``, at most ``longest``; 0 without it.
 
     :raises InvalidRequest: if the value is not a number of seconds.
     """
-    # Requests without a query string skip the parser, which makes a get 7 % faster.
+    # Skipping the parser without a query string makes a get 7 % faster.
     values = arguments(request).getlist("wait") if request.environ.get("QUERY_STRING") else []
     if not values:
         return 0.0
@@ -164,9 +162,9 @@ def requested_wait(request: Request, longest: float) -> float:
 
 
 def preferred_wait(request: Request, longest: float) -> float | None:
-    """Return the seconds in ``Prefer: wait=``, at most ``longest``; None without the preference.
+    """Return the seconds in ``Prefer: wait=``, at most ``longest``; None without it.
 
-    Invalid preferences are ignored. Of several, the first one is used (RFC 7240).
+    Invalid preferences are ignored; the first of several counts (RFC 7240).
     """
     if "HTTP_PREFER" not in request.environ:
         return None

@@ -1,4 +1,4 @@
-"""Content negotiation, and all responses except streams: documents, task objects and problems."""
+"""Content negotiation, and all responses except streams."""
 
 from __future__ import annotations
 
@@ -33,31 +33,30 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 NO_STORE = "no-store"
 VARY = "Accept, Authorization, Cookie"
-"""The header ``Vary`` of every response, including streams."""
+"""The ``Vary`` header of every response, including streams."""
 
 _URLS = ("location", "content-location")
 _PLAIN_URL = re.compile(r"[A-Za-z0-9_./?=&-]*")
-"""Matches a URL that needs no escaping."""
 
 _WEIGHT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
-"""Matches the value of ``q``. It is more lenient than RFC 9110, because Java's HTTP client sends
-``*; q=.2`` by default.
+"""The value of ``q``, more lenient than RFC 9110: Java's HTTP client sends ``*; q=.2`` by
+default.
 """
 
 _MAX_CACHED = 400
-"""Maximum length of an Accept header whose result is cached. Browsers send about 130 characters."""
+"""Maximum length of a cached Accept header. Browsers send about 130 characters."""
 
 
 def negotiate(accept: str | None, offered: Sequence[str]) -> str:
     """Return the media type of ``offered`` that the client prefers (RFC 9110, section 12.5.1).
 
-    The most specific range that matches a type sets its quality: the type itself, then an alias,
-    then a wildcard. Of types with equal quality, the one with the more specific match wins, then
-    the first in ``offered``. Parameters other than ``q`` are ignored.
+    The most specific matching range sets a type's quality: the type itself, then an alias, then a
+    wildcard. Of types with equal quality, the more specific match wins, then the first in
+    ``offered``. Parameters other than ``q`` are ignored.
 
-    :param accept: the Accept header; None or empty selects the first offered type.
-    :param offered: media types, keys of :data:`ALIASES`.
-    :raises NotAcceptable: if no offered type matches; the detail lists the offered types.
+    :param accept: the Accept header; None or empty selects the first type.
+    :param offered: keys of :data:`ALIASES`.
+    :raises NotAcceptable: if no type matches; the detail lists the offered types.
     """
     accept = accept or ""
     choose = _chosen if len(accept) <= _MAX_CACHED else _choose
@@ -92,7 +91,7 @@ _chosen = lru_cache(maxsize=256)(_choose)
 
 
 def _rank(media_type: str, qualities: dict[str, float]) -> tuple[float, int]:
-    """Return the quality of a type, and the specificity of the range that determines it."""
+    """Return a type's quality, and the specificity of the range that determines it."""
     if media_type in qualities:
         return qualities[media_type], 4
     named = [qualities[alias] for alias in ALIASES[media_type] if alias in qualities]
@@ -107,18 +106,17 @@ def _rank(media_type: str, qualities: dict[str, float]) -> tuple[float, int]:
 def render(
     document: Any, media_type: str, root: str, status: int, headers: Iterable[tuple[str, str]] = ()
 ) -> Response:
-    """Return a response with a document in ``media_type``, and with headers that prevent caching.
+    """Return a response with a document, and headers that prevent caching.
 
-    :param document: plain JSON values; for JSON, also :class:`msgspec.Raw`. Bytes are encoded JSON.
-        Empty bytes mean no body.
-    :param media_type: a return value of :func:`negotiate`.
+    :param document: plain JSON values; for JSON, also :class:`msgspec.Raw`. Bytes are encoded JSON;
+        empty bytes mean no body.
+    :param media_type: from :func:`negotiate`.
     :param root: the root element for XML.
-    :param headers: additional headers.
     """
     if document == b"":
         body = b""
     elif media_type.endswith("json"):
-        # The newline puts the shell prompt on its own line after curl prints the body.
+        # The newline puts the prompt on its own line after curl prints the body.
         body = (document if isinstance(document, bytes) else encode_json(document)) + b"\n"
     else:
         if isinstance(document, bytes):
@@ -137,8 +135,8 @@ def render(
 
 class _Answer(Response):
     def get_wsgi_headers(self, environ: dict[str, Any]) -> Headers:
-        # Werkzeug copies the headers to complete URLs and the length. Skipping this if they are
-        # complete makes starting a task 11 % faster, and getting one 7 %.
+        # Werkzeug copies headers to complete them. Skipping this for complete headers makes
+        # starting a task 11 % faster, and getting one 7 %.
         has_length = False
         if self.status_code in (200, 202):
             for name, value in self.headers:
@@ -156,7 +154,7 @@ def task_answer(
     status: int = 200,
     headers: Sequence[tuple[str, str]] = (),
 ) -> Response:
-    """Return a response with the task object, and with Retry-After if the task has not ended."""
+    """Return a response with the task object, and Retry-After if the task has not ended."""
     fields = list(headers)
     if not task.state.is_terminal:
         fields.append(("Retry-After", str(pace.rest(task, now_us()))))
@@ -169,26 +167,25 @@ def document_of(task: AsyncRouteTask, media_type: str) -> dict[str, Any]:
 
 
 def etag_of(task: AsyncRouteTask, media_type: str) -> str:
-    """Return the strong ETag of a task's revision in one media type, without quotes."""
+    """Return the strong ETag of a revision in one media type, without quotes."""
     return f"{task.revision}-{media_type.removeprefix('application/')}"
 
 
 PROBLEM_TYPES = ("application/problem+json", "application/problem+xml", "application/yaml")
-"""The media types of problems. IANA has registered none for YAML."""
+"""The media types of problems. None is registered for YAML (IANA)."""
 
 MAX_DETAIL = 2000
 MAX_INSTANCE = 2000
 
 CHALLENGE = 'App realm="sign in as this application asks"'
-"""RFC 9110 requires a challenge in each 401 response. This one names no registered scheme, because
-the app decides how to sign in: ``Basic`` would open a browser dialog, ``Bearer`` would imply
-tokens.
+"""RFC 9110 requires a challenge in each 401 response. The app decides how to sign in, so this one
+names no registered scheme: ``Basic`` would open a browser dialog, ``Bearer`` would imply tokens.
 """
 
 
 def refuse(refusal: RequestRefused, current: Request) -> Response:
-    """Return the response to a refused request. If the app caused it, log the error and send
-    got_request_exception.
+    """Return the response to a refused request. If the app caused the refusal, log the error and
+    send got_request_exception.
     """
     if isinstance(refusal, CannotStart):
         logger.error(
@@ -209,11 +206,10 @@ def refuse(refusal: RequestRefused, current: Request) -> Response:
 def problem_response(refusal: RequestRefused, accept: str | None, instance: str) -> Response:
     """Return a response with an RFC 9457 problem.
 
-    Unprintable characters in the detail are escaped, because they may come from the client.
+    Unprintable characters in the detail are escaped: the client may have sent them.
 
-    :param accept: the Accept header of the request.
-    :param instance: the decoded path of the request; omitted if it is longer than 2,000 characters
-        when encoded.
+    :param accept: the request's Accept header.
+    :param instance: the request's decoded path; omitted if over 2,000 characters when encoded.
     """
     try:
         media_type = negotiate(accept, PROBLEM_TYPES)
@@ -241,9 +237,7 @@ def problem_response(refusal: RequestRefused, accept: str | None, instance: str)
 
 
 def _printable(text: str) -> str:
-    """Truncate a text, and escape its control characters, line breaks and bidirectional
-    controls.
-    """
+    """Truncate a text; escape control characters, line breaks and bidirectional controls."""
     text = clean_text(text, MAX_DETAIL)
     if text.isprintable():
         return text

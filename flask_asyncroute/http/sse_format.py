@@ -27,21 +27,20 @@ HEARTBEAT = b":\n\n"
 
 
 class EventIds:
-    """Encrypts and decrypts ids with a secret key that all processes share."""
+    """Encrypts and decrypts ids with a key that all processes share."""
 
     def __init__(self, key: bytes) -> None:
         self.key = key
 
     def seal(self, change: int, task_id: str) -> str:
-        """Return the id of the event with this change number and task id."""
         content = _CONTENT.pack(change, self._digest(_TASK, task_id.encode(), 8))
         tag = self._digest(_TAG, content, _TAG_SIZE)
         return urlsafe_b64encode(tag + self._masked(content, tag)).decode()
 
     def open(self, event_id: str, task_id: str | None = None) -> int | None:
-        """Return the change number in an id; None if the id is invalid or belongs to another task.
+        """Return an id's change number; None if the id is invalid or belongs to another task.
 
-        :param task_id: the expected task's id; None: any.
+        :param task_id: the expected task; None: any.
         """
         if len(event_id) != _LENGTH or not event_id.isascii():
             return None
@@ -68,7 +67,7 @@ class EventIds:
 
 
 def frame(event: Event, ids: EventIds) -> bytes:
-    """Encode an event with its id. Progress events have no id, because a client may miss them."""
+    """Encode an event. Progress has no id, because clients may miss it."""
     if event.name == PROGRESS:
         wire = event.task.to_wire()
         names = ("Id", "Progress", "ProgressMessage")
@@ -81,22 +80,22 @@ def frame(event: Event, ids: EventIds) -> bytes:
 
 
 def present(task: AsyncRouteTask) -> bytes:
-    """Encode the first event of a stream: the task without its result. It has no id."""
+    """Encode a stream's first event: the task without its result. It has no id."""
     wire = task.to_wire()
     wire.pop("Result", None)
     return _frame(STATE, encode_json(wire))
 
 
 def position(change: int, ids: EventIds) -> bytes:
-    """Encode a block that contains only an id, from which a client can resume.
+    """Encode a block with only an id, from which a client can resume.
 
-    The id contains a random task id. Otherwise, equal ids would show that nothing has changed.
+    The id contains a random task id, because equal ids would show that nothing has changed.
     """
     return b"id: %s\n\n" % ids.seal(change, secrets.token_hex(8)).encode()
 
 
 def retry(milliseconds: int) -> bytes:
-    """Encode the time that a client waits before it reconnects."""
+    """Encode how long a client waits before it reconnects."""
     return b"retry: %d\n\n" % milliseconds
 
 

@@ -30,13 +30,13 @@ logger = logging.getLogger("flask_asyncroute")
 
 HEARTBEAT_SECONDS = 10.0
 LOOK_AGAIN_SECONDS = 30.0
-"""Seconds after which a stream identifies its caller again."""
+"""Interval after which a stream identifies its caller again."""
 LATE_SECONDS = 2 * HEARTBEAT_SECONDS
-"""A client that needs longer than this to receive one piece is disconnected."""
+"""A client that needs longer to receive one piece is disconnected."""
 PAGE = 100
-"""Maximum number of events per read. Each event may have 64 KiB."""
+"""Maximum events per read. Each may have 64 KiB."""
 PIECE = 64 * 1024
-"""Maximum number of bytes per piece."""
+"""Maximum bytes per piece."""
 RETRY_MS = 1000
 """Delay before a client reconnects after the maximum stream age or a shutdown."""
 FULL_RETRY_MS = 3000
@@ -46,13 +46,13 @@ CONTENT_TYPE = "text/event-stream"
 HEADERS = {
     "Cache-Control": NO_STORE,
     "Vary": VARY,
-    "X-Accel-Buffering": "no",  # otherwise nginx delays events until its buffer is full
+    "X-Accel-Buffering": "no",  # nginx would delay events until its buffer is full
 }
 
 
 def hanging_up(environ: Mapping[str, Any]) -> Callable[[], None] | None:
-    """Return a function with which another thread disconnects the client of a request. A thread
-    that is blocked while sending then gets an error at once.
+    """Return a function with which another thread disconnects a request's client. A thread blocked
+    while sending then gets an error at once.
 
     Return None if the server does not expose its sockets. waitress and uWSGI have their own
     timeouts.
@@ -62,10 +62,10 @@ def hanging_up(environ: Mapping[str, Any]) -> Callable[[], None] | None:
 
 
 def _disconnect(connection: Any) -> None:
-    # ValueError: the connection is already closed.
+    # ValueError: the connection is closed.
     with suppress(OSError, ValueError):
-        # Use a second socket object, because the server's object is in use and may belong to gevent
-        # or TLS. Do not duplicate the descriptor: the process may have none free.
+        # Use a second socket object: the server's may belong to gevent or TLS. Do not duplicate the
+        # descriptor: the process may have none free.
         same = socket.socket(fileno=connection.fileno())
         try:
             same.shutdown(socket.SHUT_RDWR)
@@ -95,20 +95,18 @@ class _Page:
 class Stream:
     """The events that one client receives. Not thread-safe.
 
-    A process may have hundreds of streams, so each keeps little data in memory.
+    A process may have hundreds of streams, so each keeps little data.
 
     :param current: the request for the stream.
     :param caller: the caller of that request.
-    :param task_id: the task of the stream; None: all tasks of `group`.
+    :param task_id: the task of the stream; None: all tasks of `group` (None: of all groups).
     """
 
     __slots__ = ("runner", "environ", "caller", "task_id", "ids", "since", "beginning")
     group: str | None = None
-    """The group of the stream; None: all groups."""
     has_ended = False
-    """Whether the stream's task had already ended, so that no new events follow."""
+    """Whether the task had already ended, so that no new events follow."""
     beginning: bytes
-    """The first piece of the stream."""
 
     def __init__(
         self, runner: Runner, current: Request, caller: Caller | None, task_id: str | None
@@ -120,14 +118,11 @@ class Stream:
         self.ids = EventIds(runner.store.secret())
         last_id = current.headers.get("Last-Event-ID")
         since = None if last_id is None else self.ids.open(last_id, task_id)
-        # An event id from a replaced store could be higher than all later ids.
+        # An id from a replaced store could be higher than all later ids.
         self.since = None if since is None or since > runner.store.newest() else since
-        """Change number of the last event that the client has received; None: the client does not
-        resume.
-        """
+        """Change number of the last event that the client received; None: it does not resume."""
 
     def may_read(self, task: AsyncRouteTask) -> bool:
-        """Return whether the caller may receive the events of a task."""
         raise NotImplementedError
 
     def is_known(self, event: _Rendered) -> bool:
@@ -137,8 +132,8 @@ class Stream:
     def pieces(self) -> Iterator[bytes]:
         """Yield the stream, or only its beginning if the process has too many streams.
 
-        The slot is acquired only when the server begins to send. Otherwise, an ``after_request``
-        function that fails or replaces the response would leak it.
+        The slot (capacity for one held request) is acquired only when the server begins to send: an
+        ``after_request`` function that fails or replaces the response would otherwise leak it.
         """
         if self.has_ended:
             yield from self._guarded()
@@ -164,18 +159,17 @@ class Stream:
                             follower.must_be_sent_by = time.monotonic() + LATE_SECONDS
                             yield data[start : start + PIECE]
                             follower.must_be_sent_by = None
-                        del data  # free the memory, because the next event may come much later
+                        del data  # free the memory: the next event may come much later
                 except AsyncRouteError as error:
-                    # Catch the error inside `telling`, so that a client that stops reading is
-                    # disconnected.
+                    # Catch this inside `telling`, which disconnects a client that stops reading.
                     follower.must_be_sent_by = time.monotonic() + LATE_SECONDS
                     yield _ended_early(error)
         except AsyncRouteError as error:
             yield _ended_early(error)
 
     def _follow(self, follower: Follower) -> Iterator[bytes]:
-        """Yield past events, then new events, until the task ends, the stream reaches its maximum
-        age or the server shuts down.
+        """Yield past events, then new ones, until the task ends, the stream reaches its maximum age
+        or the server shuts down.
         """
         now = time.monotonic()
         ends_at = now + longest(self.environ, self.runner.config.stream_age)
@@ -208,8 +202,8 @@ class Stream:
                     with context.again(self.runner.app, plain_environ(self.environ)):
                         self.caller = self.runner.dispatcher.caller()
                 except Exception as error:
-                    # The identity loader refuses the caller or fails. The client gets its response
-                    # when it reconnects.
+                    # The identity loader refuses the caller or fails. The client sees why when it
+                    # reconnects.
                     yield _ended_early(error)
                     return
                 if self.task_id is not None:
@@ -231,7 +225,7 @@ class Stream:
 
         read = partial(_read_page, self.runner.store, self.ids, self.task_id, self.group)
         if self.has_ended:
-            return read(since)  # a shared result may lack the task's end, the last event
+            return read(since)  # a shared result may lack the last event, the task's end
         reads, feed = self.runner.notifier.shared_reads, (self.task_id, self.group)
         page = reads.page(feed, since, read)
         if len(page.events) == PAGE:
@@ -239,7 +233,6 @@ class Stream:
         return page
 
     def _task(self, task_id: str) -> AsyncRouteTask | None:
-        """Return the current record of a task. Streams share the result."""
         reads = self.runner.notifier.shared_reads
         return reads.get(task_id, lambda: self.runner.store.get(task_id))
 
@@ -251,7 +244,7 @@ class Stream:
                 continue
             data = event.frame
             if event.is_end and event.task.sse_result:
-                # Results may be large, so read each result only when it is sent.
+                # Results may be large, so read each only when it is sent.
                 whole = self.runner.store.get(event.task.id)
                 if whole is None or whole.completed_change != event.change:
                     continue  # the task was deleted, or the store was replaced
@@ -268,7 +261,7 @@ def _read_page(
     store: TaskStore, ids: EventIds, task_id: str | None, group: str | None, since: int
 ) -> _Page:
     found = store.events(since, PAGE, task_id, group)
-    # Events may be large, so free each event after encoding it.
+    # Events may be large, so free each after encoding it.
     events = deque(found.events)
     change = found.change
     del found
@@ -279,9 +272,7 @@ def _read_page(
 
 
 class TaskStream(Stream):
-    """The stream of one task. Unless the client resumes, it begins with the task's current
-    record.
-    """
+    """The stream of one task. Unless the client resumes, it begins with the task's record."""
 
     __slots__ = ("known", "has_ended")
 
@@ -305,8 +296,8 @@ class TaskStream(Stream):
 class GroupStream(Stream):
     """The stream of the tasks of one group, or of all groups, that the caller may list.
 
-    It begins with an id from which the client can resume. So a client that is disconnected or
-    turned away before the first event misses no event.
+    It begins with an id, so a client that is disconnected or refused before the first event misses
+    none.
     """
 
     __slots__ = ("group",)

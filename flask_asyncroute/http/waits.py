@@ -1,4 +1,4 @@
-"""Responses that wait for a task, and the maximum time for which the server can hold a request."""
+"""Responses that wait for a task, and the maximum time of a wait."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from ..workers.runner import Runner
 
 IDENTITY = "identity"
 BLOCKING_SECONDS = 5.0
-"""Maximum seconds to hold a request if the server can handle no other requests meanwhile."""
+"""Maximum seconds to hold a request if it blocks all others."""
 
 
 def longest(environ: Mapping[str, Any], seconds: float) -> float:
-    """Return ``seconds``, or less if the server can handle no other requests while it holds one."""
+    """Return ``seconds``, or less if a held request blocks all others."""
     if not _blocks_others(environ):
         return seconds
-    # gunicorn kills a sync worker, and so its tasks, if a request takes longer than gunicorn's
-    # timeout.
+    # gunicorn kills a sync worker and its tasks if a request exceeds gunicorn's timeout.
     return min(seconds, BLOCKING_SECONDS, shutdown.restart_gunicorn_timeout() * 2 / 3)
 
 
@@ -40,8 +39,8 @@ def _blocks_others(environ: Mapping[str, Any]) -> bool:
 
 
 def is_asgiref(environ: Mapping[str, Any]) -> bool:
-    """Return whether a request came through asgiref's WsgiToAsgi. It reports several threads, but
-    runs all requests of a process on one thread.
+    """Return whether a request came through asgiref's WsgiToAsgi, which reports several threads,
+    but runs all requests of a process on one.
     """
     # The environ does not name asgiref, but only asgiref passes a SpooledTemporaryFile as the body.
     body = environ.get("wsgi.input")
@@ -57,25 +56,25 @@ def held(
     answer: Callable[[AsyncRouteTask | None, bool], Response],
     failed: Callable[[Exception], Response],
 ) -> Response:
-    """Return a response that is sent when a task satisfies ``is_enough``, or after ``seconds``. If
-    the process has too many streams and waits, it is sent at once.
+    """Return a response that is sent when a task satisfies ``is_enough``, or after ``seconds``; at
+    once if the process has too many streams and waits.
 
     The wait begins after Flask has torn down the request context (except on Granian), so that it
-    holds no resources of the request. The final status and headers are known only after the wait.
+    holds no resources of the request. Only then are the final status and headers known.
 
-    :param announced: a response whose status and headers ``after_request`` functions see before the
+    :param announced: its status and headers are shown to ``after_request`` functions before the
         wait.
     :param answer: called with the task (None: it was deleted), and with False if the process has
-        too many streams and waits, otherwise True. It may be called outside the request context.
-    :param failed: called with an exception that the wait raised.
+        too many streams and waits, otherwise True. The call may be outside the request context.
+    :param failed: called with an exception raised by the wait.
     """
     if seconds <= 0 or is_enough(task):
         return answer(task, True)
     slots = runner.stream_slots
     if not slots.acquire(blocking=False):
         return answer(task, False)
-    # Release the slot until the server begins to send. Otherwise, an ``after_request`` function
-    # that fails or replaces the response would leak it.
+    # Release the slot (capacity for one held request) until the server begins to send: an
+    # ``after_request`` function that fails or replaces the response would otherwise leak it.
     slots.release()
 
     def wait() -> Response:
@@ -93,8 +92,8 @@ def held(
         status=announced.status, headers=Headers(announced.headers)
     )
     del response.headers["Content-Length"]
-    # Makes compressors skip the response. Otherwise, Flask-Compress would keep the request context
-    # alive during the wait.
+    # Makes compressors skip the response: Flask-Compress would keep the request context alive
+    # during the wait.
     response.headers["Content-Encoding"] = IDENTITY
     response.announced = announced
     response.final = []
@@ -110,8 +109,7 @@ def _body(wait: Callable[[], Response], final: list[Response]) -> Iterator[bytes
 class _Held(Response):
     """A response whose body waits. Its headers are sent with the first piece of the body.
 
-    A function of the app may wrap the body, as compressors do. A function that reads the body waits
-    too.
+    The app may wrap the body, as compressors do. Code that reads the body waits too.
     """
 
     announced: Response
@@ -149,13 +147,13 @@ class _Held(Response):
         yield from pieces
 
     def _complete(self, final: Response) -> None:
-        """Set the final status and headers, except those that functions of the app have set."""
+        """Set the final status and headers, except those that the app has set."""
         if self.status == self.announced.status:
             self.status = final.status
         if final.mimetype != self.announced.mimetype:  # the final document is a problem
             self.headers["Content-Type"] = final.headers["Content-Type"]
         if self.response is not self.body:
-            # The app has wrapped or replaced the body, so a strong ETag would be wrong.
+            # The app has changed the body, so a strong ETag would be wrong.
             del final.headers["Content-Length"]
             etag, _ = final.get_etag()
             if etag is not None:
@@ -167,8 +165,8 @@ class _Held(Response):
 
 @lru_cache
 def _held_class(base: type[Response]) -> Any:
-    """Return a class for held responses that is a subclass of the app's response class.
+    """Return a subclass of the app's response class for held responses.
 
-    Flask would convert a response of any other class to the app's class, which does not wait.
+    Flask would convert other classes to the app's, which does not wait.
     """
     return type("HeldResponse", (_Held, base), {})

@@ -1,4 +1,4 @@
-"""The cursor: the position where a page ended, signed for one query and one caller."""
+"""The cursor: the end of a page, signed for one query and one caller."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .model import Position, Query
 
 MAX_CURSOR = 512
 
-_SALT = "flask-asyncroute cursor 2 "  # the version: increase it if the content changes
+_SALT = "flask-asyncroute cursor 2 "  # version: increase it if the content changes
 
 
 def seal_cursor(position: Position, query: Query, caller_id: str | None, key: bytes) -> str:
     """Return the cursor for the page after ``position``. It is signed, not encrypted.
 
     :param query: its conditions and sort are signed; its limit and cursor are not.
-    :param key: a secret shared by all processes that may receive the cursor.
+    :param key: a secret shared by all processes.
     """
     content = msgspec.json.encode((position.value, position.created_us, position.id))
     return _signer(query, caller_id, key).sign(base64_encode(content)).decode()
 
 
 def open_cursor(cursor: str, query: Query, caller_id: str | None, key: bytes) -> Position:
-    """Return the position in a cursor.
+    """Return a cursor's position.
 
     :raises InvalidQuery: if the cursor was altered, or was signed for another query, caller or
         key.
@@ -36,7 +36,7 @@ def open_cursor(cursor: str, query: Query, caller_id: str | None, key: bytes) ->
     if not cursor.isascii():
         raise invalid_cursor()
     content = cursor.rpartition(".")[0]
-    # Signer.unsign() would ignore characters of the signature that are not base64.
+    # Signer.unsign() would ignore characters that are not base64.
     expected = _signer(query, caller_id, key).sign(content).decode()
     if not hmac.compare_digest(expected, cursor):
         raise invalid_cursor()
@@ -44,9 +44,7 @@ def open_cursor(cursor: str, query: Query, caller_id: str | None, key: bytes) ->
 
 
 def invalid_cursor() -> InvalidQuery:
-    """Return the error for an invalid cursor. It does not name the cause, which would help a
-    forger.
-    """
+    """Return the error for an invalid cursor, without the cause, which would help a forger."""
     return InvalidQuery(
         "The cursor was altered, or belongs to another query, sort or caller. Follow the Link of "
         "the previous page unchanged, or start again without a cursor."

@@ -1,4 +1,4 @@
-"""Applies conditions and sort orders to records in memory, and creates LIKE patterns for SQL."""
+"""Applies conditions and sort orders in memory, and creates LIKE patterns for SQL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ESCAPE = "!"
 
 
 def sql_like(text: str) -> str:
-    """Return the pattern for SQL's LIKE, in lower case, with the escape character :data:`ESCAPE`.
+    """Return the lower-case pattern for SQL's LIKE, with the escape character :data:`ESCAPE`.
 
     Only A–Z become lower case. Apply ``lower()`` to the column too; in PostgreSQL, with ``COLLATE
     "C"``.
@@ -25,10 +25,9 @@ def sql_like(text: str) -> str:
 
 
 def is_like(text: str, pattern: str) -> bool:
-    """Return whether the text contains a match of the pattern."""
     folded, start = text.translate(ASCII_LOWER), 0
     for finder in _finders(pattern):
-        # The first match is always right, because it leaves the most text for the next part.
+        # The first match leaves the most text for the next part, so it is always right.
         found = finder.search(folded, start)
         if found is None:
             return False
@@ -40,7 +39,7 @@ def is_like(text: str, pattern: str) -> bool:
 def _finders(pattern: str) -> list[re.Pattern[str]]:
     """Return a regular expression for each part of the pattern between ``*``.
 
-    They have no quantifiers, so a search does not backtrack.
+    Without quantifiers, a search does not backtrack.
     """
     parts = filter(None, pattern.translate(ASCII_LOWER).split("*"))
     return [re.compile(".".join(map(re.escape, part.split("?"))), re.DOTALL) for part in parts]
@@ -54,31 +53,25 @@ _COMPARE: dict[Operator, Callable[[Any, Any], bool]] = {
 
 
 def matches(task: AsyncRouteTask, conditions: Iterable[Condition]) -> bool:
-    """Return whether all conditions are true for the task."""
     return all(holds(one, getattr(task, one.field.attribute)) for one in conditions)
 
 
 def holds(condition: Condition, value: Any) -> bool:
-    """Return whether the condition is true for a field with this value; False if the value is
-    None.
-    """
+    """Return whether the condition is true for a value; False if it is None."""
     return value is not None and _COMPARE[condition.operator](value, condition.value)
 
 
 def ordered(tasks: Iterable[AsyncRouteTask], sort: Sort) -> list[AsyncRouteTask]:
-    """Return the tasks in the order of the sort."""
     return sorted(
         tasks, key=lambda task: _sort_key(position_of(task, sort), sort), reverse=sort.descending
     )
 
 
 def position_of(task: AsyncRouteTask, sort: Sort) -> Position:
-    """Return the position of the task in the order of the sort."""
     return Position(getattr(task, sort.field.attribute), task.created_us, task.id)
 
 
 def is_after(task: AsyncRouteTask, sort: Sort, position: Position) -> bool:
-    """Return whether the task comes after the position in the order of the sort."""
     key, last = _sort_key(position_of(task, sort), sort), _sort_key(position, sort)
     return key < last if sort.descending else key > last
 

@@ -13,11 +13,11 @@ MAX_SHOWN = 80
 
 ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 ASCII_UPPER = {lower: upper for upper, lower in ASCII_LOWER.items()}
-"""Tables that convert only A–Z. str.upper() also changes other letters, such as a dotless i."""
+"""Tables that convert only A–Z. str.upper() also changes others, such as a dotless i."""
 
 
 class Operator(StrEnum):
-    """The comparison operators of conditions. The values are their names in requests."""
+    """The comparison operators of conditions, by their names in requests."""
 
     EQ = "EQ"
     NE = "NE"
@@ -38,7 +38,7 @@ EQUALITY = (Operator.EQ, Operator.NE)
 class Field:
     """A field of tasks that conditions can compare.
 
-    :param name: the field's name in requests.
+    :param name: its name in requests.
     :param kind: the type of its values. A "state" is one of the five states, ordered by name.
     :param attribute: the attribute of :class:`~flask_asyncroute.task.AsyncRouteTask` with its
         value.
@@ -53,7 +53,6 @@ class Field:
     upper: bool = False
 
     def error(self, problem: str) -> InvalidQuery:
-        """Return the error for a condition on this field."""
         return InvalidQuery(f"{self.name}: {problem}.")
 
 
@@ -80,7 +79,6 @@ FIELDS: dict[str, Field] = {
         Field("Progress", "number", "progress", ORDER),
     )
 }
-"""The fields, by their names in requests."""
 
 SORTABLE = (CREATION_TIME, STARTING_TIME, COMPLETED_TIME)
 
@@ -88,9 +86,7 @@ _FIELDS = {name.translate(ASCII_LOWER): field for name, field in FIELDS.items()}
 
 
 def find_field(name: str, hint: str = "") -> Field:
-    """Return the field with this name, in any letter case. ``hint`` is added to the error
-    message.
-    """
+    """Return the field with this name, in any letter case. Error messages end with ``hint``."""
     field = _FIELDS.get(name.translate(ASCII_LOWER))
     if field is None:
         known = ", ".join(FIELDS)
@@ -99,8 +95,8 @@ def find_field(name: str, hint: str = "") -> Field:
 
 
 def find_operator(name: str, field: Field) -> Operator:
-    """Return the operator with this name, in any letter case; refuse it if ``field`` does not
-    support it.
+    """Return the operator with this name, in any letter case; refuse it unless ``field`` supports
+    it.
     """
     operator = Operator.__members__.get(name.translate(ASCII_UPPER))
     if operator not in field.operators:
@@ -111,9 +107,7 @@ def find_operator(name: str, field: Field) -> Operator:
 
 
 def shown(text: str) -> str:
-    """Quote ``text`` for an error message in printable ASCII; truncate it to about 80
-    characters.
-    """
+    """Quote ``text`` in printable ASCII for an error message, truncated to about 80 characters."""
     quoted = ascii(text[:MAX_SHOWN])
     if len(text) <= MAX_SHOWN and len(quoted) <= MAX_SHOWN:
         return quoted
@@ -122,11 +116,11 @@ def shown(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A comparison. With any operator, it is false for a task that has no value in the field.
+    """A comparison; false for a task without a value in the field.
 
-    :param value: a value of the field's kind: a time in microseconds since the epoch (UTC), a
-        number as a float, a state by its name, a method in upper case. With LIKE and NOTLIKE, it is
-        the text as it was sent.
+    :param value: of the field's kind: a time in microseconds since the epoch (UTC), a number as a
+        float, a state by its name, a method in upper case; for LIKE and NOTLIKE, the text as
+        sent.
     """
 
     field: Field
@@ -136,7 +130,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Sort:
-    """Sorts a list by one of the time fields. Tasks without that time come last in both directions.
+    """Sorts a list by a time field. Tasks without that time come last in both directions.
 
     Tasks with the same time are sorted by creation time, then by id (by code point), in the same
     direction.
@@ -148,7 +142,7 @@ class Sort:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The position of a task in a list. ``value`` is the time by which the list is sorted."""
+    """A task's position in a list. ``value`` is the time of the sort."""
 
     value: int | None
     created_us: int
@@ -160,10 +154,10 @@ NEWEST_FIRST = Sort(CREATION_TIME, descending=True)
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A list request: the conditions that tasks must meet, their order, and their maximum number.
+    """A list request: conditions, order and maximum number of tasks.
 
     :param limit: 1 to 500.
-    :param cursor: the cursor, not verified yet; never empty.
+    :param cursor: not verified yet; never empty.
     """
 
     conditions: tuple[Condition, ...] = ()

@@ -42,8 +42,7 @@ _SORTS = {
 def parse_get(query_string: str) -> Query:
     """Parse a query string: deepObject or Simple conditions, ``limit``, ``sort`` and ``cursor``.
 
-    :param query_string: the string as in WSGI: not decoded, with one character for each byte (PEP
-        3333).
+    :param query_string: as in WSGI: not decoded, one character for each byte (PEP 3333).
     :raises InvalidQuery: if a part is unknown, malformed, repeated or over a limit.
     """
     paging, others = _parameters(query_string)
@@ -60,8 +59,8 @@ def parse_get(query_string: str) -> Query:
 def parse_post(query_string: str, document: Any) -> Query:
     """Parse a JSON query, and ``limit``, ``sort`` and ``cursor`` in the query string.
 
-    :param query_string: like that of :func:`parse_get`, but without conditions.
-    :param document: the decoded body. The decoder must have refused duplicate names.
+    :param query_string: as for :func:`parse_get`, without conditions.
+    :param document: the decoded body, without duplicate names.
     """
     paging, others = _parameters(query_string)
     for name in others:
@@ -173,7 +172,7 @@ def _split_at_commas(first: str, raw: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _parameters(query_string: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the decoded paging parameters, and all other parameters with raw values."""
+    """Return the decoded paging parameters, and all others with raw values."""
     if len(query_string) > MAX_QUERY_STRING:
         raise InvalidQuery(f"The query string has over {MAX_QUERY_STRING} characters; shorten it.")
     paging: dict[str, str] = {}

@@ -14,7 +14,7 @@ from .model import ASCII_LOWER, ASCII_UPPER, Condition, Field, Operator, shown
 MAX_VALUE = 256
 MAX_WILDCARDS = 8
 
-# Use [0-9], because \d matches the digits of every script.
+# \d would match the digits of every script.
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _TIME = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt ]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]+))?"
@@ -72,18 +72,17 @@ def condition_from_value(field: Field, operator: Operator, value: Any) -> Condit
 def microseconds(text: str) -> int:
     """Convert an RFC 3339 time to microseconds since the epoch; drop smaller fractions.
 
-    A time without an offset is read as UTC. A space before the offset is read as ``+``, because URL
-    decoding turns a plus sign into a space. Leap seconds (``:60``) are refused.
+    A time without an offset is UTC. A space before the offset is read as ``+``, because URL
+    decoding turns ``+`` into a space. Leap seconds (``:60``) are refused.
 
-    :raises ValueError: if the text is not a valid time.
+    :raises ValueError: if the time is invalid.
     """
     found = _TIME.fullmatch(text)
     if found is None:
         raise ValueError(text)
     *numbers, fraction, sign, hours, minutes = found.groups()
     second = datetime(*map(int, numbers), tzinfo=UTC)  # type: ignore[arg-type, misc]
-    # Add the offset to the integer, because adding it to a datetime could exceed the range of
-    # years.
+    # Add the offset to the integer: adding it to a datetime could exceed the range of years.
     result = (second - EPOCH) // timedelta(microseconds=1) + int((fraction or "")[:6].ljust(6, "0"))
     if sign is None:
         return result
@@ -92,7 +91,6 @@ def microseconds(text: str) -> int:
 
 
 def _from_text(field: Field, operator: Operator, text: str) -> str | int:
-    """Return the value of a string, state or time field."""
     _check_text(field, text)
     if field.kind == "time":
         try:

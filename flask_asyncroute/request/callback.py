@@ -1,4 +1,4 @@
-"""Resolve the `Callback` of a route for one request, and check it without DNS."""
+"""Resolve a route's `Callback` for one request, and check it without DNS."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 def resolve(
     callback: Callback, intake: Intake, name: str, allowed: AllowedHosts
 ) -> Delivery | None:
-    """Return the delivery to send when the task ends; None if the request has no callback URL.
+    """Return the delivery (a resolved callback); None if the request has no callback URL.
 
     :param name: the default ``EventName``.
     :raises CallbackRefused: for an invalid value, a URL host that is not public, an expression that
@@ -126,7 +126,7 @@ class _Source:
         if found is None:
             return None
         try:
-            # WSGI decodes each byte to one character, but most clients send UTF-8. So try UTF-8
+            # WSGI decodes each byte to one character, but most clients send UTF-8, so try UTF-8
             # first.
             return str(found).encode("latin-1").decode()
         except UnicodeError:
@@ -180,9 +180,7 @@ class _Source:
 def _term(
     what: str, text: str, source: _Source, check: Convert = str, embedded: Convert = str
 ) -> str | None:
-    """Return a resolved and checked value of the callback; None if the request has no value for an
-    expression.
-    """
+    """Return a resolved and checked value; None if the request lacks the value of an expression."""
     try:
         found = expressions.parse(text).resolve(source, embedded)
         return None if found is None else check(found)
@@ -193,7 +191,6 @@ def _term(
 
 
 def _in_url(value: str) -> str:
-    """Percent-encode a value for use inside a URL."""
     if value in ("", ".", ".."):
         raise ValueError(f"{value!r} cannot be a part of a URL")
     try:
@@ -203,7 +200,6 @@ def _in_url(value: str) -> str:
 
 
 def _depth_of(current: Request) -> int:
-    """Return the number of callbacks that led to this request."""
     text = current.headers.get(DEPTH_HEADER, "0")
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise CallbackRefused(f"{DEPTH_HEADER} must be an integer, not {text[:40]!r}.")

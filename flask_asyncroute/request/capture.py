@@ -1,4 +1,4 @@
-"""Capture the current request as a `Snapshot`: environ, body, session and arguments of the view."""
+"""Capture the current request as a `Snapshot`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _tagged = TaggedJSONSerializer()
 
 
 def note_request(current: Request) -> None:
-    """Save the URL variables before hooks of the app can change them.
+    """Save the URL variables before the app's hooks can change them.
 
     Also remove ``wsgi.input_terminated``, with which Werkzeug would accept a body shorter than its
     Content-Length.
@@ -59,8 +59,8 @@ def guard(current: Request, max_body: int) -> None:
 
 
 def _refuse_undelivered(current: Request) -> None:
-    """Raise LengthRequired for a chunked body if the server does not support it. Werkzeug would
-    read an empty body, because PEP 3333 has no chunked requests.
+    """Raise LengthRequired for a chunked body that the server does not support. Werkzeug would read
+    an empty body, because PEP 3333 has no chunked requests.
     """
     environ = current.environ
     coding = environ.get("HTTP_TRANSFER_ENCODING", "").lower()
@@ -72,14 +72,12 @@ def _refuse_undelivered(current: Request) -> None:
 
 
 def restore_body(current: Request, captured: Snapshot, body: Body | None) -> None:
-    """Rewind a captured body, so that functions of the app can read it again."""
+    """Rewind a captured body, so that the app can read it again."""
     current.__dict__["stream"] = io.BytesIO(captured.body or b"") if body is None else body.open()
 
 
 def plain_environ(environ: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the strings, integers and booleans of an environ, except those that describe the
-    body.
-    """
+    """Return an environ's strings, integers and booleans, except those that describe the body."""
     return {
         key: value for key, value in environ.items() if type(value) in _KEPT and key not in _DROPPED
     }
@@ -90,8 +88,8 @@ def capture(
 ) -> tuple[Snapshot, Body | None]:
     """Capture the current request; return a large body as the second value.
 
-    :param arguments: the view's arguments. The URL is matched again later, so only the names of URL
-        variables are stored. The others must be JSON.
+    :param arguments: the view's arguments. Of URL variables, only the names are stored, because the
+        URL is matched again later. The others must be JSON.
     :param drop: lower-case names of headers and cookies that must not be stored.
     :raises RequestRefused: if the body, the session or an argument cannot be stored.
     """
@@ -103,8 +101,8 @@ def capture(
     if current.content_length or "HTTP_TRANSFER_ENCODING" in current.environ:
         body = _capture_body(current, environ, max_body)
     try:
-        # A url_value_preprocessor may have replaced URL variables. Store the new values, because
-        # matching the URL again would give the old ones.
+        # Store URL variables that a url_value_preprocessor has replaced: the URL has the old
+        # values.
         variables = current.environ.get(_VARIABLES, current.view_args) or {}
         names, injected = [], {}
         for name, value in arguments.items():
@@ -174,9 +172,7 @@ def _is_used_up(stream: Any, announced: int | None) -> bool:
 
 
 def body_refusal(current: Request, error: HTTPException) -> RequestRefused | HTTPException:
-    """Convert a Werkzeug error about the body to a RequestRefused; return other errors
-    unchanged.
-    """
+    """Convert a Werkzeug error about the body to a RequestRefused; return others unchanged."""
     if isinstance(error, RequestEntityTooLarge):
         limit = f"{current.max_content_length} bytes, MAX_CONTENT_LENGTH"
         if current.max_content_length is None:

@@ -1,4 +1,4 @@
-"""The only module that pushes Flask's contexts: app contexts, and contexts of rebuilt requests."""
+"""The only module that pushes Flask's app contexts and request contexts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = logging.getLogger("flask_asyncroute")
 
 _tagged = TaggedJSONSerializer()
 _warned: weakref.WeakKeyDictionary[Flask, set[tuple[str | None, str]]] = weakref.WeakKeyDictionary()
-"""The endpoint and subject of each warning that was already logged, by app."""
+"""The endpoint and subject of each warning already logged, by app."""
 MOST_WARNINGS = 1000
 
 
 @contextmanager
 def in_app(app: Flask) -> Iterator[None]:
-    """Push an app context of ``app`` unless it is the current app."""
+    """Push an app context of ``app`` unless it is current."""
     if has_app_context() and current_app._get_current_object() is app:  # type: ignore[attr-defined]
         yield
         return
@@ -38,7 +38,7 @@ def in_app(app: Flask) -> Iterator[None]:
 
 @contextmanager
 def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
-    """Push the context of a request again, without its body, to identify the caller."""
+    """Push a request's context again, without its body, to identify the caller."""
     with app.request_context({**environ, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr}):
         yield
 
@@ -47,7 +47,7 @@ def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
 def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[str, Any]]:
     """Push the request context of ``snapshot``; yield the arguments of the view.
 
-    Teardown functions run at the end. `before_request` and `after_request` functions do not run.
+    Teardown functions run at the end; `before_request` and `after_request` functions do not run.
 
     :raises HTTPException: if the app no longer has the URL.
     """
@@ -59,7 +59,7 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
     }
     if body is not None:
         environ["CONTENT_LENGTH"] = str(body.size)
-    # Do not use the app's session interface, which could open the user's live session.
+    # The app's session interface could open the user's live session.
     session = SecureCookieSession(_load_session(snapshot.session))
     context = _with_session(app, environ, session)
     context.push()
@@ -76,8 +76,7 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
     finally:
         try:
             _warn_of_writes(session, _load_session(snapshot.session))
-            # The attribute is private, but Flask has no other way to detect functions of
-            # after_this_request().
+            # Flask has no public way to detect functions of after_this_request().
             if getattr(context, "_after_request_functions", None):
                 _warn_once(
                     "after_this_request",
@@ -90,7 +89,7 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
 
 
 def _with_session(app: Flask, environ: dict[str, Any], session: SecureCookieSession) -> Any:
-    """Return a request context with ``session``, so that Flask does not open another session."""
+    """Return a request context with ``session``, so that Flask does not open another."""
     context = app.request_context(environ)
     build: Any = type(context)
     # Flask 3.2 merged RequestContext into AppContext, which takes no environ.
@@ -119,7 +118,6 @@ def _warn_of_writes(session: Mapping[Any, Any], saved: Mapping[Any, Any]) -> Non
 
 
 def _warn_once(subject: str, message: str, *arguments: Any) -> None:
-    """Log a warning once per route, subject and process."""
     app = cast(Flask, current_app._get_current_object())  # type: ignore[attr-defined]
     warned = _warned.setdefault(app, set())
     if (request.endpoint, subject) not in warned and len(warned) < MOST_WARNINGS:
@@ -128,14 +126,12 @@ def _warn_once(subject: str, message: str, *arguments: Any) -> None:
 
 
 def _text(values: Mapping[Any, Any], name: Any) -> str | None:
-    """Return the stored form of a value, for comparison. Comparing the values themselves may fail,
-    for example for arrays.
-    """
+    """Return a value's stored form, for comparison. Comparing values such as arrays may fail."""
     if name not in values:
         return None
     try:
         return _tagged.dumps(values[name])
-    except Exception:  # dumps() calls methods of the value, which may raise anything
+    except Exception:  # dumps() calls methods of the value
         return f"a {type(values[name])} that cannot be stored"
 
 
@@ -160,7 +156,7 @@ def _pop(context: Any, ended: BaseException | None) -> None:
     try:
         context.pop(ended)
     except (Exception, SystemExit, BaseExceptionGroup):
-        # A teardown function of the app raised an exception, in Flask 3.2 as a group. The task's
+        # The app's teardown function raised an exception, in Flask 3.2 as a group. The task's
         # outcome is already determined.
         task_id = current_task.id
         logger.exception(

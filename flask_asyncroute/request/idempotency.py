@@ -1,5 +1,5 @@
-"""Computes the hash of an ``Idempotency-Key`` to store, and the request's fingerprint, which shows
-whether the key is reused for another request.
+"""The hash of an ``Idempotency-Key``, and the request's fingerprint, which shows whether the key is
+reused for another request.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from flask import Request
 from ..errors import InvalidRequest
 from ..permissions import Caller
 
-HEADER = "HTTP_IDEMPOTENCY_KEY"  # The name in the WSGI environ.
+HEADER = "HTTP_IDEMPOTENCY_KEY"  # in the WSGI environ
 
-# A key is a structured-field string (RFC 9651) without spaces, or the same without quotes. An
-# unquoted comma is refused, because servers join repeated headers with it.
+# A structured-field string (RFC 9651) without spaces, or the same without quotes. Servers join
+# repeated headers with a comma, so an unquoted comma is refused.
 _QUOTED = re.compile(r'"(?:[\x21\x23-\x5b\x5d-\x7e]|\\["\\])+"')
 _BARE = re.compile(r"[\x21\x23-\x2b\x2d-\x7e][\x21-\x2b\x2d-\x7e]*")
 _ESCAPED = re.compile(r'\\(["\\])')
@@ -26,10 +26,10 @@ _MAX_LENGTH = 255
 
 
 def key_name(current: Request, caller: Caller | None, secret: bytes) -> str:
-    """Return the hash under which the idempotency key of a request is stored.
+    """Return the hash under which a request's idempotency key is stored.
 
-    Unknown callers are distinguished by their credentials. Without the namespace's ``secret``,
-    readers of the store cannot guess keys or credentials.
+    Unknown callers are distinguished by their credentials. The namespace's ``secret`` prevents
+    readers of the store from guessing keys or credentials.
 
     :raises InvalidRequest: if the key is malformed or sent twice, or if an unknown caller has no
         credentials.
@@ -79,7 +79,7 @@ def _digest(secret: bytes, parts: list[str]) -> hmac.HMAC:
 
 
 def _without(pieces: Iterable[bytes], boundary: bytes) -> Iterable[bytes]:
-    """Remove the boundary, which may span two pieces, from the pieces."""
+    """Remove the boundary, which may span two pieces."""
     rest = b""
     for piece in pieces:
         rest = (rest + piece).replace(boundary, b"")

@@ -1,4 +1,4 @@
-"""Identifies the caller of the current request with the app's identity loader or Flask-Login."""
+"""Identifies callers with the app's identity loader or Flask-Login."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ IdentityLoader: TypeAlias = Callable[[], Any]
 def identify(
     app: Flask, loader: IdentityLoader | None, id_field: str, is_start: bool = False
 ) -> Caller | None:
-    """Return the caller of the current request; without a loader, return Flask-Login's user.
+    """Return the caller of the current request; without a loader, Flask-Login's user.
 
     :param is_start: whether the request starts a task. Otherwise, an invalid id returns None.
-    :raises CannotStart: if the identity's groups, roles, scopes or, at a start, its id are
-        invalid.
+    :raises CannotStart: if the identity's groups, roles, scopes or, at a start, id are invalid.
     """
     if loader is not None:
         identity = loader()
@@ -77,7 +76,7 @@ def _names(identity: Any, kind: str) -> frozenset[str]:
 
 
 def _name(value: Any) -> str:
-    """Return the name of a group, role or scope; for a model object, its ``name`` attribute."""
+    """Return the name of a group, role or scope; for a model object, its ``name``."""
     writes_text: Any = type(value).__str__
     if not isinstance(value, Enum) and writes_text is object.__str__:
         name = getattr(value, "name", None)

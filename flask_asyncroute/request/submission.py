@@ -1,4 +1,4 @@
-"""The data of a new task before it is stored: request, caller, permission and record."""
+"""The request, caller, permission and record of a new task before it is stored."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ ID_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}\Z")
 
 @dataclass
 class Intake:
-    """The data of one new task. A small body is in ``captured``; the store closes a large
-    ``body``.
-    """
+    """Holds a small body in ``captured``; the store closes a large ``body``."""
 
     route: Route
     current: Request
@@ -48,7 +46,7 @@ class Intake:
         rule = self.current.url_rule
         self.rule = rule.rule if rule is not None else self.current.path
         name = self.route.options.name or f"[{self.current.method.capitalize()}]{self.rule}"
-        self.name = name[:MAX_NAME]  # The ``AsyncRouteId``.
+        self.name = name[:MAX_NAME]  # the ``AsyncRouteId``
 
     def take_key(self, name: str, secret: bytes) -> StartKey:
         """Remove the ``Idempotency-Key`` from the captured request; return its hash and a
@@ -56,7 +54,7 @@ class Intake:
         """
         pieces = self.body.pieces() if self.body is not None else (self.captured.body or b"",)
         kind = self.captured.environ.get("CONTENT_TYPE", "")
-        # A form's multipart boundary differs in each request, so leave it out of the fingerprint.
+        # A form's multipart boundary differs in each request, so exclude it.
         boundary = ""
         if kind.startswith("multipart/"):
             boundary = parse_options_header(kind)[1].get("boundary", "")
@@ -68,9 +66,7 @@ class Intake:
         return self.key
 
     def record(self, worker: str, config: Config) -> AsyncRouteTask:
-        """Return the record of a new task. If no other process can run it, ``worker`` becomes its
-        owner.
-        """
+        """Return the new task's record. ``worker`` owns a task that no other process can run."""
         options, current, delivery = self.route.options, self.current, self.delivery
         user = None if self.caller is None else self.caller.id
         has_permission = self.permission is not None
@@ -133,7 +129,7 @@ def permission_of(route: Route, caller: Caller | None) -> Permission | None:
     try:
         permission = option()
     except (RequestRefused, ClientDisconnected, RequestEntityTooLarge):
-        raise  # the function has read the body, which is invalid
+        raise  # the function has read the invalid body
     except Exception as error:
         logger.exception(
             "The permission function of endpoint %s raised an exception. The request got 403.",
@@ -151,7 +147,7 @@ def permission_of(route: Route, caller: Caller | None) -> Permission | None:
 
 
 def url_of(current: Request) -> str:
-    """Return the absolute, percent-encoded URL of a request without its query."""
+    """Return a request's absolute, percent-encoded URL without its query."""
     path = quote(current.root_path + current.path, safe="/:@!$&'()*+,;=~", errors="replace")
     # Older versions of Werkzeug keep userinfo in the host. Newer ones return "" for an invalid
     # host.

@@ -1,7 +1,7 @@
-"""The store interfaces. One test suite checks every implementation against these docstrings.
+"""The store interfaces. One test suite checks all implementations against these docstrings.
 
 Methods are thread-safe unless noted. Each write to a task is one transaction, which increases the
-store's change number. These numbers follow the commit order, with gaps. A method raises
+store's change number. Change numbers follow the commit order, with gaps. A method raises
 `StoreUnavailable` if the storage is unavailable, and `CommitUnknown` if the connection fails during
 a commit, which may have succeeded.
 """
@@ -21,24 +21,24 @@ from ..task import AsyncRouteTask, State
 from .outbox import Outbox
 
 AHEAD_US = 2_000_000
-LARGE_RESULT = 64 * 1024  # Lists omit results over this many bytes.
-MAX_EVENTS = 1000  # At least this many of a task's latest view events are kept.
+LARGE_RESULT = 64 * 1024  # lists omit larger results
+MAX_EVENTS = 1000  # at least this many of a task's latest view events are kept
 STATE, PROGRESS = "task.state", "task.progress"
 
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """Conditions that a task must meet before a write (compare-and-set). None matches any value."""
+    """Conditions on a task before a write (compare-and-set). None matches any value."""
 
-    states: tuple[State, ...]  # the task is in one of these states
+    states: tuple[State, ...]  # the task's state is one of these
     owner: str | None = None  # the name of the worker that claimed the task
     epoch: int | None = None  # the number of the claim
-    stopping: bool | None = None  # whether the code is still running after an abort
+    stopping: bool | None = None  # whether the code still runs after an abort
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A task that a worker has just claimed, and its request, encoded by `snapshot.encode`."""
+    """A task that a worker has just claimed, and its request from `snapshot.encode`."""
 
     task: AsyncRouteTask
     request: bytes
@@ -48,8 +48,8 @@ class Claim:
 class Readers:
     """The tasks that a caller may list: those that match at least one field."""
 
-    user: str | None = None  # tasks of this user
-    granted: tuple[tuple[str, str], ...] = ()  # tasks granted to any of these (kind, name) pairs
+    user: str | None = None
+    granted: tuple[tuple[str, str], ...] = ()  # granted to any of these (kind, name) pairs
     anonymous: bool = False  # tasks without a user
 
 
@@ -57,17 +57,15 @@ class Readers:
 class StartKey:
     """The ``Idempotency-Key`` of a request."""
 
-    name: str  # 64 characters; identifies the caller, route and key
-    fingerprint: str  # 64 characters; identifies the method, URL and body
+    name: str  # 64 characters for the caller, route and key
+    fingerprint: str  # 64 characters for the method, URL and body
 
 
 @dataclass(frozen=True, slots=True)
 class ViewEvent:
-    """An event that a view has sent."""
-
     name: str
     data: bytes  # JSON on one line
-    number: int  # position among the events of one run, from 1
+    number: int  # position among a run's events, from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +76,15 @@ class Event:
     change. It has no result.
     """
 
-    change: int  # change number; only the latest progress has an event
-    name: str  # `STATE`, `PROGRESS`, or the name of a view event
+    change: int  # only the latest progress has an event
+    name: str  # `STATE`, `PROGRESS`, or a view event's name
     task: AsyncRouteTask
-    data: bytes | None = None  # JSON from the view, or of the task in an earlier run
+    data: bytes | None = None  # JSON from the view, or of an earlier run's task
 
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """All selected events up to the change number ``change``, in order."""
+    """All selected events up to ``change``, in order."""
 
     change: int
     events: Sequence[Event]
@@ -94,25 +92,23 @@ class Events:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """The changes after a change number."""
-
     change: int  # the ``since`` to pass to the next call
-    tasks: Sequence[AsyncRouteTask]  # the changed tasks, oldest change first
-    sent: Collection[str] = ()  # the ids of tasks with new view events
+    tasks: Sequence[AsyncRouteTask]  # oldest change first
+    sent: Collection[str] = ()  # ids of tasks with new view events
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The store's entry for a worker process."""
+    """A worker process, as the store lists it."""
 
-    name: str  # the worker's name, stored as ``owner`` of its tasks
+    name: str  # stored as ``owner`` of its tasks
     place: str  # identifies its lock file, see `heartbeat`; empty: no file
     number: int  # the byte of that file that it locks
-    process: str  # the result of its `process_lock.this_process()`
-    endpoints: frozenset[str]  # the endpoints whose tasks it can run
-    beat: int = 0  # how many heartbeats it has written
+    process: str  # from its `process_lock.this_process()`
+    endpoints: frozenset[str]  # whose tasks it can run
+    beat: int = 0  # number of heartbeats written
     views: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The result of its `app_identity.views_of()`, by endpoint; empty if unknown."""
+    """From its `app_identity.views_of()`, by endpoint; empty if unknown."""
 
 
 class TaskStore(ABC):
@@ -120,19 +116,19 @@ class TaskStore(ABC):
 
     is_shared: ClassVar[bool] = False
     """Whether the store is a :class:`SharedTaskStore`, which several processes can use at once."""
-    label: str  # the store's name in messages; contains no password
-    outbox: Outbox  # stores the callbacks of the tasks
+    label: str  # its name in messages, without password
+    outbox: Outbox
 
     @abstractmethod
     def open(self) -> None:
-        """Create missing files, tables and keys. Further calls in the same process do nothing.
+        """Create missing files, tables and keys. Further calls in a process do nothing.
 
         :raises ConfigurationError: if the storage cannot work as configured.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Close connections and files. The next method call opens them again."""
+        """Close connections and files. The next call reopens them."""
 
     @abstractmethod
     def secret(self) -> bytes:
@@ -147,9 +143,8 @@ class TaskStore(ABC):
         """Store a new task and its request in one transaction; then close the body.
 
         :param grants: (kind, name) pairs that may list the task, besides its user.
-        :param key: the unique idempotency key, stored until the task is removed.
-        :param quota: maximum number of unfinished tasks of the user, including this one; None: no
-            limit.
+        :param key: the idempotency key, stored until the task is removed.
+        :param quota: maximum unfinished tasks of the user, including this one; None: no limit.
         :param delivery: the callback to send when the task ends.
         :raises KeyTaken: if another task has a key with this name.
         :raises TooManyTasks: if the user would exceed the quota.
@@ -164,29 +159,29 @@ class TaskStore(ABC):
 
     @abstractmethod
     def get(self, task_id: str) -> AsyncRouteTask | None:
-        """Return the current record of a task; None if the id is unknown."""
+        """Return a task's current record; None if the id is unknown."""
 
     @abstractmethod
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         """Move a task from NotStarted to Running, with this ``owner`` and a new epoch. Return None
         if it is not NotStarted.
 
-        StartingTime is the later of ``now_us`` and CreationTime. The task's timeout determines
+        StartingTime is the later of ``now_us`` and CreationTime. The timeout determines
         ExpireTime.
         """
 
     @abstractmethod
     def body(self, task_id: str) -> Body:
-        """Return the request body of a claimed task. The caller must close it."""
+        """Return a claimed task's request body. The caller must close it."""
 
     @abstractmethod
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
-        """If the task matches ``expect``, write ``values`` (by name of the record field) and
-        increment the revision.
+        """If the task matches ``expect``, write ``values`` (by record field) and increment the
+        revision.
 
         Writing a terminal state removes the request and body, and makes the callback due. It
-        requires ``completed_us``, which is raised to StartingTime if it is earlier. Writing
-        NotStarted begins a new run; the states of the previous run remain as events.
+        requires ``completed_us``, raised to StartingTime if earlier. Writing NotStarted begins a
+        new run; the previous run's states remain as events.
 
         :return: the new record; None, with nothing written, if the task does not match.
         """
@@ -196,17 +191,15 @@ class TaskStore(ABC):
         """Store view events of the run with the expected epoch. Return their change numbers; None
         if the task does not match ``expect``.
 
-        Events whose number is already stored are skipped. The oldest events over :data:`MAX_EVENTS`
-        may be removed. The task's revision does not change.
+        Events with a stored number are skipped. The oldest events over :data:`MAX_EVENTS` may be
+        removed. The revision does not change.
 
         :param sent: at least one event, in order.
         """
 
     @abstractmethod
     def delete(self, task_id: str, expect: Expect) -> bool:
-        """Remove a task and its callback if the task matches ``expect``; return whether it was
-        removed.
-        """
+        """Remove a task and its callback if the task matches ``expect``; return whether it did."""
 
     @abstractmethod
     def query(
@@ -221,8 +214,8 @@ class TaskStore(ABC):
 
     @abstractmethod
     def outlived(self, now_us: int, limit: int) -> list[str]:
-        """Return the ids of up to ``limit`` finished tasks whose retention has expired, whose code
-        has ended, and whose callback is not pending.
+        """Return up to ``limit`` ids of finished tasks whose retention has expired, whose code has
+        ended, and whose callback is not pending.
         """
 
     @abstractmethod
@@ -233,25 +226,25 @@ class TaskStore(ABC):
     def events(
         self, since: int, most: int, task_id: str | None = None, group: str | None = None
     ) -> Events:
-        """Return the first ``most`` events after the change number ``since``, optionally only of
-        one task or Sse group. Events of tasks without an Sse group are omitted.
+        """Return the first ``most`` events after ``since``, optionally only of one task or Sse
+        group. Events of tasks without an Sse group are omitted.
         """
 
     @abstractmethod
     def read_value(self, key: str) -> tuple[bytes, int] | None:
-        """Return a shared value and its version; None if the key does not exist."""
+        """Return a shared value and its version; None if there is no such key."""
 
     @abstractmethod
     def write_value(self, key: str, value: bytes | None, version: int | None) -> bool:
         """Write a shared value, or remove it (None).
 
         :param version: the required current version (0: no such key); None: any version.
-        :return: whether the value was written or, for a removal, whether it existed.
+        :return: whether the value was written or, for a removal, existed.
         """
 
     @abstractmethod
     def value_keys(self) -> Iterable[str]:
-        """Return the keys of all shared values, sorted."""
+        """Return the sorted keys of all shared values."""
 
 
 class SharedTaskStore(TaskStore):
@@ -266,7 +259,7 @@ class SharedTaskStore(TaskStore):
         first.
 
         Tasks created over :data:`AHEAD_US` after ``before_us`` are included, because the clock was
-        set back since then.
+        set back.
 
         :param most: the maximum number of tasks per endpoint. Other endpoints are omitted.
         """
@@ -296,36 +289,36 @@ class SharedTaskStore(TaskStore):
         return None
 
     def tend(self) -> None:  # noqa: B027 - optional
-        """Maintain the storage. A runner calls this about once a second, never on a thread that
-        serves a request.
+        """Maintain the storage. Called about once a second, never on a thread that serves a
+        request.
         """
 
     def forget(self) -> None:  # noqa: B027 - optional
-        """Drop all connections without closing them, because the parent process uses them. A forked
-        child calls this and then discards the store.
+        """Drop all connections without closing them, because the parent process uses them. Called
+        in a forked child, which then discards the store.
         """
 
 
 class Listener(Protocol):
-    """Calls a function for each notification until the listener is closed."""
+    """Calls a function for each notification until it is closed."""
 
     def close(self) -> None:
         """Stop the calls. Thread-safe."""
 
 
 class Workers(ABC):
-    """Lists the workers of one namespace and the tasks that they hold. It does not change tasks.
+    """Lists a namespace's workers and the tasks that they hold. Does not change tasks.
 
     A worker *holds* the Running and Stopping tasks that it has claimed, and the NotStarted tasks
     that only it can run.
     """
 
     lock_path: Path
-    """The path of the lock file of the workers on this host; see `process_lock`."""
+    """The lock file of the workers on this host; see `process_lock`."""
 
     @abstractmethod
     def enter(self, worker: Worker) -> None:
-        """Add a worker, replacing any worker with the same name."""
+        """Add a worker, replacing any of the same name."""
 
     @abstractmethod
     def beat(self, name: str) -> bool:
@@ -339,7 +332,7 @@ class Workers(ABC):
 
     @abstractmethod
     def leave(self, name: str) -> None:
-        """Remove a worker, and release its callbacks, so that other workers can send them."""
+        """Remove a worker; release its callbacks for other workers."""
 
     @abstractmethod
     def owners(self) -> list[str]:
@@ -355,7 +348,7 @@ class Workers(ABC):
 
 
 def oldest(waiting: Iterable[tuple[str, str]], most: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return the pairs (id, endpoint) in order, but at most ``most[endpoint]`` of each endpoint."""
+    """Return the (id, endpoint) pairs in order, at most ``most[endpoint]`` of each endpoint."""
     left = dict(most)
     found = []
     for task_id, endpoint in waiting:

@@ -1,6 +1,4 @@
-"""The store in process memory (``memory://``), for tests, demos, and apps that may lose their tasks
-at a restart.
-"""
+"""The store in process memory (``memory://``), for apps that may lose tasks at a restart."""
 
 from __future__ import annotations
 
@@ -33,14 +31,11 @@ def check_setting(label: str, setting: str) -> None:
 
 
 def make_store(setting: str, folder: str, namespace: str, create_tables: bool) -> MemoryTaskStore:
-    """Return a store for a validated setting; see `registry.make_store`."""
     return MemoryTaskStore()
 
 
 @dataclass(slots=True)
 class _Entry:
-    """The stored data of one task."""
-
     task: AsyncRouteTask
     request: bytes
     body: Body | None
@@ -48,7 +43,7 @@ class _Entry:
     key: StartKey | None
     sent: list[tuple[int, str, bytes]] = field(default_factory=list)
     """View events, and states of earlier runs, as change number, name and data."""
-    last_sent: tuple[int, int] = (0, 0)  # the epoch and number of the last view event
+    last_sent: tuple[int, int] = (0, 0)  # epoch and number of the last view event
 
     def keep(self, change: int, name: str, data: bytes) -> None:
         self.sent.append((change, name, data))
@@ -60,7 +55,6 @@ class _Entry:
         self.request, self.body = b"", None
 
     def events(self, since: int) -> Iterator[Event]:
-        """Yield the events after a change number."""
         if max(self.task.change, self.sent[-1][0] if self.sent else 0) <= since:
             return
         task = replace(self.task, result_json=None)
@@ -110,7 +104,7 @@ class MemoryTaskStore(TaskStore):
         self._change = 0
         self._secret = os.urandom(32)
         self.outbox: MemoryOutbox = MemoryOutbox(self)
-        # Close the bodies, which may be temporary files.
+        # The bodies may be temporary files.
         when_gone(self, _close_bodies, self._tasks)
 
     def open(self) -> None: ...
@@ -294,7 +288,7 @@ class MemoryTaskStore(TaskStore):
         self._change += 1
         state = values.get("state")
         if state is State.NOT_STARTED:
-            # Keep these states as events, because the next run overwrites them.
+            # Keep these states as events: the next run overwrites them.
             for lost, change in (
                 (State.NOT_STARTED, task.waiting_change),
                 (State.RUNNING, task.started_change),

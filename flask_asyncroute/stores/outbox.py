@@ -1,8 +1,8 @@
-"""The interface of the outbox, which stores callbacks and assigns them to sending processes.
+"""The interface of the outbox, which stores callbacks and assigns them to processes.
 
-A callback is stored and removed with its task. It becomes due in the transaction that ends the
-task. A claim does not expire; it ends when it is released, or its process shuts down or is detected
-as dead. Methods raise the same errors as those of `base.TaskStore`.
+A callback is stored and removed with its task. The transaction that ends the task makes it due. A
+claim does not expire; it ends when it is released, or its process shuts down or is detected as
+dead. Methods raise errors like `base.TaskStore`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from ..task import AsyncRouteTask
 AT_ONCE = 0
 """The due time of a callback that must be sent immediately, whatever the clock says."""
 LONGEST_US = 7_200_000_000
-"""A callback that is due later than this from now is due now: no retry waits this long, so the
-clock was set back.
+"""A callback due later than this from now is due now: no retry waits this long, so the clock was
+set back.
 """
 PER_HOST = 2
-"""Maximum number of simultaneous callbacks to one host from all processes together."""
+"""Maximum simultaneous callbacks to one host from all processes together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
     """A callback that a process has claimed.
 
-    :param attempts: the number of attempts since the last redelivery, if any.
+    :param attempts: since the last redelivery, if any.
     """
 
     task: AsyncRouteTask
@@ -37,20 +37,19 @@ class Due:
 
 
 class Outbox(ABC):
-    """Stores the callbacks of one namespace. A transaction that changes a task's ``callback_state``
-    or ``callback_attempts`` also increments its revision and the change number.
+    """A transaction that changes ``callback_state`` or ``callback_attempts`` of a task also
+    increments its revision and the change number.
     """
 
     @abstractmethod
     def next_due(self, now_us: int) -> int | None:
-        """Return when the first unclaimed callback is due: :data:`AT_ONCE` if it is due now; None
-        if no unclaimed callback has a due time.
+        """Return when the first unclaimed callback is due: :data:`AT_ONCE` if now; None if none has
+        a due time.
         """
 
     @abstractmethod
     def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
-        """Claim up to ``limit`` due callbacks; return them and their tasks, earliest due time
-        first.
+        """Claim up to ``limit`` due callbacks; return them with their tasks, earliest due first.
 
         All processes together hold at most :data:`PER_HOST` claims per host. NotStarted callbacks
         become Running.
@@ -60,8 +59,7 @@ class Outbox(ABC):
     def settle(
         self, task_id: str, holder: str, state: str, due_us: int | None
     ) -> AsyncRouteTask | None:
-        """Record the outcome of an attempt, count it, and release the callback; return the new task
-        record.
+        """Record and count an attempt, and release the callback; return the new task record.
 
         :param state: the callback's new state. A final state removes the stored headers.
         :param due_us: when the next attempt is due; None: never.
@@ -70,13 +68,13 @@ class Outbox(ABC):
 
     @abstractmethod
     def release(self, holder: str, keep: Collection[str] = ()) -> None:
-        """Release the callbacks that ``holder`` has claimed, except those of the task ids in
+        """Release the callbacks that ``holder`` has claimed, except those of the tasks in
         ``keep``.
         """
 
     @abstractmethod
     def redeliver(self, task_id: str, headers: Mapping[str, str]) -> AsyncRouteTask | None:
-        """Make the callback of a finished task due now, and reset its attempts; return the new task
+        """Make a finished task's callback due now, and reset its attempts; return the new task
         record. The ``webhook_id`` does not change.
 
         A callback that is being sent is left unchanged.

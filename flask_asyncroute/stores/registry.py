@@ -1,4 +1,4 @@
-"""The kinds of store that ``ASYNCROUTE_STORE`` can name. Each has one row in :data:`KINDS`."""
+"""The kinds of store that ``ASYNCROUTE_STORE`` can name, one row each in :data:`KINDS`."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ class StoreKind:
 
     :param name: its name in messages.
     :param schemes: its URL schemes, without ``://``.
-    :param module: the module that implements it, imported only if used. It defines
-        ``check_setting(label, setting)``, which raises ConfigurationError if the setting is
-        invalid, and ``make_store(setting, folder, namespace, create_tables)``, which returns an
-        unopened store.
+    :param module: the implementation, imported only if used. It defines ``check_setting(label,
+        setting)``, which raises ConfigurationError for an invalid setting, and
+        ``make_store(setting, folder, namespace, create_tables)``, which returns an unopened store.
     :param is_shared: whether several processes can use one store.
-    :param is_file: whether its URL names a file. Relative paths are relative to the instance
-        folder.
+    :param is_file: whether its URL names a file; relative paths start at the instance folder.
     :param takes_engine: whether the setting may be an Engine, or a function that returns one.
     :param driver: the driver module, which the pip extra ``extra`` installs.
     :param preload: further modules to import, which opens no connections or files.
@@ -74,14 +72,13 @@ KINDS = (
 def kind_of(setting: StoreSetting, label: str = _KEY) -> StoreKind:
     """Return the kind of store that a setting names.
 
-    :raises ConfigurationError: if the setting names no supported store. The message shows no
-        password.
+    :raises ConfigurationError: if the store is not supported; the message shows no password.
     """
     if not isinstance(setting, str):
         return next(kind for kind in KINDS if kind.takes_engine)
     scheme, separator, _ = setting.partition("://")
     if not separator or not re.fullmatch(r"[a-z][a-z0-9+]*", scheme):
-        # Show only plain text, because other text may contain a password.
+        # Other text may contain a password.
         raise refuse(label, _EXAMPLES, setting if re.fullmatch(r"[\w./: -]*", setting) else "…")
     for kind in KINDS:
         if scheme in kind.schemes:
@@ -95,8 +92,7 @@ def kind_of(setting: StoreSetting, label: str = _KEY) -> StoreKind:
 def checked(label: str, value: Any) -> StoreSetting:
     """Validate and return a value of ``ASYNCROUTE_STORE``.
 
-    :raises ConfigurationError: if the value is invalid. The message names the key and shows no
-        password.
+    :raises ConfigurationError: if the value is invalid; the message shows no password.
     """
     if not isinstance(value, str):
         from sqlalchemy.engine import Engine
@@ -131,7 +127,7 @@ def make_store(
 
 
 def absolute(setting: str, folder: str) -> str:
-    """Return a store URL with an absolute file path, for use in other processes.
+    """Return a store URL with an absolute file path, for other processes.
 
     :param folder: the base of relative file paths.
     """

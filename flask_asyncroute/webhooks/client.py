@@ -1,7 +1,7 @@
 """Makes one attempt to send a callback: one HTTP/1.1 request to a checked IP address.
 
-It follows no redirects, uses no proxy or ``.netrc``, and always verifies certificates. An attempt
-ends after at most 15 seconds.
+Follows no redirects, uses no proxy or ``.netrc``, always verifies certificates, and ends after at
+most 15 seconds.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..callbacks import ssrf
 from ..callbacks.ssrf import Address, AllowedHosts, Inside, NotResolved
 from ..callbacks.url import WebAddress
 
-ATTEMPT_SECONDS = 15.0  # limit for DNS, connection, TLS, request and response together
-MAX_RESPONSE = 64 * 1024  # maximum bytes read from a response, including its header
+ATTEMPT_SECONDS = 15.0  # for DNS, connection, TLS, request and response together
+MAX_RESPONSE = 64 * 1024  # bytes read from a response, including its header
 MAX_RETRY_AFTER = 3600.0
-MAX_ADDRESSES = 4  # maximum number of addresses to try per host name
+MAX_ADDRESSES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Outcome:
 
 
 class _ResponseTooLarge(OSError):
-    """The response is larger than the limit."""
+    """The response exceeds the limit."""
 
 
 def post(
@@ -89,12 +89,11 @@ def connect(ip: Address, port: int, seconds: float) -> socket.socket:
 
 @cache
 def tls_context() -> ssl.SSLContext:
-    """Return a TLS context with the certificate authorities of the system or ``SSL_CERT_FILE``."""
+    """Return a TLS context with the authorities of the system or ``SSL_CERT_FILE``."""
     return ssl.create_default_context()
 
 
 def _connected(address: WebAddress, ips: list[Address], deadline: float) -> socket.socket:
-    """Connect to the first of the addresses that accepts a connection."""
     ips = ips[:MAX_ADDRESSES]
     for number, ip in enumerate(ips, 1):
         try:
@@ -130,7 +129,7 @@ def _exchange(
     try:
         response.read(MAX_RESPONSE)
     except (OSError, HTTPException):
-        pass  # ignored, because only the status matters
+        pass  # only the status matters
     status = response.status
     if 200 <= status < 300:
         return Outcome(True, status=status)
@@ -140,7 +139,7 @@ def _exchange(
 
 
 class _Stream(io.RawIOBase):
-    """A connection with a deadline for `http.client`. It reads at most 64 KiB."""
+    """A connection with a deadline for `http.client`, which reads at most 64 KiB."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection = connection
@@ -155,7 +154,7 @@ class _Stream(io.RawIOBase):
         return io.BufferedReader(self)
 
     def close(self) -> None:
-        # http.client closes this object before it reads the response from it.
+        # http.client closes this object before it reads the response.
         pass
 
     def readable(self) -> bool:
@@ -184,7 +183,7 @@ def retry_after(text: str | None, now: datetime) -> float:
 
 
 def _left(deadline: float) -> float:
-    """Return the seconds until the deadline; raise TimeoutError if it has passed."""
+    """Return the seconds until the deadline; raise TimeoutError after it."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError

@@ -1,7 +1,4 @@
-"""Sends due callbacks: claims them in the outbox, sends each to its URL, and records the outcome.
-
-Each attempt has its own thread. A receiver cannot change the State of a task.
-"""
+"""Sends due callbacks, each attempt on its own thread. A receiver cannot change a task's State."""
 
 from __future__ import annotations
 
@@ -30,17 +27,17 @@ from .client import Outcome, post
 
 logger = logging.getLogger("flask_asyncroute")
 
-MOST_THREADS = 32  # maximum simultaneous attempts; at most two per host
+MOST_THREADS = 32  # simultaneous attempts; at most two per host
 DELAYS = (0.0, 5.0, 30.0, 120.0)  # seconds before each attempt; later delays double
 MAX_DELAY = 3600.0
-JITTER = 0.2  # random part of a delay, so that retries are not simultaneous
+JITTER = 0.2  # random part of a delay, to spread retries
 
 
 class Sender:
-    """Sends the callbacks of one process. Thread-safe.
+    """Claims due callbacks in the outbox, sends them, and records the outcomes. Thread-safe.
 
     :param enter: registers this process as a worker; called before each claim.
-    :param schedule: schedules a call of :meth:`look` on a background thread.
+    :param schedule: schedules :meth:`look` on a background thread.
     """
 
     def __init__(
@@ -62,20 +59,19 @@ class Sender:
         self._must_release = False
         self._is_closed = False
         self.is_closing = False  # whether no more attempts start
-        # Signals hold weak references, so they do not keep this object alive.
+        # Signals hold weak references and do not keep this object alive.
         signals.callback_pending.connect(self.on_callback_pending, sender=app)
 
     def on_callback_pending(self, sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
-        """Receive the signal `callback_pending`: check for due callbacks."""
         if task.id not in self._active:
             self._schedule()
 
     def redeliver(self, task: AsyncRouteTask, callback: Callback | None) -> AsyncRouteTask | None:
-        """Send the callback of a finished task again, in the background. Return the task, or None
-        if it was removed.
+        """Send a finished task's callback again, in the background. Return the task, or None if it
+        was removed.
 
         :param callback: the callback of the task's route, if the route still exists.
-        :raises TaskUnfinished: if the task is unfinished, or its callback is being sent.
+        :raises TaskUnfinished: if the task has not ended, or its callback is being sent.
         :raises CallbackRefused: if the task has no callback.
         """
         if task.callback_json is None:
@@ -99,7 +95,7 @@ class Sender:
         return renewed
 
     def close(self) -> None:
-        """Start no more attempts, and record no more outcomes. Other processes repeat the
+        """Start no attempts and record no outcomes any more. Other processes repeat the
         attempts.
         """
         self.is_closing = True
@@ -115,7 +111,7 @@ class Sender:
         if self.is_closing:
             return
         if self._must_release:
-            # Release these callbacks first: no process can claim callbacks that this process holds.
+            # No process can claim the callbacks that this process still holds.
             self._outbox.release(self._lifecycle.owner, keep=frozenset(self._active))
             self._must_release = False
         if capacity <= 0 or self._outbox.next_due(now) != AT_ONCE:
@@ -125,8 +121,7 @@ class Sender:
             for due in self._outbox.claim(self._lifecycle.owner, now, capacity):
                 self._begin(due)
         except (CommitUnknown, RuntimeError):
-            # This process may now hold callbacks that no thread sends. The next look() releases
-            # them.
+            # This process may hold callbacks that no thread sends. The next look() releases them.
             self._must_release = True
             raise
 
@@ -160,7 +155,7 @@ class Sender:
             self._schedule()
 
         if self._is_closed:
-            return  # because a write would reopen the closed store
+            return  # a write would reopen the closed store
         try:
             self._lifecycle.pending_writes.write(task_id, record, free)
         except Exception:
@@ -205,7 +200,7 @@ class Sender:
 
 
 def _next(attempts: int, outcome: Outcome, most: int) -> tuple[str, int | None]:
-    """Return a callback's state after an attempt, and when the next attempt is due."""
+    """Return a callback's state after an attempt, and when the next is due."""
     if outcome.is_sent:
         return COMPLETED, None
     if outcome.is_gone or attempts >= most:
@@ -215,14 +210,13 @@ def _next(attempts: int, outcome: Outcome, most: int) -> tuple[str, int | None]:
 
 
 def delay(attempts: int) -> float:
-    """Return the mean seconds between this number of attempts and the next attempt."""
+    """Return the mean seconds before the next attempt."""
     if attempts < len(DELAYS):
         return DELAYS[attempts]
     return min(DELAYS[-1] * 2.0 ** (attempts - len(DELAYS) + 1), MAX_DELAY)
 
 
 def body_of(task: AsyncRouteTask, delivery: Delivery) -> bytes:
-    """Return the request body for a finished task, in the content type of its callback."""
     is_json = delivery.content_type == "application/json"
     document: dict[str, Any] = {
         "Id": task.id,
@@ -242,7 +236,6 @@ def body_of(task: AsyncRouteTask, delivery: Delivery) -> bytes:
 
 
 def headers_of(delivery: Delivery, body: bytes, secrets: Sequence[str]) -> dict[str, str]:
-    """Return the headers of one attempt for `client.post`."""
     headers = dict(delivery.headers)
     if not any(name.lower() == "user-agent" for name in headers):
         headers["User-Agent"] = "flask-asyncroute"
@@ -259,7 +252,7 @@ def signature_headers(
 
     :param secrets: each adds a signature, so that secrets can be rotated. Without any, the message
         is unsigned.
-    :param webhook_id: the same for every attempt; contains no ``.``.
+    :param webhook_id: the same for every attempt; without ``.``.
     :param at: the time of this attempt, in seconds since the epoch.
     """
     fields = {"webhook-id": webhook_id, "webhook-timestamp": str(at)}

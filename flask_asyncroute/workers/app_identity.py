@@ -1,8 +1,7 @@
-"""Detects different apps that use the same namespace of a store, and so would run each other's
-tasks.
+"""Detects apps that share a namespace of a store, and so would run each other's tasks.
 
-In one process, using the older app again raises an error. Between processes, `recovery` only logs a
-warning, because a new release may have moved a view.
+In one process, further use of the older app raises an error. Between processes, `recovery` only
+logs a warning, because a new release may have moved a view.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ Views = Mapping[str, Sequence[str]]
 
 
 class Runner(Protocol):
-    """The attributes of `runner.Runner` that this module uses. Importing that class would be a
-    circular import.
-    """
+    """The attributes of `runner.Runner` used here. Importing that class would be circular."""
 
     app: Flask
     config: Config
@@ -36,11 +33,11 @@ class Runner(Protocol):
 
 
 _opened: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
-"""The runners of this process whose store is open."""
+"""This process's runners with an open store."""
 
 
 def views_of(app: Flask, routes: Mapping[str, Route]) -> Views:
-    """Return a description of an app, with which other worker processes recognize it."""
+    """Return a description of an app, by which other worker processes recognize it."""
     return {
         endpoint: [
             app.import_name,
@@ -54,7 +51,7 @@ def views_of(app: Flask, routes: Mapping[str, Route]) -> Views:
 def difference(ours: Views, theirs: Views) -> str | None:
     """Describe the first difference between two apps; return None if they may be the same app.
 
-    Endpoints that only one app has are ignored.
+    Endpoints of only one app are ignored.
     """
     if not ours or not theirs:
         return None
@@ -76,7 +73,7 @@ def supersede_others(runner: Runner) -> None:
     """Register a runner with an open store, until :func:`leave`. Runners of other apps with the
     same store and namespace then take no more tasks.
     """
-    # Register first, so that two runners that register at the same time are both refused.
+    # Register first, so that two simultaneous runners are both refused.
     _opened[id(runner)] = runner
     # The secret identifies the store and the namespace.
     secret = runner.store.secret()
@@ -86,12 +83,11 @@ def supersede_others(runner: Runner) -> None:
 
 
 def refuse_superseded(runner: Runner) -> None:
-    """Raise an error if another app has opened the same namespace after this runner.
+    """Raise ConfigurationError if another app has opened the same namespace after this runner; the
+    message names both apps and the key to change.
 
     A test suite may use several apps in turn, even if a task or traceback keeps an earlier one
     alive.
-
-    :raises ConfigurationError: the message names both apps and the configuration key to change.
     """
     if _successor(runner) is not None:
         # Free a newer app that only a reference cycle keeps alive.
@@ -106,7 +102,7 @@ def refuse_superseded(runner: Runner) -> None:
 
 
 def leave(runner: Runner) -> None:
-    """Unregister a runner because it was closed, or belongs to the parent process."""
+    """Unregister a runner that was closed, or belongs to the parent process."""
     _opened.pop(id(runner), None)
 
 

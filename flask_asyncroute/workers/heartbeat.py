@@ -17,7 +17,7 @@ from .process_lock import LockFile
 
 logger = logging.getLogger("flask_asyncroute")
 
-ASSERT_SECONDS = 0.2  # Interval of `assert_lock`; less than `recovery.CONFIRM_SECONDS`.
+ASSERT_SECONDS = 0.2  # interval of `assert_lock`; less than `recovery.CONFIRM_SECONDS`
 BEAT_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 LEASE_SECONDS = 30.0
@@ -25,7 +25,7 @@ LEASE_SECONDS = 30.0
 
 
 class Heartbeat(Loop):
-    """Registers this process as a worker of one app, until :meth:`leave`. Thread-safe.
+    """Registers this process for one app, until :meth:`leave`. Thread-safe.
 
     After :meth:`close`, the process stays registered and keeps its lock, because tasks may still be
     running.
@@ -37,9 +37,9 @@ class Heartbeat(Loop):
         super().__init__("asyncroute-beat")
         self._workers = workers
         self._endpoints = frozenset(endpoints)
-        self.views = views or {}  # Other processes read them; see `app_identity`.
+        self.views = views or {}  # for other processes; see `app_identity`
         self.name = name
-        self.lock_file: LockFile | None = None  # None before `enter`, or if opening failed.
+        self.lock_file: LockFile | None = None  # None before `enter`, or if opening failed
         self._number = process_lock.new_number()
         self._listing = threading.Lock()
         self._next_beat_at = time.monotonic() + BEAT_SECONDS
@@ -47,7 +47,7 @@ class Heartbeat(Loop):
         self._has_warned = False
 
     def enter(self) -> None:
-        """Register this process if it is not registered. May raise StoreUnavailable."""
+        """Register this process if necessary. May raise StoreUnavailable."""
         if self._is_listed:
             return
         with self._listing:
@@ -60,7 +60,7 @@ class Heartbeat(Loop):
             self.start()
 
     def leave(self) -> None:
-        """Unregister this process. The lock is released even if this raises StoreUnavailable."""
+        """Unregister this process. Releases the lock even if this raises StoreUnavailable."""
         self.close()
         try:
             if self._is_listed:
@@ -71,14 +71,12 @@ class Heartbeat(Loop):
                 self.lock_file.release(self._number)
 
     def send_soon(self) -> None:
-        """Send the next heartbeat now. A heartbeat also restores this worker's row if it is
-        missing.
-        """
+        """Send a heartbeat now, which also restores a missing row of this worker."""
         self._next_beat_at = 0.0
         self.wake()
 
     def assert_lock(self) -> None:
-        """Lock the file again, because other code of this process that closes the file releases the
+        """Lock the file again: other code of this process that closes the file releases the
         lock.
         """
         if self.lock_file is not None:

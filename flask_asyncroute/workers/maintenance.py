@@ -1,5 +1,5 @@
-"""The two background threads of a process. `Maintenance` does the work that uses the store:
-progress, pending writes, retention and recovery. `Timekeeper` enforces timeouts.
+"""The background threads of a process. `Maintenance` does the work that uses the store: progress,
+pending writes, retention and recovery. `Timekeeper` enforces timeouts.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ..executors.execution import Execution
 
 logger = logging.getLogger("flask_asyncroute")
 
-REPORT_SECONDS = 0.1  # Minimum time between two writes of a task's progress.
+REPORT_SECONDS = 0.1  # minimum interval between writes of a task's progress
 STORE_RETRY_SECONDS = 1.0
-RETRY_SECONDS = 0.01  # Time between two attempts to interrupt a thread.
+RETRY_SECONDS = 0.01  # interval between attempts to interrupt a thread
 LONGEST_SLEEP = 30.0
 
 
 class Job:
-    """Work that is repeated every ``seconds``. While the store is unavailable, only one error is
+    """Work to repeat every ``seconds``. While the store is unavailable, only one error is
     logged.
     """
 
@@ -42,7 +42,7 @@ class Job:
         self._is_waiting = False
 
     def do(self) -> float:
-        """Do the work if it is due; return the time at which it is due next."""
+        """Do the work if it is due; return when it is due next."""
         if self.due > time.monotonic():
             return self.due
         try:
@@ -61,8 +61,6 @@ class Job:
 
 
 class Maintenance(Loop):
-    """Stores progress, events and pending writes, and runs jobs."""
-
     def __init__(
         self, app: Flask, lifecycle: Lifecycle, dispatcher: Dispatcher, jobs: Sequence[Job]
     ) -> None:
@@ -70,12 +68,13 @@ class Maintenance(Loop):
         self._app = app
         self._lifecycle = lifecycle
         self._dispatcher = dispatcher
-        self._report_after = 0.0  # When to write progress again after an outage of the store.
+        self._report_after = 0.0  # when to write progress again after a store outage
         self._calls: deque[tuple[Callable[[], None], threading.Event]] = deque()
         self._jobs = jobs
 
     def call(self, work: Callable[[], None]) -> threading.Event:
-        """Run ``work`` once on the background thread; if it is not running, on the calling thread.
+        """Run ``work`` once on the background thread; if that is not running, on the calling
+        thread.
 
         :return: an event that is set when ``work`` has ended.
         """
@@ -100,7 +99,7 @@ class Maintenance(Loop):
         return max(due - time.monotonic(), 0.0)
 
     def _report(self, execution: Execution) -> float:
-        """Store the events and the progress of a run if they are due; return when to call again."""
+        """Store a run's events and progress if they are due; return when to call again."""
         if not execution.has_events and not execution.has_report:
             return math.inf
         now = time.monotonic()
@@ -191,5 +190,4 @@ def _do_once(work: Callable[[], None], done: threading.Event) -> float:
 
 
 def _name(work: Callable[[], None]) -> str:
-    """Return the name of a function or of a partial's function."""
     return str(getattr(getattr(work, "func", work), "__name__", work))

@@ -1,7 +1,7 @@
-"""Detects which workers of this host are running. Each worker locks one byte of a shared file.
+"""Detects which workers of this host are running: each locks one byte of a shared file.
 
 The kernel releases such a lock when its process ends, and child processes do not inherit it.
-`heartbeat` holds this process's lock; `recovery` tests the locks of other processes.
+`heartbeat` holds this process's lock; `recovery` tests those of other processes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ _files_lock = threading.Lock()
 
 
 class LockFile:
-    """A file in which every worker of this host locks a byte. Thread-safe.
-
-    It is never closed, because closing any descriptor of a file releases all locks on it
-    (POSIX).
+    """A lock file that is never closed, because closing any descriptor of a file releases all locks
+    on it (POSIX). Thread-safe.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
-        self.name = name  # Unique, even if two hosts have different files at one path.
+        self.name = name  # unique, even if two hosts have different files at one path
         self.descriptor = descriptor
         self._lock = threading.Lock()
         self._held: set[int] = set()
@@ -62,28 +60,24 @@ class LockFile:
 
 
 def new_number() -> int:
-    """Return a random byte offset. The range is so large that no two workers get the same
-    offset.
-    """
+    """Return a random byte offset, from a range so large that no two workers get the same."""
     return secrets.randbits(61) + 1
 
 
 def lock_file(path: Path) -> LockFile | None:
-    """Return the lock file at ``path``; create it if it is missing. Return None on Windows.
+    """Return the lock file at ``path``, which is created if it is missing. Return None on Windows.
 
     :raises OSError: if the file cannot be created, or belongs to another user.
     """
     if sys.platform == "win32":
-        return None  # heartbeats alone show which workers are alive
+        return None  # only heartbeats show which workers are alive
     with _files_lock:
         _files[path] = _files.get(path) or _opened_elsewhere(path) or _open(path)
         return _files[path]
 
 
 def _opened_elsewhere(path: Path) -> LockFile | None:
-    """Return the LockFile if this process has opened the same file under another path, else
-    None.
-    """
+    """Return the LockFile if this process has opened the file under another path, else None."""
     try:
         wanted = path.stat()
     except FileNotFoundError:
@@ -127,7 +121,7 @@ def _boot() -> str:
 
 
 def _state_of(pid: int) -> tuple[str, str]:
-    """Return the state letter and the start time of a process; see proc(5)."""
+    """Return a process's state letter and start time; see proc(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
     return fields[0], fields[19]
 
@@ -136,7 +130,7 @@ def _open(path: Path) -> LockFile:
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         status = os.fstat(descriptor)
-        # Check the file, because in a shared folder it may belong to another user.
+        # In a shared folder, the file may belong to another user.
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise PermissionError(f"{path} is not a regular file of this user")
         fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, 0)

@@ -1,4 +1,4 @@
-"""Detects dead workers and recovers their tasks. Several processes may do this concurrently."""
+"""Detects dead workers and recovers their tasks. Several processes may do so concurrently."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger("flask_asyncroute")
 
 GAP_SECONDS = 15.0
 """After a gap this long between two checks, this process or the store was stalled, so missing
-heartbeats prove nothing. The gap is shorter than the lease by more than one heartbeat interval, and
-longer than a check of a slow store.
+heartbeats prove nothing. The gap exceeds a check of a slow store; it is shorter than the lease
+(``LEASE_SECONDS`` of `heartbeat`) by more than a heartbeat interval.
 """
-CONFIRM_SECONDS = 0.4  # A lock that is free for less time may have been released by accident.
+CONFIRM_SECONDS = 0.4  # a lock may be released by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
 ROUTE_GONE = "Route gone"
 PAGE = 500
@@ -38,18 +38,17 @@ class Recovery:
     _free: dict[str, float] = field(default_factory=dict)
     """For each worker, the monotonic time since which every check found its lock free."""
     _differences: set[str] = field(default_factory=set)
-    """Differences between apps that were already logged."""
+    """Differences between apps already logged."""
     _checked_at: float = field(default_factory=lambda: time.monotonic())
     _unlisted: dict[str, float] = field(default_factory=dict)
     """For each endpoint, the monotonic time since which no worker has it."""
 
     def recover_tasks(self) -> None:
-        """Recover the tasks of dead workers."""
         self.heartbeat.enter()
         listed = {worker.name: worker for worker in self.store.workers.listed()}
         if self.heartbeat.name not in listed:
-            # Another worker has deleted the row of this process. Without it, other workers would
-            # detect the death of this process only after the lease.
+            # Another worker has deleted this process's row. Without it, other workers would detect
+            # the death of this process only after the lease.
             self.heartbeat.send_soon()
         for name in self.store.workers.owners():
             # A worker without a row may still be running. Its next heartbeat restores the row.

@@ -1,4 +1,4 @@
-"""Graceful shutdown: detects that the server is stopping this process, and ends its tasks in time.
+"""Graceful shutdown: detects that the server stops this process, and ends its tasks in time.
 
 Servers run exit hooks only after open requests have ended. So this module ends waits and streams
 earlier: when gunicorn or uvicorn receives a signal, or else before Python joins threads.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import _thread
 import atexit
 
-# Import these modules first, so that our exit hooks run before theirs, which join threads and child
+# Import these first, so that our exit hooks run before theirs, which join threads and child
 # processes: hooks run in reverse order.
 import concurrent.futures.thread  # noqa: F401
 import logging
@@ -36,10 +36,10 @@ from .runner import Runner
 
 logger = logging.getLogger("flask_asyncroute")
 
-INTERRUPT_SECONDS = 0.2  # Time between the request to stop and the interruption of a run.
-GRACE_SECONDS = 0.6  # Time for the remaining runs to stop after that request.
-RECORD_SECONDS = 0.8  # Time for recording the remaining outcomes after that.
-MOST_NAMED = 20  # Maximum number of task ids in the log message about the exit.
+INTERRUPT_SECONDS = 0.2  # from the request to stop to the interruption of a run
+GRACE_SECONDS = 0.6  # for the remaining runs to stop after that request
+RECORD_SECONDS = 0.8  # for recording the remaining outcomes after that
+MOST_NAMED = 20  # task ids in the log message about the exit
 
 _SIGNALS = [
     number
@@ -51,12 +51,12 @@ _servers: list[weakref.ref[Any]] = []
 uvicorn restores older ones.
 """
 runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # to shut down when this process exits
-_began_at: float | None = None  # When the shutdown was first noticed (monotonic).
+_began_at: float | None = None  # when the shutdown was first noticed (monotonic)
 
 
 def is_server_ending() -> bool:
     """Return whether gunicorn (after a signal or ``max_requests``) or uvicorn is stopping this
-    process. The drain time begins when this first returns True.
+    process. The drain time begins at the first True.
     """
     is_ending = any(
         not getattr(server, "alive", True) or getattr(server, "should_exit", False)
@@ -75,14 +75,14 @@ def restart_gunicorn_timeout() -> float:
     for server in _known_servers():
         settings = getattr(server, "cfg", None)
         if settings is not None and settings.timeout:
-            server.notify()  # half of the timeout may have passed before the request began
+            server.notify()  # half of it may have passed before the request began
             return float(settings.timeout)
     return math.inf
 
 
 def _known_servers() -> list[Any]:
-    """Find the gunicorn worker or uvicorn server of this process through its signal handlers, which
-    are methods of it. Return all that were found so far and still exist.
+    """Find the gunicorn worker or uvicorn server whose methods are signal handlers of this process.
+    Return all found so far that still exist.
     """
     for number in _SIGNALS:
         server = getattr(signal.getsignal(number), "__self__", None)
@@ -114,7 +114,7 @@ def notice(then: Callable[[], None]) -> None:
     for number in _SIGNALS:
         handler = signal.getsignal(number)
         # Servers that exit on KeyboardInterrupt, such as waitress and cheroot, would first wait for
-        # open requests, for seconds or until a stream ends.
+        # open requests.
         is_interrupt = handler is signal.default_int_handler
         if callable(handler) and (is_interrupt or getattr(handler, "__self__", None) in servers):
             signal.signal(number, _chained(handler, then, handled))
@@ -127,13 +127,13 @@ def _chained(
 ) -> Callable[..., Any]:
     """Return a signal handler that runs ``then`` on a new thread and calls ``handler``.
 
-    The handler of a gunicorn worker is called only once. After Ctrl-C, it would be called for
-    SIGINT from the terminal and SIGQUIT from the arbiter. The second call would wait for a lock
-    that the first holds, or end the graceful shutdown. uvicorn's handler is called each time: a
-    second Ctrl-C makes uvicorn end open requests.
+    A gunicorn worker's handler is called only once. After Ctrl-C, it would be called for SIGINT
+    from the terminal and SIGQUIT from the arbiter: the second call would wait for a lock that the
+    first holds, or end the graceful shutdown. uvicorn's handler is called each time: a second
+    Ctrl-C makes uvicorn end open requests.
     """
     server = getattr(handler, "__self__", None)
-    # uvicorn runs exit hooks after SIGINT, but not after SIGTERM. So always pass it SIGINT.
+    # uvicorn runs exit hooks after SIGINT, but not after SIGTERM. So pass it SIGINT.
     is_uvicorn = hasattr(server, "should_exit")
 
     def handle(number: int, frame: FrameType | None) -> Any:
@@ -141,8 +141,8 @@ def _chained(
             return None
         if hasattr(server, "alive"):
             handled.append(handler)
-        # Use a new thread, because the interrupted main thread may hold any lock. Starting a
-        # threading.Thread would take a lock. If no thread can be started, continue.
+        # The interrupted main thread may hold any lock, and starting a threading.Thread would take
+        # one. If no thread can be started, continue.
         with suppress(RuntimeError):
             _thread.start_new_thread(then, ())
         return handler(signal.SIGINT if is_uvicorn else number, frame)
@@ -153,9 +153,9 @@ def _chained(
 def shut_down(seconds: Mapping[Runner, float]) -> None:
     """Start no more tasks. Let running tasks continue for ``seconds``, then abort or requeue them.
 
-    Waiting tasks stay in the store for other processes. The runners shut down concurrently. This
-    returns at most 1.5 seconds after the longest time limit, because only the maintenance threads
-    wait for stores.
+    Waiting tasks stay in the store for other processes. The runners shut down concurrently. Returns
+    at most 1.5 seconds after the longest limit, because only maintenance threads wait for
+    stores.
     """
     began = time.monotonic()
     running = sum(len(runner.dispatcher.running) for runner in seconds)
@@ -181,7 +181,7 @@ def shut_down(seconds: Mapping[Runner, float]) -> None:
             try:
                 execution.ask_to_stop(INTERRUPT_SECONDS)
             except Exception:
-                # A cancel function of the app may fail. The other runs must still be stopped.
+                # The app's cancel function failed. The other runs must still be stopped.
                 logger.exception("Task %s could not be asked to stop.", execution.task_id)
         runner.maintenance.call(partial(_abort, runner))
     deadline = time.monotonic() + GRACE_SECONDS
@@ -211,7 +211,7 @@ def _is_idle_by(runner: Runner, deadline: float) -> bool:
 
 
 def _unfinished(runner: Runner) -> list[Execution]:
-    """Return the runs whose code has not ended. The outcomes of the other runs are known."""
+    """Return the runs whose code has not ended. The outcomes of the others are known."""
     runs = list(runner.dispatcher.running.values())
     return [execution for execution, _ in runs if not execution.is_over]
 
@@ -223,7 +223,7 @@ def _abort(runner: Runner) -> None:
 
 
 def _record(runner: Runner, waiting: list[str]) -> None:
-    """Record the remaining outcomes. Abort the queued tasks that only this process can run."""
+    """Record the remaining outcomes. Abort queued tasks that only this process can run."""
     try:
         runner.lifecycle.pending_writes.retry(math.inf)
         for execution in _unfinished(runner):
@@ -268,12 +268,12 @@ def _at_exit() -> None:
 
 
 def _before_joins() -> None:
-    """End waits and streams before Python joins executor threads and non-daemon threads, on which
-    servers may handle requests. Exit hooks run later.
+    """End waits and streams before Python joins threads, on which servers may handle requests. Exit
+    hooks run later.
     """
     end_waits()
     if multiprocessing.parent_process() is not None:
-        _at_exit()  # Processes that multiprocessing forked (as Granian does) run no exit hooks.
+        _at_exit()  # processes forked by multiprocessing (as in Granian) run no exit hooks
 
 
 def _after_fork() -> None:
@@ -283,7 +283,7 @@ def _after_fork() -> None:
 
 
 atexit.register(_at_exit)
-# `threading._register_atexit` is private, but runs before Python joins threads. Without it, an open
+# `threading._register_atexit` is private, but runs before Python joins threads. Otherwise, an open
 # stream on such a thread would delay the exit for minutes.
 _register_before_joins = getattr(threading, "_register_atexit", None)
 if _register_before_joins is not None:

@@ -1,4 +1,4 @@
-"""The executor that runs each task in its own child process. It keeps spare child processes."""
+"""The executor behind ``executor="process"``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .supervisor import Child, ForkServer
 logger = logging.getLogger("flask_asyncroute")
 
 LEAVE_SECONDS = 2.0
-"""Time limit for a child's exit functions and non-daemon threads after its view has ended."""
+"""Time limit for a child's exit functions and non-daemon threads after its view."""
 
 _fork_servers: WeakKeyDictionary[Host, ForkServer] = WeakKeyDictionary()
 
@@ -40,8 +40,8 @@ def fork_server_of(host: Host) -> ForkServer:
 
 
 class ProcessTaskExecutor(PooledTaskExecutor):
-    """Runs each task in a child process that a thread supervises. A stop kills the child's process
-    group.
+    """Runs each task in its own child process, supervised by a thread. A stop kills the child's
+    process group.
 
     After the first task, ``min_workers`` spare children are kept ready, because loading the app
     takes time.
@@ -59,8 +59,7 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         when_gone(self, _drop_all, self._spares)
 
     def take_child(self) -> Child:
-        """Return a spare child, or a new one if there is no spare. The caller must release its
-        resources.
+        """Return a spare or new child. The caller must release its resources.
 
         :raises OSError: if no child can be started.
         """
@@ -73,8 +72,7 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         return self._server.start()
 
     def refill(self) -> None:
-        """Start the missing spare children."""
-        # If this fails, the next task starts its own child, and reports the error.
+        # If this fails, the next task starts its own child and reports the error.
         with self._refilling, suppress(OSError):
             while not self._is_closed and len(self._spares) < self._min_workers:
                 self._spares.append(self._server.start())
@@ -95,7 +93,7 @@ class ProcessTaskExecutor(PooledTaskExecutor):
             execution.cancel_with(None)
 
     def close(self) -> None:
-        # Waiting tasks stay in the store, from which another process takes them over.
+        # Waiting tasks stay in the store, for other processes.
         self._pool.shutdown(wait=False, cancel_futures=True)
         with self._refilling:
             self._is_closed = True
@@ -103,7 +101,7 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         self._server.close()
 
     def _leave(self, task_id: str) -> None:
-        # The outcome is already stored. The slot stays in use until the child has ended.
+        # The outcome is already stored. The slot stays in use until the child ends.
         try:
             child = self._children.pop(task_id, None)
             if child is not None:
@@ -118,7 +116,7 @@ def _drop_all(children: deque[Child]) -> None:
 
 
 def _follow(child: Child, execution: Execution) -> Outcome:
-    """Handle the reports of a child until its view has ended; return the outcome."""
+    """Handle a child's reports until its view ends; return the outcome."""
     try:
         for kind, payload in child.listen():
             if kind == protocol.PROGRESS:

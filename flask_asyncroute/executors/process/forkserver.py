@@ -1,6 +1,8 @@
-"""The program of the fork server, which imports the app's module and forks children. It runs in a
-new interpreter with one thread, so its forks copy no locks, connections or signal handlers of a web
-server. It must not use the app.
+"""The program of the fork server, which imports the app's module and forks children. It must not
+use the app.
+
+It is a new interpreter with one thread, so forks copy no locks, connections or signal handlers of a
+web server.
 """
 
 from __future__ import annotations
@@ -30,18 +32,18 @@ PROGRAM = (
     "from flask_asyncroute.executors.process.forkserver import main; "
     "main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 )
-"""The code for ``python -c``, with which the program has no ``__main__`` module to import again."""
+"""Code for ``python -c``. It leaves no ``__main__`` module that could be imported again."""
 
-DESCRIPTORS = 3  # Number of descriptors received with each request for a child.
+DESCRIPTORS = 3  # received with each request for a child
 STATUS = struct.Struct("!i")
 CHILD = "flask_asyncroute.child_main"
 
-# Save these functions, because the app may patch them.
+# Saved, because the app may patch them.
 _poll, _fork, _recv_fds = select.poll, os.fork, socket.recv_fds
 
 
 def command(modules: str, control: int, kill_end: int) -> list[str]:
-    """Return arguments with which an interpreter calls :func:`main`."""
+    """Return the interpreter arguments that call :func:`main`."""
     return ["-c", PROGRAM, modules, str(control), str(kill_end), *sys.path]
 
 
@@ -51,7 +53,7 @@ def main(modules: str, control: int, kill_end: int) -> None:
     :param modules: modules to import first, separated by commas. The last one is the app's module
         or empty.
     :param control: the descriptor on which the parent requests children.
-    :param kill_end: the read end of the kill pipe of this process.
+    :param kill_end: the read end of this process's kill pipe.
     """
     kill_pipe.attach(kill_end, os.getpid())
     for descriptor in (control, kill_end):
@@ -69,13 +71,12 @@ def main(modules: str, control: int, kill_end: int) -> None:
             with child.app_loader.without_servers():
                 import_module(app)
         except BaseException as error:
-            # The import also fails in each child, whose task then reports the error.
+            # The import also fails in each child, whose task reports the error.
             logger.warning(
                 "The fork server could not import the app, so each child process imports it: %r",
                 error,
             )
-        # The app may have opened a store for `async_routes.state`. That store must not cause a
-        # restart.
+        # The app may have opened a store for `async_routes.state`, which must not cause a restart.
         child.close_early_stores()
         if threading.active_count() > 1 or any(map(_is_unsafe, _descriptors() - before)):
             _restart_without_app(ours, control, kill_end)
@@ -86,14 +87,12 @@ def main(modules: str, control: int, kill_end: int) -> None:
 
 def _descriptors() -> set[int]:
     listed = os.listdir("/proc/self/fd")
-    # Leave out the descriptor that listdir() used, which is closed now.
+    # Leave out the closed descriptor of listdir().
     return {int(name) for name in listed if os.path.exists(f"/proc/self/fd/{name}")}
 
 
 def _is_unsafe(descriptor: int) -> bool:
-    """Return whether children must not share this open file. They may share log files and
-    devices.
-    """
+    """Return whether children must not share an open file. They may share log files and devices."""
     kind = os.fstat(descriptor).st_mode
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     is_log = stat.S_ISREG(kind) and access == os.O_WRONLY
@@ -103,7 +102,7 @@ def _is_unsafe(descriptor: int) -> bool:
 def _restart_without_app(ours: str, control: int, kill_end: int) -> None:
     """Execute this program again without importing the app.
 
-    A fork of a process with threads can copy a lock that is never released. Children that share a
+    A fork of a process with threads can copy a lock that is never released. Children with a shared
     connection would read each other's responses.
     """
     logger.warning(
@@ -118,8 +117,8 @@ def _restart_without_app(ours: str, control: int, kill_end: int) -> None:
 class _Server:
     """Forks and reaps child processes.
 
-    For each child, the parent sends three descriptors to ``control``: its socket, the read end of
-    its kill pipe, and a socket for its exit status.
+    For each child, the parent sends three descriptors to ``control``: the child's socket, the read
+    end of its kill pipe, and a socket for its exit status.
     """
 
     def __init__(self, control: socket.socket, kill_end: int) -> None:
@@ -167,7 +166,6 @@ class _Server:
         self._children[pid] = descriptors[1:]
 
     def _become_child(self, task: int, kill_end: int, status: int) -> NoReturn:
-        """Run the rest of this process as a child."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -182,8 +180,8 @@ class _Server:
             # Under gevent, the parent has made both ends non-blocking.
             channel.setblocking(True)
             import_module(CHILD).main(channel)
-            # Exit as the interpreter does, but without freeing each object, which can take longer
-            # than the task.
+            # Exit as the interpreter does, but without freeing objects, which can take longer than
+            # the task.
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
             code = 0
@@ -196,9 +194,7 @@ class _Server:
             os._exit(code)
 
     def _reap(self) -> None:
-        """Report the exit status of children that have ended, and kill the rest of their process
-        groups.
-        """
+        """Report the exit status of ended children, and kill the rest of their process groups."""
         while self._children:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:

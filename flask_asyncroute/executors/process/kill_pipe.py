@@ -1,8 +1,7 @@
 """A pipe that kills a process group when it is written to, or when the process with the write end
 exits. Linux only.
 
-The kernel sends the group SIGKILL instead of SIGIO, even if the group is busy. The kernel refers to
-the group itself, so it never kills a later group with the same id.
+The kernel sends SIGKILL instead of SIGIO, and never kills a later group with the same id.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ _open: weakref.WeakSet[KillPipe] = weakref.WeakSet()
 
 
 class KillPipe:
-    """The write end of the pipe. The caller closes ``read_end`` when the other process has it.
-    Thread-safe.
-    """
+    """The write end. The caller closes ``read_end`` when the other process has it. Thread-safe."""
 
     def __init__(self) -> None:
         self.read_end, self._write_end = os.pipe()
@@ -31,14 +28,14 @@ class KillPipe:
         _open.add(self)
 
     def kill(self) -> None:
-        """Kill the attached process or process group. Do nothing if it has ended."""
+        """Kill the attached process or process group, if it is running."""
         with self._lock:
             if self._is_open:
                 with suppress(BrokenPipeError):
                     os.write(self._write_end, b"!")
 
     def close(self) -> None:
-        """Close the write end, which also kills the attached process or process group."""
+        """Close the write end, which also kills the attached process or group."""
         with self._lock:
             if self._is_open:
                 self._is_open = False
@@ -48,17 +45,17 @@ class KillPipe:
 def attach(read_end: int, owner: int) -> None:
     """Attach a process or, with a negative number, a process group (F_SETOWN in `fcntl(2)`).
 
-    The process or group stays attached as long as any process has ``read_end`` open.
+    It stays attached while any process has ``read_end`` open.
     """
     fcntl.fcntl(read_end, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(read_end, fcntl.F_SETOWN, owner)
     fcntl.fcntl(read_end, fcntl.F_SETFL, fcntl.fcntl(read_end, fcntl.F_GETFL) | os.O_ASYNC)
     if readable([read_end], 0):
-        os.kill(owner, signal.SIGKILL)  # the pipe was written to or closed before this call
+        os.kill(owner, signal.SIGKILL)  # the pipe was already written to or closed
 
 
 def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
-    """Wait until a descriptor has data or its other end is closed; return all such descriptors.
+    """Return the descriptors that have data or whose other end is closed; wait until there is one.
 
     :param seconds: timeout, after which the list may be empty; None: no limit.
     """
@@ -69,8 +66,8 @@ def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
 
 
 def _close_in_fork() -> None:
-    """Close the write ends in a forked copy of this process. Otherwise, children could outlive
-    their parent.
+    """Close the write ends in a fork of this process; otherwise, children could outlive their
+    parent.
     """
     for pipe in list(_open):
         pipe._lock = threading.Lock()

@@ -1,7 +1,6 @@
 """The protocol between a parent and its child: frames with a kind, a length and a payload.
 
-A frame with an unknown kind, or larger than its limit, is refused before memory is allocated for
-it.
+An unknown kind or an excessive length is refused before memory is allocated.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ SMALL = 64 * 1024
 TO_CHILD = {SETTINGS: 16 * 1024 * 1024, JOB: 16 * 1024 * 1024, BODY: PIECE}
 """Maximum payload bytes by kind of frame."""
 TO_PARENT = {READY: SMALL, PROGRESS: SMALL, EVENT: 2 * SMALL, OUTCOME: SMALL}
-"""The limit of an outcome does not include the result."""
+"""Like `TO_CHILD`. The limit of an outcome excludes the result."""
 
 Report: TypeAlias = tuple[float | None, str | None]
-"""The progress and message that a child sends, as :meth:`Execution.take_report` returns them."""
+"""A child's progress and message, as :meth:`Execution.take_report` returns them."""
 Event: TypeAlias = tuple[str, msgspec.Raw]
-"""The name and data of an event that a child's view sends."""
+"""The name and data of a view's event."""
 
 
 class FrameError(Exception):
@@ -45,13 +44,13 @@ class Job(msgspec.Struct):
     endpoint: str
     user: str | None
     epoch: int
-    deadline: float | None  # on the monotonic clock, which all processes share; None: no limit
+    deadline: float | None  # on the monotonic clock, which processes share; None: no limit
     request: msgspec.Raw
     body_size: int
 
 
 class Ending(msgspec.Struct):
-    """The last message of a child: the outcome of its view, and the last progress."""
+    """A child's last message: the outcome of its view, and the last progress."""
 
     state: State
     report: Report
@@ -66,7 +65,7 @@ def send(sock: socket.socket, kind: bytes, payload: bytes = b"") -> None:
 
 
 def receive(sock: socket.socket) -> bytes:
-    """Return the next bytes, or empty bytes if the other process has exited."""
+    """Return the next bytes; empty if the other process has exited."""
     try:
         return sock.recv(PIECE)
     except OSError:
@@ -74,7 +73,7 @@ def receive(sock: socket.socket) -> bytes:
 
 
 def frames(pieces: Iterable[bytes], limits: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the kind and payload of each frame as soon as it is complete.
+    """Yield the kind and payload of each complete frame.
 
     :param limits: maximum payload bytes by kind of frame.
     :raises FrameError: if a frame has an unknown kind or exceeds its limit.

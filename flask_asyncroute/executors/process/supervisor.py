@@ -1,6 +1,6 @@
-"""Child processes: a fork server starts them, a socket connects them, and a pipe kills them.
+"""Child processes, started by a fork server.
 
-Each child has its own sockets and kill pipe, so that it cannot harm other children.
+Each child has its own sockets and kill pipe, so that it cannot harm others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Child:
     """A child process of the fork server. Only :meth:`kill` is thread-safe."""
 
     channel: socket.socket
-    exit_socket: socket.socket  # receives the exit status when the process ends
+    exit_socket: socket.socket
     kill_pipe: KillPipe
     limits: Mapping[bytes, int]  # in bytes, by kind of frame
     resources: ExitStack  # closes the sockets and the kill pipe
@@ -48,7 +48,7 @@ class Child:
                 protocol.send(self.channel, protocol.BODY, piece)
 
     def listen(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the kind and payload of each frame from the child; return when the child has ended.
+        """Yield the kind and payload of each frame; return when the child has ended.
 
         :raises FrameError: if the child sent an invalid frame.
         """
@@ -56,8 +56,8 @@ class Child:
         for frame in protocol.frames(self._pieces(), self.limits):
             has_begun = True
             yield frame
-        # If the fork server hangs while importing the app, no child exists, so a kill produces no
-        # exit status.
+        # If the fork server hangs while importing the app, no child exists to report an exit
+        # status.
         self.is_gone(None if has_begun else LOST_SECONDS)
         self.has_ended = True
 
@@ -65,11 +65,10 @@ class Child:
         channel, exit_socket = self.channel.fileno(), self.exit_socket.fileno()
         while True:
             if channel not in readable([channel, exit_socket], None):
-                # The child has ended, and all its data has been read.
+                # The child has ended, and all its data was read.
                 if self._read_status():
                     return
-                # There is no status: the fork server has exited, but the child may still be
-                # running.
+                # Without a status, the fork server has exited, but the child may still be running.
                 readable([channel], None)
             data = protocol.receive(self.channel)
             if not data:
@@ -77,7 +76,7 @@ class Child:
             yield data
 
     def kill(self) -> None:
-        """Kill the child and its process group, and receive no more frames."""
+        """Kill the child and its process group; receive no more frames."""
         self.kill_pipe.kill()
         with suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)
@@ -90,14 +89,14 @@ class Child:
         return self.has_ended
 
     def leave(self, seconds: float) -> None:
-        """Wait up to ``seconds`` for the end of the child, then kill it; release its resources."""
+        """Wait up to ``seconds`` for the child's end, then kill it; release its resources."""
         if not self.is_gone(seconds):
             self.kill()
             self.is_gone(None)
         self.drop()
 
     def drop(self) -> None:
-        """Kill the child if it is running, and close the sockets and the pipe."""
+        """Kill the child if it is running; close the sockets and the pipe."""
         self.resources.close()
 
     def _read_status(self) -> bool:
@@ -127,7 +126,7 @@ class ForkServer:
     def start(self) -> Child:
         """Request a child, which loads the app and waits for a job; return at once.
 
-        :raises OSError: if the system has no free processes or descriptors.
+        :raises OSError: if the system lacks processes or descriptors.
         """
         with ExitStack() as ours, ExitStack() as theirs:
             channel, their_channel = _socket_pair(ours, theirs)
@@ -140,7 +139,7 @@ class ForkServer:
             return Child(channel, exit_socket, kill_pipe, self._limits, ours.pop_all())
 
     def close(self) -> None:
-        """Let the server process exit after its last child. A later start creates a new one."""
+        """Let the server exit after its last child. A later start creates a new server."""
         with self._lock:
             self._control = None
             if self._end is not None:
@@ -153,8 +152,7 @@ class ForkServer:
                     socket.send_fds(self._control, [b"+"], descriptors)
                     return
                 except OSError:
-                    # The server was killed, and its children exit by themselves. Start a new
-                    # server.
+                    # The server was killed; its children exit by themselves.
                     self.close()
             self._control, self.pid, resources = _start_server(self._modules)
             self._end = when_gone(self, _end_server, self._control, self.pid, resources)
@@ -162,11 +160,11 @@ class ForkServer:
 
 
 def _start_server(modules: str) -> tuple[socket.socket, int, ExitStack]:
-    """Start the program `forkserver`; return its socket, its pid, and the resources to close."""
+    """Start the program `forkserver`; return its socket, pid, and resources to close."""
     with ExitStack() as ours, ExitStack() as theirs:
         control, their_control = _socket_pair(ours, theirs, socket.SOCK_SEQPACKET)
         ends = (their_control.fileno(), _kill_pipe(ours, theirs).read_end)
-        # Use new numbers, because dup2() to the same number would leave close-on-exec set.
+        # Use new numbers: dup2() to the same number would leave close-on-exec set.
         numbers = (max(ends) + 1, max(ends) + 2)
         executable = _python()
         pid = os.posix_spawn(
@@ -186,7 +184,7 @@ def _start_server(modules: str) -> tuple[socket.socket, int, ExitStack]:
 
 
 def _end_server(control: socket.socket, pid: int, resources: ExitStack) -> None:
-    """Make a fork server exit after its last child, and wait for its exit."""
+    """Make a fork server exit after its last child, and wait for it."""
     with suppress(OSError):
         control.shutdown(socket.SHUT_WR)
         control.recv(1)
@@ -212,8 +210,8 @@ def _kill_pipe(ours: ExitStack, theirs: ExitStack) -> KillPipe:
 def _python() -> str:
     """Return this environment's Python interpreter.
 
-    A server that embeds Python, such as uWSGI, reports its own executable or the interpreter
-    outside the virtual environment.
+    Servers that embed Python, such as uWSGI, report themselves or the interpreter outside the
+    virtual environment.
     """
     named = os.fsdecode(get_executable())
     found = Path(sys.prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
