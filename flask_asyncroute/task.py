@@ -44,7 +44,7 @@ MAX_ERROR = 2000
 MAX_MESSAGE = 500
 
 
-class AsyncRouteTask(msgspec.Struct, frozen=True):
+class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
     """An immutable record of a task at one revision.
 
     The task object's fields are available in snake case. Other fields (``endpoint``, ``owner``,

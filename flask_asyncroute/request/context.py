@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from flask import Flask, current_app, has_app_context, request
+from flask import Flask, ctx, current_app, has_app_context, request
 from flask.ctx import AppContext
 from flask.json.tag import TaggedJSONSerializer
 from flask.sessions import SecureCookieSession
@@ -89,12 +89,15 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
 
 
 def _with_session(app: Flask, environ: dict[str, Any], session: SecureCookieSession) -> Any:
-    """Return a request context with ``session``, so that Flask does not open another."""
-    context = app.request_context(environ)
-    build: Any = type(context)
+    """Return a request context with ``session``, so that Flask does not open another session."""
+    # Flask.request_context() takes no session. Creating a second context from its request would
+    # bind the URL map twice.
+    rebuilt_request = app.request_class(environ)
+    rebuilt_request.json_module = app.json
     # Flask 3.2 merged RequestContext into AppContext, which takes no environ.
-    leading = (app,) if issubclass(build, AppContext) else (app, environ)
-    return build(*leading, request=context.request, session=session)
+    build: Any = vars(ctx).get("RequestContext", AppContext)
+    leading = (app,) if build is AppContext else (app, environ)
+    return build(*leading, request=rebuilt_request, session=session)
 
 
 def _load_session(data: str | None) -> dict[str, Any]:
