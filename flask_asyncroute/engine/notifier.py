@@ -146,7 +146,6 @@ class Notifier(Loop):
         with self._waiting_lock:
             self._watching += 1
             self._following += is_follower
-            is_first = self._watching == 1
         try:
             if is_follower and isinstance(self._store, SharedTaskStore):
                 self._keep_notified(self._store)
@@ -158,12 +157,11 @@ class Notifier(Loop):
                         self._own.clear()
                         self.shared_reads.forget()  # results may lack changes since the last poll
                         self._is_polling = True
+                self.wake()
             self.start()
         except BaseException:
             self._end(is_follower)
             raise
-        if is_first:
-            self.wake()
 
     def _end(self, is_follower: bool = False) -> None:
         with self._waiting_lock:

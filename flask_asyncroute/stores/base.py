@@ -280,9 +280,9 @@ class SharedTaskStore(TaskStore):
         """
 
     def listen(self, notify: Callable[[], None]) -> Listener | None:
-        """Call ``notify``, on any thread, soon after each later stop of a task by any process, and
-        after each later write during :meth:`keep_notifying`. Return None if the store sends no
-        notifications.
+        """Call ``notify``, on any thread, soon after each later stop of a task by another process,
+        and after each of its later writes during :meth:`keep_notifying`. Return None if the store
+        sends no notifications.
 
         Notifications are lost while the connection is down, so poll :meth:`news` as well.
         """

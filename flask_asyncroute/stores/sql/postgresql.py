@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,7 @@ class EngineDatabase(Database):
         self._engine = engine
         self._is_owned = is_owned
         self._unpooled: Connection | None = None
+        self._pids: set[int] = set()  # Server processes of the connections.
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._several = engine.execution_options(isolation_level="READ COMMITTED")
         self._snapshot = engine.execution_options(
@@ -147,7 +148,7 @@ class EngineDatabase(Database):
         return self._repeat(write)
 
     def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener:
-        return PostgreSQLListener(self._single, channel, payload, notify)
+        return PostgreSQLListener(self._single, channel, payload, notify, self._pids)
 
     def lock_schema(self, cursor: Cursor) -> None:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
@@ -202,6 +203,7 @@ class EngineDatabase(Database):
         def execute(attempt: _Attempt) -> Sequence[Any]:
             with self._driver_connection(attempt) as connection:
                 attempt.may_be_committed = is_write
+                self._pids.add(connection.pgconn.backend_pid)
                 cursor = connection.cursor(row_factory=namedtuple_row)
                 cursor.execute(sql, values)
                 return () if cursor.rownumber is None else cursor.fetchall()
@@ -230,6 +232,7 @@ class EngineDatabase(Database):
             # Other connections were probably lost too. SQLAlchemy also replaces all of them.
             if attempt.is_lost and self._engine.pool is pool:
                 self._engine.dispose()
+                self._pids.clear()
             raise
         finally:
             lent.close()
@@ -271,7 +274,8 @@ class _Cursor:
 
 
 class PostgreSQLListener:
-    """Calls a function for each notification (``LISTEN``) until it is closed. Thread-safe.
+    """Calls a function for each notification (``LISTEN``) of other processes until it is closed.
+    Thread-safe.
 
     It has its own thread and connection. Notifications are lost while the connection is down, so
     ``notify`` is also called after each reconnection.
@@ -279,15 +283,24 @@ class PostgreSQLListener:
     :param engine: its connection is detached from the engine's pool.
     :param notify: called on the listener's thread; must return immediately and raise no
         exceptions.
+    :param own_pids: server processes whose notifications are ignored, because they serve
+        connections of this process. After a reconnection, the server may assign such a number to
+        another client; its changes are then found by polling.
     """
 
     def __init__(
-        self, engine: Engine, channel: str, payload: str, notify: Callable[[], None]
+        self,
+        engine: Engine,
+        channel: str,
+        payload: str,
+        notify: Callable[[], None],
+        own_pids: Collection[int] = (),
     ) -> None:
         self._engine = engine
         self._channel = channel
         self._payload = payload
         self._notify = notify
+        self._own_pids = own_pids
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="asyncroute-listener", daemon=True)
         self._thread.start()
@@ -308,7 +321,8 @@ class PostgreSQLListener:
                     self._notify()
                     while not self._closed.is_set():
                         for notification in driver.notifies(timeout=CLOSED_SECONDS):
-                            if notification.payload == self._payload:
+                            is_own = notification.pid in self._own_pids
+                            if notification.payload == self._payload and not is_own:
                                 self._notify()
             except Exception as error:
                 # SQLAlchemy and the driver raise errors of different classes.
