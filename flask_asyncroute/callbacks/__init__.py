@@ -1,1 +1,1 @@
-"""Callbacks: model, expressions, URLs and checks. They use neither requests nor stores."""
+"""Define and check callbacks. No module here uses the Flask request or the store."""

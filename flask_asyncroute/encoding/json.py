@@ -1,4 +1,4 @@
-"""Encode JSON documents, decode request bodies, and clean text for the stores."""
+"""Encode JSON, decode request bodies, and replace characters that stores cannot hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ MAX_BODY_DIGITS = 300  # a longer integer cannot be compared with a float
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
-"""Strings and brackets. An unterminated string matches to the end, which avoids a slow search."""
+"""Matches strings and brackets. An unterminated string matches to the end of the data, because
+searching inside it is slow.
+"""
 
 encode_json = msgspec.json.Encoder().encode
 """Encode a document of this package as UTF-8 JSON; it may contain :class:`msgspec.Raw`.

@@ -41,7 +41,7 @@ _ROWS = (
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _ROWS}
 APP_EXECUTOR = ExecutorKind("the app's own", "inline:FutureTaskExecutor", is_bound=True)
-"""The kind of an app's own `concurrent.futures.Executor`, which runs threads in this process."""
+"""The kind of the app's own `concurrent.futures.Executor`, with threads of this process."""
 
 
 def checked(label: str, value: Any) -> str | Executor:

@@ -1,8 +1,8 @@
-"""The program of the fork server, which imports the app's module and forks children. It must not
-use the app.
+"""The program of the fork server, a process that imports the app's module and forks children. It
+must not use the app.
 
-It is a new interpreter with one thread, so forks copy no locks, connections or signal handlers of a
-web server.
+It runs in a new interpreter with one thread, so that children inherit no locks, connections or
+signal handlers of the web server.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(modules: str, control: int, kill_end: int) -> None:
                 "The fork server could not import the app, so each child process imports it: %r",
                 error,
             )
-        # The app may have opened a store for `async_routes.state`, which must not cause a restart.
+        # A store that the app opened for `async_routes.state` must not cause a restart.
         child.close_early_stores()
         if threading.active_count() > 1 or any(map(_is_unsafe, _descriptors() - before)):
             _restart_without_app(ours, control, kill_end)
@@ -92,7 +92,7 @@ def _descriptors() -> set[int]:
 
 
 def _is_unsafe(descriptor: int) -> bool:
-    """Return whether children must not share an open file. They may share log files and devices."""
+    """Return whether children must not share an open file. Log files and devices are harmless."""
     kind = os.fstat(descriptor).st_mode
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     is_log = stat.S_ISREG(kind) and access == os.O_WRONLY

@@ -1,7 +1,7 @@
-"""A pipe that kills a process group when it is written to, or when the process with the write end
-exits. Linux only.
+"""A pipe that kills a process group when data is written to it, or when the process that has its
+write end exits. Linux only.
 
-The kernel sends SIGKILL instead of SIGIO, and never kills a later group with the same id.
+The kernel sends SIGKILL instead of SIGIO. It never kills a later group with the same id.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _open: weakref.WeakSet[KillPipe] = weakref.WeakSet()
 
 
 class KillPipe:
-    """The write end. The caller closes ``read_end`` when the other process has it. Thread-safe."""
+    """The write end. The caller closes ``read_end`` after passing it on. Thread-safe."""
 
     def __init__(self) -> None:
         self.read_end, self._write_end = os.pipe()
@@ -43,9 +43,8 @@ class KillPipe:
 
 
 def attach(read_end: int, owner: int) -> None:
-    """Attach a process or, with a negative number, a process group (F_SETOWN in `fcntl(2)`).
-
-    It stays attached while any process has ``read_end`` open.
+    """Have the pipe kill ``owner``: a process id, or the negative id of a process group (F_SETOWN in
+    `fcntl(2)`). This lasts while any process has ``read_end`` open.
     """
     fcntl.fcntl(read_end, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(read_end, fcntl.F_SETOWN, owner)
@@ -66,8 +65,8 @@ def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
 
 
 def _close_in_fork() -> None:
-    """Close the write ends in a fork of this process; otherwise, children could outlive their
-    parent.
+    """Close the write ends in a forked copy of this process. Left open, they would keep children
+    alive after this process has exited.
     """
     for pipe in list(_open):
         pipe._lock = threading.Lock()
