@@ -1,1 +1,1 @@
-"""Define and check callbacks. No module here uses the Flask request or the store."""
+"""Define and check callbacks, without Flask requests or stores."""

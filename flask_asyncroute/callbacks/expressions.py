@@ -1,7 +1,6 @@
 """Parse OpenAPI 3.1 runtime expressions (section 4.8.20.4) in the settings of a `Callback`.
 
-They are evaluated before the task's request has a response, so ``$response`` and ``$statusCode``
-are refused.
+They read the request that starts a task, so ``$response`` and ``$statusCode`` are refused.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ Source: TypeAlias = Callable[[str, str], Any]
 class Expression:
     """A runtime expression.
 
-    :param text: the whole expression.
     :param kind: ``url``, ``method``, ``query``, ``header``, ``path`` or ``body``.
     :param name: of the parameter, header or path variable; for the body, a JSON pointer.
     """
@@ -50,7 +48,7 @@ class Expression:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The literal texts and expressions of a setting, in order."""
+    """The literal texts and expressions of a setting."""
 
     parts: tuple[str | Expression, ...]
 
@@ -60,7 +58,7 @@ class Template:
 
     @property
     def is_alone(self) -> bool:
-        """Whether the template is one expression without other text."""
+        """Whether the template is one expression only."""
         return len(self.parts) == 1 and isinstance(self.parts[0], Expression)
 
     @property

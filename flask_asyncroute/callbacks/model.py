@@ -63,7 +63,7 @@ class Callback:
 
     @property
     def url_field(self) -> str:
-        """The declared URL as clients see it: without its query, because that can be secret."""
+        """The declared URL without its query, which can contain a secret."""
         return self.url if expressions.parse(self.url).is_alone else self.url.partition("?")[0]
 
     @property
@@ -74,8 +74,8 @@ class Callback:
 
     @property
     def literal_headers(self) -> dict[str, str]:
-        """The headers whose values contain no expressions. Only these can be sent again later,
-        because stored headers are deleted after the last attempt.
+        """The headers without expressions. Only these can be sent again, because stored headers are
+        deleted after the last attempt.
         """
         headers = self.headers.items()
         return {name: value for name, value in headers if expressions.parse(value).is_literal}
@@ -84,7 +84,7 @@ class Callback:
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """The callback of one task, with all expressions resolved.
 
-    :param webhook_id: the ``webhook-id`` header of every attempt.
+    :param webhook_id: the ``webhook-id`` header of all attempts.
     :param url: the absolute URL, normalized by `parse_url`; ``host`` is its host.
     :param is_trusted: whether the developer chose the host.
     :param headers: deleted after the last attempt, because they may contain secrets.

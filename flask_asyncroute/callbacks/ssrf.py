@@ -1,9 +1,9 @@
 """The SSRF guard: restricts callbacks to public addresses if the client chose the host.
 
-When a task is created, the guard checks the host without DNS. At each attempt to send, it resolves
-the host name and checks every address; the webhook client connects only to checked addresses. The
-guard does not use ``is_global``: in Python 3.11 it is True for addresses that reach internal hosts
-(NAT64, 6to4, ``::127.0.0.1``, multicast).
+When a task is created, the guard checks the host without DNS. At each attempt, it resolves the name
+and checks every address; the webhook client connects only to these. ``is_global`` is
+unsuitable: in Python 3.11 it is True for addresses that reach internal hosts (NAT64, 6to4,
+``::127.0.0.1``, multicast).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SPECIAL_4 = tuple(
         "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
     )
 )  # fmt: skip
-"""Non-public networks: IANA's special-purpose registry, multicast and reserved addresses."""
+"""Non-public networks: IANA's special-purpose registry, multicast and reserved ones."""
 _GLOBAL_6 = IPv6Network("2000::/3")  # excludes NAT64, IPv4-mapped, local and multicast addresses
 _SPECIAL_6 = tuple(
     IPv6Network(network)
@@ -69,11 +69,11 @@ def check_host(address: WebAddress, allowed: AllowedHosts) -> None:
 def addresses_of(
     address: WebAddress, is_trusted: bool, allowed: AllowedHosts, seconds: float
 ) -> list[Address]:
-    """Return the IP addresses of a host. Check each, unless the host is trusted or allowed.
+    """Return a host's IP addresses. Check each, unless the host is trusted or allowed.
 
-    :param is_trusted: whether the developer chose the host.
+    :param is_trusted: the developer chose the host.
     :param seconds: timeout of the DNS lookup.
-    :raises Inside: if any checked address is neither public nor allowed.
+    :raises Inside: if any address is neither public nor allowed.
     :raises NotResolved: if the host has no address, or DNS does not answer in time.
     """
     ip = address.ip
@@ -86,7 +86,7 @@ def addresses_of(
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a host name, or raise OSError. May block for a long time."""
+    """Return a host name's addresses, or raise OSError. Can block for a long time."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
@@ -120,8 +120,8 @@ def _check_ip(ip: Address, host: str, allowed: AllowedHosts) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AllowedHosts:
-    """Non-public hosts that may receive callbacks: networks, and host names as in `WebAddress`. A
-    name does not include its subdomains.
+    """Non-public hosts that may receive callbacks: networks, and host names as in `WebAddress`,
+    without subdomains.
     """
 
     names: frozenset[str] = frozenset()

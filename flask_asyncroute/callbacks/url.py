@@ -59,9 +59,8 @@ class WebAddress:
 def parse_url(url: str) -> WebAddress:
     """Parse an absolute URL; drop its fragment, and convert its host to ASCII (UTS 46).
 
-    :raises BadAddress: if the URL has another scheme, a user name, an invalid port or host, an IPv4
-        address not in the form a.b.c.d, control characters, spaces, backslashes, or over 2,048
-        characters.
+    :raises BadAddress: for another scheme, a user name, an invalid port or host, IPv4 in another
+        form than a.b.c.d, control characters, spaces, backslashes, or over 2,048 characters.
     """
     if not url:
         raise BadAddress("it is empty")

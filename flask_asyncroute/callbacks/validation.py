@@ -40,7 +40,7 @@ def method_of(text: str) -> str:
 
 
 def content_type_of(text: str) -> str:
-    """Return a media type in lower case without parameters; raise ValueError if unsupported."""
+    """Return the media type without parameters (the body is always UTF-8), or raise ValueError."""
     kind = text.partition(";")[0].strip().lower()
     if kind not in MEDIA_TYPES:
         raise ValueError(f"{text[:60]!r} is not one of {', '.join(MEDIA_TYPES)}")
@@ -96,7 +96,7 @@ def check_url(label: str, value: Any) -> None:
 
 
 def has_authority(template: Template) -> bool:
-    """Return whether the URL's authority and the next ``/`` come before the first expression."""
+    """Return whether the authority and the next ``/`` come before the first expression."""
     return _AUTHORITY.match(template.beginning) is not None
 
 

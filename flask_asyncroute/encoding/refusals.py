@@ -16,9 +16,7 @@ BELOW = "Put decorators that create responses above task()"
 
 
 class NotStorable(Exception):
-    """A value cannot be stored as JSON. Each enclosing container adds its key or index to the path
-    of the value.
-    """
+    """A value cannot be stored as JSON. Each enclosing container adds its key or index to the path."""
 
     def __init__(self, found: str, advice: str, *, has_path: bool = True) -> None:
         super().__init__(found)
@@ -28,8 +26,8 @@ class NotStorable(Exception):
         self.steps: list[tuple[int, str]] = []
 
     def add_step(self, holder: object, step: str | int | None) -> None:
-        """Add to the path the key or index in ``holder``; None if ``holder`` was converted as a
-        whole. Call this for inner containers first.
+        """Add a key or index of ``holder`` to the path; None after a conversion of ``holder``.
+        Add inner steps first.
         """
         if isinstance(step, int):
             shown = f"[{step}]"
@@ -42,8 +40,8 @@ class NotStorable(Exception):
         self.steps.append((id(holder), shown))
 
     def message(self, where: str) -> str:
-        """Return the message, beginning with ``where``. If the path visits a container twice, say
-        that it contains itself.
+        """Return the message, beginning with ``where``. A container that occurs twice in
+        the path contains itself: the message says so.
         """
         found, advice = self.found, self.advice
         if not self.has_path:

@@ -1,4 +1,4 @@
-"""Convert a view's return value to JSON, or raise an error that names the invalid member.
+"""Convert a view's return value to JSON, or explain why it cannot be stored.
 
 Values far over the size limit are refused before they are encoded.
 """
@@ -54,8 +54,8 @@ def encode_result(value: Any, default: Default, max_bytes: int) -> bytes:
 
     :param default: from :func:`json_default`; raises :exc:`TypeError` if it cannot convert a value.
     :param max_bytes: limit of the encoded result.
-    :raises ResultError: if a value cannot be converted or the result is too large. The message
-        contains the path of the value and a remedy.
+    :raises ResultError: if a value cannot be converted or is too large; the message contains its
+        path and a remedy.
     """
     if isinstance(value, tuple):
         raise ResultError(
@@ -83,9 +83,9 @@ def _encoded(value: Any, default: Default, max_bytes: int, where: str, key: str 
 class _Walk:
     """Converts one value and its members.
 
-    ``remaining`` is the size limit minus the minimum encoded size of the members so far. For speed,
-    containers are copied only if a member changes, and plain members are checked without a call:
-    large results would otherwise take up to twice as long.
+    ``remaining`` is the size limit minus the minimum encoded size of the members so far. For speed
+    (up to twice), containers are copied only if a member changes, and plain members are checked
+    without a call.
     """
 
     def __init__(self, default: Default, max_bytes: int, key: str | None) -> None:
@@ -131,7 +131,6 @@ class _Walk:
         return self._by_default(value, depth)
 
     def _object(self, members: dict[Any, Any], holder: object, depth: int) -> dict[str, Any]:
-        """Return the converted members of ``holder``."""
         self._enter(5 * len(members), depth)
         used = 0
         names: dict[Any, str] = {}

@@ -89,8 +89,7 @@ def _is_name(key: str) -> bool:
 def _is_expat_name(key: str) -> bool:
     """Return whether expat accepts an XML name.
 
-    expat follows the fourth edition of XML 1.0; parsers of the fifth accept the same names and
-    more.
+    expat follows the fourth edition of XML 1.0. Parsers of the fifth accept these names too.
     """
     found: list[str] = []
     parser = expat.ParserCreate("utf-8")

@@ -1,6 +1,6 @@
 """Checks whether an exception raised in a thread could skip the end of a `with` or `try` block.
 
-An exception that another thread sets is raised only at certain instructions. Two of these are harmful:
+An exception set by another thread is raised only at certain instructions. Two are harmful:
 
 - Since Python 3.14, `with` calls ``__enter__`` like any function. An exception at the end of that
   call leaves a lock held, because the block that releases it was never entered (CPython issue
@@ -30,7 +30,7 @@ the thread's next check, or when its current C function returns.
 """
 CODE_UNIT = 2
 CACHE_SIZE = 100
-"""Number of functions whose instructions are cached, because the thread runs while they are read."""
+"""Number of functions whose instructions are cached: the thread runs while they are read."""
 
 
 class _Code(NamedTuple):
@@ -67,8 +67,8 @@ def may_skip_a_block(frame: FrameType | None) -> bool:
 
 
 def _ahead(code: _Code, offset: int) -> bool | None:
-    """Return whether an exception could be raised at a harmful instruction of a function; None if
-    the function can exit first.
+    """Return whether a function could raise an exception at a harmful instruction; None if it can
+    exit first.
     """
     start = code.indexes[offset]
     name = code.instructions[start].opname

@@ -20,8 +20,8 @@ MAX_UNWRITTEN = 1000
 
 
 class Execution:
-    """One run of a task. Created before the task is claimed, so that an immediate stop has an
-    effect. Thread-safe.
+    """A run. It is created before the task is claimed, so that an immediate stop has an effect.
+    Thread-safe.
 
     :param interrupt_after: seconds between a stop request and the interruption; None: never.
     :param wake: called when progress, events or a stop request must be handled; must return at
@@ -62,7 +62,7 @@ class Execution:
     def begin(
         self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False
     ) -> None:
-        """Set the values that are known once the task is claimed.
+        """Set the values known after the claim.
 
         :param seconds: the time limit; None: no limit.
         :param restarts_on_loss: whether the task runs again if this process cannot finish it.
@@ -76,9 +76,8 @@ class Execution:
         """Ask the view to stop: cancel its coroutine or child process, or schedule the interruption
         of its thread. Return False if a stop was asked for before; then only ``within`` is applied.
 
-        :param within: interrupt the thread after at most this many seconds, even if
-            ``interrupt_after`` is longer.
-        :param ago: seconds since the stop was requested; the interruption is that much earlier.
+        :param within: maximum seconds until the interruption; lowers ``interrupt_after``.
+        :param ago: seconds since the stop request; the interruption is that much earlier.
         """
         with self._lock:
             is_first = not self.stop.is_set()
@@ -97,7 +96,7 @@ class Execution:
         return is_first
 
     def cancel_with(self, cancel: Callable[[], object] | None) -> None:
-        """Set the function that cancels the running coroutine or child process; None if it has ended."""
+        """Set the function that cancels the running coroutine or child; None when it has ended."""
         with self._lock:
             self._cancel = cancel
             self.interrupt_at = None
@@ -123,7 +122,8 @@ class Execution:
     def advance(
         self, value: float | None, message: str | None = None, climb: Climb | None = None
     ) -> None:
-        """Set progress, clipped to 0–100 and rounded to two decimals. Ignore NaN and values below the current progress.
+        """Set progress, clipped to 0–100 and rounded to two decimals. Ignore NaN and lower
+        values.
 
         :param climb: raises progress over time; None ends an earlier one.
         """

@@ -1,7 +1,7 @@
 """Raises `TaskAborted`, when it is safe, in a thread whose view does not stop by itself.
 
-CPython can raise an asynchronous exception at any point. So this module raises it only while the
-task's view is running, and never inside modules that might leave a lock held.
+CPython can raise an asynchronous exception at any point. This module raises it only in the task's
+view, and not inside modules that might leave a lock held.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ PAUSE_SECONDS = 2e-5
 _set_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
     ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
 )
-"""Sets (or withdraws: None) the pending exception of a thread. Takes the thread id and the address
-of the exception class (in CPython, its ``id``).
+"""Sets a thread's pending exception. Takes the thread id and the address (in CPython, the ``id``)
+of an exception class; None withdraws it.
 """
 
 _interrupting = threading.Lock()
 
 
 def allow_within(function: Any) -> None:
-    """Allow interruptions while ``function`` of this package is on the stack. It must hold no lock.
-    Views call other async routes through such functions.
+    """Allow interruptions inside ``function`` of this package. It must hold no lock. A view calls
+    another async route through it.
     """
     _transparent.add(function.__code__)
 
@@ -134,8 +134,8 @@ def _withdraw_from(thread_id: int) -> None:
     """Withdraw a pending exception from a thread.
 
     After a withdrawal, CPython threads check for exceptions at every instruction, and hang under a
-    tracer, until another exception is raised. So this function also sets an exception for its own
-    thread, in the same C call: the interpreter does not check during the call.
+    tracer, until another exception is raised. So set one for this thread too, in the same C
+    call, during which the interpreter does not check.
     """
     try:
         list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))

@@ -26,8 +26,8 @@ class Outcome:
 def failed(error: BaseException, expose: bool) -> Outcome:
     """Return the outcome of a run that raised ``error``.
 
-    :param expose: whether clients see the message of ``error``. They always see the message of
-        an `HTTPException`.
+    :param expose: whether clients see the message of ``error``. They always see an
+        `HTTPException`'s message.
     """
     name = type(error).__name__
     if isinstance(error, HTTPException):

@@ -32,7 +32,7 @@ PROGRAM = (
     "from flask_asyncroute.executors.process.forkserver import main; "
     "main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 )
-"""Code for ``python -c``. It leaves no ``__main__`` module that could be imported again."""
+"""Code for ``python -c``. No ``__main__`` module can be imported again."""
 
 DESCRIPTORS = 3  # received with each request for a child
 STATUS = struct.Struct("!i")
@@ -50,8 +50,7 @@ def command(modules: str, control: int, kill_end: int) -> list[str]:
 def main(modules: str, control: int, kill_end: int) -> None:
     """Serve the parent process until it closes the connection.
 
-    :param modules: modules to import first, separated by commas. The last one is the app's module
-        or empty.
+    :param modules: comma-separated modules to import first; the last is the app's, or empty.
     :param control: the descriptor on which the parent requests children.
     :param kill_end: the read end of this process's kill pipe.
     """
@@ -180,7 +179,7 @@ class _Server:
             # Under gevent, the parent has made both ends non-blocking.
             channel.setblocking(True)
             import_module(CHILD).main(channel)
-            # Exit as the interpreter does, but without freeing objects, which can take longer than
+            # Exit as the interpreter does, but do not free objects: that can take longer than
             # the task.
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()

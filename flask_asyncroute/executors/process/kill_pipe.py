@@ -1,7 +1,7 @@
 """A pipe that kills a process group when data is written to it, or when the process that has its
 write end exits. Linux only.
 
-The kernel sends SIGKILL instead of SIGIO. It never kills a later group with the same id.
+The kernel sends SIGKILL instead of SIGIO, and never kills a later group with the same id.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class KillPipe:
 
 
 def attach(read_end: int, owner: int) -> None:
-    """Have the pipe kill ``owner``: a process id, or the negative id of a process group (F_SETOWN in
-    `fcntl(2)`). This lasts while any process has ``read_end`` open.
+    """Have the pipe kill ``owner``, a process id or the negative id of a process group (F_SETOWN
+    in `fcntl(2)`). This lasts while any process has ``read_end`` open.
     """
     fcntl.fcntl(read_end, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(read_end, fcntl.F_SETOWN, owner)
@@ -54,7 +54,7 @@ def attach(read_end: int, owner: int) -> None:
 
 
 def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
-    """Return the descriptors that have data or whose other end is closed; wait until there is one.
+    """Wait for descriptors that have data or whose other end is closed; return them.
 
     :param seconds: timeout, after which the list may be empty; None: no limit.
     """
@@ -65,8 +65,8 @@ def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
 
 
 def _close_in_fork() -> None:
-    """Close the write ends in a forked copy of this process. Left open, they would keep children
-    alive after this process has exited.
+    """Close the write ends in a fork of this process. Open, they would keep the children alive
+    after this process has exited.
     """
     for pipe in list(_open):
         pipe._lock = threading.Lock()

@@ -1,6 +1,6 @@
-"""The protocol between a process of the app (the parent) and its child process.
+"""The protocol between the app (the parent) and a child process.
 
-A frame has a kind, a length and a payload. An unknown kind or an excessive length is refused before
+A frame has a kind, a length and a payload. Unknown kinds and excessive lengths are refused before
 memory is allocated.
 """
 
@@ -28,8 +28,7 @@ TO_PARENT = {READY: SMALL, PROGRESS: SMALL, EVENT: 2 * SMALL, OUTCOME: SMALL}
 
 Report: TypeAlias = tuple[float | None, str | None]
 """A child's progress and message, as :meth:`Execution.take_report` returns them."""
-Event: TypeAlias = tuple[str, msgspec.Raw]
-"""The name and data of a view's event."""
+Event: TypeAlias = tuple[str, msgspec.Raw]  # name and data
 
 
 class FrameError(Exception):
@@ -51,7 +50,7 @@ class Job(msgspec.Struct):
 
 
 class Ending(msgspec.Struct):
-    """A child's last message: the outcome of its view, and the last progress."""
+    """A child's last message: its view's outcome and last progress."""
 
     state: State
     report: Report

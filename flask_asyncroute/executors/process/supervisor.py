@@ -41,23 +41,19 @@ class Child:
     has_ended: bool = False
 
     def send(self, job: protocol.Job, body: Body | None) -> None:
-        """Send the task to run. Do nothing if the child has ended: :meth:`listen` reports that."""
+        """Send the task to run. If the child has ended, :meth:`listen` reports that."""
         with suppress(OSError):
             protocol.send(self.channel, protocol.JOB, msgspec.json.encode(job))
             for piece in () if body is None else body.pieces():
                 protocol.send(self.channel, protocol.BODY, piece)
 
     def listen(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the kind and payload of each frame; return when the child has ended.
-
-        :raises FrameError: if the child sent an invalid frame.
-        """
+        """Yield the kind and payload of each frame until the child's end, or raise FrameError."""
         has_begun = False
         for frame in protocol.frames(self._pieces(), self.limits):
             has_begun = True
             yield frame
-        # If the fork server hangs while it imports the app, it has forked no child, and no exit
-        # status follows.
+        # A fork server that hangs while it imports the app has forked no child.
         self.is_gone(None if has_begun else LOST_SECONDS)
         self.has_ended = True
 
@@ -109,7 +105,7 @@ class Child:
 class ForkServer:
     """Starts children through a server process. Thread-safe.
 
-    The server process is started for the first child. It exits after its last child if this object
+    The server starts before the first child. It exits after its last child if this object
     is closed or garbage-collected, and is killed if this process exits.
     """
 
@@ -210,7 +206,7 @@ def _kill_pipe(ours: ExitStack, theirs: ExitStack) -> KillPipe:
 def _python() -> str:
     """Return this environment's Python interpreter.
 
-    In servers that embed Python, such as uWSGI, get_executable() returns the server or the
+    In servers that embed Python, such as uWSGI, get_executable() returns the server, or an
     interpreter outside the virtual environment.
     """
     named = os.fsdecode(get_executable())
