@@ -71,7 +71,7 @@ def addresses_of(
 ) -> list[Address]:
     """Return a host's IP addresses. Check each, unless the host is trusted or allowed.
 
-    :param is_trusted: the developer chose the host.
+    :param is_trusted: whether the developer chose the host.
     :param seconds: timeout of the DNS lookup.
     :raises Inside: if any address is neither public nor allowed.
     :raises NotResolved: if the host has no address, or DNS does not answer in time.
@@ -120,7 +120,7 @@ def _check_ip(ip: Address, host: str, allowed: AllowedHosts) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AllowedHosts:
-    """Non-public hosts that may receive callbacks: networks, and host names as in `WebAddress`,
+    """Non-public hosts that may receive callbacks: networks, and names as in `WebAddress`,
     without subdomains.
     """
 

@@ -16,7 +16,7 @@ BELOW = "Put decorators that create responses above task()"
 
 
 class NotStorable(Exception):
-    """A value cannot be stored as JSON. Each enclosing container adds its key or index to the path."""
+    """A value cannot be stored as JSON. Enclosing containers add their key or index to the path."""
 
     def __init__(self, found: str, advice: str, *, has_path: bool = True) -> None:
         super().__init__(found)
@@ -27,7 +27,7 @@ class NotStorable(Exception):
 
     def add_step(self, holder: object, step: str | int | None) -> None:
         """Add a key or index of ``holder`` to the path; None after a conversion of ``holder``.
-        Add inner steps first.
+        Call this for inner containers first.
         """
         if isinstance(step, int):
             shown = f"[{step}]"

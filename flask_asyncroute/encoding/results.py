@@ -38,7 +38,7 @@ def json_default(provider: JSONProvider) -> Default:
 
 
 def encode_value(value: Any, default: Default, max_bytes: int) -> bytes:
-    """Encode a shared value or an event like :func:`encode_result`, but allow a tuple."""
+    """Encode a shared value or an event like :func:`encode_result`, but allow tuples as arrays."""
     return _encoded(value, default, max_bytes, "the value contains", None)
 
 
@@ -84,7 +84,7 @@ class _Walk:
     """Converts one value and its members.
 
     ``remaining`` is the size limit minus the minimum encoded size of the members so far. For speed
-    (up to twice), containers are copied only if a member changes, and plain members are checked
+    (up to twofold), containers are copied only if a member changes, and plain members are checked
     without a call.
     """
 

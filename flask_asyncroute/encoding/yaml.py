@@ -11,7 +11,7 @@ _ALSO_TYPED = (
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("bool", r"[yYnN]", "yYnN"),
 )
-"""Text to quote: PyYAML would not, but YAML 1.2 and strict 1.1 parsers read another type."""
+"""Unquoted text that PyYAML reads as a string, but YAML 1.2 or stricter 1.1 parsers do not."""
 
 _ONE_LINE = 2**31 - 1  # maximum line width; the C emitter does not accept infinity
 

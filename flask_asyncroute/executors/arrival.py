@@ -30,7 +30,7 @@ the thread's next check, or when its current C function returns.
 """
 CODE_UNIT = 2
 CACHE_SIZE = 100
-"""Number of functions whose instructions are cached: the thread runs while they are read."""
+"""Number of functions whose instructions are cached. The thread runs while they are read."""
 
 
 class _Code(NamedTuple):

@@ -201,7 +201,7 @@ class Execution:
             self.has_report = False
 
     def final_report(self) -> tuple[float | None, str | None]:
-        """Stop raising progress over time; return the last progress and message."""
+        """Stop raising progress; return the last progress and message."""
         with self._lock:
             self.has_report = False
             self._climb = None

@@ -63,12 +63,11 @@ def checked(label: str, value: Any) -> str | Executor:
 
 
 def kind_of(value: str | Executor) -> ExecutorKind:
-    """Return the kind of a :func:`checked` value."""
     return KINDS[value] if isinstance(value, str) else APP_EXECUTOR
 
 
 def check_usable(label: str, value: str | Executor) -> None:
-    """Raise ConfigurationError, which names the route, if a kind does not work on this system."""
+    """Raise ConfigurationError, naming the route, if a kind does not work on this system."""
     kind = kind_of(value)
     if kind.platform not in (None, platform.system()):
         raise ConfigurationError(

@@ -138,7 +138,7 @@ def get(runner: Runner, current: Request, task_id: str | None) -> Response:
         if not isinstance(error, RequestRefused):
             # The response is 500. Flask has left the request and logs no error.
             logger.error(
-                "A request that waited for task %s failed with 500. The task is unaffected.",
+                "A request that waited for task %s failed with status 500. The task is unaffected.",
                 task.id,
                 exc_info=error,
             )
@@ -260,7 +260,7 @@ def _wait_condition(
     current: Request, task: AsyncRouteTask
 ) -> Callable[[AsyncRouteTask], bool] | None:
     """Return what ends a get's wait: the task's end or, if If-None-Match has the current revision,
-    any change. Return None (no wait) if it has older revisions or the task will not change.
+    any change. Return None (no wait) if it has older ones or the task will not change.
     """
     if "HTTP_IF_NONE_MATCH" not in current.environ:
         return lambda found: found.is_completed

@@ -64,7 +64,7 @@ def task_id(request: Request, config: Config, in_path: str | None) -> str:
 
 
 def is_purge(request: Request) -> bool:
-    """Return whether a stop request has ``?purge=true``; raise InvalidRequest if it is invalid."""
+    """Return whether a stop request has ``?purge=true``; refuse an invalid value."""
     values = [value.lower() for value in arguments(request).getlist("purge")]
     if values not in ([], ["true"], ["false"]):
         raise InvalidRequest("purge: the value is invalid; send it once, as true or false.")

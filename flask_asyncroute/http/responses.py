@@ -44,7 +44,7 @@ default.
 """
 
 _MAX_CACHED = 400
-"""Maximum length of a cached Accept header. Browsers send about 130 characters."""
+"""Maximum length of cached Accept headers. Browsers send about 130 characters."""
 
 
 def negotiate(accept: str | None, offered: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ HEARTBEAT_SECONDS = 10.0
 LOOK_AGAIN_SECONDS = 30.0
 """Interval after which a stream identifies its caller again."""
 LATE_SECONDS = 2 * HEARTBEAT_SECONDS
-"""A client that receives one piece more slowly is disconnected."""
+"""A client that takes more time to receive a piece is disconnected."""
 PAGE = 100
 """Maximum events per read, of up to 64 KiB each."""
 PIECE = 64 * 1024
@@ -131,8 +131,8 @@ class Stream:
     def pieces(self) -> Iterator[bytes]:
         """Yield the encoded events, or only `beginning` if the process has too many streams.
 
-        The slot (capacity for one stream) is acquired when the server begins to send. Before, an
-        ``after_request`` function that fails or replaces the response would leak it.
+        The slot (capacity for one stream) is acquired when the server begins to send. Otherwise,
+        an ``after_request`` function that fails or replaces the response would leak it.
         """
         if self.has_ended:
             yield from self._guarded()
@@ -236,7 +236,6 @@ class Stream:
         return reads.get(task_id, lambda: self.runner.store.get(task_id))
 
     def _frames(self, events: Sequence[_Rendered]) -> Iterator[bytes]:
-        """Yield the encoded events, joined into pieces."""
         piece = b""
         for event in events:
             if self.is_known(event) or not self.may_read(event.task):

@@ -165,8 +165,8 @@ class _Held(Response):
 
 @lru_cache
 def _held_class(base: type[Response]) -> Any:
-    """Return `_Held` as a subclass of ``base``, the app's response class.
+    """Return a subclass of `_Held` and ``base``, the app's response class.
 
-    Flask would convert any other response to ``base``, and the converted response would not wait.
+    Flask would convert any other response to ``base``, and so remove the wait.
     """
     return type("HeldResponse", (_Held, base), {})

@@ -33,7 +33,7 @@ class Outcome:
     """The outcome of an attempt.
 
     :param is_sent: whether the receiver responded with 2xx.
-    :param is_gone: whether it responded with 410, so that no attempt follows.
+    :param is_gone: whether it responded with 410; then no attempt follows.
     :param status: the response status; None without a response.
     :param reason: why the attempt failed.
     :param retry_after: the response's ``Retry-After`` in seconds, at most an hour.

@@ -1,4 +1,4 @@
-"""Sends due callbacks, each attempt on its own thread. Responses do not change a task's State."""
+"""Sends due callbacks, each attempt on its own thread. Receivers cannot change a task's State."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Sender:
         if self.is_closing:
             return
         if self._must_release:
-            # Other processes can claim these callbacks only after their release.
+            # Otherwise, no process could send the callbacks that a failed claim left here.
             self._outbox.release(self._lifecycle.owner, keep=frozenset(self._active))
             self._must_release = False
         if capacity <= 0 or self._outbox.next_due(now) != AT_ONCE:

@@ -59,7 +59,10 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         when_gone(self, _drop_all, self._spares)
 
     def take_child(self) -> Child:
-        """Return a spare or new child, or raise OSError. The caller must end it with `Child.leave`."""
+        """Return a spare or new child, to end with `Child.leave`.
+
+        :raises OSError: if no child can be started.
+        """
         with suppress(IndexError):
             while True:
                 child = self._spares.popleft()

@@ -32,7 +32,7 @@ PROGRAM = (
     "from flask_asyncroute.executors.process.forkserver import main; "
     "main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 )
-"""Code for ``python -c``. No ``__main__`` module can be imported again."""
+"""Code for ``python -c``, so that children have no ``__main__`` module to import again."""
 
 DESCRIPTORS = 3  # received with each request for a child
 STATUS = struct.Struct("!i")

@@ -1,4 +1,4 @@
-"""A pipe that kills a process group when data is written to it, or when the process that has its
+"""A pipe that kills a process group when data is written to the pipe, or when the process with the
 write end exits. Linux only.
 
 The kernel sends SIGKILL instead of SIGIO, and never kills a later group with the same id.
@@ -19,7 +19,7 @@ _open: weakref.WeakSet[KillPipe] = weakref.WeakSet()
 
 
 class KillPipe:
-    """The write end. The caller closes ``read_end`` after passing it on. Thread-safe."""
+    """The write end. The caller closes ``read_end`` after sending it. Thread-safe."""
 
     def __init__(self) -> None:
         self.read_end, self._write_end = os.pipe()

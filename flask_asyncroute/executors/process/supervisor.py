@@ -48,7 +48,10 @@ class Child:
                 protocol.send(self.channel, protocol.BODY, piece)
 
     def listen(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the kind and payload of each frame until the child's end, or raise FrameError."""
+        """Yield the kind and payload of each frame until the child's end.
+
+        :raises FrameError: if a frame is invalid.
+        """
         has_begun = False
         for frame in protocol.frames(self._pieces(), self.limits):
             has_begun = True
