@@ -106,7 +106,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 class Shown(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """The part of a callback that clients see.
 
-    :param url_field: the URL as declared, without its query.
+    :param url_field: the declared URL, without its query.
     :param url: the resolved URL, without its query.
     :param header_fields: the header names.
     """

@@ -119,7 +119,7 @@ def host_of(text: str) -> str:
 
 
 def _ascii(name: str) -> str:
-    import idna  # slow to import, rarely needed
+    import idna  # slow to import
 
     try:
         return idna.encode(name, uts46=True).decode("ascii")

@@ -89,7 +89,7 @@ def _is_name(key: str) -> bool:
 def _is_expat_name(key: str) -> bool:
     """Return whether expat accepts an XML name.
 
-    expat follows the fourth edition of XML 1.0. Parsers of the fifth accept these names too.
+    expat follows the fourth edition of XML 1.0. Parsers of the fifth also accept these names.
     """
     found: list[str] = []
     parser = expat.ParserCreate("utf-8")

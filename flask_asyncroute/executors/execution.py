@@ -16,7 +16,7 @@ from ..stores.base import ViewEvent
 from ..task import MAX_MESSAGE
 
 MAX_UNWRITTEN = 1000
-"""Maximum unstored events of a run. Sending another event blocks."""
+"""Maximum unstored events of a run. Sending more blocks."""
 
 
 class Execution:

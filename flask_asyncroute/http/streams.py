@@ -95,7 +95,7 @@ class _Page:
 class Stream:
     """The events that one client receives. Not thread-safe.
 
-    A process may have hundreds of streams, so each keeps little data.
+    A process can have hundreds of streams, so each keeps little data.
 
     :param caller: the caller of ``current``, the request for the stream.
     :param task_id: the task of the stream; None: all tasks of `group` (None: of all groups).

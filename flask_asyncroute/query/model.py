@@ -17,7 +17,7 @@ ASCII_UPPER = {lower: upper for upper, lower in ASCII_LOWER.items()}
 
 
 class Operator(StrEnum):
-    """The comparison operators of conditions, by their names in requests."""
+    """The operators of conditions, by their names in requests."""
 
     EQ = "EQ"
     NE = "NE"
@@ -130,7 +130,7 @@ class Condition:
 class Sort:
     """Sorts a list by a time field. Tasks without that time come last in both directions.
 
-    Tasks with the same time are sorted by creation time, then by id (by code point), in the same
+    Tasks with equal times are sorted by creation time, then by id (by code point), in the same
     direction.
     """
 

@@ -56,7 +56,7 @@ def attach(read_end: int, owner: int) -> None:
 def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
     """Wait for descriptors that have data or whose other end is closed; return them.
 
-    :param seconds: timeout, after which the list may be empty; None: no limit.
+    :param seconds: timeout (the list can then be empty); None: no limit.
     """
     poll = select.poll()
     for descriptor in descriptors:
