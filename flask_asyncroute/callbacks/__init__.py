@@ -1,1 +1,1 @@
-"""Callbacks: model, expressions, URLs and checks. They use neither requests nor stores."""
+"""Define and check callbacks, without Flask requests or stores."""

@@ -1,7 +1,6 @@
-"""Runtime expressions of OpenAPI 3.1 (section 4.8.20.4) in the values of a `Callback`.
+"""Parse OpenAPI 3.1 runtime expressions (section 4.8.20.4) in the settings of a `Callback`.
 
-The request that starts a task supplies the values, so ``$response`` and ``$statusCode`` are
-refused.
+They read the request that starts a task, so ``$response`` and ``$statusCode`` are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _JSON_KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a l
 
 
 class BadExpression(ValueError):
-    """An expression is invalid; the message names the reason and the character, counted from 1."""
+    """An expression is invalid. The message has the reason and the position, counted from 1."""
 
 
 class NotText(ValueError):
@@ -31,16 +30,15 @@ class NotText(ValueError):
 
 
 Source: TypeAlias = Callable[[str, str], Any]
-"""Returns the value for an expression's kind and name; None if the request has none."""
+"""Returns a value of the request, by an expression's kind and name; None if it is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expression:
     """A runtime expression.
 
-    :param text: the whole expression.
     :param kind: ``url``, ``method``, ``query``, ``header``, ``path`` or ``body``.
-    :param name: the parameter, header or path variable; for the body, a JSON pointer.
+    :param name: of the parameter, header or path variable; for the body, a JSON pointer.
     """
 
     text: str
@@ -50,7 +48,7 @@ class Expression:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Literal text and expressions, in order."""
+    """The literal texts and expressions of a setting."""
 
     parts: tuple[str | Expression, ...]
 
@@ -60,7 +58,7 @@ class Template:
 
     @property
     def is_alone(self) -> bool:
-        """Whether the template is one expression without other text."""
+        """Whether the template is one expression only."""
         return len(self.parts) == 1 and isinstance(self.parts[0], Expression)
 
     @property
@@ -71,7 +69,7 @@ class Template:
     def resolve(self, source: Source, embedded: Callable[[str], str] = str) -> str | None:
         """Return the text for one request; None if an expression has no value.
 
-        :param embedded: encodes each value, unless :attr:`is_alone`.
+        :param embedded: encodes values that are inserted into other text.
         :raises NotText: if a value is not a string.
         """
         pieces = []
@@ -91,7 +89,7 @@ class Template:
 
 @lru_cache(maxsize=512)
 def parse(text: str) -> Template:
-    """Parse an expression, beginning with ``$``, or a text with expressions in braces."""
+    """Parse a text that is one expression (begins with ``$``) or has expressions in braces."""
     if text.startswith("$"):
         return Template((_expression(text, 1),))
     parts: list[str | Expression] = []
@@ -105,7 +103,7 @@ def parse(text: str) -> Template:
 
 
 def _literal(text: str, at: int) -> list[str]:
-    """Check literal text that begins at character ``at``; return it in a list, or [] if empty."""
+    """Check literal text at position ``at`` of a setting; return [text], or [] if it is empty."""
     checked, opened, _ = text.partition("{")
     if "}" in checked:
         raise BadExpression(f"the }} at character {at + text.index('}')} has no {{")

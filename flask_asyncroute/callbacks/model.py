@@ -1,4 +1,4 @@
-"""A callback as the developer declares it, as the store keeps it, and as clients see it."""
+"""Callbacks as developers declare them, as the store keeps them, and as clients see them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ class Callback:
     """The request with which the server reports the outcome of an ended task.
 
     The URL, method, content type and header values may be OpenAPI runtime expressions, or contain
-    expressions in braces. They are resolved when the task is created.
+    expressions in braces. Expressions are resolved when the task is created.
 
-    :param url: an absolute URL, or an expression that reads it from the request that starts the
-        task.
+    :param url: an absolute URL, or an expression that reads it from the task's request.
     :param method: the request method.
-    :param content_type: the media type for JSON, XML or YAML.
+    :param content_type: the media type of the body: JSON, XML or YAML.
     :param headers: additional headers.
-    :param send_result: whether the body contains the Result.
+    :param send_result: whether the body contains the task's Result.
     :param event_name: the body's ``EventName``; None: the ``AsyncRouteId``.
     """
 
@@ -64,32 +63,32 @@ class Callback:
 
     @property
     def url_field(self) -> str:
-        """The URL for clients, without its query, which may contain a secret."""
+        """The declared URL without its query, which can contain a secret."""
         return self.url if expressions.parse(self.url).is_alone else self.url.partition("?")[0]
 
     @property
     def is_trusted(self) -> bool:
-        """Whether the developer chose the host: no expression is before or inside it."""
+        """Whether the developer chose the host: no expression comes before or inside the host."""
         template = expressions.parse(self.url)
         return template.is_literal or validation.has_authority(template)
 
     @property
     def literal_headers(self) -> dict[str, str]:
-        """The headers without expressions. Other header values are deleted after the last
-        attempt.
+        """The headers without expressions. Only these can be sent again, because stored headers are
+        deleted after the last attempt.
         """
         headers = self.headers.items()
         return {name: value for name, value in headers if expressions.parse(value).is_literal}
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """The callback of one task, resolved for its request.
+    """The callback of one task, with all expressions resolved.
 
-    :param webhook_id: the ``webhook-id`` header of every attempt.
-    :param url: the absolute URL, normalized by `url`; ``host`` is its host.
+    :param webhook_id: the ``webhook-id`` header of all attempts.
+    :param url: the absolute URL, normalized by `parse_url`; ``host`` is its host.
     :param is_trusted: whether the developer chose the host.
     :param headers: deleted after the last attempt, because they may contain secrets.
-    :param depth: the length of the chain of callbacks that ends with this one.
+    :param depth: 1 plus the number of callbacks that led to the task's request.
     """
 
     webhook_id: str
@@ -107,7 +106,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 class Shown(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """The part of a callback that clients see.
 
-    :param url_field: the URL as declared, without its query.
+    :param url_field: the declared URL, without its query.
     :param url: the resolved URL, without its query.
     :param header_fields: the header names.
     """

@@ -1,9 +1,9 @@
 """The SSRF guard: restricts callbacks to public addresses if the client chose the host.
 
 When a task is created, the guard checks the host without DNS. At each attempt, it resolves the name
-and checks every address; the webhook client connects only to these. ``is_global`` is unsuitable: in
-Python 3.11 it is True for addresses that reach internal hosts (NAT64, 6to4, ``::127.0.0.1``,
-multicast).
+and checks every address; the webhook client connects only to these. ``is_global`` is
+unsuitable: in Python 3.11 it is True for addresses that reach internal hosts (NAT64, 6to4,
+``::127.0.0.1``, multicast).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SPECIAL_4 = tuple(
         "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
     )
 )  # fmt: skip
-"""Non-public networks: IANA's special-purpose registry, multicast and reserved addresses."""
+"""Non-public networks: IANA's special-purpose registry, multicast and reserved ones."""
 _GLOBAL_6 = IPv6Network("2000::/3")  # excludes NAT64, IPv4-mapped, local and multicast addresses
 _SPECIAL_6 = tuple(
     IPv6Network(network)
@@ -42,7 +42,7 @@ _LOCAL_NAMES = frozenset(
 
 
 class Inside(ValueError):
-    """An address is not public, so a client may not choose it; the message names it."""
+    """A client chose a host that is not public. The message names the host."""
 
 
 class NotResolved(OSError):
@@ -56,7 +56,7 @@ def is_public(ip: Address) -> bool:
 
 
 def check_host(address: WebAddress, allowed: AllowedHosts) -> None:
-    """Raise Inside if a host is known not to be public. Does not use DNS."""
+    """Raise Inside for a local host name or a non-public IP address. Does not use DNS."""
     if address.host in allowed.names:
         return
     ip = address.ip
@@ -69,11 +69,11 @@ def check_host(address: WebAddress, allowed: AllowedHosts) -> None:
 def addresses_of(
     address: WebAddress, is_trusted: bool, allowed: AllowedHosts, seconds: float
 ) -> list[Address]:
-    """Return the addresses of a host after checking each.
+    """Return a host's IP addresses. Check each, unless the host is trusted or allowed.
 
-    :param is_trusted: the developer chose the host, so it need not be public.
+    :param is_trusted: whether the developer chose the host.
     :param seconds: timeout of the DNS lookup.
-    :raises Inside: if any address is not public.
+    :raises Inside: if any address is neither public nor allowed.
     :raises NotResolved: if the host has no address, or DNS does not answer in time.
     """
     ip = address.ip
@@ -86,12 +86,12 @@ def addresses_of(
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a host name, or raise OSError. May block for a long time."""
+    """Return a host name's addresses, or raise OSError. Can block for a long time."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 def _resolve_within(host: str, port: int, seconds: float) -> list[Address]:
-    """Resolve on a separate thread, because the system's resolver cannot be interrupted."""
+    """Resolve a name on a separate thread, because the system's resolver cannot be interrupted."""
     answers: list[list[Address]] = []
 
     def look_up() -> None:
@@ -120,8 +120,8 @@ def _check_ip(ip: Address, host: str, allowed: AllowedHosts) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AllowedHosts:
-    """Non-public hosts that callbacks may use: networks, and names as in `WebAddress`, without
-    subdomains.
+    """Non-public hosts that may receive callbacks: networks, and names as in `WebAddress`,
+    without subdomains.
     """
 
     names: frozenset[str] = frozenset()
@@ -132,7 +132,7 @@ class AllowedHosts:
 
 
 def check_allowed_hosts(label: str, value: Any) -> AllowedHosts:
-    """Accept a list of host names, IP addresses and CIDR networks."""
+    """Convert a list of host names, IP addresses and CIDR networks."""
     if not isinstance(value, (list, tuple)):
         wanted = "a list of hosts and networks, such as ['hooks.internal', '10.1.0.0/16']"
         raise refuse(label, wanted, value)

@@ -1,4 +1,4 @@
-"""Parse absolute http and https URLs. Refuse hosts that parsers read differently."""
+"""Parse absolute http and https URLs. Refuse hosts that URL parsers interpret differently."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class BadAddress(ValueError):
 class WebAddress:
     """The parts of a URL.
 
-    :param host: a lower-case ASCII name without a trailing dot, or a bare IP address.
-    :param target: path and query, as sent.
+    :param host: a lower-case ASCII name without a trailing dot, or an IP address without brackets.
+    :param target: path and query, percent-encoded.
     """
 
     scheme: str
@@ -59,8 +59,8 @@ class WebAddress:
 def parse_url(url: str) -> WebAddress:
     """Parse an absolute URL; drop its fragment, and convert its host to ASCII (UTS 46).
 
-    :raises BadAddress: for another scheme, userinfo, an invalid port or host, an unusual IPv4
-        address, control characters, spaces, backslashes, or over 2,048 characters.
+    :raises BadAddress: for another scheme, a user name, an invalid port or host, IPv4 in another
+        form than a.b.c.d, control characters, spaces, backslashes, or over 2,048 characters.
     """
     if not url:
         raise BadAddress("it is empty")
@@ -91,7 +91,7 @@ def parse_url(url: str) -> WebAddress:
 
 
 def host_of(text: str) -> str:
-    """Return a host in the normal form of `WebAddress`, or raise BadAddress."""
+    """Return a host in the form of `WebAddress.host`, or raise BadAddress."""
     shown = repr(text[:60])
     if text.startswith("["):
         if "%" in text:
@@ -119,7 +119,7 @@ def host_of(text: str) -> str:
 
 
 def _ascii(name: str) -> str:
-    import idna  # slow to import, rarely needed
+    import idna  # slow to import
 
     try:
         return idna.encode(name, uts46=True).decode("ascii")

@@ -1,4 +1,4 @@
-"""Check a callback's values, as declared and as resolved."""
+"""Check a callback's settings, before and after their expressions are resolved."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def method_of(text: str) -> str:
 
 
 def content_type_of(text: str) -> str:
-    """Return a content type without parameters (the body is always UTF-8), or raise ValueError."""
+    """Return the media type without parameters (the body is always UTF-8), or raise ValueError."""
     kind = text.partition(";")[0].strip().lower()
     if kind not in MEDIA_TYPES:
         raise ValueError(f"{text[:60]!r} is not one of {', '.join(MEDIA_TYPES)}")
@@ -48,10 +48,10 @@ def content_type_of(text: str) -> str:
 
 
 def header_value(text: str) -> str:
-    """Return a header's value without surrounding blanks.
+    """Return a header's value without surrounding spaces and tabs.
 
-    :raises ValueError: if it is too long, or contains control characters, which could begin another
-        header.
+    :raises ValueError: if it is too long, or contains control characters, which could inject
+        another header.
     """
     refuse_control_characters(text)
     if len(text) > MAX_VALUE:
@@ -60,7 +60,7 @@ def header_value(text: str) -> str:
 
 
 def refuse_control_characters(text: str) -> None:
-    """Raise ValueError for control characters except TAB, which headers may contain."""
+    """Raise ValueError if a header value contains control characters other than TAB."""
     if _CONTROL.search(text):
         raise ValueError("it contains a line break or another control character")
 
@@ -96,14 +96,14 @@ def check_url(label: str, value: Any) -> None:
 
 
 def has_authority(template: Template) -> bool:
-    """Return whether the URL's authority and the next ``/`` come before the first expression."""
+    """Return whether the authority and the next ``/`` come before the first expression."""
     return _AUTHORITY.match(template.beginning) is not None
 
 
 def check_term(label: str, value: Any, check: Callable[[str], str]) -> None:
-    """Raise ConfigurationError if a value is invalid.
+    """Raise ConfigurationError if a method, content type or header value is invalid.
 
-    :param check: checks a value without expressions; raises ValueError.
+    :param check: raises ValueError; called only for a value without expressions.
     """
     template = _parsed(label, value)
     try:

@@ -1,4 +1,4 @@
-"""Encode and decode values. Those that a format cannot hold are refused or encoded reversibly."""
+"""Encode JSON, XML and YAML, and decode JSON."""
 
 from .json import clean_text, decode_json, encode_json
 from .results import encode_result, encode_value, json_default

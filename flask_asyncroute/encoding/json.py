@@ -1,4 +1,4 @@
-"""Encode JSON documents, decode request bodies, and clean text for the stores."""
+"""Encode JSON, decode request bodies, and replace characters that stores cannot hold."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ MAX_BODY_DIGITS = 300  # a longer integer cannot be compared with a float
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
-"""Strings and brackets. An unterminated string matches to the end, which avoids a slow search."""
+"""Matches strings and brackets. An unterminated string matches to the end: a search
+inside it would be slow.
+"""
 
 encode_json = msgspec.json.Encoder().encode
-"""Encode a document of this package as UTF-8 JSON; it may contain :class:`msgspec.Raw`.
+"""Encode a document as UTF-8 JSON; it may contain :class:`msgspec.Raw`.
 
 For views' results, use :func:`~flask_asyncroute.encoding.encode_result`.
 """
@@ -112,8 +114,7 @@ def decode_json(data: bytes, what: str) -> Any:
 def is_deep(data: bytes, most: int = MAX_BODY_DEPTH) -> bool:
     """Return whether JSON is nested more than ``most`` levels deep, without parsing it.
 
-    Deep nesting would crash the parser, which recurses in C, on a small stack (128 KiB for threads
-    on Alpine).
+    The parser recurses in C and would crash on a small stack (128 KiB for threads on Alpine).
     """
     if data.count(b"[") + data.count(b"{") <= most:
         return False

@@ -16,7 +16,7 @@ BELOW = "Put decorators that create responses above task()"
 
 
 class NotStorable(Exception):
-    """A value has no JSON form. Each enclosing container adds a step to the path."""
+    """A value cannot be stored as JSON. Enclosing containers add their key or index to the path."""
 
     def __init__(self, found: str, advice: str, *, has_path: bool = True) -> None:
         super().__init__(found)
@@ -26,8 +26,8 @@ class NotStorable(Exception):
         self.steps: list[tuple[int, str]] = []
 
     def add_step(self, holder: object, step: str | int | None) -> None:
-        """Add a step to the path: a key, an index, or None after a conversion. Add inner steps
-        first.
+        """Add a key or index of ``holder`` to the path; None after a conversion of ``holder``.
+        Call this for inner containers first.
         """
         if isinstance(step, int):
             shown = f"[{step}]"
@@ -40,8 +40,8 @@ class NotStorable(Exception):
         self.steps.append((id(holder), shown))
 
     def message(self, where: str) -> str:
-        """Return the message, beginning with ``where``. A container twice in the path contains
-        itself.
+        """Return the message, beginning with ``where``. A container that occurs twice in
+        the path contains itself: the message says so.
         """
         found, advice = self.found, self.advice
         if not self.has_path:
@@ -60,7 +60,7 @@ class NotStorable(Exception):
 
 
 def too_large(max_bytes: int, key: str | None) -> NotStorable:
-    """Return the error for a large value; ``key`` is the configuration key of the limit."""
+    """Return the error for a value over the limit, which the configuration key ``key`` sets."""
     if key is None:
         found = f"more than {max_bytes:,} bytes"
         advice = "store the data elsewhere, and only its location here"

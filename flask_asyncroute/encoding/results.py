@@ -1,4 +1,4 @@
-"""Convert a view's return value to JSON, or refuse it with the reason and path.
+"""Convert a view's return value to JSON, or explain why it cannot be stored.
 
 Values far over the size limit are refused before they are encoded.
 """
@@ -38,23 +38,24 @@ def json_default(provider: JSONProvider) -> Default:
 
 
 def encode_value(value: Any, default: Default, max_bytes: int) -> bytes:
-    """Encode a shared value or an event like :func:`encode_result`, but a tuple as an array."""
-    return _encoded(value, default, max_bytes, "found", None)
+    """Encode a shared value or an event like :func:`encode_result`, but allow tuples as arrays."""
+    return _encoded(value, default, max_bytes, "the value contains", None)
 
 
 def encode_result(value: Any, default: Default, max_bytes: int) -> bytes:
     """Encode the return value of a view as UTF-8 JSON.
 
     Besides the JSON types, convert datetime (RFC 3339; UTC if it has no time zone), date, time,
-    UUID, Decimal (a string), Enum (its value), dataclasses and msgspec Structs (objects, with a
-    Struct's tag first and its encoded names). Other values are passed to ``default``. A Mapping
+    UUID, Decimal (a string), Enum (its value), dataclasses and msgspec Structs (objects; a Struct's
+    has its tag first, and encoded field names). Other values are passed to ``default``. A Mapping
     that ``default`` cannot convert becomes an object. NaN and infinities, also of Decimal, become
     null. Nested tuples become arrays. Keys that are int, float, bool or None become strings as in
     :mod:`json` (``1`` → ``"1"``, ``True`` → ``"true"``). A lone surrogate becomes U+FFFD.
 
     :param default: from :func:`json_default`; raises :exc:`TypeError` if it cannot convert a value.
     :param max_bytes: limit of the encoded result.
-    :raises ResultError: for any other value; the message contains its path and a remedy.
+    :raises ResultError: if a value cannot be converted or is too large; the message contains its
+        path and a remedy.
     """
     if isinstance(value, tuple):
         raise ResultError(
@@ -72,7 +73,7 @@ def _encoded(value: Any, default: Default, max_bytes: int, where: str, key: str 
     except RecursionError:
         raise ResultError(f"{where} data that is nested too deeply: return flatter data.") from None
     except Exception as error:
-        what = "it" if key is None else "the return value of the view"
+        what = "the value" if key is None else "the return value of the view"
         raise ResultError(f"Reading {what} raised {type(error).__name__}.") from error
     if len(body) > max_bytes:
         raise ResultError(too_large(max_bytes, key).message(where))
@@ -80,11 +81,11 @@ def _encoded(value: Any, default: Default, max_bytes: int, where: str, key: str 
 
 
 class _Walk:
-    """Converts one value.
+    """Converts one value and its members.
 
-    ``remaining`` is the size limit minus the minimum encoded size of the values so far. For speed,
-    containers are copied only if a member changes, and plain members are checked without a call:
-    large results would otherwise take up to twice as long.
+    ``remaining`` is the size limit minus the minimum encoded size of the members so far. For speed
+    (up to twofold), containers are copied only if a member changes, and plain members are checked
+    without a call.
     """
 
     def __init__(self, default: Default, max_bytes: int, key: str | None) -> None:
@@ -130,7 +131,6 @@ class _Walk:
         return self._by_default(value, depth)
 
     def _object(self, members: dict[Any, Any], holder: object, depth: int) -> dict[str, Any]:
-        """Return the converted members of ``holder``."""
         self._enter(5 * len(members), depth)
         used = 0
         names: dict[Any, str] = {}
@@ -218,7 +218,7 @@ class _Walk:
                 return self._object(dict(value.items()), value, depth)
             raise unconverted(value, error) from error
         try:
-            self._enter(0, depth)  # ends the recursion if a provider never returns JSON values
+            self._enter(0, depth)  # limits the recursion if a provider never returns JSON values
             return self.value(converted, depth + 1)
         except NotStorable as error:
             error.add_step(value, None)

@@ -1,4 +1,4 @@
-"""Encode documents as XML 1.0 that every parser accepts and that decodes without loss."""
+"""Encode documents as XML 1.0 that every parser accepts and can decode without loss."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from xml.parsers import expat
 _ASCII_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*")
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MARKUP = re.compile(r"[<>&!/=?;'\"\s]")
-"""Characters not allowed in XML names. expat could read a key with them as a document with
-entities.
+"""Matches characters that XML names cannot contain. Keys with them are not passed to expat, which
+could read them as markup with entities.
 """
 _MAX_NAME = 255
 
@@ -24,7 +24,7 @@ def encode_xml(document: Any, root: str) -> bytes:
     Each field is an element. List members are ``<item>``. A key that is not an XML name, or is
     ``item``, becomes ``<item name="…">``. null is ``nil="true"``. ``Result`` and all values inside
     it have a type attribute (``type="number"``, ``boolean``, ``array`` or ``object``), except
-    strings and nulls. A string that XML cannot hold becomes base64 of its UTF-8, with
+    strings and nulls. A string with characters that XML forbids becomes base64 of its UTF-8, with
     ``encoding="base64"``; such a key too, with ``name-encoding="base64"``. A carriage return is
     ``&#13;``.
 
@@ -87,9 +87,9 @@ def _is_name(key: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _is_expat_name(key: str) -> bool:
-    """Return whether expat, and so every parser, accepts the name.
+    """Return whether expat accepts an XML name.
 
-    expat follows the fourth edition of XML 1.0, whose names the fifth also allows.
+    expat follows the fourth edition of XML 1.0. Parsers of the fifth also accept these names.
     """
     found: list[str] = []
     parser = expat.ParserCreate("utf-8")

@@ -1,4 +1,4 @@
-"""Encode documents as YAML. The first call imports PyYAML, because the import is slow."""
+"""Encode documents as YAML. PyYAML is imported on the first call, because that is slow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ALSO_TYPED = (
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("bool", r"[yYnN]", "yYnN"),
 )
-"""Text that PyYAML may read as a string, but YAML 1.2 or stricter 1.1 parsers do not."""
+"""Unquoted text that PyYAML reads as a string, but YAML 1.2 or stricter 1.1 parsers do not."""
 
 _ONE_LINE = 2**31 - 1  # maximum line width; the C emitter does not accept infinity
 

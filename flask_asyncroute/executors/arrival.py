@@ -1,6 +1,6 @@
 """Checks whether an exception raised in a thread could skip the end of a `with` or `try` block.
 
-An exception that another thread sets is raised only at certain instructions. Two can break a block:
+An exception set by another thread is raised only at certain instructions. Two are harmful:
 
 - Since Python 3.14, `with` calls ``__enter__`` like any function. An exception at the end of that
   call leaves a lock held, because the block that releases it was never entered (CPython issue
@@ -26,11 +26,11 @@ EXITS = {"RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "RAISE_VARARGS", "RERAIS
 IS_UNAFFECTED = sys.version_info < (3, 12)
 RAISES_AT_ONCE = sys.version_info < (3, 13)
 """Whether a thread raises a pending exception as soon as it gets the GIL. Newer versions do so at
-the thread's next check, or after its running C function.
+the thread's next check, or when its current C function returns.
 """
 CODE_UNIT = 2
 CACHE_SIZE = 100
-"""Number of functions whose instructions are cached, because the thread runs on during a read."""
+"""Number of functions whose instructions are cached. The thread runs while they are read."""
 
 
 class _Code(NamedTuple):
@@ -67,8 +67,8 @@ def may_skip_a_block(frame: FrameType | None) -> bool:
 
 
 def _ahead(code: _Code, offset: int) -> bool | None:
-    """Return whether an exception could be raised at a harmful instruction; None if the function
-    may exit first.
+    """Return whether a function could raise an exception at a harmful instruction; None if it can
+    exit first.
     """
     start = code.indexes[offset]
     name = code.instructions[start].opname
@@ -113,7 +113,7 @@ def _read(code: CodeType) -> _Code:
 
 
 def _offsets(instructions: Sequence[dis.Instruction], end: int) -> Iterator[tuple[int, int]]:
-    """Yield each instruction's index with each offset before the next instruction."""
+    """Yield each instruction's index with each offset up to the next instruction."""
     ends = [instruction.offset for instruction in instructions[1:]] + [end]
     for index, (instruction, next_offset) in enumerate(zip(instructions, ends, strict=True)):
         for offset in range(instruction.offset, next_offset, CODE_UNIT):

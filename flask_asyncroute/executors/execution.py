@@ -16,11 +16,11 @@ from ..stores.base import ViewEvent
 from ..task import MAX_MESSAGE
 
 MAX_UNWRITTEN = 1000
-"""Maximum unstored events of a run. Sending another event blocks."""
+"""Maximum unstored events of a run. Sending more blocks."""
 
 
 class Execution:
-    """A run, created before the task is claimed, so that an immediate stop has an effect.
+    """A run. It is created before the task is claimed, so that an immediate stop has an effect.
     Thread-safe.
 
     :param interrupt_after: seconds between a stop request and the interruption; None: never.
@@ -62,7 +62,7 @@ class Execution:
     def begin(
         self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False
     ) -> None:
-        """Set the values that the claim determined.
+        """Set the values known after the claim.
 
         :param seconds: the time limit; None: no limit.
         :param restarts_on_loss: whether the task runs again if this process cannot finish it.
@@ -74,11 +74,10 @@ class Execution:
 
     def ask_to_stop(self, within: float = math.inf, ago: float = 0.0) -> bool:
         """Ask the view to stop: cancel its coroutine or child process, or schedule the interruption
-        of its thread. Return False if it was asked before; only ``within`` then has an effect.
+        of its thread. Return False if a stop was asked for before; then only ``within`` is applied.
 
-        :param within: interrupt the thread after at most this many seconds, even if
-            ``interrupt_after`` is longer.
-        :param ago: seconds since the stop was requested, subtracted from the wait.
+        :param within: maximum seconds until the interruption; lowers ``interrupt_after``.
+        :param ago: seconds since the stop request; the interruption is that much earlier.
         """
         with self._lock:
             is_first = not self.stop.is_set()
@@ -97,7 +96,7 @@ class Execution:
         return is_first
 
     def cancel_with(self, cancel: Callable[[], object] | None) -> None:
-        """Set the function that cancels the running coroutine or child; None after its end."""
+        """Set the function that cancels the running coroutine or child; None when it has ended."""
         with self._lock:
             self._cancel = cancel
             self.interrupt_at = None
@@ -110,10 +109,7 @@ class Execution:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def check(self) -> None:
-        """Return if the view may continue.
-
-        :raises TaskAborted: after a stop or the deadline.
-        """
+        """Raise TaskAborted if a stop was requested or the deadline has passed."""
         if self.stop.is_set():
             raise TaskAborted("A stop was requested.")
         if self.is_time_up:
@@ -126,9 +122,10 @@ class Execution:
     def advance(
         self, value: float | None, message: str | None = None, climb: Climb | None = None
     ) -> None:
-        """Set progress, clipped to 0–100 and rounded to two decimals. Ignore NaN and lower values.
+        """Set progress, clipped to 0–100 and rounded to two decimals. Ignore NaN and lower
+        values.
 
-        :param climb: a climb that raises progress over time; None ends an earlier climb.
+        :param climb: raises progress over time; None ends an earlier one.
         """
         with self._lock:
             self._climb = climb
@@ -167,8 +164,8 @@ class Execution:
             self._sent = [*sent, *self._sent]
 
     def climb(self, now: float) -> float | None:
-        """Raise progress to the value that the climb has at ``now``; return when its next step is
-        due.
+        """Raise progress to the value of the current `Climb` at ``now``; return when to call this
+        again, or None.
         """
         with self._lock:
             climb = self._climb
@@ -197,14 +194,14 @@ class Execution:
         self.has_report = True
 
     def end(self) -> None:
-        """Record that the view's code has ended; cancel the deadline, interruption and climb."""
+        """Record that the view's code has ended; cancel the deadline, interruption and `Climb`."""
         with self._lock:
             self.is_over = True
             self.deadline = self.interrupt_at = self._climb = None
             self.has_report = False
 
     def final_report(self) -> tuple[float | None, str | None]:
-        """End the climb; return the last progress and message."""
+        """Stop raising progress; return the last progress and message."""
         with self._lock:
             self.has_report = False
             self._climb = None
@@ -226,7 +223,7 @@ class Execution:
 
 @dataclass
 class Climb:
-    """Makes progress rise from ``base`` to ``top`` in ``duration`` seconds."""
+    """Raises progress over time, from ``base`` to ``top`` in ``duration`` seconds."""
 
     base: float
     top: float
@@ -234,7 +231,7 @@ class Climb:
     interval: float
 
     def __post_init__(self) -> None:
-        self.interval = max(self.interval, 0.1)  # progress is stored no more often
+        self.interval = max(self.interval, 0.1)  # more frequent progress is not stored
         self.began = time.monotonic()
 
     def step(self, now: float) -> tuple[float, float | None]:

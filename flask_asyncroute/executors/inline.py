@@ -17,8 +17,8 @@ _adapters: weakref.WeakValueDictionary[int, FutureTaskExecutor] = weakref.WeakVa
 
 
 class FutureTaskExecutor(TaskExecutor):
-    """Limits only the total of running and waiting tasks; the app's own Executor decides how many
-    run at once.
+    """Runs tasks on the app's own `Executor`, which decides how many run at once. Limits only the
+    total of running and waiting tasks.
     """
 
     def __init__(self, settings: PoolSettings) -> None:

@@ -1,7 +1,7 @@
 """Raises `TaskAborted`, when it is safe, in a thread whose view does not stop by itself.
 
-CPython can raise an asynchronous exception at any point. So this module raises it only in the
-task's view, outside functions of modules that might leave a lock held.
+CPython can raise an asynchronous exception at any point. This module raises it only in the task's
+view, and not inside modules that might leave a lock held.
 """
 
 from __future__ import annotations
@@ -33,20 +33,22 @@ PAUSE_SECONDS = 2e-5
 _set_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
     ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
 )
-"""Takes a thread id and the address (in CPython, the ``id``) of an exception class, or None."""
+"""Sets a thread's pending exception. Takes the thread id and the address (in CPython, the ``id``)
+of an exception class; None withdraws it.
+"""
 
 _interrupting = threading.Lock()
 
 
 def allow_within(function: Any) -> None:
-    """Allow interruptions while ``function`` of this package is on the stack: it holds no lock. A
-    view calls another async route through such a function.
+    """Allow interruptions inside ``function`` of this package. It must hold no lock. A view calls
+    another async route through it.
     """
     _transparent.add(function.__code__)
 
 
 def call(view: Callable[..., Any], arguments: dict[str, Any], execution: Execution) -> Any:
-    """Call a view. Until this function returns, :func:`interrupt` may interrupt the view."""
+    """Call a view. Until this function returns, :func:`interrupt` can interrupt the view."""
     with execution.thread_lock:
         execution.thread_id = threading.get_ident()
     try:
@@ -63,7 +65,7 @@ def leave(execution: Execution) -> None:
                 if execution.thread_id == threading.get_ident():
                     execution.thread_id = None
             if execution.is_interrupted:
-                # A pending exception must be raised in this loop, not in later code of the thread.
+                # Have a pending exception raised in this loop, not in later code of the thread.
                 # Withdrawing it would make CPython threads hang under a tracer.
                 for _ in range(100):
                     pass
@@ -78,7 +80,7 @@ def leave(execution: Execution) -> None:
 def interrupt(execution: Execution) -> bool:
     """Raise `TaskAborted` in the thread that runs ``execution``, unless the view has ended.
 
-    :return: False if no moment within a few milliseconds was safe; call again soon.
+    :return: False if no moment within a few milliseconds was safe; then call again soon.
     """
     with _interrupting:
         if _try(execution):
@@ -131,9 +133,9 @@ def _try(execution: Execution) -> bool:
 def _withdraw_from(thread_id: int) -> None:
     """Withdraw a pending exception from a thread.
 
-    After that, CPython threads check for exceptions at every instruction, and hang under a tracer,
-    until another exception is raised. So this thread sets one for itself in the same C call, during
-    which the interpreter does not check.
+    After a withdrawal, CPython threads check for exceptions at every instruction, and hang under a
+    tracer, until another exception is raised. So set one for this thread too, in the same C
+    call, during which the interpreter does not check.
     """
     try:
         list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))
@@ -148,7 +150,7 @@ class _Nothing(BaseException):
 
 
 def _is_safe(frame: FrameType | None, execution: Execution) -> bool:
-    """Return whether ``frame`` and its callers, up to the view's call, may be interrupted."""
+    """Return whether the view of ``execution`` runs at ``frame`` and can safely be interrupted."""
     is_inside = False
     innermost = frame
     while frame is not None:

@@ -26,8 +26,8 @@ class Outcome:
 def failed(error: BaseException, expose: bool) -> Outcome:
     """Return the outcome of a run that raised ``error``.
 
-    :param expose: whether clients see the message of ``error``. They always see that of an
-        `HTTPException`.
+    :param expose: whether clients see the message of ``error``. They always see an
+        `HTTPException`'s message.
     """
     name = type(error).__name__
     if isinstance(error, HTTPException):
@@ -73,7 +73,7 @@ def _json(value: Any) -> str:
 
 
 def died(cause: str) -> Outcome:
-    """Return the outcome of a run whose process reported none."""
+    """Return the outcome of a run whose child process ended without reporting one."""
     return Outcome(State.FAILED, {"error": f"Process died: {cause}"})
 
 

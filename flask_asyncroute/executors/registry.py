@@ -41,7 +41,7 @@ _ROWS = (
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _ROWS}
 APP_EXECUTOR = ExecutorKind("the app's own", "inline:FutureTaskExecutor", is_bound=True)
-"""The kind of an app's own `concurrent.futures.Executor`, which runs threads in this process."""
+"""The kind of the app's own `concurrent.futures.Executor`, with threads of this process."""
 
 
 def checked(label: str, value: Any) -> str | Executor:
@@ -63,15 +63,11 @@ def checked(label: str, value: Any) -> str | Executor:
 
 
 def kind_of(value: str | Executor) -> ExecutorKind:
-    """Return the kind for a value from :func:`checked`."""
     return KINDS[value] if isinstance(value, str) else APP_EXECUTOR
 
 
 def check_usable(label: str, value: str | Executor) -> None:
-    """Check that a kind works on this system.
-
-    :raises ConfigurationError: if not; the message names the route.
-    """
+    """Raise ConfigurationError, naming the route, if a kind does not work on this system."""
     kind = kind_of(value)
     if kind.platform not in (None, platform.system()):
         raise ConfigurationError(

@@ -87,8 +87,8 @@ def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
 
 
 def _hosts(app: Flask) -> list[dict[str, str]]:
-    """Return rule options that match every host of an async route, because the Location header
-    contains no host.
+    """Return URL rule options for every host or subdomain. Clients request a task on its route's
+    host, because the Location header contains none.
     """
     if app.url_map.host_matching:
         app.url_default_functions.setdefault(EXTENSION, []).append(_add_host)
@@ -136,8 +136,12 @@ def get(runner: Runner, current: Request, task_id: str | None) -> Response:
 
     def failed(error: Exception) -> Response:
         if not isinstance(error, RequestRefused):
-            # The response is 500. Log the error here, because Flask has left the request.
-            logger.error("The wait for task %s failed.", task.id, exc_info=error)
+            # The response is 500. Flask has left the request and logs no error.
+            logger.error(
+                "A request that waited for task %s failed with status 500. The task is unaffected.",
+                task.id,
+                exc_info=error,
+            )
             raise error
         return problem_response(error, current.headers.get("Accept"), current.path)
 
@@ -246,8 +250,8 @@ def _answer(runner: Runner, current: Request, media_type: str, task: AsyncRouteT
 
 
 def _matches_etag(current: Request, etag: str) -> bool:
-    """Return whether If-None-Match contains ``etag``. Requests without it skip the parser, which
-    makes a get 5 % faster.
+    """Return whether If-None-Match contains ``etag``. Without the header, skipping its
+    parser makes a get 5 % faster.
     """
     return "HTTP_IF_NONE_MATCH" in current.environ and current.if_none_match.contains_weak(etag)
 
@@ -255,9 +259,8 @@ def _matches_etag(current: Request, etag: str) -> bool:
 def _wait_condition(
     current: Request, task: AsyncRouteTask
 ) -> Callable[[AsyncRouteTask], bool] | None:
-    """Return what a get waits for: the task's end or, if If-None-Match has the current revision,
-    any change. Return None, for no wait, if it has an older revision or the task will not
-    change.
+    """Return what ends a get's wait: the task's end or, if If-None-Match has the current revision,
+    any change. Return None (no wait) if it has older ones or the task will not change.
     """
     if "HTTP_IF_NONE_MATCH" not in current.environ:
         return lambda found: found.is_completed
@@ -268,8 +271,8 @@ def _wait_condition(
 
 
 def _has_revision(current: Request, task: AsyncRouteTask) -> bool:
-    """Return whether the client has the current revision. Compressors and proxies may have weakened
-    its ETag or added a suffix.
+    """Return whether the client has the current revision. Compressors and proxies can weaken its
+    ETag or add a suffix.
     """
     tags = current.if_none_match.as_set(include_weak=True)
     return any(tag.partition("-")[0] == str(task.revision) for tag in tags)
@@ -280,7 +283,7 @@ def _readable(
 ) -> tuple[AsyncRouteTask, Caller | None]:
     """Return the requested task, and the caller.
 
-    The caller is always identified, so that the response time does not reveal whether the task
+    The caller is always identified, so that the response time does not reveal whether a task
     exists.
 
     :raises TaskNotFound: if the task does not exist, or the caller may not read it.
@@ -294,7 +297,7 @@ def _readable(
 
 
 def _readers(runner: Runner, caller: Caller | None) -> Readers | None:
-    """Return the caller's names, which filter lists; None to list all tasks."""
+    """Return the caller's names, which select the tasks to list; None for all tasks."""
     config = runner.config
     if caller is not None and caller.is_in(config.admins):
         return None

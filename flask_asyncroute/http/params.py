@@ -40,7 +40,7 @@ def task_id(request: Request, config: Config, in_path: str | None) -> str:
     """Return the request's task id, from the first location in ASYNCROUTE_TASK_ID_IN that has one.
 
     :raises InvalidRequest: if there is no id, or the query string has it twice.
-    :raises TaskNotFound: if the text is not a valid id.
+    :raises TaskNotFound: if the text found is not a valid id.
     """
     name = config.task_id_name
     for location in config.task_id_in:
@@ -64,10 +64,7 @@ def task_id(request: Request, config: Config, in_path: str | None) -> str:
 
 
 def is_purge(request: Request) -> bool:
-    """Return whether a stop request has ``?purge=true``.
-
-    :raises InvalidRequest: if the value is not true or false.
-    """
+    """Return whether a stop request has ``?purge=true``; refuse an invalid value."""
     values = [value.lower() for value in arguments(request).getlist("purge")]
     if values not in ([], ["true"], ["false"]):
         raise InvalidRequest("purge: the value is invalid; send it once, as true or false.")
@@ -75,7 +72,7 @@ def is_purge(request: Request) -> bool:
 
 
 def query(request: Request) -> Query:
-    """Parse a query in any of the three styles.
+    """Parse a list request: its query string and, for POST, its JSON body.
 
     :raises InvalidQuery: if the query is invalid.
     :raises UnsupportedMediaType: if the body is not JSON in UTF-8.
@@ -121,18 +118,16 @@ def _document(request: Request) -> Any:
 
 
 def refuse_cross_site(request: Request, config: Config) -> None:
-    """Refuse a request from another site's page with this site's cookies (Fetch Metadata).
-
-    :raises NotPermitted: if the request has a Cookie and ``Sec-Fetch-Site: cross-site``, and its
-        Origin is not trusted.
+    """Raise NotPermitted if another site's page sent a request with this site's cookies: it has
+    ``Sec-Fetch-Site: cross-site`` (Fetch Metadata), and its Origin is not trusted.
     """
     headers = request.headers
     if headers.get("Sec-Fetch-Site", "").lower() != "cross-site" or "Cookie" not in headers:
         return
     if headers.get("Origin", "").lower() not in config.trusted_origins:
         raise NotPermitted(
-            "A page of another site sent this request with your cookies. Add its origin to "
-            "ASYNCROUTE_TRUSTED_ORIGINS to allow it."
+            "A page of another site sent this request with your cookies. To allow it, add the "
+            "site's origin to ASYNCROUTE_TRUSTED_ORIGINS."
         )
 
 
@@ -164,7 +159,7 @@ def requested_wait(request: Request, longest: float) -> float:
 def preferred_wait(request: Request, longest: float) -> float | None:
     """Return the seconds in ``Prefer: wait=``, at most ``longest``; None without it.
 
-    Invalid preferences are ignored; the first of several counts (RFC 7240).
+    The first valid preference counts (RFC 7240).
     """
     if "HTTP_PREFER" not in request.environ:
         return None

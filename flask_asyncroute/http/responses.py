@@ -1,4 +1,4 @@
-"""Content negotiation, and all responses except streams."""
+"""Content negotiation, and all responses except event streams."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "application/problem+json": ("application/json",),
     "application/problem+xml": ("application/xml", "text/xml"),
 }
-"""Maps each media type to its other names in Accept headers."""
+"""Other names of each media type in Accept headers."""
 
 NO_STORE = "no-store"
 VARY = "Accept, Authorization, Cookie"
@@ -44,7 +44,7 @@ default.
 """
 
 _MAX_CACHED = 400
-"""Maximum length of a cached Accept header. Browsers send about 130 characters."""
+"""Maximum length of cached Accept headers. Browsers send about 130 characters."""
 
 
 def negotiate(accept: str | None, offered: Sequence[str]) -> str:
@@ -56,7 +56,7 @@ def negotiate(accept: str | None, offered: Sequence[str]) -> str:
 
     :param accept: the Accept header; None or empty selects the first type.
     :param offered: keys of :data:`ALIASES`.
-    :raises NotAcceptable: if no type matches; the detail lists the offered types.
+    :raises NotAcceptable: if no type matches; the error lists the offered types.
     """
     accept = accept or ""
     choose = _chosen if len(accept) <= _MAX_CACHED else _choose
@@ -135,8 +135,8 @@ def render(
 
 class _Answer(Response):
     def get_wsgi_headers(self, environ: dict[str, Any]) -> Headers:
-        # Werkzeug copies headers to complete them. Skipping this for complete headers makes
-        # starting a task 11 % faster, and getting one 7 %.
+        # Werkzeug copies headers to complete them. Skipping this if they are complete makes starts
+        # 11 % and gets 7 % faster.
         has_length = False
         if self.status_code in (200, 202):
             for name, value in self.headers:
@@ -167,18 +167,18 @@ def document_of(task: AsyncRouteTask, media_type: str) -> dict[str, Any]:
 
 
 def etag_of(task: AsyncRouteTask, media_type: str) -> str:
-    """Return the strong ETag of a revision in one media type, without quotes."""
+    """Return the strong ETag of a task in one media type, without quotes."""
     return f"{task.revision}-{media_type.removeprefix('application/')}"
 
 
 PROBLEM_TYPES = ("application/problem+json", "application/problem+xml", "application/yaml")
-"""The media types of problems. None is registered for YAML (IANA)."""
+"""The media types of problems. IANA has registered none for YAML."""
 
 MAX_DETAIL = 2000
 MAX_INSTANCE = 2000
 
 CHALLENGE = 'App realm="sign in as this application asks"'
-"""RFC 9110 requires a challenge in each 401 response. The app decides how to sign in, so this one
+"""RFC 9110 requires a challenge in each 401 response. The app decides how to sign in, so this
 names no registered scheme: ``Basic`` would open a browser dialog, ``Bearer`` would imply tokens.
 """
 
@@ -206,7 +206,7 @@ def refuse(refusal: RequestRefused, current: Request) -> Response:
 def problem_response(refusal: RequestRefused, accept: str | None, instance: str) -> Response:
     """Return a response with an RFC 9457 problem.
 
-    Unprintable characters in the detail are escaped: the client may have sent them.
+    Unprintable characters in the detail are escaped, because clients can send them.
 
     :param accept: the request's Accept header.
     :param instance: the request's decoded path; omitted if over 2,000 characters when encoded.

@@ -1,7 +1,7 @@
 """Encodes server-sent events and their ids.
 
 An id contains a change number and a hash of the task id. It is encrypted, so that clients cannot
-see how busy the app is. A synthetic IV (RFC 5297) gives an event the same id each time.
+see how busy the app is. With a synthetic IV (RFC 5297), an event always has the same id.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class EventIds:
         return urlsafe_b64encode(tag + self._masked(content, tag)).decode()
 
     def open(self, event_id: str, task_id: str | None = None) -> int | None:
-        """Return an id's change number; None if the id is invalid or belongs to another task.
+        """Return an id's change number; None if the id is invalid or from another task.
 
         :param task_id: the expected task; None: any.
         """
@@ -67,7 +67,7 @@ class EventIds:
 
 
 def frame(event: Event, ids: EventIds) -> bytes:
-    """Encode an event. Progress has no id, because clients may miss it."""
+    """Encode an event. Progress has no id, because clients do not need all of it."""
     if event.name == PROGRESS:
         wire = event.task.to_wire()
         names = ("Id", "Progress", "ProgressMessage")
@@ -89,7 +89,7 @@ def present(task: AsyncRouteTask) -> bytes:
 def position(change: int, ids: EventIds) -> bytes:
     """Encode a block with only an id, from which a client can resume.
 
-    The id contains a random task id, because equal ids would show that nothing has changed.
+    The id contains a random task id, because equal ids would reveal that no task has changed.
     """
     return b"id: %s\n\n" % ids.seal(change, secrets.token_hex(8)).encode()
 

@@ -32,9 +32,9 @@ HEARTBEAT_SECONDS = 10.0
 LOOK_AGAIN_SECONDS = 30.0
 """Interval after which a stream identifies its caller again."""
 LATE_SECONDS = 2 * HEARTBEAT_SECONDS
-"""A client that needs longer to receive one piece is disconnected."""
+"""A client that takes more time to receive a piece is disconnected."""
 PAGE = 100
-"""Maximum events per read. Each may have 64 KiB."""
+"""Maximum events per read, of up to 64 KiB each."""
 PIECE = 64 * 1024
 """Maximum bytes per piece."""
 RETRY_MS = 1000
@@ -51,11 +51,11 @@ HEADERS = {
 
 
 def hanging_up(environ: Mapping[str, Any]) -> Callable[[], None] | None:
-    """Return a function with which another thread disconnects a request's client. A thread blocked
-    while sending then gets an error at once.
+    """Return a function with which another thread disconnects a request's client, so that a thread
+    blocked while sending gets an error at once.
 
-    Return None if the server does not expose its sockets. waitress and uWSGI have their own
-    timeouts.
+    Return None if the server does not expose its sockets. waitress and uWSGI have timeouts
+    instead.
     """
     connection = environ.get("gunicorn.socket", environ.get("werkzeug.socket"))
     return None if connection is None else partial(_disconnect, connection)
@@ -75,7 +75,7 @@ def _disconnect(connection: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """An event and its encoding, which streams share."""
+    """An event with its encoding, shared by all streams."""
 
     change: int
     name: str
@@ -95,17 +95,16 @@ class _Page:
 class Stream:
     """The events that one client receives. Not thread-safe.
 
-    A process may have hundreds of streams, so each keeps little data.
+    A process can have hundreds of streams, so each keeps little data.
 
-    :param current: the request for the stream.
-    :param caller: the caller of that request.
+    :param caller: the caller of ``current``, the request for the stream.
     :param task_id: the task of the stream; None: all tasks of `group` (None: of all groups).
     """
 
     __slots__ = ("runner", "environ", "caller", "task_id", "ids", "since", "beginning")
     group: str | None = None
     has_ended = False
-    """Whether the task had already ended, so that no new events follow."""
+    """Whether the task had ended when the stream began, so that no new events follow."""
     beginning: bytes
 
     def __init__(
@@ -118,9 +117,9 @@ class Stream:
         self.ids = EventIds(runner.store.secret())
         last_id = current.headers.get("Last-Event-ID")
         since = None if last_id is None else self.ids.open(last_id, task_id)
-        # An id from a replaced store could be higher than all later ids.
+        # An id of a replaced store could be higher than all later ids.
         self.since = None if since is None or since > runner.store.newest() else since
-        """Change number of the last event that the client received; None: it does not resume."""
+        """Change number of the last event that the client received; None: a new stream."""
 
     def may_read(self, task: AsyncRouteTask) -> bool:
         raise NotImplementedError
@@ -130,10 +129,10 @@ class Stream:
         return False
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the stream, or only its beginning if the process has too many streams.
+        """Yield the encoded events, or only `beginning` if the process has too many streams.
 
-        The slot (capacity for one held request) is acquired only when the server begins to send: an
-        ``after_request`` function that fails or replaces the response would otherwise leak it.
+        The slot (capacity for one stream) is acquired when the server begins to send. Otherwise,
+        an ``after_request`` function that fails or replaces the response would leak it.
         """
         if self.has_ended:
             yield from self._guarded()
@@ -229,7 +228,7 @@ class Stream:
         reads, feed = self.runner.notifier.shared_reads, (self.task_id, self.group)
         page = reads.page(feed, since, read)
         if len(page.events) == PAGE:
-            reads.drop((feed, since))  # a stream far behind reads many pages, which may be large
+            reads.drop((feed, since))  # do not cache the many large pages of a stream far behind
         return page
 
     def _task(self, task_id: str) -> AsyncRouteTask | None:
@@ -237,14 +236,13 @@ class Stream:
         return reads.get(task_id, lambda: self.runner.store.get(task_id))
 
     def _frames(self, events: Sequence[_Rendered]) -> Iterator[bytes]:
-        """Yield the encoded events, joined into pieces."""
         piece = b""
         for event in events:
             if self.is_known(event) or not self.may_read(event.task):
                 continue
             data = event.frame
             if event.is_end and event.task.sse_result:
-                # Results may be large, so read each only when it is sent.
+                # Results can be large, so read each only when it is sent.
                 whole = self.runner.store.get(event.task.id)
                 if whole is None or whole.completed_change != event.change:
                     continue  # the task was deleted, or the store was replaced
@@ -325,7 +323,9 @@ def stream_response(current: Request, stream: Stream) -> Response:
 
 def _ended_early(error: Exception) -> bytes:
     """Log the error; return a block that makes the client reconnect."""
-    logger.warning("An event stream ended early; the client will reconnect: %s", error)
+    logger.warning(
+        "An event stream was interrupted. The client will reconnect and miss no event: %s", error
+    )
     return retry(RETRY_MS)
 
 

@@ -1,4 +1,4 @@
-"""Responses that wait for a task, and the maximum time of a wait."""
+"""Responses that wait until a task ends or changes, and the longest wait."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..workers.runner import Runner
 
 IDENTITY = "identity"
 BLOCKING_SECONDS = 5.0
-"""Maximum seconds to hold a request if it blocks all others."""
+"""Longest wait in seconds if it blocks all other requests."""
 
 
 def longest(environ: Mapping[str, Any], seconds: float) -> float:
-    """Return ``seconds``, or less if a held request blocks all others."""
+    """Return ``seconds``, or less if a waiting request blocks all others."""
     if not _blocks_others(environ):
         return seconds
     # gunicorn kills a sync worker and its tasks if a request exceeds gunicorn's timeout.
@@ -32,7 +32,7 @@ def longest(environ: Mapping[str, Any], seconds: float) -> float:
 def _blocks_others(environ: Mapping[str, Any]) -> bool:
     if environ.get("wsgi.multithread", True):
         return is_asgiref(environ)
-    # gevent's server reports False, but handles other requests if gevent has patched threads.
+    # gevent's server reports False, but runs requests concurrently if gevent has patched threads.
     is_gevent = type(environ.get("wsgi.input")).__module__ == "gevent.pywsgi"
     monkey = sys.modules.get("gevent.monkey")
     return not (is_gevent and monkey is not None and monkey.is_module_patched("threading"))
@@ -42,7 +42,7 @@ def is_asgiref(environ: Mapping[str, Any]) -> bool:
     """Return whether a request came through asgiref's WsgiToAsgi, which reports several threads,
     but runs all requests of a process on one.
     """
-    # The environ does not name asgiref, but only asgiref passes a SpooledTemporaryFile as the body.
+    # Only asgiref passes a SpooledTemporaryFile as the body.
     body = environ.get("wsgi.input")
     return "asgiref.wsgi" in sys.modules and isinstance(body, SpooledTemporaryFile)
 
@@ -59,13 +59,12 @@ def held(
     """Return a response that is sent when a task satisfies ``is_enough``, or after ``seconds``; at
     once if the process has too many streams and waits.
 
-    The wait begins after Flask has torn down the request context (except on Granian), so that it
-    holds no resources of the request. Only then are the final status and headers known.
+    The wait begins after Flask has torn down the request context (except on Granian), so that a
+    waiting request keeps no resources. The final status and headers are known after the wait.
 
-    :param announced: its status and headers are shown to ``after_request`` functions before the
-        wait.
-    :param answer: called with the task (None: it was deleted), and with False if the process has
-        too many streams and waits, otherwise True. The call may be outside the request context.
+    :param announced: before the wait, ``after_request`` functions see its status and headers.
+    :param answer: called with the task (None: it was deleted), and whether the process has
+        capacity for the wait. Can be called outside the request context.
     :param failed: called with an exception raised by the wait.
     """
     if seconds <= 0 or is_enough(task):
@@ -73,8 +72,8 @@ def held(
     slots = runner.stream_slots
     if not slots.acquire(blocking=False):
         return answer(task, False)
-    # Release the slot (capacity for one held request) until the server begins to send: an
-    # ``after_request`` function that fails or replaces the response would otherwise leak it.
+    # Release the slot (capacity for one wait) until the server begins to send. Otherwise, an
+    # ``after_request`` function that fails or replaces the response would leak it.
     slots.release()
 
     def wait() -> Response:
@@ -92,8 +91,8 @@ def held(
         status=announced.status, headers=Headers(announced.headers)
     )
     del response.headers["Content-Length"]
-    # Makes compressors skip the response: Flask-Compress would keep the request context alive
-    # during the wait.
+    # Compressors skip a response with this header. Flask-Compress would keep the request context
+    # alive during the wait.
     response.headers["Content-Encoding"] = IDENTITY
     response.announced = announced
     response.final = []
@@ -107,9 +106,10 @@ def _body(wait: Callable[[], Response], final: list[Response]) -> Iterator[bytes
 
 
 class _Held(Response):
-    """A response whose body waits. Its headers are sent with the first piece of the body.
+    """A response whose body, an iterator, waits for the task. Status and headers are sent with the
+    first piece of the body.
 
-    The app may wrap the body, as compressors do. Code that reads the body waits too.
+    The app can wrap the body, as compressors do. Code that reads it waits too.
     """
 
     announced: Response
@@ -133,7 +133,7 @@ class _Held(Response):
         begun = []
         for piece in pieces:
             begun.append(piece)
-            if self.final:  # a compressor may first yield a header of its format
+            if self.final:  # a compressor can yield a header of its format first
                 break
         if self.final:
             self._complete(self.final[0])
@@ -165,8 +165,8 @@ class _Held(Response):
 
 @lru_cache
 def _held_class(base: type[Response]) -> Any:
-    """Return a subclass of the app's response class for held responses.
+    """Return a subclass of `_Held` and ``base``, the app's response class.
 
-    Flask would convert other classes to the app's, which does not wait.
+    Flask would convert any other response to ``base``, and so remove the wait.
     """
     return type("HeldResponse", (_Held, base), {})

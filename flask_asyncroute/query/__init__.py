@@ -1,4 +1,4 @@
-"""The query of a list request. It uses neither Flask nor the stores."""
+"""Conditions and order of list requests, without Flask or stores."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def sql_like(text: str) -> str:
 def is_like(text: str, pattern: str) -> bool:
     folded, start = text.translate(ASCII_LOWER), 0
     for finder in _finders(pattern):
-        # The first match leaves the most text for the next part, so it is always right.
+        # The first match leaves the most text for the next part, so others are not tried.
         found = finder.search(folded, start)
         if found is None:
             return False
@@ -39,7 +39,7 @@ def is_like(text: str, pattern: str) -> bool:
 def _finders(pattern: str) -> list[re.Pattern[str]]:
     """Return a regular expression for each part of the pattern between ``*``.
 
-    Without quantifiers, a search does not backtrack.
+    They have no quantifiers, so a search does not backtrack.
     """
     parts = filter(None, pattern.translate(ASCII_LOWER).split("*"))
     return [re.compile(".".join(map(re.escape, part.split("?"))), re.DOTALL) for part in parts]

@@ -13,11 +13,11 @@ MAX_SHOWN = 80
 
 ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 ASCII_UPPER = {lower: upper for upper, lower in ASCII_LOWER.items()}
-"""Tables that convert only A–Z. str.upper() also changes others, such as a dotless i."""
+"""Tables that convert only A–Z. str.upper() also changes other letters, such as a dotless i."""
 
 
 class Operator(StrEnum):
-    """The comparison operators of conditions, by their names in requests."""
+    """The operators of conditions, by their names in requests."""
 
     EQ = "EQ"
     NE = "NE"
@@ -40,10 +40,8 @@ class Field:
 
     :param name: its name in requests.
     :param kind: the type of its values. A "state" is one of the five states, ordered by name.
-    :param attribute: the attribute of :class:`~flask_asyncroute.task.AsyncRouteTask` with its
-        value.
-    :param operators: the supported operators.
-    :param upper: whether values are upper case; conditions may use any letter case.
+    :param attribute: its attribute in `AsyncRouteTask`.
+    :param upper: whether values are upper case; requests can use any letter case.
     """
 
     name: str
@@ -116,7 +114,7 @@ def shown(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A comparison; false for a task without a value in the field.
+    """A comparison of a field. It is false if the task has no value in the field.
 
     :param value: of the field's kind: a time in microseconds since the epoch (UTC), a number as a
         float, a state by its name, a method in upper case; for LIKE and NOTLIKE, the text as
@@ -132,7 +130,7 @@ class Condition:
 class Sort:
     """Sorts a list by a time field. Tasks without that time come last in both directions.
 
-    Tasks with the same time are sorted by creation time, then by id (by code point), in the same
+    Tasks with equal times are sorted by creation time, then by id (by code point), in the same
     direction.
     """
 
@@ -142,7 +140,7 @@ class Sort:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A task's position in a list. ``value`` is the time of the sort."""
+    """A task's position in a list. ``value`` is its time in the sort field."""
 
     value: int | None
     created_us: int

@@ -1,4 +1,4 @@
-"""Parse a query in one of three styles: JSON, deepObject and Simple."""
+"""Parse list requests with conditions in one of three styles: JSON, deepObject or Simple."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _split_at_commas(first: str, raw: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _parameters(query_string: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the decoded paging parameters, and all others with raw values."""
+    """Return the decoded paging parameters, and the other parameters with raw values."""
     if len(query_string) > MAX_QUERY_STRING:
         raise InvalidQuery(f"The query string has over {MAX_QUERY_STRING} characters; shorten it.")
     paging: dict[str, str] = {}

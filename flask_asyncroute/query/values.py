@@ -114,7 +114,7 @@ def _from_text(field: Field, operator: Operator, text: str) -> str | int:
 def _check_text(field: Field, text: str) -> None:
     if len(text) > MAX_VALUE:
         raise field.error(f"the value {shown(text)} has over {MAX_VALUE} characters; shorten it")
-    # Stores cannot hold such text, and database drivers would raise errors.
+    # Stores cannot hold such text.
     if _UNSTORABLE.search(text):
         raise field.error(f"{shown(text)} contains a NUL or a lone surrogate; remove it")
 
@@ -124,7 +124,7 @@ def _refused(field: Field, what: str, wanted: str) -> InvalidQuery:
 
 
 def _described(value: Any) -> str:
-    """Describe a value by its type, because it may be deep or long."""
+    """Describe a value by its type, because its text can be long."""
     if value is None:
         return "null"
     if isinstance(value, str):

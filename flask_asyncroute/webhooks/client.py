@@ -33,7 +33,7 @@ class Outcome:
     """The outcome of an attempt.
 
     :param is_sent: whether the receiver responded with 2xx.
-    :param is_gone: whether it responded with 410, so no attempt follows.
+    :param is_gone: whether it responded with 410; then no attempt follows.
     :param status: the response status; None without a response.
     :param reason: why the attempt failed.
     :param retry_after: the response's ``Retry-After`` in seconds, at most an hour.
@@ -47,7 +47,7 @@ class Outcome:
 
 
 class _ResponseTooLarge(OSError):
-    """The response exceeds the limit."""
+    """The response exceeds `MAX_RESPONSE`."""
 
 
 def post(
@@ -89,7 +89,7 @@ def connect(ip: Address, port: int, seconds: float) -> socket.socket:
 
 @cache
 def tls_context() -> ssl.SSLContext:
-    """Return a TLS context with the authorities of the system or ``SSL_CERT_FILE``."""
+    """Return a TLS context with the trusted authorities of the system or ``SSL_CERT_FILE``."""
     return ssl.create_default_context()
 
 
@@ -139,7 +139,7 @@ def _exchange(
 
 
 class _Stream(io.RawIOBase):
-    """A connection with a deadline for `http.client`, which reads at most 64 KiB."""
+    """A connection for `http.client`, with a deadline and a limit of 64 KiB read."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection = connection

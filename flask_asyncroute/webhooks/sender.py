@@ -1,4 +1,4 @@
-"""Sends due callbacks, each attempt on its own thread. A receiver cannot change a task's State."""
+"""Sends due callbacks, each attempt on its own thread. Receivers cannot change a task's State."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ class Sender:
         return renewed
 
     def close(self) -> None:
-        """Start no attempts and record no outcomes any more. Other processes repeat the
+        """Start no more attempts and record no more outcomes. Other processes repeat unrecorded
         attempts.
         """
         self.is_closing = True
         self._is_closed = True
 
     def look(self) -> None:
-        """Start attempts to send due callbacks, up to MOST_THREADS at once. May raise
+        """Start attempts to send due callbacks, up to MOST_THREADS at once. Can raise
         StoreUnavailable.
         """
         with self._lock:
@@ -111,7 +111,7 @@ class Sender:
         if self.is_closing:
             return
         if self._must_release:
-            # No process can claim the callbacks that this process still holds.
+            # Otherwise, no process could send the callbacks that a failed claim left here.
             self._outbox.release(self._lifecycle.owner, keep=frozenset(self._active))
             self._must_release = False
         if capacity <= 0 or self._outbox.next_due(now) != AT_ONCE:
@@ -121,7 +121,8 @@ class Sender:
             for due in self._outbox.claim(self._lifecycle.owner, now, capacity):
                 self._begin(due)
         except (CommitUnknown, RuntimeError):
-            # This process may hold callbacks that no thread sends. The next look() releases them.
+            # This process may have claimed callbacks that no thread sends. The next look() releases
+            # them.
             self._must_release = True
             raise
 
@@ -200,7 +201,7 @@ class Sender:
 
 
 def _next(attempts: int, outcome: Outcome, most: int) -> tuple[str, int | None]:
-    """Return a callback's state after an attempt, and when the next is due."""
+    """Return a callback's state after an attempt, and when the next attempt is due."""
     if outcome.is_sent:
         return COMPLETED, None
     if outcome.is_gone or attempts >= most:
@@ -252,7 +253,7 @@ def signature_headers(
 
     :param secrets: each adds a signature, so that secrets can be rotated. Without any, the message
         is unsigned.
-    :param webhook_id: the same for every attempt; without ``.``.
+    :param webhook_id: the same for every attempt; contains no ``.``.
     :param at: the time of this attempt, in seconds since the epoch.
     """
     fields = {"webhook-id": webhook_id, "webhook-timestamp": str(at)}

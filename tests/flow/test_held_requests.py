@@ -460,7 +460,7 @@ def test_an_unexpected_error_of_a_wait_is_logged(
     body, _ = call_app(held.app, f"{path}?{LONG}")
     with pytest.raises(ZeroDivisionError):
         list(body)
-    assert f"The wait for task {path.rpartition('/')[2]} failed." in caplog.text
+    assert f"waited for task {path.rpartition('/')[2]} failed with status 500." in caplog.text
     assert "ZeroDivisionError: on purpose" in caplog.text
 
 

@@ -59,7 +59,7 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         when_gone(self, _drop_all, self._spares)
 
     def take_child(self) -> Child:
-        """Return a spare or new child. The caller must release its resources.
+        """Return a spare or new child, to end with `Child.leave`.
 
         :raises OSError: if no child can be started.
         """
@@ -116,7 +116,7 @@ def _drop_all(children: deque[Child]) -> None:
 
 
 def _follow(child: Child, execution: Execution) -> Outcome:
-    """Handle a child's reports until its view ends; return the outcome."""
+    """Handle a child's progress and events until its view ends; return the outcome."""
     try:
         for kind, payload in child.listen():
             if kind == protocol.PROGRESS:

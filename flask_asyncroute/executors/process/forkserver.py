@@ -1,8 +1,8 @@
-"""The program of the fork server, which imports the app's module and forks children. It must not
-use the app.
+"""The program of the fork server, a process that imports the app's module and forks children. It
+must not use the app.
 
-It is a new interpreter with one thread, so forks copy no locks, connections or signal handlers of a
-web server.
+It runs in a new interpreter with one thread, so that children inherit no locks, connections or
+signal handlers of the web server.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PROGRAM = (
     "from flask_asyncroute.executors.process.forkserver import main; "
     "main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 )
-"""Code for ``python -c``. It leaves no ``__main__`` module that could be imported again."""
+"""Code for ``python -c``, so that children have no ``__main__`` module to import again."""
 
 DESCRIPTORS = 3  # received with each request for a child
 STATUS = struct.Struct("!i")
 CHILD = "flask_asyncroute.child_main"
 
-# Saved, because the app may patch them.
+# Saved: the app may patch them.
 _poll, _fork, _recv_fds = select.poll, os.fork, socket.recv_fds
 
 
@@ -50,8 +50,7 @@ def command(modules: str, control: int, kill_end: int) -> list[str]:
 def main(modules: str, control: int, kill_end: int) -> None:
     """Serve the parent process until it closes the connection.
 
-    :param modules: modules to import first, separated by commas. The last one is the app's module
-        or empty.
+    :param modules: comma-separated modules to import first; the last is the app's, or empty.
     :param control: the descriptor on which the parent requests children.
     :param kill_end: the read end of this process's kill pipe.
     """
@@ -76,7 +75,7 @@ def main(modules: str, control: int, kill_end: int) -> None:
                 "The fork server could not import the app, so each child process imports it: %r",
                 error,
             )
-        # The app may have opened a store for `async_routes.state`, which must not cause a restart.
+        # A store that the app opened for `async_routes.state` must not cause a restart.
         child.close_early_stores()
         if threading.active_count() > 1 or any(map(_is_unsafe, _descriptors() - before)):
             _restart_without_app(ours, control, kill_end)
@@ -92,7 +91,7 @@ def _descriptors() -> set[int]:
 
 
 def _is_unsafe(descriptor: int) -> bool:
-    """Return whether children must not share an open file. They may share log files and devices."""
+    """Return whether children must not share an open file. Log files and devices are harmless."""
     kind = os.fstat(descriptor).st_mode
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     is_log = stat.S_ISREG(kind) and access == os.O_WRONLY
@@ -180,7 +179,7 @@ class _Server:
             # Under gevent, the parent has made both ends non-blocking.
             channel.setblocking(True)
             import_module(CHILD).main(channel)
-            # Exit as the interpreter does, but without freeing objects, which can take longer than
+            # Exit as the interpreter does, but do not free objects: that can take longer than
             # the task.
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()

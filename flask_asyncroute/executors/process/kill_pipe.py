@@ -1,5 +1,5 @@
-"""A pipe that kills a process group when it is written to, or when the process with the write end
-exits. Linux only.
+"""A pipe that kills a process group when data is written to the pipe, or when the process with the
+write end exits. Linux only.
 
 The kernel sends SIGKILL instead of SIGIO, and never kills a later group with the same id.
 """
@@ -19,7 +19,7 @@ _open: weakref.WeakSet[KillPipe] = weakref.WeakSet()
 
 
 class KillPipe:
-    """The write end. The caller closes ``read_end`` when the other process has it. Thread-safe."""
+    """The write end. The caller closes ``read_end`` after sending it. Thread-safe."""
 
     def __init__(self) -> None:
         self.read_end, self._write_end = os.pipe()
@@ -43,9 +43,8 @@ class KillPipe:
 
 
 def attach(read_end: int, owner: int) -> None:
-    """Attach a process or, with a negative number, a process group (F_SETOWN in `fcntl(2)`).
-
-    It stays attached while any process has ``read_end`` open.
+    """Have the pipe kill ``owner``, a process id or the negative id of a process group (F_SETOWN
+    in `fcntl(2)`). This lasts while any process has ``read_end`` open.
     """
     fcntl.fcntl(read_end, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(read_end, fcntl.F_SETOWN, owner)
@@ -55,9 +54,9 @@ def attach(read_end: int, owner: int) -> None:
 
 
 def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
-    """Return the descriptors that have data or whose other end is closed; wait until there is one.
+    """Wait for descriptors that have data or whose other end is closed; return them.
 
-    :param seconds: timeout, after which the list may be empty; None: no limit.
+    :param seconds: timeout (the list can then be empty); None: no limit.
     """
     poll = select.poll()
     for descriptor in descriptors:
@@ -66,8 +65,8 @@ def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
 
 
 def _close_in_fork() -> None:
-    """Close the write ends in a fork of this process; otherwise, children could outlive their
-    parent.
+    """Close the write ends in a fork of this process. Open, they would keep the children alive
+    after this process has exited.
     """
     for pipe in list(_open):
         pipe._lock = threading.Lock()

@@ -1,6 +1,7 @@
-"""The protocol between a parent and its child: frames with a kind, a length and a payload.
+"""The protocol between the app (the parent) and a child process.
 
-An unknown kind or an excessive length is refused before memory is allocated.
+A frame has a kind, a length and a payload. Unknown kinds and excessive lengths are refused before
+memory is allocated.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ SMALL = 64 * 1024
 TO_CHILD = {SETTINGS: 16 * 1024 * 1024, JOB: 16 * 1024 * 1024, BODY: PIECE}
 """Maximum payload bytes by kind of frame."""
 TO_PARENT = {READY: SMALL, PROGRESS: SMALL, EVENT: 2 * SMALL, OUTCOME: SMALL}
-"""Like `TO_CHILD`. The limit of an outcome excludes the result."""
+"""Like `TO_CHILD`. An outcome may exceed its limit by the maximum size of a result."""
 
 Report: TypeAlias = tuple[float | None, str | None]
 """A child's progress and message, as :meth:`Execution.take_report` returns them."""
-Event: TypeAlias = tuple[str, msgspec.Raw]
-"""The name and data of a view's event."""
+Event: TypeAlias = tuple[str, msgspec.Raw]  # name and data
 
 
 class FrameError(Exception):
@@ -50,7 +50,7 @@ class Job(msgspec.Struct):
 
 
 class Ending(msgspec.Struct):
-    """A child's last message: the outcome of its view, and the last progress."""
+    """A child's last message: its view's outcome and last progress."""
 
     state: State
     report: Report

@@ -1,6 +1,6 @@
 """Child processes, started by a fork server.
 
-Each child has its own sockets and kill pipe, so that it cannot harm others.
+Each child has its own sockets and kill pipe, so it cannot harm other children.
 """
 
 from __future__ import annotations
@@ -41,23 +41,22 @@ class Child:
     has_ended: bool = False
 
     def send(self, job: protocol.Job, body: Body | None) -> None:
-        """Send the task to run. If the child has ended, only :meth:`listen` reports it."""
+        """Send the task to run. If the child has ended, :meth:`listen` reports that."""
         with suppress(OSError):
             protocol.send(self.channel, protocol.JOB, msgspec.json.encode(job))
             for piece in () if body is None else body.pieces():
                 protocol.send(self.channel, protocol.BODY, piece)
 
     def listen(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the kind and payload of each frame; return when the child has ended.
+        """Yield the kind and payload of each frame until the child's end.
 
-        :raises FrameError: if the child sent an invalid frame.
+        :raises FrameError: if a frame is invalid.
         """
         has_begun = False
         for frame in protocol.frames(self._pieces(), self.limits):
             has_begun = True
             yield frame
-        # If the fork server hangs while importing the app, no child exists to report an exit
-        # status.
+        # A fork server that hangs while it imports the app has forked no child.
         self.is_gone(None if has_begun else LOST_SECONDS)
         self.has_ended = True
 
@@ -89,7 +88,7 @@ class Child:
         return self.has_ended
 
     def leave(self, seconds: float) -> None:
-        """Wait up to ``seconds`` for the child's end, then kill it; release its resources."""
+        """Wait up to ``seconds`` for the child's end; kill it if needed; close its resources."""
         if not self.is_gone(seconds):
             self.kill()
             self.is_gone(None)
@@ -109,8 +108,8 @@ class Child:
 class ForkServer:
     """Starts children through a server process. Thread-safe.
 
-    The server starts with the first child. It exits after its last child if this object is closed
-    or garbage-collected, and is killed if this process exits.
+    The server starts before the first child. It exits after its last child if this object
+    is closed or garbage-collected, and is killed if this process exits.
     """
 
     def __init__(self, settings: ChildSettings) -> None:
@@ -124,7 +123,7 @@ class ForkServer:
         self.pid = 0
 
     def start(self) -> Child:
-        """Request a child, which loads the app and waits for a job; return at once.
+        """Start a child, which loads the app and waits for a job; return without waiting for it.
 
         :raises OSError: if the system lacks processes or descriptors.
         """
@@ -178,7 +177,7 @@ def _start_server(modules: str) -> tuple[socket.socket, int, ExitStack]:
             setsigmask=(),
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
         )
-        # The program attaches the pipe too, but only after its interpreter has started.
+        # The program also does this itself, but only after its interpreter has started.
         attach(ends[1], pid)
         return control, pid, ours.pop_all()
 
@@ -210,8 +209,8 @@ def _kill_pipe(ours: ExitStack, theirs: ExitStack) -> KillPipe:
 def _python() -> str:
     """Return this environment's Python interpreter.
 
-    Servers that embed Python, such as uWSGI, report themselves or the interpreter outside the
-    virtual environment.
+    In servers that embed Python, such as uWSGI, get_executable() returns the server, or an
+    interpreter outside the virtual environment.
     """
     named = os.fsdecode(get_executable())
     found = Path(sys.prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
