@@ -116,9 +116,9 @@ class Report:
         """Return a sentence with the amounts."""
         amount = self.amount
         return (
-            f"The values are medians of {self.repeats} repeats. Each repeat has {amount.tasks} whole "
-            f"tasks, {amount.rate:g} starts per second for {amount.seconds:g} s, and "
-            f"{amount.single} tasks that run one after the other."
+            f"The values are medians of {self.repeats} repeats. Each repeat has "
+            f"{amount.tasks} whole tasks, {amount.rate:g} starts per second for "
+            f"{amount.seconds:g} s, and {amount.single} tasks that run one after the other."
         )
 
     def spread(self) -> str:
