@@ -116,9 +116,9 @@ class Report:
         """Return a sentence with the amounts."""
         amount = self.amount
         return (
-            f"Medians of {self.repeats} repeats; in each {amount.tasks} whole tasks, "
-            f"{amount.rate:g} starts per second for {amount.seconds:g} s, and {amount.single} "
-            "tasks one at a time."
+            f"The values are medians of {self.repeats} repeats. Each repeat has "
+            f"{amount.tasks} whole tasks, {amount.rate:g} starts per second for "
+            f"{amount.seconds:g} s, and {amount.single} tasks that run one after the other."
         )
 
     def spread(self) -> str:
@@ -128,9 +128,9 @@ class Report:
             rates.setdefault(result.name, []).append(result.tasks_per_second)
         spreads = [max(values) / min(values) for values in rates.values()]
         return (
-            "The highest tasks/s of a system was "
-            f"{median(spreads):.1f} times its lowest for the median system, and "
-            f"{max(spreads):.1f} times for the least steady one."
+            "Between repeats, the highest tasks/s of a system was "
+            f"{median(spreads):.1f} times its lowest (median of the systems), and at most "
+            f"{max(spreads):.1f} times."
         )
 
     def _cells(self, system: System) -> tuple[str, ...] | None:
