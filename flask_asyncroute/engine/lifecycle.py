@@ -64,8 +64,8 @@ class Lifecycle:
         try:
             self._store.add(task, request, body, grants, key, quota, delivery)
         except CommitUnknown:
-            # The client gets an error, so delete the task, which may be stored. With an idempotency
-            # key, keep the task, because the client's retry finds it.
+            # The client gets an error, so delete the task if it was stored. With an idempotency
+            # key, keep it for the client's retry.
             if key is None:
                 self.pending_writes.keep(task.id, lambda: self._undo_create(task))
             raise
@@ -172,7 +172,7 @@ class Lifecycle:
                 return
 
     def write_events(self, execution: Execution) -> None:
-        """Store the view's new events. Drop them if the task has ended or runs elsewhere."""
+        """Store the view's new events; drop them if the task has ended or runs elsewhere."""
         # Wait for a thread that is storing events: the end of the task must be stored after them.
         with execution.writing:
             sent = execution.take_events()
@@ -297,8 +297,8 @@ def _unchanged(task: AsyncRouteTask, stopping: bool | None = None) -> Expect:
 
 
 def purge(store: TaskStore, lifecycle: Lifecycle, task: AsyncRouteTask) -> bool:
-    """Delete a finished task, but not before streams and waits could read its end. Return whether
-    it still existed.
+    """Delete a finished task once streams and waits have had time to read it. Return whether it
+    still existed.
 
     :raises TaskUnfinished: if the task has not ended, or its code is still running.
     """
