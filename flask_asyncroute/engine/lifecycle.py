@@ -101,8 +101,8 @@ class Lifecycle:
         return task
 
     def abort(self, task: AsyncRouteTask, error: str) -> AsyncRouteTask | None:
-        """Abort a task unless its state, owner or epoch has changed. If it was Running, set its
-        Stopping flag, because its code is still running.
+        """Abort a task unless its state, owner or epoch (run number) has changed. If it was
+        Running, set its Stopping flag: its code is still running.
         """
         is_running = task.state is State.RUNNING
         return self._abort(task.id, _unchanged(task), error, stopping=is_running)
@@ -212,7 +212,7 @@ class Lifecycle:
         """
         signals.send_fact(signals.task_changed, self._app, task=task)
         if logger.isEnabledFor(logging.INFO):
-            with suppress(Exception):  # a log filter or handler of the app may fail
+            with suppress(Exception):  # a log filter or handler of the app can fail
                 _log(signal, task)
         if task.callback_state in PENDING and task.state.is_terminal:
             signals.send_fact(signals.callback_pending, self._app, task=task)
