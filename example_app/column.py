@@ -26,8 +26,8 @@ KINDS: dict[str, Callable[[str], object]] = {
     "number": lambda text: _NUMBER.fullmatch(text) and math.isfinite(float(text)),
     "date": _DATE.fullmatch,
 }
-"""The type of a column is the first kind that fits all its values, else text. Values with a leading
-zero or more than 15 digits, such as postcodes, are not numbers.
+"""The type of a column is the first kind that fits all its values, or text if none fits. Values
+with a leading zero or more than 15 digits, such as postcodes, are not numbers.
 """
 
 

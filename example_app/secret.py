@@ -13,7 +13,7 @@ from pathlib import Path
 def secret_key(folder: Path) -> str:
     """Return the key in ``folder``. Create it if it is missing, readable only by this user.
 
-    Several processes may call this at once. They get the same key, because the file is created
+    Several processes can call this at once. They get the same key, because the file is created
     atomically and never changed.
 
     :raises OSError: if the folder is not writable.

@@ -1,7 +1,7 @@
 """Routes that sleep and then return an argument, a value of a closure, or the shared state.
 
-The routes under ``/auth`` require a signed-in visitor. They differ in who else may read and stop a
-task.
+The routes under ``/auth`` require a signed-in visitor. Each lets different other visitors read or
+stop a task.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _add_routes_with_a_closure(sleep_time: float, message: str) -> None:
     @blueprint.put("/auth/asyncUsing")
     @async_routes.task(permission=Permission(read=ANALYSTS))
     def auth_async_using() -> dict[str, str]:
-        """The same, but analysts may read the task. Only its owner may stop it."""
+        """Do the same. Analysts may read the task, but only its owner may stop it."""
         return doze(sleep_time, message)
 
 
@@ -60,7 +60,7 @@ def async_state() -> dict[str, str]:
 @blueprint.put("/auth/asyncState")
 @async_routes.task(permission=Permission(write=ANALYSTS))
 def auth_async_state() -> dict[str, str]:
-    """The same, but analysts may read and stop the task."""
+    """Do the same. Analysts may read and stop the task."""
     return doze(**async_routes.state.get(STATE_KEY, DEFAULT_STATE))
 
 

@@ -17,7 +17,7 @@ MAX_COLUMNS = 200
 MAX_NAME = 100
 PIECE = 256 * 1024
 SAMPLE = 2048
-"""Characters from which the delimiter is guessed. The time for it can grow quadratically."""
+"""Characters from which the delimiter is guessed. The time can grow with their square."""
 
 DELIMITERS = ",;\t|"
 _MARKS = (
@@ -95,7 +95,7 @@ class _Text(io.TextIOWrapper):
 
 
 def find_encoding(file: IO[bytes]) -> str:
-    """Return the encoding of a text: that of its byte order mark, else UTF-8 if the text is valid
+    """Return the encoding of a text: as its byte order mark says, else UTF-8 if the text is valid
     UTF-8, else Windows-1252.
 
     :raises NotATable: if the file is empty, or contains NUL bytes without a byte order mark.

@@ -71,7 +71,7 @@ def trials(root: str) -> tuple[Group, ...]:
                 ),
                 Trial(
                     "Stop",
-                    "Stops the task, whichever worker runs it. Its State is Aborted.",
+                    "DELETE stops the task, whichever worker runs it. Its State is then Aborted.",
                     (
                         f"ID=$(curl -s -X PUT {url('/asyncUsing')}{an_id})",
                         f"curl -X DELETE {one_task}",
@@ -94,7 +94,7 @@ def trials(root: str) -> tuple[Group, ...]:
                 ),
                 Trial(
                     "Follow",
-                    "Streams the task's state, progress and messages until it ends.",
+                    "The response streams the task's state, progress and messages until it ends.",
                     (
                         f"ID=$(curl -s -X POST -d traveller=Ada {url('/tour')}{an_id})",
                         f"curl -N {one_task}/events",
@@ -107,8 +107,8 @@ def trials(root: str) -> tuple[Group, ...]:
             (
                 Trial(
                     "A summary of a CSV file",
-                    "Computes statistics of each column, row by row. The command sends a small "
-                    "table of this app. Try your own file, too.",
+                    "The view computes statistics of each column. The command sends a small table "
+                    "of this app. Try your own file, too.",
                     (
                         f"curl -s {url('/static/planets.csv')} | curl -F file=@- "
                         f"{url('/csv-summary')}",
@@ -116,7 +116,7 @@ def trials(root: str) -> tuple[Group, ...]:
                 ),
                 Trial(
                     "Prime numbers",
-                    "Computes in a separate process, reports its progress, and can be stopped.",
+                    "The view computes in a child process, with progress, and can be stopped.",
                     (f"curl -X POST {url('/primes/1000000000')}",),
                 ),
             ),

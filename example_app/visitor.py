@@ -11,8 +11,8 @@ from .people import PEOPLE, Person, authenticate
 def find_visitor() -> None:
     """Identify the visitor. Runs before each request.
 
-    :raises Unauthorized: if name or password is wrong. Otherwise an anonymous request would
-        continue, and get a confusing 404.
+    :raises Unauthorized: if name or password is wrong. Without this error, the request would
+        continue as anonymous, and get a confusing 404.
     """
     credentials = request.authorization
     if credentials is not None and credentials.type == "basic":

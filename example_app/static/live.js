@@ -42,7 +42,7 @@ function follow(url) {
     part("messages").append(line);
   });
   listen("task.completed", (task) => {
-    // Otherwise the browser would reconnect and get status 204.
+    // If the stream stayed open, the browser would reconnect and get status 204.
     stream.close();
     show(task);
     showConnection("The stream has ended with the task.");

@@ -27,7 +27,7 @@ logger = logging.getLogger("flask_asyncroute")
 
 MAX_RESTARTS = 2  # Maximum restarts of a task with ``on_loss="restart"`` after its worker died.
 NOTIFIED_SECONDS = 0.3
-"""Minimum time between the end of a task and its deletion, so that every poll reads the end."""
+"""Minimum time between the end of a task and its deletion, so that streams and waits read it."""
 PAGE = 500
 LOST = "Worker lost"
 SHUT_DOWN = "Server shutdown"
@@ -43,8 +43,8 @@ _FINISHED = {
 class Lifecycle:
     """Executes the state transitions of tasks in one store.
 
-    Thread-safe; needs no app context. Methods raise `StoreUnavailable` if the store does. If the
-    task is not in the expected state, methods that return a task do nothing and return None.
+    Thread-safe; needs no app context. Methods raise `StoreUnavailable` if the store does. Methods
+    that return a task return None, and change nothing, if the task is not in the expected state.
     """
 
     def __init__(self, app: Flask, store: TaskStore, owner: str) -> None:
@@ -64,15 +64,15 @@ class Lifecycle:
         try:
             self._store.add(task, request, body, grants, key, quota, delivery)
         except CommitUnknown:
-            # The client gets an error, so the task must not run. But with an idempotency key, keep
-            # it: the client's retry finds it.
+            # The client gets an error, so delete the task if it was stored. With an idempotency
+            # key, keep it for the client's retry.
             if key is None:
                 self.pending_writes.keep(task.id, lambda: self._undo_create(task))
             raise
         self.notify(signals.task_created, task)
 
     def claim(self, task_id: str) -> Claim | None:
-        """Move a task from NotStarted to Running, owned by this process."""
+        """Move a task from NotStarted to Running, with this process as its owner."""
         now = now_us()
         try:
             claim = self._store.claim(task_id, self.owner, now)
@@ -87,8 +87,8 @@ class Lifecycle:
     def finish(
         self, execution: Execution, state: State, values: dict[str, Any]
     ) -> AsyncRouteTask | None:
-        """Store the terminal ``state`` of a run's task, and its last progress. If the task was
-        already aborted, only record that its code has ended.
+        """Store the terminal ``state``, ``values`` and last progress of an executed task. If the
+        task was already aborted, only clear its Stopping flag.
         """
         self.write_events(execution)
         progress, message = execution.final_report()
@@ -101,20 +101,20 @@ class Lifecycle:
         return task
 
     def abort(self, task: AsyncRouteTask, error: str) -> AsyncRouteTask | None:
-        """Move a task to Aborted unless its state, owner or epoch has changed. A Running task also
-        becomes Stopping.
+        """Abort a task unless its state, owner or epoch (run number) has changed. If it was
+        Running, set its Stopping flag: its code is still running.
         """
         is_running = task.state is State.RUNNING
         return self._abort(task.id, _unchanged(task), error, stopping=is_running)
 
     def expire(self, execution: Execution, error: str) -> AsyncRouteTask | None:
-        """Move a task that runs in this process to Aborted and Stopping."""
+        """Abort a task of this process, and set its Stopping flag: its code is still running."""
         self.write_events(execution)
         return self._abort(execution.task_id, self._held_by(execution), error, stopping=True)
 
     def recover(self, task: AsyncRouteTask) -> AsyncRouteTask | None:
-        """Restart or abort a task whose worker died. If the task is Stopping, record that its code
-        has ended.
+        """Restart or abort a task whose worker died. If the task was already aborted, clear its
+        Stopping flag.
         """
         if task.state is State.NOT_STARTED:
             return self.abort(task, LOST)
@@ -125,8 +125,8 @@ class Lifecycle:
         return self._abort(task.id, _unchanged(task), LOST)
 
     def cut_short(self, execution: Execution, is_over: bool) -> None:
-        """Abort a run's task because of a shutdown. With ``on_loss="restart"``, requeue it if its
-        code has ended (``is_over``); otherwise, recovery restarts it.
+        """Abort a task because this process shuts down. With ``on_loss="restart"``, requeue the
+        task if its code has ended (``is_over``); if not, another process will restart it.
         """
         self.write_events(execution)
         expect = self._held_by(execution)
@@ -139,7 +139,7 @@ class Lifecycle:
             self.release(execution)
 
     def abort_later(self, task_id: str, error: str) -> None:
-        """Abort, in the background, a task that only this process could run."""
+        """Abort a task in the background. Only for tasks that no other process can run."""
 
         def abort() -> None:
             task = self._store.get(task_id)
@@ -149,7 +149,7 @@ class Lifecycle:
         self.pending_writes.keep(task_id, abort)
 
     def release(self, execution: Execution) -> None:
-        """Record that the code of an aborted task has ended."""
+        """Clear the Stopping flag of an aborted task, because its code has ended."""
         expect = Expect((State.ABORTED,), self.owner, execution.epoch, stopping=True)
         self._change(execution.task_id, expect, stopping=False)
 
@@ -172,8 +172,8 @@ class Lifecycle:
                 return
 
     def write_events(self, execution: Execution) -> None:
-        """Store a view's events; drop them if the run no longer owns the task."""
-        # Another thread may be storing events now. The end of the task must be stored after them.
+        """Store the view's new events; drop them if the task has ended or runs elsewhere."""
+        # Wait for a thread that is storing events: the end of the task must be stored after them.
         with execution.writing:
             sent = execution.take_events()
             if not sent:
@@ -193,7 +193,7 @@ class Lifecycle:
         self.write_progress(execution)
 
     def write_progress(self, execution: Execution) -> None:
-        """Store the newest progress of a run."""
+        """Store the newest progress that the view has reported."""
         report = execution.take_report()
         if report is None:
             return
@@ -207,12 +207,12 @@ class Lifecycle:
             self.notify(signals.task_progressed, task)
 
     def notify(self, signal: NamedSignal | None, task: AsyncRouteTask, **more: Any) -> None:
-        """Send the signals for a stored change. The app's receivers get ``signal``, with ``task``
-        and ``more`` as arguments.
+        """Send the signals for a stored change. Receivers of the app get only ``signal``, with
+        ``task`` and ``more`` as arguments.
         """
         signals.send_fact(signals.task_changed, self._app, task=task)
         if logger.isEnabledFor(logging.INFO):
-            with suppress(Exception):  # a log filter or handler of the app may fail
+            with suppress(Exception):  # a log filter or handler of the app can fail
                 _log(signal, task)
         if task.callback_state in PENDING and task.state.is_terminal:
             signals.send_fact(signals.callback_pending, self._app, task=task)
@@ -261,7 +261,7 @@ class Lifecycle:
         return self._change(task_id, expect, state=State.NOT_STARTED, **empty, **values)
 
     def _change(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
-        """Write a change that has no signal for the app."""
+        """Store a change for which receivers of the app get no signal."""
         task = self._store.update(task_id, expect, values)
         if task is not None:
             self.notify(None, task)
@@ -297,10 +297,10 @@ def _unchanged(task: AsyncRouteTask, stopping: bool | None = None) -> Expect:
 
 
 def purge(store: TaskStore, lifecycle: Lifecycle, task: AsyncRouteTask) -> bool:
-    """Delete a task once subscribers have had time to read its end; return whether it still
-    existed.
+    """Delete a finished task once streams and waits have had time to read it. Return whether it
+    still existed.
 
-    :raises TaskUnfinished: if it has not ended, or its code is still running.
+    :raises TaskUnfinished: if the task has not ended, or its code is still running.
     """
     current: AsyncRouteTask | None = task
     while current is not None:
@@ -318,8 +318,8 @@ def purge(store: TaskStore, lifecycle: Lifecycle, task: AsyncRouteTask) -> bool:
 
 
 def seconds_since_end(task: AsyncRouteTask) -> float:
-    """Return the seconds since a task ended, limited to 0 to :data:`NOTIFIED_SECONDS`, because
-    clocks may differ between processes.
+    """Return the seconds since a task ended: at least 0 and at most :data:`NOTIFIED_SECONDS`,
+    because clocks can differ between processes.
     """
     assert task.completed_us is not None
     return min(max((now_us() - task.completed_us) / 1_000_000, 0.0), NOTIFIED_SECONDS)
