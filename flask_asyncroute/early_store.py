@@ -1,5 +1,5 @@
-"""The store that the shared state uses before the runner (an app's threads and connections in this
-process) exists.
+"""The store that ``async_routes.state`` uses until the runner (an app's threads and connections in
+this process) is created.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .stores.registry import MEMORY, make_store
 from .workers.runner import new_store
 
 left_behind: list[object] = []
-"""Stores and runners inherited at a fork, kept alive: closing their connections would break the
-parent's.
+"""Stores and runners that a fork copied from the parent. They are kept alive, because closing their
+connections would break the parent's.
 """
 
 
 class EarlyStore:
-    """Holds a store that was opened before the runner, until the runner takes it. Not thread-safe.
+    """Holds the store until the runner takes it over. Not thread-safe.
 
-    A copy of an in-memory store's values stays here, for a runner after a fork or in
-    `testing.inline`.
+    If the store is in memory, a copy of its values stays here for another runner: after a fork, or
+    in `testing.inline`.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class EarlyStore:
         return copy
 
     def close(self) -> None:
-        """Close connections; the next access reopens them."""
+        """Close the store's connections; the next access reopens them."""
         if self._store is not None:
             self._store.close()
 

@@ -21,7 +21,7 @@ Start: TypeAlias = Callable[..., Any]
 
 MARK = "__asyncroute__"
 AUTHENTICATION = {"flask_login", "flask_httpauth", "flask_jwt_extended", "flask_security"}
-"""Packages whose decorators must not be below an async route."""
+"""Packages whose decorators must not be below ``@task()``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Route:
 
 
 def declaration_of(function: Callable[..., Any] | None) -> Declaration | None:
-    """Return the declaration of a view function, even inside other decorators; else None."""
+    """Return the declaration of an async route, even inside other decorators; else None."""
     while function is not None:
         found = function.__dict__.get(MARK) if hasattr(function, "__dict__") else None
         if isinstance(found, Declaration):
@@ -105,7 +105,7 @@ def check_view(declaration: Declaration) -> None:
 
 
 def _refuse_authentication_below(view: View, label: str) -> None:
-    """Raise if a known authentication decorator is below the async route.
+    """Raise if a known authentication decorator is below ``@task()``.
 
     Such a decorator would run in the task, so unauthenticated clients could start tasks.
     """
@@ -173,7 +173,7 @@ def _refuse_misplaced(app: Flask, declared: Iterable[Declaration]) -> None:
     for declaration in declared:
         if id(declaration) in placed:
             continue
-        # Other decorators may be between task() and the route decorator.
+        # Other decorators can be between task() and the route decorator.
         view: Callable[..., Any] | None = declaration.view
         while view is not None and id(view) not in plain:
             view = getattr(view, "__wrapped__", None)

@@ -65,7 +65,7 @@ class Runtime:
         self._lock = threading.RLock()
         self._runner: Runner | None = None
         self._early = self._built = EarlyStore()
-        """The store before first use; `testing.inline` restores ``_built`` at its end."""
+        """The store before first use. `testing.inline` ends by restoring ``_built``."""
         _runtimes.add(self)
 
     @property
@@ -89,8 +89,8 @@ class Runtime:
     def store(self) -> TaskStore:
         """The open store of this process.
 
-        Before first use, the current, unfrozen configuration determines the store. The runner takes
-        the store over.
+        Before first use, the store is opened with the current, unfrozen configuration. Later the
+        runner takes the store over.
 
         :raises AsyncRouteError: like :attr:`runner`.
         """
@@ -119,7 +119,7 @@ class Runtime:
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""
         self.is_child = True
-        # Loading the app may have opened a store other than the parent's.
+        # While it was loaded, the app may have opened a store that differs from the parent's.
         self._early.close()
         self._early = self._built = EarlyStore()
         return self._make_runner()
@@ -137,7 +137,7 @@ class Runtime:
 
     @property
     def json_default(self) -> Callable[[Any], Any]:
-        """The function of the app's JSON provider for values without a JSON type."""
+        """The function of the app's JSON provider that converts values without a JSON type."""
         return json_default(self._get_app().json)
 
     def prepare(self) -> Config:
@@ -229,7 +229,7 @@ def current_runtime() -> Runtime:
 
 
 def be_child_process() -> None:
-    """Prevent this process's apps from becoming runners, even if a module calls ``start()``. Call
+    """Keep this process's apps from running waiting tasks, even if a module calls ``start()``. Call
     this before the app is imported.
     """
     global _is_child_process
@@ -296,7 +296,7 @@ def _shape(rule: str) -> str:
 
 
 def _host(rule: Rule) -> str:
-    """Return a rule's host or subdomain, as :func:`_shape` does."""
+    """Return a rule's host or subdomain without variable names or converters."""
     return _shape(rule.host or rule.subdomain or "")
 
 

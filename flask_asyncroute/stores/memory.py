@@ -104,7 +104,7 @@ class MemoryTaskStore(TaskStore):
         self._change = 0
         self._secret = os.urandom(32)
         self.outbox: MemoryOutbox = MemoryOutbox(self)
-        # The bodies may be temporary files.
+        # Close the bodies, which may be temporary files.
         when_gone(self, _close_bodies, self._tasks)
 
     def open(self) -> None: ...

@@ -42,7 +42,7 @@ class StoreKind:
     :param is_file: whether its URL names a file; relative paths start at the instance folder.
     :param takes_engine: whether the setting may be an Engine, or a function that returns one.
     :param driver: the driver module, which the pip extra ``extra`` installs.
-    :param preload: further modules to import, which opens no connections or files.
+    :param preload: further modules to import. Importing them opens no connections or files.
     """
 
     name: str
@@ -118,7 +118,7 @@ def make_store(
     """Return an unopened store for a validated setting.
 
     :param folder: the base of relative file paths.
-    :raises ConfigurationError: if a function does not return a supported Engine.
+    :raises ConfigurationError: if the setting is a function and returns no supported Engine.
     """
     store: TaskStore = import_module(kind_of(setting).module).make_store(
         setting, folder, namespace, create_tables
