@@ -55,7 +55,7 @@ def found(app: Flask, given: str | None) -> str:
 
 
 def load(path: str) -> Flask:
-    """Import and return the app at ``path``.
+    """Import the app at ``path``.
 
     :raises ConfigurationError: if the import fails; the message names ``ASYNCROUTE_APP`` and the
         cause.

@@ -16,10 +16,10 @@ def when_gone(
     """Call ``function`` on a new thread after ``owner`` has been garbage-collected.
 
     :param function: must not reference ``owner``.
-    :return: a finalizer. Calling it runs ``function`` now, unless ``function`` has already run.
+    :return: a finalizer. Calling it runs ``function`` now, unless it has already run.
     """
     # Use a new thread: the garbage collector may run on a thread that holds a lock that `function`
-    # needs. Use `_thread`, because starting a threading.Thread also takes locks.
+    # needs. Use `_thread`: starting a threading.Thread also takes locks.
     finalizer = weakref.finalize(owner, _thread.start_new_thread, function, arguments)
     finalizer.atexit = False
     return finalizer

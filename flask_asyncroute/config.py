@@ -130,7 +130,7 @@ class Config:
 
     @property
     def routing(self) -> tuple[Any, ...]:
-        """The values that determine the URL rules. They must not change after ``init_app``."""
+        """The values of the `ROUTING` keys, which must not change after ``init_app``."""
         return tuple(getattr(self, name.lower()) for name in ROUTING)
 
 
@@ -210,10 +210,10 @@ def read(app: Flask) -> Config:
 
 
 def task_path(config: Config, root_path: str, task_id: str, end: str = "") -> str:
-    """Return the URL path of a task's Get operation, or of another operation on the task.
+    """Return the URL path of Get or another operation on a task.
 
     :param root_path: the path under which the server mounts the app (SCRIPT_NAME).
-    :param end: the other operation's suffix, such as ``/events``.
+    :param end: another operation's suffix, such as ``/events``.
     """
     base = f"{root_path}{config.url_prefix}{config.task_path}"
     if "path" in config.task_id_in:

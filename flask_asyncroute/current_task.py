@@ -61,8 +61,8 @@ class ProgressRange:
 class CurrentTask:
     """The running task. The view uses it as :data:`flask_asyncroute.current_task`.
 
-    The proxy fails in a thread that the view starts: pass the object itself
-    (``current_task._get_current_object()``) to the thread. Progress is stored in the background, at
+    The proxy fails in threads that the view starts: pass them the object itself
+    (``current_task._get_current_object()``). Progress is stored in the background, at
     most ten times a second; only the newest value is stored.
     """
 
@@ -137,7 +137,7 @@ class CurrentTask:
     ) -> ProgressRange:
         """Return a range whose steps raise progress equally, up to ``max_progress``.
 
-        A view can use several ranges in turn, such as one up to 80 per cent, then one up to 100.
+        A view can use several ranges in turn, such as one up to 80, then one up to 100.
 
         :param decimal: whether progress may have decimals.
         :raises ValueError: if ``step`` does not lead from ``start`` to ``end``.
@@ -196,8 +196,7 @@ class CurrentTask:
     def check(self) -> None:
         """Raise if the task was stopped or has timed out. Call this method in long loops.
 
-        :raises TaskAborted: after a stop or the timeout. Do not suppress it; clean up in
-            ``finally``.
+        :raises TaskAborted: do not suppress it; clean up in ``finally``.
         """
         self._execution.check()
 
@@ -219,7 +218,7 @@ class CurrentTask:
 
 _running: ContextVar[CurrentTask] = ContextVar("flask_asyncroute.current_task")
 REBUILT = "_asyncroute_rebuilt"
-"""The attribute that marks a request as rebuilt for a task."""
+"""Attribute that marks a request as rebuilt for a task."""
 
 
 def _current() -> CurrentTask:
@@ -260,8 +259,8 @@ def running(
 ) -> Iterator[CurrentTask]:
     """Make ``execution`` the current task of this context.
 
-    :param dispatched: for a fake task, the requests that the app has received since the task began.
-        The code that handles them does not run in the task.
+    :param dispatched: for a fake task, the requests received since it began. Code that handles them
+        does not run in the task.
     """
     task = CurrentTask(execution, json_default, dispatched)
     token = _running.set(task)

@@ -34,13 +34,13 @@ logger = logging.getLogger("flask_asyncroute")
 _NEVER = {"HEAD", "TRACE"}
 """Methods that get 405. OPTIONS also starts no task, but gets Flask's response."""
 _START = "_asyncroute_start"
-"""The attribute that marks a request that has called an async route; a second call fails."""
+"""Attribute that marks a request that has called an async route; a second call fails."""
 
 
 def declare(view: View, options: dict[str, Any]) -> Declaration:
     """Return the declaration of ``view`` as an async route.
 
-    :func:`inspect.unwrap` of the declaration's ``start`` function returns ``view``.
+    :func:`inspect.unwrap` of its ``start`` function returns ``view``.
 
     :raises ConfigurationError: if the options or the view are invalid.
     """
@@ -139,7 +139,7 @@ def _start(
             f"was called in a request to the endpoint {current.endpoint!r}, which did not have "
             "this view at the app's first request",
             " Register the route before that request, and use functools.wraps, which sets "
-            "__wrapped__, in each decorator above @task().",
+            "__wrapped__, in each decorator above it.",
         )
     if current.method == "OPTIONS":
         return _default_options_response(current)
@@ -213,8 +213,8 @@ def _answer_later(
 
 
 def _default_options_response(current: Request) -> Response:
-    """Return Flask's default response to OPTIONS. Flask's own method is not called, because its
-    parameters changed in Flask 3.2.
+    """Return Flask's default response to OPTIONS. Do not call Flask's own method: its parameters
+    changed in Flask 3.2.
     """
     adapter = current_app.create_url_adapter(current)
     assert adapter is not None, "a request always has a URL adapter"

@@ -17,16 +17,16 @@ from .stores.registry import MEMORY, make_store
 from .workers.runner import new_store
 
 left_behind: list[object] = []
-"""Stores and runners that a fork copied from the parent. They are kept alive, because closing their
-connections would break the parent's.
+"""Stores and runners copied from the parent by a fork, kept alive because closing their connections
+would break the parent's.
 """
 
 
 class EarlyStore:
     """Holds the store until the runner takes it over. Not thread-safe.
 
-    If the store is in memory, a copy of its values stays here for another runner: after a fork, or
-    in `testing.inline`.
+    A copy of an in-memory store's values stays here for the next runner: after a fork, or in
+    `testing.inline`.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,6 @@ class EarlyStore:
         return self._store
 
     def check(self, config: Config) -> None:
-        """Raise ConfigurationError if the open store differs from the one in ``config``."""
         if self._store is not None and self._named_by != _naming(config):
             raise ConfigurationError(
                 "ASYNCROUTE_STORE, ASYNCROUTE_NAMESPACE or ASYNCROUTE_CREATE_TABLES was changed "

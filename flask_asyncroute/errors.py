@@ -50,7 +50,7 @@ class RequestRefused(AsyncRouteError):
     A subclass without a status keeps the status and slug of its base class.
 
     :param detail: what is wrong and what the client can do.
-    :param task_id: the id of the task, if any.
+    :param task_id: the task's id, if any.
     :param retry_after: seconds after which the client may try again.
     """
 
@@ -170,4 +170,4 @@ class StoreUnavailable(RequestRefused, status=503):
 
 
 class CommitUnknown(StoreUnavailable):
-    """The store failed during a commit, so it is unknown whether the write was stored."""
+    """The store failed during a commit; the write may have been stored."""

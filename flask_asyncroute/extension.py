@@ -80,8 +80,7 @@ class AsyncRoute:
     def init_app(self, app: Flask) -> None:
         """Check the configuration of ``app``; add the declared routes and the HTTP operations.
 
-        The call starts no thread and opens no store. After an error, fix the cause and repeat the
-        call.
+        The call starts no thread and opens no store. After an error, it can be repeated.
 
         :raises ConfigurationError: if the app is misconfigured; the message names the key or
             route.
@@ -216,7 +215,7 @@ class AsyncRoute:
         return store.get(task_id) if ID_PATTERN.match(task_id) else None
 
     def exists(self, task_id: str) -> bool:
-        """Return whether a task with this id exists."""
+        """Return whether a task has this id."""
         return self.get(task_id) is not None
 
     def query(self, conditions: Mapping[str, Any] | None = None) -> Iterator[AsyncRouteTask]:

@@ -40,8 +40,8 @@ class Access(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Permission(msgspec.Struct, frozen=True, rename="pascal"):
-    """The callers that may read or stop a task, besides the user who started it. Those in ``write``
-    may also read.
+    """The callers that may read or stop a task, besides the user who started it. ``write``
+    includes reading.
     """
 
     read: Access = Access()
@@ -113,7 +113,7 @@ def may_write(
 def may_read(
     caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access
 ) -> bool:
-    """Return whether ``caller`` may read a task. Callers that may write may also read."""
+    """Return whether ``caller`` may read a task."""
     if may_write(caller, owner, permission, admins):
         return True
     return caller is not None and permission is not None and caller.is_in(permission.read)

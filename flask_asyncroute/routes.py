@@ -21,7 +21,6 @@ Start: TypeAlias = Callable[..., Any]
 
 MARK = "__asyncroute__"
 AUTHENTICATION = {"flask_login", "flask_httpauth", "flask_jwt_extended", "flask_security"}
-"""Packages whose decorators must not be below ``@task()``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,6 @@ def declaration_of(function: Callable[..., Any] | None) -> Declaration | None:
 
 
 def check_variables(label: str, variables: Iterable[str], arguments: Mapping[str, Any]) -> None:
-    """Raise ConfigurationError if an argument is also a URL variable."""
     for name in variables:
         if name in arguments:
             raise ConfigurationError(
@@ -153,7 +151,6 @@ def resolve_routes(
 
 
 def _refuse_async_methods(app: Flask, label: str, function: Callable[..., Any]) -> None:
-    """Raise if a class-based view has async methods that Flask cannot call."""
     view_class = getattr(function, "view_class", None)
     can_call = type(app).async_to_sync is not Flask.async_to_sync or find_spec("asgiref")
     if view_class is None or can_call:

@@ -89,8 +89,8 @@ class Runtime:
     def store(self) -> TaskStore:
         """The open store of this process.
 
-        Before first use, the store is opened with the current, unfrozen configuration. Later the
-        runner takes the store over.
+        Before first use, it is opened with the current, unfrozen configuration. The runner takes it
+        over.
 
         :raises AsyncRouteError: like :attr:`runner`.
         """
@@ -119,7 +119,7 @@ class Runtime:
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""
         self.is_child = True
-        # While it was loaded, the app may have opened a store that differs from the parent's.
+        # Loading the app may have opened another store than the parent's.
         self._early.close()
         self._early = self._built = EarlyStore()
         return self._make_runner()
@@ -201,7 +201,6 @@ class Runtime:
 
 
 def check_app(app: Any) -> None:
-    """Raise ConfigurationError if ``app`` is not a Flask app."""
     if not isinstance(app, Flask):
         raise ConfigurationError(
             f"A {type(app).__name__} is not a Flask app. Pass the Flask app itself; if a WSGI "
@@ -224,7 +223,7 @@ def runtime_of(app: Flask) -> Runtime:
 
 
 def current_runtime() -> Runtime:
-    """Return the runtime of the current app, or raise RuntimeError outside an app context."""
+    """Return the current app's runtime, or raise RuntimeError outside an app context."""
     return runtime_of(current_app._get_current_object())  # type: ignore[attr-defined]
 
 
@@ -243,7 +242,6 @@ def close_early_stores() -> None:
 
 
 def refuse_eventlet() -> None:
-    """Raise ConfigurationError if eventlet has replaced Python's threads."""
     patcher = sys.modules.get("eventlet.patcher")
     if patcher is not None and patcher.is_monkey_patched("thread"):
         raise ConfigurationError(

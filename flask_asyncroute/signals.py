@@ -2,8 +2,7 @@
 
 A public signal (in `FACTS`) is sent after a change of a task was stored: at most once, by the
 process that stored it, in an app context. The sender is the Flask app; receivers take ``task`` (the
-record) and ``**extra``. A receiver's error is logged, and the other receivers run. Other signals
-are internal.
+record) and ``**extra``. Errors of receivers are logged. Other signals are internal.
 """
 
 from __future__ import annotations

@@ -121,7 +121,6 @@ class LimitedInput(io.RawIOBase):
 
 
 def check_announced(announced: int | None, limit: int) -> None:
-    """Raise BodyTooLarge if the Content-Length exceeds ``limit``."""
     if announced is not None and announced > limit:
         raise BodyTooLarge(
             f"The body has {announced} bytes; the limit is {limit} (ASYNCROUTE_MAX_BODY)."
@@ -129,7 +128,6 @@ def check_announced(announced: int | None, limit: int) -> None:
 
 
 def check_complete(arrived: int, announced: int | None) -> None:
-    """Raise InvalidRequest if a body is shorter than its Content-Length."""
     if announced is not None and arrived < announced:
         raise InvalidRequest(
             f"The body is incomplete: {arrived} of {announced} bytes arrived. Send it again."
@@ -171,8 +169,8 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
 def _parameter(key: str, text: str | None) -> str:
     """Return a parameter of a Content-Disposition header, quoted as browsers do (WHATWG HTML).
 
-    Text that quoting would change is encoded as in RFC 2231; other text is not, because several
-    versions of Werkzeug strip outer quotation marks from RFC 2231 values.
+    Only text that quoting would change is encoded as in RFC 2231, because several versions of
+    Werkzeug strip outer quotation marks from RFC 2231 values.
     """
     if text is None:
         return ""

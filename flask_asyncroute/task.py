@@ -139,7 +139,7 @@ class AsyncRouteTask(msgspec.Struct, frozen=True):
 
     @property
     def callback(self) -> Shown | None:
-        """The callback without its secrets; None if the task has no callback."""
+        """The callback without its secrets; None if there is no callback."""
         if self.callback_json is None:
             return None
         return msgspec.json.decode(self.callback_json, type=Shown)
@@ -219,7 +219,6 @@ _AT_THE_CREATION: dict[str, Any] = {**_AT_THE_START, "started_us": None, "expire
 
 
 def now_us() -> int:
-    """Return the current time in microseconds since the epoch."""
     return time.time_ns() // 1000
 
 

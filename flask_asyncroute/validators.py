@@ -86,7 +86,6 @@ def instance_of(kind: type[Any], wanted: str) -> Check:
 
 
 boolean = instance_of(bool, "True or False")
-"""Accepts only True and False, not a string such as "False"."""
 
 
 def whole(minimum: int) -> Check:

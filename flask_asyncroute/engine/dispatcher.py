@@ -166,7 +166,6 @@ class Dispatcher:
             return self.running.setdefault(execution.task_id, run) is run
 
     def end(self, execution: Execution) -> None:
-        """Unregister a run."""
         with self._ended:
             if self.running.get(execution.task_id, (None,))[0] is execution:
                 del self.running[execution.task_id]
@@ -196,8 +195,8 @@ class Dispatcher:
             try:
                 return self._submit(executor, intake)
             except (errors.KeyTaken, errors.QueueFull) as error:
-                # A concurrent request with this key started its task first, and may have taken
-                # the last slot of the queue.
+                # A concurrent request with this key started its task first, perhaps in the
+                # last slot of the queue.
                 task = self._started_with(key)
                 if task is None and isinstance(error, errors.QueueFull):
                     raise

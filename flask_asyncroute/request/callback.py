@@ -87,7 +87,7 @@ def resolve(
 
 
 class _Source:
-    """Reads values from the captured request, which has no headers and cookies named in
+    """Reads values from the captured request, except headers and cookies in
     ``ASYNCROUTE_SNAPSHOT_DROP``.
     """
 

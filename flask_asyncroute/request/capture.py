@@ -101,8 +101,8 @@ def capture(
     if current.content_length or "HTTP_TRANSFER_ENCODING" in current.environ:
         body = _capture_body(current, environ, max_body)
     try:
-        # Store the values of URL variables that a url_value_preprocessor has replaced, because the
-        # URL has the old values.
+        # Store the values that a url_value_preprocessor has put into URL variables: the URL has the
+        # old values.
         variables = current.environ.get(_VARIABLES, current.view_args) or {}
         names, injected = [], {}
         for name, value in arguments.items():

@@ -38,7 +38,7 @@ def in_app(app: Flask) -> Iterator[None]:
 
 @contextmanager
 def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
-    """Push the context of an earlier request, without its body, to identify the caller again."""
+    """Push an earlier request's context, without its body, to identify the caller again."""
     with app.request_context({**environ, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr}):
         yield
 
@@ -138,8 +138,8 @@ def _text(values: Mapping[Any, Any], name: Any) -> str | None:
 def process_url(arguments: Mapping[str, Any]) -> None:
     """Call the app's `url_value_preprocessor` functions, as Flask does before a view.
 
-    The functions can store values for `url_for`. If they change items of ``arguments`` in
-    ``request.view_args``, the changes are undone.
+    The functions can store values for `url_for`. If they change ``arguments`` in ``view_args``, the
+    changes are undone.
     """
     processors = current_app.url_value_preprocessors
     if not processors:
@@ -156,8 +156,7 @@ def _pop(context: Any, ended: BaseException | None) -> None:
     try:
         context.pop(ended)
     except (Exception, SystemExit, BaseExceptionGroup):
-        # The app's teardown function raised an exception, in Flask 3.2 as a group. The task's
-        # outcome is already determined.
+        # The app's teardown function raised an exception, in Flask 3.2 as a group.
         task_id = current_task.id
         logger.exception(
             "A teardown function raised an exception after task %s, whose outcome is unchanged.",

@@ -191,8 +191,8 @@ class TaskStore(ABC):
         """Store view events of the run with the expected epoch. Return their change numbers; None
         if the task does not match ``expect``.
 
-        Events whose number is already stored are skipped. If there are more than
-        :data:`MAX_EVENTS`, the oldest may be removed. The task's revision does not change.
+        Events whose number is already stored are skipped. If over :data:`MAX_EVENTS` are stored,
+        the oldest may be removed. The revision does not change.
 
         :param sent: at least one event, in order.
         """
@@ -258,8 +258,8 @@ class SharedTaskStore(TaskStore):
         """Return the (id, endpoint) pairs of NotStarted tasks created before ``before_us``, oldest
         first.
 
-        Tasks created over :data:`AHEAD_US` after ``before_us`` are included too: the clock was set
-        back after their creation.
+        Tasks created over :data:`AHEAD_US` after ``before_us`` are included: the clock was set back
+        after their creation.
 
         :param most: the maximum number of tasks per endpoint. Endpoints without one are omitted.
         """
@@ -332,7 +332,7 @@ class Workers(ABC):
 
     @abstractmethod
     def leave(self, name: str) -> None:
-        """Remove a worker; release its callbacks, so that other workers can send them."""
+        """Remove a worker; release its callbacks, so that others can send them."""
 
     @abstractmethod
     def owners(self) -> list[str]:

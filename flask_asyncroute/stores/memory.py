@@ -25,7 +25,6 @@ from .outbox import AT_ONCE, LONGEST_US, PER_HOST, Due, Outbox
 
 
 def check_setting(label: str, setting: str) -> None:
-    """Raise ConfigurationError if the URL is not exactly ``memory://``."""
     if setting != "memory://":
         raise ConfigurationError(f"{label} must be exactly 'memory://'; remove the rest.")
 

@@ -51,8 +51,7 @@ class Outbox(ABC):
     def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
         """Claim up to ``limit`` due callbacks for the process ``holder``, earliest due first.
 
-        All processes together claim at most :data:`PER_HOST` callbacks per host. The state of
-        NotStarted callbacks becomes Running.
+        The limit :data:`PER_HOST` applies. NotStarted callbacks become Running.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The kinds of store that ``ASYNCROUTE_STORE`` can name, one row each in :data:`KINDS`."""
+"""The kinds of store that ``ASYNCROUTE_STORE`` can name, in :data:`KINDS`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 StoreSetting: TypeAlias = "str | Engine | Callable[[], Engine]"
-"""The type of ``ASYNCROUTE_STORE``."""
 
 MEMORY = "memory://"
 _KEY = "ASYNCROUTE_STORE"
@@ -141,6 +140,6 @@ def absolute(setting: str, folder: str) -> str:
 
 
 def modules_of(setting: StoreSetting) -> tuple[str, ...]:
-    """Return the modules that a store needs. Importing them opens no connections or files."""
+    """Return the modules that a store needs; see :class:`StoreKind`."""
     kind = kind_of(setting)
     return (kind.module, *kind.preload)

@@ -1,7 +1,7 @@
 """Detects different apps that use the same namespace of a store: they would run each other's tasks.
 
-If both are in one process, using the older app raises an error. If they are in different processes,
-`recovery` only logs a warning, because the apps may be two releases of one app.
+In one process, using the older app raises an error. In different processes, `recovery` only logs
+a warning, because the apps may be two releases of one app.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def refuse_superseded(runner: Runner) -> None:
     """Raise ConfigurationError if another app has opened the same namespace after this runner; the
     message names both apps and the key to change.
 
-    Only the older app is refused, so a test suite can use several apps in turn, even if a task or
-    traceback keeps an older app alive.
+    Only the older app is refused, so a test suite can use several apps in turn, even if something
+    keeps an older app alive.
     """
     if _successor(runner) is not None:
         # Free a newer app that only a reference cycle keeps alive.
@@ -102,7 +102,7 @@ def refuse_superseded(runner: Runner) -> None:
 
 
 def leave(runner: Runner) -> None:
-    """Unregister a runner that was closed, or that a fork copied from the parent process."""
+    """Unregister a runner that was closed, or copied from the parent by a fork."""
     _opened.pop(id(runner), None)
 
 

@@ -1,7 +1,7 @@
 """Detects which workers of this host are running: each worker locks one byte of a shared file.
 
 The kernel releases such a lock when its process ends, and child processes do not inherit it.
-`heartbeat` holds this process's lock; `recovery` tests those of other processes.
+`heartbeat` holds this process's lock; `recovery` tests others.
 """
 
 from __future__ import annotations

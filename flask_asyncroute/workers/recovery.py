@@ -20,7 +20,7 @@ GAP_SECONDS = 15.0
 heartbeats prove nothing. This is longer than a check of a slow store takes, and shorter than the
 lease (``LEASE_SECONDS`` of `heartbeat`) by more than a heartbeat interval.
 """
-CONFIRM_SECONDS = 0.4  # a lock that is free for less time may have been released by accident
+CONFIRM_SECONDS = 0.4  # a lock may be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
 ROUTE_GONE = "Route gone"
 PAGE = 500
@@ -99,7 +99,7 @@ class Recovery:
         gone = [name for name, since in self._unlisted.items() if now - since >= ROUTE_GONE_SECONDS]
         if gone:
             logger.warning(
-                "No running worker has had the routes of these endpoints for an hour: %s. Their "
+                "No running worker has had these endpoints for an hour: %s. Their "
                 "waiting tasks are aborted.",
                 ", ".join(gone),
             )

@@ -114,8 +114,8 @@ def notice(then: Callable[[], None]) -> None:
     handled: list[Callable[..., Any]] = []
     for number in _SIGNALS:
         handler = signal.getsignal(number)
-        # Also replace the handler that raises KeyboardInterrupt: servers that exit on it, such as
-        # waitress and cheroot, would first wait for open requests.
+        # Servers that exit on KeyboardInterrupt, such as waitress and cheroot, would first wait for
+        # open requests; so replace their handler, too.
         is_interrupt = handler is signal.default_int_handler
         if callable(handler) and (is_interrupt or getattr(handler, "__self__", None) in servers):
             signal.signal(number, _chained(handler, then, handled))
@@ -212,7 +212,7 @@ def _is_idle_by(runner: Runner, deadline: float) -> bool:
 
 
 def _unfinished(runner: Runner) -> list[Execution]:
-    """Return the runs whose code has not ended. The outcomes of other runs are known."""
+    """Return the runs whose code has not ended."""
     runs = list(runner.dispatcher.running.values())
     return [execution for execution, _ in runs if not execution.is_over]
 

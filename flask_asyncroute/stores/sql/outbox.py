@@ -18,8 +18,6 @@ from .statements import DUE_PAGE, Statements
 
 
 class SQLOutbox(Outbox):
-    """Stores the callbacks of one namespace's tasks."""
-
     def __init__(self, database: Database, sql: Statements, namespace: Namespace) -> None:
         self._database = database
         self._sql = sql

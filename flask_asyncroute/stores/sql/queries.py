@@ -23,8 +23,8 @@ from ..base import LARGE_RESULT, Readers
 from .tables import RECORD, grants, tasks
 
 MAX_RANGES = 40
-"""Up to this number, a caller's groups, roles and scopes have a range each. If there are more, one
-slower range covers all of them.
+"""Up to this number, a caller's groups, roles and scopes have a range each. Beyond it, one slower
+range covers all of them.
 """
 
 Shape = tuple[tuple[str, Operator], ...]
