@@ -240,8 +240,6 @@ def is_in_task(current: Request | None) -> bool:
 
     True if the current request was rebuilt for a task, even on a thread without a current task.
     False in code that handles another request, such as one that the view sends to the same app.
-
-    :param current: the current request, if any.
     """
     if hasattr(current, REBUILT):
         return True

@@ -324,7 +324,7 @@ def _on_request(app: Flask, **extra: Any) -> None:
             BLOCKING_SECONDS,
         )
     # Connect this receiver only if hooks or decorators could read the body before the task is
-    # created: without the receiver, starting or getting a task is 5 % faster.
+    # created: without it, starting or getting a task is 5 % faster.
     has_hooks = any(app.before_request_funcs.values()) or any(app.url_value_preprocessors.values())
     if has_hooks or not all(is_bare(app.view_functions[endpoint]) for endpoint in runtime.routes):
         request_started.connect(_before_hooks, sender=app, weak=False)

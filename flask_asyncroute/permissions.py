@@ -113,7 +113,6 @@ def may_write(
 def may_read(
     caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access
 ) -> bool:
-    """Return whether ``caller`` may read a task."""
     if may_write(caller, owner, permission, admins):
         return True
     return caller is not None and permission is not None and caller.is_in(permission.read)

@@ -30,8 +30,8 @@ IDLE_SECONDS = 60.0
 class SharedReads(Loop):
     """Reads on one thread, and caches the results until the next change. Thread-safe.
 
-    All streams share the thread, because reading on a thread per stream would need one connection
-    per stream after a change, and malloc would cache 15 KiB per thread.
+    All streams share the thread, because a thread per stream would need one connection per stream
+    after a change, and 15 KiB of malloc's cache.
     """
 
     def __init__(self) -> None:

@@ -2,8 +2,8 @@
 
 Methods are thread-safe unless noted. Each write to a task is one transaction, which increases the
 store's change number. Change numbers follow the commit order, with gaps. A method raises
-`StoreUnavailable` if the storage is unavailable, and `CommitUnknown` if the connection fails during
-a commit, which may have succeeded.
+`StoreUnavailable` if the storage is unavailable, and `CommitUnknown` if a commit may have succeeded
+although the connection failed.
 """
 
 from __future__ import annotations

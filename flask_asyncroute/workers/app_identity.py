@@ -86,8 +86,8 @@ def refuse_superseded(runner: Runner) -> None:
     """Raise ConfigurationError if another app has opened the same namespace after this runner; the
     message names both apps and the key to change.
 
-    Only the older app is refused, so a test suite can use several apps in turn, even if something
-    keeps an older app alive.
+    Only the older app is refused, so a test suite can use several apps in turn, even if older ones
+    stay alive.
     """
     if _successor(runner) is not None:
         # Free a newer app that only a reference cycle keeps alive.

@@ -65,7 +65,7 @@ def new_number() -> int:
 
 
 def lock_file(path: Path) -> LockFile | None:
-    """Return the lock file at ``path``, which is created if it is missing. Return None on Windows.
+    """Return the lock file at ``path``; create a missing file. Return None on Windows.
 
     :raises OSError: if the file cannot be created, or if another user owns it.
     """
