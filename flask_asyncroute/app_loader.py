@@ -32,7 +32,7 @@ def checked(label: str, value: Any) -> str:
 def found(app: Flask, given: str | None) -> str:
     """Return the import path of ``app``: ``given`` if it is set, else ``app.import_name``.
 
-    The module and factory are not executed here: the first child process reports their errors.
+    Neither module nor factory is executed here: the first child process reports errors.
 
     :raises ConfigurationError: if the module or the app is not found.
     """

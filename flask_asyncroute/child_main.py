@@ -68,8 +68,8 @@ def main(channel: socket.socket) -> None:
     pid = os.getpid()
     outcome = execute(runner, job.endpoint, bytes(job.request), body, execution)
     if os.getpid() != pid:
-        # The view has forked this process and has also returned in the forked copy. Only the
-        # original reports the outcome.
+        # The view has forked this process and returned in the copy, too. Only the original reports
+        # the outcome.
         os._exit(1)
     reporter.end(outcome)
 

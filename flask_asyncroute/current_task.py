@@ -59,11 +59,11 @@ class ProgressRange:
 
 
 class CurrentTask:
-    """The running task. The view uses it as :data:`flask_asyncroute.current_task`.
+    """The running task. The view uses it through the proxy :data:`flask_asyncroute.current_task`.
 
     The proxy fails in threads that the view starts: pass them the object itself
-    (``current_task._get_current_object()``). Progress is stored in the background, at
-    most ten times a second; only the newest value is stored.
+    (``current_task._get_current_object()``). Progress is stored in the background, at most ten
+    times a second; only the newest value is stored.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class CurrentTask:
     def track(
         self, iterable: Iterable[T], total: int | None = None, max_progress: float = 100
     ) -> Iterator[T]:
-        """Yield the items of ``iterable``; raise progress after each, up to ``max_progress``.
+        """Yield the items of ``iterable``; increase progress after each, up to ``max_progress``.
 
         :param total: the number of items; defaults to ``len(iterable)``. If neither is available,
             progress changes only at the end.
@@ -135,7 +135,7 @@ class CurrentTask:
         max_progress: float = 100,
         decimal: bool = False,
     ) -> ProgressRange:
-        """Return a range whose steps raise progress equally, up to ``max_progress``.
+        """Return a range whose steps increase progress equally, up to ``max_progress``.
 
         A view can use several ranges in turn, such as one up to 80, then one up to 100.
 
@@ -147,10 +147,10 @@ class CurrentTask:
     def progress_over(
         self, duration: float, interval: float = 5, max_progress: float = 100
     ) -> None:
-        """Raise progress to ``max_progress`` within ``duration`` seconds; return immediately.
+        """Increase progress to ``max_progress`` within ``duration`` seconds; return immediately.
 
-        Progress rises in the background, every ``interval`` seconds, until the task ends or the
-        view sets progress.
+        Progress increases in the background, every ``interval`` seconds, until the task ends or
+        the view sets progress.
 
         :raises ValueError: unless ``duration`` is at least 0 and ``interval`` greater than 0.
         """

@@ -74,7 +74,7 @@ def declare(view: View, options: dict[str, Any]) -> Declaration:
 
 
 def view_function_of(declaration: Declaration) -> Start:
-    """Return the function that starts tasks, inside the route's ``decorators`` (last outermost).
+    """Return the function that starts tasks, in the route's ``decorators`` (the last is outermost).
 
     :raises ConfigurationError: if a decorator does not use :func:`functools.wraps`.
     """
@@ -108,7 +108,7 @@ def is_bare(view_function: Callable[..., Any]) -> bool:
 
 
 def _request_of_call(view: View) -> Request | None:
-    """Return the request that calls a route; None in a task, where the call runs ``view``."""
+    """Return the request in which a route is called; None in a task, where calls run ``view``."""
     current: Request | None = None
     if has_request_context():
         current = request._get_current_object()  # type: ignore[attr-defined]

@@ -35,7 +35,7 @@ class EarlyStore:
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def open(self, app: Flask, config: Config) -> TaskStore:
-        """Return the store; the first call opens the store named in ``config``."""
+        """Return the store named in ``config``; the first call opens it."""
         if self._store is None:
             store = new_store(app, config)
             store.open()

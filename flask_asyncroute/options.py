@@ -23,7 +23,7 @@ from .validators import Check, boolean, instance_of, optional, refuse, setting, 
 class Sse:
     """The options of a task's event stream.
 
-    :param group: the name of a group that shares a stream; None: the route's URL rule.
+    :param group: the name of a group of tasks that share a stream; None: the route's URL rule.
     :param send_result: whether a task's last event contains the Result.
     """
 

@@ -17,7 +17,6 @@ class Access(msgspec.Struct, frozen=True, rename="pascal"):
     Names are case-sensitive and have at most 255 characters. A string Enum member is replaced by
     its value.
 
-    :param users: the ids of users.
     :raises ConfigurationError: if a parameter is not a list, tuple or set of such names.
     """
 

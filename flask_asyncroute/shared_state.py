@@ -16,7 +16,7 @@ MAX_KEY = 255
 
 
 class SharedState(MutableMapping[str, Any]):
-    """A mapping in the store that all processes of the app share. It needs an app context.
+    """A mapping in the store that all processes of the app share. Access needs an app context.
 
     Keys are strings of 1 to 255 characters; values are JSON of at most 1 MiB. Each operation is one
     transaction. Values are copies: assign the changed value, or use :meth:`apply` if other

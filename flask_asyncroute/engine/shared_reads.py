@@ -107,7 +107,7 @@ class SharedReads(Loop):
 
     @contextmanager
     def following(self, feed: Feed) -> Iterator[None]:
-        """Let :meth:`read_ahead` read ``feed`` while at least one such block is active."""
+        """Let :meth:`read_ahead` read ``feed`` while a ``with following(feed)`` block is active."""
         with self._feeds_lock:
             self._feeds[feed] = self._feeds.get(feed, 0) + 1
         try:

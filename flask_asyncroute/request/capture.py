@@ -138,7 +138,7 @@ def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body
             if current.mimetype == "multipart/form-data":
                 environ["CONTENT_TYPE"] = content_type
             if announced is None:
-                # Encoding the form again can lengthen a body that was not checked above.
+                # A chunked body was not checked above, and encoding the form again can lengthen it.
                 snapshot.check_announced(body.size, limit)
             return body
         if cached is not None:

@@ -126,7 +126,7 @@ def _warn_once(subject: str, message: str, *arguments: Any) -> None:
 
 
 def _text(values: Mapping[Any, Any], name: Any) -> str | None:
-    """Return a value's stored form. Compare these, because comparing arrays, for example, fails."""
+    """Return a value's stored form. Stored forms are compared, because comparing arrays fails."""
     if name not in values:
         return None
     try:

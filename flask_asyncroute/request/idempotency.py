@@ -1,4 +1,4 @@
-"""Hash an ``Idempotency-Key``; fingerprint its request, to detect another request with the key."""
+"""Hash an ``Idempotency-Key``; fingerprint its request, to detect other requests with it."""
 
 from __future__ import annotations
 

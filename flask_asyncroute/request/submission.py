@@ -31,7 +31,10 @@ ID_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}\Z")
 
 @dataclass
 class Intake:
-    """A request that starts a task. A small body is in ``captured``; the store closes ``body``."""
+    """A request that starts a task.
+
+    A small body is in ``captured``; a large one is in ``body``, which the store closes.
+    """
 
     route: Route
     current: Request

@@ -179,9 +179,9 @@ class TaskStore(ABC):
         """If the task matches ``expect``, write ``values`` (by record field) and increment the
         revision.
 
-        Writing a terminal state removes the request and body, and makes the callback due. Also
-        pass ``completed_us``; it is raised to StartingTime if earlier. Writing NotStarted begins
-        a new run; the previous run's states remain as events.
+        Writing a terminal state removes the request and body, and makes the callback due. Then
+        also pass ``completed_us``; it is raised to StartingTime if earlier. Writing NotStarted
+        begins a new run; the previous run's states remain as events.
 
         :return: the new record; None, with nothing written, if the task does not match.
         """

@@ -2,7 +2,7 @@
 
 A callback is stored and removed with its task. The transaction that ends the task makes the
 callback due. A claim does not expire. It ends when it is released, or when its process shuts down
-or is detected as dead. Methods raise errors like `base.TaskStore`.
+or is detected as dead. Methods raise the errors of `base.TaskStore`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Outbox(ABC):
     def settle(
         self, task_id: str, holder: str, state: str, due_us: int | None
     ) -> AsyncRouteTask | None:
-        """Record and count an attempt, and release the callback; return the new task record.
+        """Record and count a sending attempt, and release the callback; return the new task record.
 
         :param state: the callback's new state. A final state removes the stored headers.
         :param due_us: when the next attempt is due; None: never.

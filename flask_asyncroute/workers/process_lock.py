@@ -95,8 +95,8 @@ def this_process() -> str:
 
 
 def is_running(process: str) -> bool | None:
-    """Return whether the process with this :func:`this_process` value is running; None if this
-    process cannot see it.
+    """Return whether the process with this value of :func:`this_process` is running; None if this
+    is unknown here.
     """
     namespace, _, rest = process.partition("/")
     pid, _, began = rest.partition("/")

@@ -17,7 +17,7 @@ logger = logging.getLogger("flask_asyncroute")
 
 GAP_SECONDS = 15.0
 """After a gap this long between two checks, this process or the store was stalled, so missing
-heartbeats prove nothing. This is longer than a check of a slow store takes, and shorter than the
+heartbeats prove nothing. The gap is longer than a check of a slow store takes, and shorter than the
 lease (``LEASE_SECONDS`` of `heartbeat`) by more than a heartbeat interval.
 """
 CONFIRM_SECONDS = 0.4  # a lock may be free by accident for a shorter time

@@ -1,4 +1,4 @@
-"""Creates missing tables and the app's namespace. Rejects other schema versions."""
+"""Creates missing tables and the app's namespace. Rejects tables of another schema version."""
 
 from __future__ import annotations
 
