@@ -9,7 +9,7 @@ import re
 
 
 class AsyncRouteError(Exception):
-    """Base class of the errors of this package."""
+    """Base class of this package's errors."""
 
 
 class ConfigurationError(AsyncRouteError):

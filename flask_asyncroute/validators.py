@@ -167,7 +167,7 @@ def time_limit(label: str, value: Any) -> int | None:
 
 
 def function(label: str, value: Any) -> Callable[[], Any]:
-    """Accept a callable. Refuse classes, and async functions, because no event loop is running."""
+    """Accept a callable; refuse classes, and async functions, because no event loop runs."""
     if not callable(value) or isinstance(value, type) or inspect.iscoroutinefunction(value):
         raise refuse(label, "a function that is not async", value)
     return value  # type: ignore[no-any-return]

@@ -36,7 +36,7 @@ class LockFile:
         self._held: set[int] = set()
 
     def hold(self, number: int) -> None:
-        """Lock a byte. Idempotent. Raises OSError if another process has locked the byte."""
+        """Lock a byte. Idempotent. Raises OSError if another process has locked it."""
         with self._lock:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
             self._held.add(number)

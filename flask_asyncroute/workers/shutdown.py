@@ -100,8 +100,7 @@ def notice(then: Callable[[], None]) -> None:
     if threading.current_thread() is not threading.main_thread():
         logger.warning(
             "async_routes.start() was not called in the main thread, so this process cannot detect "
-            "the signal to exit: open waits and streams may delay its exit. Call start() in the "
-            "main thread."
+            "the signal to exit: open waits and streams may delay its exit. Call it there."
         )
         return
     if "uvicorn" in sys.modules and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
