@@ -100,7 +100,8 @@ def notice(then: Callable[[], None]) -> None:
     if threading.current_thread() is not threading.main_thread():
         logger.warning(
             "async_routes.start() was not called in the main thread, so this process cannot detect "
-            "the signal to exit: open waits and streams may delay its exit. Call it there."
+            "the signal to exit: open waits and streams may delay its exit. Call start() in the "
+            "main thread."
         )
         return
     if "uvicorn" in sys.modules and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
