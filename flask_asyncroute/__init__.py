@@ -77,7 +77,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import SQLAlchemy and the table metadata on first use."""
+    """Import ``metadata``, and so SQLAlchemy, only when it is used."""
     if name == "metadata":
         from .stores.sql.tables import metadata
 

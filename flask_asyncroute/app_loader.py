@@ -1,4 +1,4 @@
-"""The import path from which child processes (``executor="process"``) load the app."""
+"""Find the import path from which child processes (``executor="process"``) load the app."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REMEDY = f"Set ASYNCROUTE_APP to the import path of the app, such as {_EXAMPLES
 
 
 def checked(label: str, value: Any) -> str:
-    """Check a path: a module, then optionally ``:`` and an app or factory call."""
+    """Check an import path: a module, then optionally ``:`` and an app or factory call."""
     pattern = r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*(\(.*\))?)?"
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
         raise refuse(label, _EXAMPLES, value)
@@ -30,9 +30,9 @@ def checked(label: str, value: Any) -> str:
 
 
 def found(app: Flask, given: str | None) -> str:
-    """Return ``given`` if set, else the import name of ``app``.
+    """Return the import path of ``app``: ``given`` if it is set, else ``app.import_name``.
 
-    The module and factory are not executed here: the first child process reports their errors.
+    Neither module nor factory is executed here: the first child process reports errors.
 
     :raises ConfigurationError: if the module or the app is not found.
     """
@@ -55,7 +55,7 @@ def found(app: Flask, given: str | None) -> str:
 
 
 def load(path: str) -> Flask:
-    """Import the app.
+    """Import the app at ``path``.
 
     :raises ConfigurationError: if the import fails; the message names ``ASYNCROUTE_APP`` and the
         cause.
@@ -86,7 +86,7 @@ def without_servers() -> Iterator[None]:
 
 
 def _name_of_script() -> str | None:
-    """Return the name by which a child can import the started script; None if it cannot."""
+    """Return the name by which a child can import the started script; None if no name works."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:  # started with python -m package.module

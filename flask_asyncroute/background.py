@@ -1,6 +1,4 @@
-"""Background threads that end, and cleanup functions that run, when an object is
-garbage-collected.
-"""
+"""End a background thread, or run a cleanup function, when an object is garbage-collected."""
 
 from __future__ import annotations
 
@@ -18,17 +16,17 @@ def when_gone(
     """Call ``function`` on a new thread after ``owner`` has been garbage-collected.
 
     :param function: must not reference ``owner``.
-    :return: a finalizer: a call runs ``function`` now, unless it has already run.
+    :return: a finalizer. Calling it runs ``function`` now, unless it has already run.
     """
     # Use a new thread: the garbage collector may run on a thread that holds a lock that `function`
-    # needs. Starting a threading.Thread takes locks too.
+    # needs. Use `_thread`: starting a threading.Thread also takes locks.
     finalizer = weakref.finalize(owner, _thread.start_new_thread, function, arguments)
     finalizer.atexit = False
     return finalizer
 
 
 class Loop(ABC):
-    """A daemon thread that calls :meth:`_step` repeatedly. Thread-safe."""
+    """Calls :meth:`_step` repeatedly on a daemon thread. Thread-safe."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -46,7 +44,7 @@ class Loop(ABC):
         return self._thread is not None and not self._is_closed
 
     def start(self) -> None:
-        """Start the thread unless it is running. After a RuntimeError, call again to retry."""
+        """Start the thread unless it is running. After a RuntimeError, a later call retries."""
         if self._thread is not None:
             return
         with self._lock:
@@ -58,7 +56,7 @@ class Loop(ABC):
                 when_gone(self, self._wake.set)
 
     def wake(self) -> None:
-        """Run the next step now."""
+        """Make the thread run the next step now."""
         self._wake.set()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """The entry point of a child process: load the app, run one task, and report to the parent.
 
 The fork server imports this module by name and calls :func:`be_child_process`,
-:func:`close_early_stores` and, in each child, :func:`main`. A child claims no tasks, changes no
-State and runs no maintenance.
+:func:`close_early_stores` and, in each child, :func:`main`. The child does not claim tasks,
+change their State or run maintenance.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main(channel: socket.socket) -> None:
     pid = os.getpid()
     outcome = execute(runner, job.endpoint, bytes(job.request), body, execution)
     if os.getpid() != pid:
-        # The view has forked this process and also returned in the copy. Only the original reports
+        # The view has forked this process and returned in the copy, too. Only the original reports
         # the outcome.
         os._exit(1)
     reporter.end(outcome)
@@ -82,8 +82,8 @@ def _pieces(incoming: Iterator[tuple[bytes, bytes]], size: int) -> Iterator[byte
 
 
 class _Reporter(Loop):
-    """A thread sends progress and events to the parent; the caller of :meth:`end` sends the
-    outcome.
+    """Sends progress and events to the parent on a thread; :meth:`end` sends the outcome on the
+    calling thread.
     """
 
     def __init__(self, channel: socket.socket) -> None:

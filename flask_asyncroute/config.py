@@ -1,4 +1,4 @@
-"""Read and check the ``ASYNCROUTE_*`` keys at ``init_app`` and, finally, at first use."""
+"""Read and check the ``ASYNCROUTE_*`` keys at ``init_app``, and again at the app's first use."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PREFIX = "ASYNCROUTE_"
 MIN_SECRET = 24
 """Minimum bytes of a callback secret (Standard Webhooks)."""
 ROUTING = ("OPERATIONS", "URL_PREFIX", "TASK_PATH", "TASKS_PATH", "TASK_ID_IN")
-"""The keys that define the URL rules. ``init_app`` registers these rules."""
+"""The keys that define the URL rules that ``init_app`` registers."""
 OPERATIONS = ("get", "stop", "query", "events")
 
 _PATH = r"(/[A-Za-z0-9._~-]+)+"
@@ -130,7 +130,7 @@ class Config:
 
     @property
     def routing(self) -> tuple[Any, ...]:
-        """The values that determine the URL rules; fixed after ``init_app``."""
+        """The values of the `ROUTING` keys, which must not change after ``init_app``."""
         return tuple(getattr(self, name.lower()) for name in ROUTING)
 
 
@@ -139,15 +139,15 @@ KEYS: dict[str, tuple[Check, Any]] = {
     key.name.upper(): (key.metadata["check"], key.default)
     for key in (*_FIELDS, *fields(options.DefaultedOptions))
 }
-"""The check and default of each configuration key, without the prefix. Other keys with the prefix
-raise an error, so that misspelled keys are noticed.
+"""The check and default of each configuration key, without ``ASYNCROUTE_``. Other keys with this
+prefix raise an error, so that misspelled keys are noticed.
 """
 
 
 def values_for_child(app: Flask, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Return the values for a child process, and the keys that the child reads itself: functions
-    and objects, which cannot be sent, and the `ROUTING` keys, which take effect while the child
-    loads the app.
+    """Return the values to send to a child process, and the keys that the child reads from its own
+    app: those of functions and objects, which cannot be sent, and the `ROUTING` keys, because
+    loading the app uses them.
     """
     values: dict[str, Any] = {"ASYNCROUTE_NAMESPACE": config.namespace}
     if isinstance(config.store, str):
@@ -168,7 +168,7 @@ def values_for_child(app: Flask, config: Config) -> tuple[dict[str, Any], list[s
 
 
 def take_values(app: Flask, values: Mapping[str, Any], own: Collection[str]) -> None:
-    """Apply the parent's configuration to ``app``; see :func:`values_for_child`."""
+    """Apply the parent's configuration to a child's ``app``; see :func:`values_for_child`."""
     for name in [name for name in app.config if name.startswith(PREFIX) and name not in own]:
         del app.config[name]
     app.config.update(values)
@@ -210,10 +210,10 @@ def read(app: Flask) -> Config:
 
 
 def task_path(config: Config, root_path: str, task_id: str, end: str = "") -> str:
-    """Return the path of a task's Get operation.
+    """Return the URL path of Get or another operation on a task.
 
     :param root_path: the path under which the server mounts the app (SCRIPT_NAME).
-    :param end: the suffix of another operation, such as ``/events``.
+    :param end: another operation's suffix, such as ``/events``.
     """
     base = f"{root_path}{config.url_prefix}{config.task_path}"
     if "path" in config.task_id_in:

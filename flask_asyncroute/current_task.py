@@ -59,9 +59,9 @@ class ProgressRange:
 
 
 class CurrentTask:
-    """The running task. The view uses it as :data:`flask_asyncroute.current_task`.
+    """The running task. The view uses it through the proxy :data:`flask_asyncroute.current_task`.
 
-    In a thread that the view starts, use the object itself
+    The proxy fails in threads that the view starts: pass them the object itself
     (``current_task._get_current_object()``). Progress is stored in the background, at most ten
     times a second; only the newest value is stored.
     """
@@ -112,10 +112,10 @@ class CurrentTask:
     def track(
         self, iterable: Iterable[T], total: int | None = None, max_progress: float = 100
     ) -> Iterator[T]:
-        """Yield the items of ``iterable``; advance progress up to ``max_progress`` after each.
+        """Yield the items of ``iterable``; increase progress after each, up to ``max_progress``.
 
-        :param total: the number of items; defaults to ``len(iterable)``. Without either, progress
-            changes only at the end.
+        :param total: the number of items; defaults to ``len(iterable)``. If neither is available,
+            progress changes only at the end.
         """
         top = _top(max_progress)
         if total is None and isinstance(iterable, Sized):
@@ -135,9 +135,9 @@ class CurrentTask:
         max_progress: float = 100,
         decimal: bool = False,
     ) -> ProgressRange:
-        """Return a range whose steps raise progress equally, up to ``max_progress``.
+        """Return a range whose steps increase progress equally, up to ``max_progress``.
 
-        A view can use several ranges in turn, such as one to 80 and one to 100.
+        A view can use several ranges in turn, such as one up to 80, then one up to 100.
 
         :param decimal: whether progress may have decimals.
         :raises ValueError: if ``step`` does not lead from ``start`` to ``end``.
@@ -147,10 +147,10 @@ class CurrentTask:
     def progress_over(
         self, duration: float, interval: float = 5, max_progress: float = 100
     ) -> None:
-        """Advance progress to ``max_progress`` in the background; return immediately.
+        """Increase progress to ``max_progress`` within ``duration`` seconds; return immediately.
 
-        Progress advances every ``interval`` seconds for ``duration`` seconds, or until the task
-        ends or the view sets progress.
+        Progress increases in the background, every ``interval`` seconds, until the task ends or
+        the view sets progress.
 
         :raises ValueError: unless ``duration`` is at least 0 and ``interval`` greater than 0.
         """
@@ -167,7 +167,7 @@ class CurrentTask:
 
         Events are stored in the background, so clients that reconnect also receive them. The call
         blocks while 1,000 events wait to be stored. The last 1,000 events of a task are kept.
-        Events sent after a stop are dropped.
+        Events sent after the task was stopped are dropped.
 
         :param data: any value that a view may return, at most 64 KiB of JSON.
         :param event: its name: 1 to 255 printable characters without leading or trailing blanks,
@@ -194,10 +194,9 @@ class CurrentTask:
         return self._execution.stop.is_set() or self._execution.is_time_up
 
     def check(self) -> None:
-        """Raise if the task was stopped or has timed out; call it in long loops.
+        """Raise if the task was stopped or has timed out. Call this method in long loops.
 
-        :raises TaskAborted: after a stop or the timeout. Do not suppress it; clean up in
-            ``finally``.
+        :raises TaskAborted: do not suppress it; clean up in ``finally``.
         """
         self._execution.check()
 
@@ -219,7 +218,7 @@ class CurrentTask:
 
 _running: ContextVar[CurrentTask] = ContextVar("flask_asyncroute.current_task")
 REBUILT = "_asyncroute_rebuilt"
-"""Attribute of a request rebuilt for a task."""
+"""Attribute that marks a request as rebuilt for a task."""
 
 
 def _current() -> CurrentTask:
@@ -237,12 +236,10 @@ current_task = cast(CurrentTask, LocalProxy(_current))
 
 
 def is_in_task(current: Request | None) -> bool:
-    """Return whether the calling code belongs to a task.
+    """Return whether the calling code runs in a task.
 
-    Code on a thread with a copy of the task's request context belongs to it, even without a current
-    task. Code that handles a request sent by the task does not.
-
-    :param current: the current request, if any.
+    True if the current request was rebuilt for a task, even on a thread without a current task.
+    False in code that handles another request, such as one that the view sends to the same app.
     """
     if hasattr(current, REBUILT):
         return True
@@ -260,8 +257,8 @@ def running(
 ) -> Iterator[CurrentTask]:
     """Make ``execution`` the current task of this context.
 
-    :param dispatched: for a fake task, the requests dispatched since it began. Their code does not
-        belong to the task.
+    :param dispatched: for a fake task, the requests received since it began. Code that handles them
+        does not run in the task.
     """
     task = CurrentTask(execution, json_default, dispatched)
     token = _running.set(task)

@@ -32,15 +32,15 @@ from .workers.runner import Runner
 logger = logging.getLogger("flask_asyncroute")
 
 _NEVER = {"HEAD", "TRACE"}
-"""Methods refused with 405. OPTIONS also starts no task, but gets Flask's response."""
+"""Methods that get 405. OPTIONS also starts no task, but gets Flask's response."""
 _START = "_asyncroute_start"
-"""Attribute of a request in which an async route was called; a second call fails."""
+"""Attribute that marks a request that has called an async route; a second call fails."""
 
 
 def declare(view: View, options: dict[str, Any]) -> Declaration:
-    """Turn ``view`` into an async route.
+    """Return the declaration of ``view`` as an async route.
 
-    :func:`inspect.unwrap` returns the plain view.
+    :func:`inspect.unwrap` of its ``start`` function returns ``view``.
 
     :raises ConfigurationError: if the options or the view are invalid.
     """
@@ -74,7 +74,7 @@ def declare(view: View, options: dict[str, Any]) -> Declaration:
 
 
 def view_function_of(declaration: Declaration) -> Start:
-    """Return the function that starts tasks, inside the route's ``decorators``, the last outermost.
+    """Return the function that starts tasks, in the route's ``decorators`` (the last is outermost).
 
     :raises ConfigurationError: if a decorator does not use :func:`functools.wraps`.
     """
@@ -102,13 +102,13 @@ def view_function_of(declaration: Declaration) -> Start:
 
 
 def is_bare(view_function: Callable[..., Any]) -> bool:
-    """Return whether no other decorator is above the async route."""
+    """Return whether a registered view has no decorator between ``@task()`` and the route."""
     declaration = declaration_of(view_function)
     return declaration is not None and declaration.start is view_function
 
 
 def _request_of_call(view: View) -> Request | None:
-    """Return the request of a view's call; None in a task, which runs the plain view."""
+    """Return the request in which a route is called; None in a task, where calls run ``view``."""
     current: Request | None = None
     if has_request_context():
         current = request._get_current_object()  # type: ignore[attr-defined]
@@ -136,10 +136,10 @@ def _start(
     if route is None or route.view is not view:
         raise _call_error(
             view,
-            f"was called in a request to the endpoint {current.endpoint!r}, which is not "
-            "registered for it",
-            " Register the route before the app's first request, and use functools.wraps, which "
-            "sets __wrapped__, in each decorator above it.",
+            f"was called in a request to the endpoint {current.endpoint!r}, which did not have "
+            "this view at the app's first request",
+            " Register the route before that request, and use functools.wraps, which sets "
+            "__wrapped__, in each decorator above it.",
         )
     if current.method == "OPTIONS":
         return _default_options_response(current)
@@ -157,16 +157,16 @@ def _start(
     runner = runtime.runner
     media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
     this = object()
-    # The app may call the view while the task is being started, even on other threads.
+    # While the task is started, the app may call the view again, even on other threads.
     if vars(current).setdefault(_START, this) is not this:
-        raise _call_error(view, "was called twice in one request, which starts only one task")
+        raise _call_error(view, "was called twice in one request; a request starts only one task")
     try:
         task = runner.dispatcher.start(route, current, arguments)
     except Exception:
         delattr(current, _START)  # nothing was stored, so a decorator may call again
         raise
     config = runner.config
-    # An ended task belongs to an earlier request with the same idempotency key.
+    # A task that has ended was started by an earlier request with the same idempotency key.
     status = 200 if task.is_completed else config.accepted_status
     if kind_of(route.options.executor).runs_inline:
         task = runner.store.get(task.id) or task
@@ -213,7 +213,7 @@ def _answer_later(
 
 
 def _default_options_response(current: Request) -> Response:
-    """Return Flask's default response to OPTIONS, without Flask's own method, whose parameters
+    """Return Flask's default response to OPTIONS. Do not call Flask's own method: its parameters
     changed in Flask 3.2.
     """
     adapter = current_app.create_url_adapter(current)

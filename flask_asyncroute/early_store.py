@@ -1,5 +1,5 @@
-"""The store that the shared state uses before the runner (an app's threads and connections in this
-process) exists.
+"""The store that ``async_routes.state`` uses until the runner (an app's threads and connections in
+this process) is created.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .stores.registry import MEMORY, make_store
 from .workers.runner import new_store
 
 left_behind: list[object] = []
-"""Stores and runners inherited at a fork, kept alive: closing their connections would break the
-parent's.
+"""Stores and runners copied from the parent by a fork, kept alive because closing their connections
+would break the parent's.
 """
 
 
 class EarlyStore:
-    """Holds a store that was opened before the runner, until the runner takes it. Not thread-safe.
+    """Holds the store until the runner takes it over. Not thread-safe.
 
-    A copy of an in-memory store's values stays here, for a runner after a fork or in
+    A copy of an in-memory store's values stays here for the next runner: after a fork, or in
     `testing.inline`.
     """
 
@@ -35,7 +35,7 @@ class EarlyStore:
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def open(self, app: Flask, config: Config) -> TaskStore:
-        """Return the store; the first call opens the store named in ``config``."""
+        """Return the store named in ``config``; the first call opens it."""
         if self._store is None:
             store = new_store(app, config)
             store.open()
@@ -44,7 +44,6 @@ class EarlyStore:
         return self._store
 
     def check(self, config: Config) -> None:
-        """Raise ConfigurationError if the open store differs from the one in ``config``."""
         if self._store is not None and self._named_by != _naming(config):
             raise ConfigurationError(
                 "ASYNCROUTE_STORE, ASYNCROUTE_NAMESPACE or ASYNCROUTE_CREATE_TABLES was changed "
@@ -71,7 +70,7 @@ class EarlyStore:
         return copy
 
     def close(self) -> None:
-        """Close connections; the next access reopens them."""
+        """Close the store's connections; the next access reopens them."""
         if self._store is not None:
             self._store.close()
 

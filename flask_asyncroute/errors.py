@@ -9,7 +9,7 @@ import re
 
 
 class AsyncRouteError(Exception):
-    """Base class of the errors of this package."""
+    """Base class of this package's errors."""
 
 
 class ConfigurationError(AsyncRouteError):
@@ -50,7 +50,7 @@ class RequestRefused(AsyncRouteError):
     A subclass without a status keeps the status and slug of its base class.
 
     :param detail: what is wrong and what the client can do.
-    :param task_id: the task concerned.
+    :param task_id: the task's id, if any.
     :param retry_after: seconds after which the client may try again.
     """
 
@@ -83,11 +83,11 @@ class InvalidRequest(RequestRefused, status=400):
 
 
 class InvalidQuery(RequestRefused, status=400):
-    """The query, limit, sort or cursor is not valid; the detail names the part."""
+    """The query, limit, sort or cursor is invalid; the message names the invalid part."""
 
 
 class CallbackRefused(RequestRefused, status=400):
-    """The requested callback is not valid or not allowed; the detail says why."""
+    """The requested callback is invalid or not allowed; the message says why."""
 
 
 class NotAuthenticated(RequestRefused, status=401):
@@ -95,11 +95,11 @@ class NotAuthenticated(RequestRefused, status=401):
 
 
 class NotPermitted(RequestRefused, status=403):
-    """The caller is known but may not do this."""
+    """The caller is known but may not use the operation."""
 
 
 class TaskNotFound(RequestRefused, LookupError, status=404):
-    """No task has this id, or the caller may not read the task. Responses do not say which."""
+    """No task has this id, or the caller may not read it. Responses do not say which."""
 
 
 class MethodNotAllowed(RequestRefused, status=405):
@@ -123,7 +123,7 @@ class LengthRequired(RequestRefused, status=411):
 
 
 class BodyTooLarge(RequestRefused, status=413):
-    """The request body exceeds its limit."""
+    """The request body exceeds a size limit."""
 
 
 class UnsupportedMediaType(RequestRefused, status=415):
@@ -170,4 +170,4 @@ class StoreUnavailable(RequestRefused, status=503):
 
 
 class CommitUnknown(StoreUnavailable):
-    """The store failed during a write that may have been committed."""
+    """The store failed during a commit; the write may have been stored."""

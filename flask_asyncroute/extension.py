@@ -49,10 +49,10 @@ class _Rule:
 class AsyncRoute:
     """Turns views of Flask apps into async routes, and serves the HTTP operations on their tasks.
 
-    One instance may serve several apps. Each app's state is in ``app.extensions``.
+    One instance can serve several apps. Each app's state is in ``app.extensions``.
 
     :param app: if set, passed to :meth:`init_app`.
-    :param decorators: decorators of the app (``login_required``, …) for every operation.
+    :param decorators: decorators (``login_required``, …) for every HTTP operation.
     """
 
     def __init__(
@@ -78,10 +78,9 @@ class AsyncRoute:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Check the configuration of ``app``; add the routes declared so far and the operations.
+        """Check the configuration of ``app``; add the declared routes and the HTTP operations.
 
-        The call starts no thread and opens no store. After an error, fix the cause and repeat the
-        call.
+        The call starts no thread and opens no store. After an error, it can be repeated.
 
         :raises ConfigurationError: if the app is misconfigured; the message names the key or
             route.
@@ -129,8 +128,8 @@ class AsyncRoute:
     def route(self, rule: str, **settings: Any) -> Callable[[View], Start]:
         """Turn the decorated view into an async route with the URL rule ``rule``.
 
-        The route is added to all apps of this instance that are not in use, including apps
-        initialised later. The options are those of :meth:`task` and of :meth:`flask.Flask.route`
+        The route is added to all apps of this instance, including apps initialised later, except
+        apps already in use. The options are those of :meth:`task` and of :meth:`flask.Flask.route`
         (``methods``, ``endpoint``, ``defaults``, …).
 
         :raises ConfigurationError: like :meth:`task`, and if all apps are already in use.
@@ -155,8 +154,8 @@ class AsyncRoute:
             open_apps = [app for app in apps if not runtime_of(app).is_prepared]
             if apps and not open_apps:
                 raise ConfigurationError(
-                    f"{declaration.label} is declared when every app is already in use; declare "
-                    "routes before the first request."
+                    f"{declaration.label} was declared too late: every app is already in use. "
+                    "Declare routes before the first request."
                 )
             self._declared.append(declaration)
             self._rules.append(declared)
@@ -167,7 +166,7 @@ class AsyncRoute:
         return decorate
 
     def before_task(self, function: F) -> F:
-        """Register a function that runs in the rebuilt request before each view.
+        """Register a function that runs in each task, in the rebuilt request, before the view.
 
         The function takes no parameters. It can do what ``before_request`` does, such as set
         ``g.user``. If it raises, the task fails.
@@ -194,7 +193,7 @@ class AsyncRoute:
     def start(self, app: Flask) -> None:
         """Make this process run waiting tasks and background maintenance of ``app``.
 
-        The first request does the same. Call this method in a process that may receive no request,
+        The first request does the same. Call this method in a process that might get no request,
         and in gunicorn's ``post_worker_init``: then streams and waits end as soon as the worker
         receives the signal to exit. Further calls, and calls in children of ``executor="process"``,
         do nothing.
@@ -216,7 +215,7 @@ class AsyncRoute:
         return store.get(task_id) if ID_PATTERN.match(task_id) else None
 
     def exists(self, task_id: str) -> bool:
-        """Return whether a task with this id exists."""
+        """Return whether a task has this id."""
         return self.get(task_id) is not None
 
     def query(self, conditions: Mapping[str, Any] | None = None) -> Iterator[AsyncRouteTask]:
@@ -244,7 +243,7 @@ class AsyncRoute:
         return pages()
 
     def stop(self, task_id: str) -> AsyncRouteTask:
-        """Stop a task in any process; return its new record. Permissions are not checked.
+        """Stop a task of any process; return its new record. Permissions are not checked.
 
         :raises TaskNotFound: if no task has this id.
         :raises NotCancellable: if its route has ``cancellable=False``.
@@ -256,7 +255,7 @@ class AsyncRoute:
         """Wait until a task of any process has ended; return its record.
 
         :param timeout: seconds or timedelta; None: no limit.
-        :raises TimeoutError: if the task has not ended by then.
+        :raises TimeoutError: if the task has not ended after ``timeout``.
         :raises TaskNotFound: if no task has this id, or if it is deleted during the wait.
         """
         seconds = validators.seconds("timeout", timeout) if timeout is not None else None
@@ -275,8 +274,8 @@ class AsyncRoute:
     def redeliver(self, task_id: str) -> AsyncRouteTask:
         """Send the callback of a finished task again, with the same ``webhook-id``.
 
-        The attempt count restarts at 0. The route's literal header values are sent again. Those
-        from the request are not, because they were deleted after the last attempt.
+        The attempt count restarts at 0. Header values written in the route's ``Callback`` are sent
+        again. Values from the request are not: they were deleted after the last attempt.
 
         :raises TaskNotFound: if no task has this id.
         :raises TaskUnfinished: if the task has not ended, or its callback is being sent.
@@ -320,17 +319,17 @@ def _on_request(app: Flask, **extra: Any) -> None:
     if is_asgiref(request.environ):
         logger.warning(
             "asgiref's WsgiToAsgi runs all requests of a process on one thread, so a wait or "
-            "stream blocks all other requests; each therefore ends after %d seconds. Use a2wsgi as "
-            "the adapter, or a WSGI server with threads.",
+            "stream blocks all other requests. Waits and streams therefore end after %d seconds. "
+            "Use a2wsgi as the adapter, or a WSGI server with threads.",
             BLOCKING_SECONDS,
         )
-    # Without hooks and decorators, nothing reads the body before the task is created. Without this
-    # receiver, starting or getting a task is 5 % faster.
+    # Connect this receiver only if hooks or decorators could read the body before the task is
+    # created: without it, starting or getting a task is 5 % faster.
     has_hooks = any(app.before_request_funcs.values()) or any(app.url_value_preprocessors.values())
     if has_hooks or not all(is_bare(app.view_functions[endpoint]) for endpoint in runtime.routes):
         request_started.connect(_before_hooks, sender=app, weak=False)
         _before_hooks(app)
-    # Disconnect last, so that each concurrent request on another thread calls a receiver.
+    # Disconnect last, so that concurrent requests on other threads also call a receiver.
     request_started.disconnect(_on_request, sender=app)
 
 

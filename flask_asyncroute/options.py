@@ -23,7 +23,7 @@ from .validators import Check, boolean, instance_of, optional, refuse, setting, 
 class Sse:
     """The options of a task's event stream.
 
-    :param group: the group whose tasks share a stream; None: the route's URL rule.
+    :param group: the name of a group of tasks that share a stream; None: the route's URL rule.
     :param send_result: whether a task's last event contains the Result.
     """
 
@@ -94,7 +94,7 @@ class RouteOptions(DefaultedOptions):
 
     @property
     def is_bound(self) -> bool:
-        """Whether only the process that started a task can run it."""
+        """Whether only the process that received a task's request can run the task."""
         return registry.kind_of(self.executor).is_bound
 
 
@@ -102,7 +102,6 @@ _CHECKS: dict[str, Check] = {
     option.name: option.metadata["check"] for option in fields(RouteOptions)
 }
 DEFAULTED = tuple(option.name for option in fields(DefaultedOptions))
-"""The options with an app-wide default."""
 OWN = tuple(name for name in _CHECKS if name not in DEFAULTED)
 """The options without an app-wide default."""
 

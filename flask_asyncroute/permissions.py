@@ -17,7 +17,6 @@ class Access(msgspec.Struct, frozen=True, rename="pascal"):
     Names are case-sensitive and have at most 255 characters. A string Enum member is replaced by
     its value.
 
-    :param users: the ids of users.
     :raises ConfigurationError: if a parameter is not a list, tuple or set of such names.
     """
 
@@ -40,8 +39,8 @@ class Access(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Permission(msgspec.Struct, frozen=True, rename="pascal"):
-    """The callers that may read or stop a task, besides the user who started it. Write implies
-    read.
+    """The callers that may read or stop a task, besides the user who started it. ``write``
+    includes reading.
     """
 
     read: Access = Access()
@@ -71,7 +70,7 @@ class Permission(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """The caller of a request, from the identity loader."""
+    """The caller of a request, from the identity loader or Flask-Login."""
 
     id: str
     groups: frozenset[str] = frozenset()
@@ -99,7 +98,7 @@ def may_write(
 ) -> bool:
     """Return whether ``caller`` may stop or remove a task.
 
-    If an unknown caller started the task, everyone who knows its id may do so.
+    If ``owner`` is None (an unknown caller started the task), everyone who knows its id may.
     """
     if owner is None:
         return True
@@ -113,7 +112,6 @@ def may_write(
 def may_read(
     caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access
 ) -> bool:
-    """Return whether ``caller`` may read a task. Write implies read."""
     if may_write(caller, owner, permission, admins):
         return True
     return caller is not None and permission is not None and caller.is_in(permission.read)
@@ -128,8 +126,8 @@ def may_list(
 ) -> bool:
     """Return whether a task appears in lists for ``caller``.
 
-    :param with_anonymous: whether lists contain tasks without an owner; those of admins always
-        do.
+    :param with_anonymous: whether lists contain tasks without an owner. The lists of ``admins``
+        always do.
     """
     if owner is None:
         return with_anonymous or (caller is not None and caller.is_in(admins))

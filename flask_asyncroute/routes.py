@@ -21,7 +21,6 @@ Start: TypeAlias = Callable[..., Any]
 
 MARK = "__asyncroute__"
 AUTHENTICATION = {"flask_login", "flask_httpauth", "flask_jwt_extended", "flask_security"}
-"""Packages whose decorators must not be below an async route."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Route:
 
 
 def declaration_of(function: Callable[..., Any] | None) -> Declaration | None:
-    """Return the declaration of a view function, even inside other decorators; else None."""
+    """Return the declaration of an async route, even inside other decorators; else None."""
     while function is not None:
         found = function.__dict__.get(MARK) if hasattr(function, "__dict__") else None
         if isinstance(found, Declaration):
@@ -62,7 +61,6 @@ def declaration_of(function: Callable[..., Any] | None) -> Declaration | None:
 
 
 def check_variables(label: str, variables: Iterable[str], arguments: Mapping[str, Any]) -> None:
-    """Raise ConfigurationError if an argument is also a URL variable."""
     for name in variables:
         if name in arguments:
             raise ConfigurationError(
@@ -105,7 +103,7 @@ def check_view(declaration: Declaration) -> None:
 
 
 def _refuse_authentication_below(view: View, label: str) -> None:
-    """Raise if a known authentication decorator is below the async route.
+    """Raise if a known authentication decorator is below ``@task()``.
 
     Such a decorator would run in the task, so unauthenticated clients could start tasks.
     """
@@ -153,7 +151,6 @@ def resolve_routes(
 
 
 def _refuse_async_methods(app: Flask, label: str, function: Callable[..., Any]) -> None:
-    """Raise if a class-based view has async methods that Flask cannot call."""
     view_class = getattr(function, "view_class", None)
     can_call = type(app).async_to_sync is not Flask.async_to_sync or find_spec("asgiref")
     if view_class is None or can_call:
@@ -173,7 +170,7 @@ def _refuse_misplaced(app: Flask, declared: Iterable[Declaration]) -> None:
     for declaration in declared:
         if id(declaration) in placed:
             continue
-        # Other decorators may be between task() and the route decorator.
+        # Other decorators can be between task() and the route decorator.
         view: Callable[..., Any] | None = declaration.view
         while view is not None and id(view) not in plain:
             view = getattr(view, "__wrapped__", None)

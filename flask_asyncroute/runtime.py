@@ -65,7 +65,7 @@ class Runtime:
         self._lock = threading.RLock()
         self._runner: Runner | None = None
         self._early = self._built = EarlyStore()
-        """The store before first use; `testing.inline` restores ``_built`` at its end."""
+        """The store before first use. `testing.inline` ends by restoring ``_built``."""
         _runtimes.add(self)
 
     @property
@@ -89,8 +89,8 @@ class Runtime:
     def store(self) -> TaskStore:
         """The open store of this process.
 
-        Before first use, the current, unfrozen configuration determines the store. The runner takes
-        the store over.
+        Before first use, it is opened with the current, unfrozen configuration. The runner takes it
+        over.
 
         :raises AsyncRouteError: like :attr:`runner`.
         """
@@ -119,7 +119,7 @@ class Runtime:
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""
         self.is_child = True
-        # Loading the app may have opened a store other than the parent's.
+        # Loading the app may have opened another store than the parent's.
         self._early.close()
         self._early = self._built = EarlyStore()
         return self._make_runner()
@@ -137,7 +137,7 @@ class Runtime:
 
     @property
     def json_default(self) -> Callable[[Any], Any]:
-        """The function of the app's JSON provider for values without a JSON type."""
+        """The function of the app's JSON provider that converts values without a JSON type."""
         return json_default(self._get_app().json)
 
     def prepare(self) -> Config:
@@ -201,7 +201,6 @@ class Runtime:
 
 
 def check_app(app: Any) -> None:
-    """Raise ConfigurationError if ``app`` is not a Flask app."""
     if not isinstance(app, Flask):
         raise ConfigurationError(
             f"A {type(app).__name__} is not a Flask app. Pass the Flask app itself; if a WSGI "
@@ -224,12 +223,12 @@ def runtime_of(app: Flask) -> Runtime:
 
 
 def current_runtime() -> Runtime:
-    """Return the runtime of the current app, or raise RuntimeError outside an app context."""
+    """Return the current app's runtime, or raise RuntimeError outside an app context."""
     return runtime_of(current_app._get_current_object())  # type: ignore[attr-defined]
 
 
 def be_child_process() -> None:
-    """Prevent this process's apps from becoming runners, even if a module calls ``start()``. Call
+    """Keep this process's apps from running waiting tasks, even if a module calls ``start()``. Call
     this before the app is imported.
     """
     global _is_child_process
@@ -243,7 +242,6 @@ def close_early_stores() -> None:
 
 
 def refuse_eventlet() -> None:
-    """Raise ConfigurationError if eventlet has replaced Python's threads."""
     patcher = sys.modules.get("eventlet.patcher")
     if patcher is not None and patcher.is_monkey_patched("thread"):
         raise ConfigurationError(
@@ -296,7 +294,7 @@ def _shape(rule: str) -> str:
 
 
 def _host(rule: Rule) -> str:
-    """Return a rule's host or subdomain, as :func:`_shape` does."""
+    """Return a rule's host or subdomain without variable names or converters."""
     return _shape(rule.host or rule.subdomain or "")
 
 

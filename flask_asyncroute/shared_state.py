@@ -16,11 +16,11 @@ MAX_KEY = 255
 
 
 class SharedState(MutableMapping[str, Any]):
-    """A mapping in the store that all processes of the app share. Use it with an app context.
+    """A mapping in the store that all processes of the app share. Access needs an app context.
 
     Keys are strings of 1 to 255 characters; values are JSON of at most 1 MiB. Each operation is one
-    transaction. Values are copies: to change a value, assign it, or use :meth:`apply` if other
-    processes may change it too.
+    transaction. Values are copies: assign the changed value, or use :meth:`apply` if other
+    processes may change the key too.
 
     :raises StateValueError: if a key or value is invalid.
     :raises StoreUnavailable: if the store cannot be used.

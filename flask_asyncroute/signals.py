@@ -1,9 +1,9 @@
 """The signals (blinker) of the package.
 
-The public signals (`FACTS`) report a stored change, at most once, in the process that stored it,
-with an app context. The sender is the Flask app; receivers take ``task`` (the record) and
-``**extra``. A receiver's error is logged, and the other receivers run. Other signals are
-internal.
+A public signal (in `FACTS`) is sent after a change of a task was stored: at most once, by the
+process that stored it, in an app context. The sender is the Flask app; receivers take ``task`` (the
+record) and ``**extra``. A receiver's error is logged, and the other receivers run. Other signals
+are internal.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ FACTS = (
 
 
 def send_fact(signal: NamedSignal, app: Flask, **values: Any) -> None:
-    """Call every receiver of ``signal``; log their exceptions."""
     for receiver in signal.receivers_for(app):
         try:
             receiver(app, **values)

@@ -38,7 +38,7 @@ decode = msgspec.json.Decoder(Snapshot).decode
 
 
 class Body:
-    """A request body, for one reader at a time. Close it, because it may be in a file."""
+    """A request body, for one reader at a time. Close it, because it may use a file."""
 
     def __init__(self, pieces: Iterable[bytes] = ()) -> None:
         self._file: IO[bytes] = io.BytesIO()
@@ -73,8 +73,7 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
     """Read a request body of at most ``limit`` bytes to its end.
 
     :param announced: the Content-Length; None if the body is chunked.
-    :raises RequestRefused: if the body is too large or incomplete, which some servers do not
-        check.
+    :raises RequestRefused: if the body is too large or incomplete. Some servers check neither.
     """
     check_announced(announced, limit)
     body = Body()
@@ -122,7 +121,6 @@ class LimitedInput(io.RawIOBase):
 
 
 def check_announced(announced: int | None, limit: int) -> None:
-    """Raise BodyTooLarge if the Content-Length exceeds ``limit``."""
     if announced is not None and announced > limit:
         raise BodyTooLarge(
             f"The body has {announced} bytes; the limit is {limit} (ASYNCROUTE_MAX_BODY)."
@@ -130,7 +128,6 @@ def check_announced(announced: int | None, limit: int) -> None:
 
 
 def check_complete(arrived: int, announced: int | None) -> None:
-    """Raise InvalidRequest if a body is shorter than its Content-Length."""
     if announced is not None and arrived < announced:
         raise InvalidRequest(
             f"The body is incomplete: {arrived} of {announced} bytes arrived. Send it again."
@@ -172,8 +169,8 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
 def _parameter(key: str, text: str | None) -> str:
     """Return a parameter of a Content-Disposition header, quoted as browsers do (WHATWG HTML).
 
-    Only text that this would change is encoded as in RFC 2231: several versions of Werkzeug strip
-    outer quotation marks from RFC 2231 values.
+    Only text that quoting would change is encoded as in RFC 2231, because several versions of
+    Werkzeug strip outer quotation marks from RFC 2231 values.
     """
     if text is None:
         return ""

@@ -37,7 +37,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.RUNNING: TERMINAL | {State.NOT_STARTED},
     **dict.fromkeys(TERMINAL, frozenset()),
 }
-"""Maps each state to the states that may follow it. A restarted task returns to NotStarted."""
+"""Maps each state to the states that can follow it. A restarted task returns to NotStarted."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MAX_ERROR = 2000
@@ -47,12 +47,12 @@ MAX_MESSAGE = 500
 class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
     """An immutable record of a task at one revision.
 
-    The task object's fields are available in snake case. Other fields (``endpoint``, ``owner``,
-    ``epoch``, ``change``, …) are internal and may change.
+    The fields of the JSON task object are attributes in snake case. Others (``endpoint``,
+    ``owner``, ``epoch``, ``change``, …) are internal and may change.
 
     ``waiting_change``, ``started_change`` and ``completed_change`` are the change numbers of the
-    transitions to NotStarted, Running and a terminal state. While a task is NotStarted, ``change``
-    is the first of these numbers, and ``waiting_change`` is None.
+    transitions to NotStarted, Running and a terminal state. While a task is NotStarted,
+    ``waiting_change`` is None, and ``change`` is the number of that transition.
     """
 
     id: str
@@ -139,7 +139,7 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def callback(self) -> Shown | None:
-        """The callback without its secrets, if any."""
+        """The callback without its secrets; None if there is no callback."""
         if self.callback_json is None:
             return None
         return msgspec.json.decode(self.callback_json, type=Shown)
@@ -219,7 +219,6 @@ _AT_THE_CREATION: dict[str, Any] = {**_AT_THE_START, "started_us": None, "expire
 
 
 def now_us() -> int:
-    """Return the current time in microseconds since the epoch."""
     return time.time_ns() // 1000
 
 

@@ -39,8 +39,8 @@ def fake_task(
 ) -> Iterator[CurrentTask]:
     """Create a fake :data:`~flask_asyncroute.current_task`, to call a view in a unit test.
 
-    Inside, calling an async route calls its view directly, except in requests of a test client.
-    Progress can be read from the task; events are dropped, and nothing is stored.
+    Inside the block, calling an async route calls its view, except in requests of a test client.
+    Progress can be read from the task; events are dropped; nothing is stored.
 
     :param timeout: in seconds; None: no timeout.
     """

@@ -35,7 +35,7 @@ def is_name(value: object) -> TypeGuard[str]:
 
 
 def plain(text: str) -> str:
-    """Convert to a plain :class:`str`: encoders and databases refuse subclasses."""
+    """Convert to a plain :class:`str`, because encoders and databases refuse subclasses."""
     return text if type(text) is str else str.__str__(text)
 
 
@@ -86,7 +86,6 @@ def instance_of(kind: type[Any], wanted: str) -> Check:
 
 
 boolean = instance_of(bool, "True or False")
-"""Accepts only True and False, not a string such as "False"."""
 
 
 def whole(minimum: int) -> Check:
@@ -168,7 +167,7 @@ def time_limit(label: str, value: Any) -> int | None:
 
 
 def function(label: str, value: Any) -> Callable[[], Any]:
-    """Accept a callable, but no class or async function, because no event loop is running."""
+    """Accept a callable; refuse classes, and async functions, because no event loop runs."""
     if not callable(value) or isinstance(value, type) or inspect.iscoroutinefunction(value):
         raise refuse(label, "a function that is not async", value)
     return value  # type: ignore[no-any-return]

@@ -36,7 +36,7 @@ TIMED_OUT = "Timeout"
 
 @dataclass(eq=False)
 class Dispatcher:
-    """The dispatcher of one app in this process. Thread-safe."""
+    """Starts, stops and times out tasks of one app in this process. Thread-safe."""
 
     app: Flask
     config: Config
@@ -126,8 +126,8 @@ class Dispatcher:
         raise unknown(task.id)
 
     def expire(self, execution: Execution) -> None:
-        """Ask a view to stop because its timeout has expired. Returns quickly: the store is written
-        later.
+        """Ask a view to stop because its timeout has expired. The store is written later, so this
+        returns quickly.
         """
         execution.is_expired = True
         execution.ask_to_stop()
@@ -166,7 +166,6 @@ class Dispatcher:
             return self.running.setdefault(execution.task_id, run) is run
 
     def end(self, execution: Execution) -> None:
-        """Unregister a run."""
         with self._ended:
             if self.running.get(execution.task_id, (None,))[0] is execution:
                 del self.running[execution.task_id]
@@ -178,13 +177,13 @@ class Dispatcher:
             return self._ended.wait_for(lambda: not self.running, seconds)
 
     def _is_lost(self, execution: Execution, task: AsyncRouteTask) -> bool:
-        """Return whether another process took over a run. ``task`` may be older than the claim."""
+        """Return whether another process took over a run. ``task`` may be older than the run."""
         if task.state is State.NOT_STARTED:
             return 0 < execution.epoch <= task.epoch
         return task.owner != self.lifecycle.owner and task.epoch > execution.epoch
 
     def _submit_once(self, executor: TaskExecutor, intake: Intake, name: str) -> AsyncRouteTask:
-        """Return the task that was started with this key, or start one."""
+        """Return the task that an earlier request started with this key, or start one."""
         key = intake.take_key(name, self.store.secret())
         task = self._started_with(key)
         if task is None:
@@ -196,8 +195,8 @@ class Dispatcher:
             try:
                 return self._submit(executor, intake)
             except (errors.KeyTaken, errors.QueueFull) as error:
-                # A concurrent request with this key started its task first, perhaps in the last
-                # slot.
+                # A concurrent request with this key started its task first, perhaps in the
+                # last slot of the queue.
                 task = self._started_with(key)
                 if task is None and isinstance(error, errors.QueueFull):
                     raise

@@ -40,7 +40,7 @@ class _Pending:
 
 
 class PendingWrites:
-    """Thread-safe. Only the number of tasks that ran limits the number of pending writes."""
+    """Queues writes. Thread-safe. Only the number of tasks that ran limits the queue's length."""
 
     def __init__(self) -> None:
         self._pending: deque[_Pending] = deque()
@@ -50,8 +50,8 @@ class PendingWrites:
         self.wake: Callable[[], None] = lambda: None  # called after a write was added
 
     def write(self, task_id: str, write: Write, then: Write = lambda: None) -> None:
-        """Call ``write``, then ``then``. While ``write`` raises StoreUnavailable, :meth:`retry`
-        repeats it.
+        """Call ``write``, then ``then``. If ``write`` raises StoreUnavailable, :meth:`retry` calls
+        both later.
         """
         pending = _Pending(task_id, write, then)
         try:
@@ -71,7 +71,7 @@ class PendingWrites:
         return not self._pending
 
     def retry(self, now: float) -> float:
-        """Execute the writes due at ``now`` (monotonic); return when to call again."""
+        """If writes are due at ``now`` (monotonic), call them; return when to call again."""
         if now < self._retry_at:
             return self._retry_at
         if not self._pending:

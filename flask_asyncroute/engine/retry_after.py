@@ -12,8 +12,8 @@ MOST_SECONDS = 60  # a client that polls less often notices a stop or failure to
 
 
 class Pace:
-    """Keeps a running mean of task durations per endpoint. Estimates are 1 to 60 seconds; 1 without
-    a duration.
+    """Keeps a running mean of task durations per endpoint. Estimates are 1 to 60 seconds; 1 if no
+    task of the endpoint has ended.
 
     Thread-safe, but one of two simultaneous durations may be lost.
     """
@@ -22,7 +22,7 @@ class Pace:
         self._means_us: dict[str, float] = {}
 
     def note(self, task: AsyncRouteTask, completed_us: int | None) -> None:
-        """Add a run's duration if its code has started and ended."""
+        """Add the duration of a task if its code has started and ended."""
         if completed_us is None or task.started_us is None or task.stopping:
             return
         took = completed_us - task.started_us

@@ -1,4 +1,4 @@
-"""Reads data once for all streams that need it after a change."""
+"""Reads data from the store once for all event streams that need it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ IDLE_SECONDS = 60.0
 class SharedReads(Loop):
     """Reads on one thread, and caches the results until the next change. Thread-safe.
 
-    With a thread per stream, a change would need one connection per stream, and malloc would cache
-    15 KiB per thread.
+    All streams share the thread, because a thread per stream would need one connection per stream
+    after a change, and 15 KiB of malloc's cache.
     """
 
     def __init__(self) -> None:
         super().__init__("asyncroute-reader")
         self._reads: dict[Hashable, Future[Any]] = {}
-        self._feeds: dict[Feed, int] = {}  # open streams by feed
+        self._feeds: dict[Feed, int] = {}  # number of open streams per feed
         self._feeds_lock = threading.Lock()
         self._heads: dict[Feed, tuple[int, Callable[[int], Page]]] = {}
         """Per feed, the change number read up to, and the function that reads later events."""
@@ -48,7 +48,7 @@ class SharedReads(Loop):
         """Return the result of ``read``, or raise its error.
 
         Calls with an equal key share one result until :meth:`forget` or :meth:`drop`. The next call
-        then starts a new read, even if an earlier one is still running. Errors are not cached.
+        then starts a new read, even if the earlier one still runs. Errors are not cached.
         """
         self.start()
         reads = self._reads
@@ -87,7 +87,7 @@ class SharedReads(Loop):
 
     def read_ahead(self, task_ids: Collection[str]) -> None:
         """Read the next page of each feed with events of one of these tasks. Call this before
-        waking the streams, which would otherwise wait twice, for the change and for the read.
+        waking the streams. Otherwise they would wait twice: for the change and for the read.
         """
         for feed, (since, read) in list(self._heads.items()):
             if feed[0] is not None and feed[0] not in task_ids:
@@ -98,7 +98,7 @@ class SharedReads(Loop):
             try:
                 page = read(since)
             except BaseException as error:
-                # Leave the other reads to the streams: each could take seconds to fail.
+                # Leave other reads to the streams, because each could take seconds to fail.
                 future.set_exception(error)
                 self.drop((feed, since))
                 return
@@ -107,7 +107,7 @@ class SharedReads(Loop):
 
     @contextmanager
     def following(self, feed: Feed) -> Iterator[None]:
-        """Read a feed's next pages ahead while at least one of these blocks is active."""
+        """Let :meth:`read_ahead` read ``feed`` while a ``with following(feed)`` block is active."""
         with self._feeds_lock:
             self._feeds[feed] = self._feeds.get(feed, 0) + 1
         try:
@@ -151,7 +151,7 @@ class SharedReads(Loop):
                     continue
                 try:
                     if outage is not None:
-                        # Each read may take seconds to fail; together they could block streams for
+                        # Each further read could take seconds to fail, and so block streams for
                         # minutes.
                         raise outage
                     future.set_result(read())

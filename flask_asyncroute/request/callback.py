@@ -1,4 +1,4 @@
-"""Resolve a route's `Callback` for one request, and check it without DNS."""
+"""Resolve a route's `Callback` for one request, and check its URL without DNS."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 def resolve(
     callback: Callback, intake: Intake, name: str, allowed: AllowedHosts
 ) -> Delivery | None:
-    """Return the delivery (a resolved callback); None if the request has no callback URL.
+    """Return the callback with its expressions resolved; None if the request has no callback URL.
 
     :param name: the default ``EventName``.
     :raises CallbackRefused: for an invalid value, a URL host that is not public, an expression that
@@ -87,7 +87,7 @@ def resolve(
 
 
 class _Source:
-    """Reads values from the captured request, which lacks the names in
+    """Reads values from the captured request, except headers and cookies in
     ``ASYNCROUTE_SNAPSHOT_DROP``.
     """
 
@@ -180,7 +180,7 @@ class _Source:
 def _term(
     what: str, text: str, source: _Source, check: Convert = str, embedded: Convert = str
 ) -> str | None:
-    """Return a resolved and checked value; None if the request lacks the value of an expression."""
+    """Resolve and check ``text``; return None if the request lacks the value of an expression."""
     try:
         found = expressions.parse(text).resolve(source, embedded)
         return None if found is None else check(found)

@@ -37,7 +37,7 @@ _tagged = TaggedJSONSerializer()
 def note_request(current: Request) -> None:
     """Save the URL variables before the app's hooks can change them.
 
-    Also remove ``wsgi.input_terminated``, with which Werkzeug would accept a body shorter than its
+    Also remove ``wsgi.input_terminated``, because it makes Werkzeug accept a body shorter than its
     Content-Length.
     """
     if current.content_length is not None:
@@ -47,7 +47,7 @@ def note_request(current: Request) -> None:
 
 
 def guard(current: Request, max_body: int) -> None:
-    """Make reading the body raise an error if it is incomplete or over ``max_body`` bytes."""
+    """Make reading the body raise an error if the body is incomplete or over ``max_body`` bytes."""
     _refuse_undelivered(current)
     announced = current.content_length
     environ = current.environ
@@ -59,8 +59,8 @@ def guard(current: Request, max_body: int) -> None:
 
 
 def _refuse_undelivered(current: Request) -> None:
-    """Raise LengthRequired for a chunked body that the server does not support. Werkzeug would read
-    an empty body, because PEP 3333 has no chunked requests.
+    """Raise LengthRequired if the body is chunked and the server does not support this. Werkzeug
+    would read an empty body, because PEP 3333 has no chunked requests.
     """
     environ = current.environ
     coding = environ.get("HTTP_TRANSFER_ENCODING", "").lower()
@@ -77,7 +77,7 @@ def restore_body(current: Request, captured: Snapshot, body: Body | None) -> Non
 
 
 def plain_environ(environ: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an environ's strings, integers and booleans, except those that describe the body."""
+    """Return a WSGI environ's strings, integers and booleans, except those about the body."""
     return {
         key: value for key, value in environ.items() if type(value) in _KEPT and key not in _DROPPED
     }
@@ -89,7 +89,7 @@ def capture(
     """Capture the current request; return a large body as the second value.
 
     :param arguments: the view's arguments. Of URL variables, only the names are stored, because the
-        URL is matched again later. The others must be JSON.
+        URL is matched again later. Other arguments must be JSON.
     :param drop: lower-case names of headers and cookies that must not be stored.
     :raises RequestRefused: if the body, the session or an argument cannot be stored.
     """
@@ -101,8 +101,8 @@ def capture(
     if current.content_length or "HTTP_TRANSFER_ENCODING" in current.environ:
         body = _capture_body(current, environ, max_body)
     try:
-        # Store URL variables that a url_value_preprocessor has replaced: the URL has the old
-        # values.
+        # Store the values that a url_value_preprocessor has put into URL variables: the URL has the
+        # old values.
         variables = current.environ.get(_VARIABLES, current.view_args) or {}
         names, injected = [], {}
         for name, value in arguments.items():
@@ -138,7 +138,7 @@ def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body
             if current.mimetype == "multipart/form-data":
                 environ["CONTENT_TYPE"] = content_type
             if announced is None:
-                # Encoding the form again can lengthen the body. A Content-Length was checked above.
+                # A chunked body was not checked above, and encoding the form again can lengthen it.
                 snapshot.check_announced(body.size, limit)
             return body
         if cached is not None:
@@ -156,7 +156,8 @@ def _capture_body(current: Request, environ: dict[str, Any], limit: int) -> Body
         raise body_refusal(current, error) from None
     except OSError as error:
         logger.error(
-            "A request body could not be written to a temporary file: %s: %s",
+            "A request body could not be written to a temporary file, so no task was started: "
+            "%s: %s",
             type(error).__name__,
             error,
         )
@@ -172,7 +173,7 @@ def _is_used_up(stream: Any, announced: int | None) -> bool:
 
 
 def body_refusal(current: Request, error: HTTPException) -> RequestRefused | HTTPException:
-    """Convert a Werkzeug error about the body to a RequestRefused; return others unchanged."""
+    """Convert Werkzeug's errors about the body to RequestRefused; return others unchanged."""
     if isinstance(error, RequestEntityTooLarge):
         limit = f"{current.max_content_length} bytes, MAX_CONTENT_LENGTH"
         if current.max_content_length is None:
@@ -217,7 +218,7 @@ def _drop_names(environ: dict[str, Any], names: frozenset[str]) -> None:
     cookies = environ.pop("HTTP_COOKIE", None)
     if cookies is None:
         return
-    # Split at each semicolon, quoted or not, as Werkzeug does.
+    # Split the cookies at each semicolon, quoted or not, as Werkzeug does.
     kept = [
         cookie
         for cookie in cookies.split(";")

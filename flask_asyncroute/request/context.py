@@ -38,7 +38,7 @@ def in_app(app: Flask) -> Iterator[None]:
 
 @contextmanager
 def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
-    """Push a request's context again, without its body, to identify the caller."""
+    """Push an earlier request's context, without its body, to identify the caller again."""
     with app.request_context({**environ, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr}):
         yield
 
@@ -59,7 +59,7 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
     }
     if body is not None:
         environ["CONTENT_LENGTH"] = str(body.size)
-    # The app's session interface could open the user's live session.
+    # Do not use the app's session interface: it could open the user's live session.
     session = SecureCookieSession(_load_session(snapshot.session))
     context = _with_session(app, environ, session)
     context.push()
@@ -129,20 +129,20 @@ def _warn_once(subject: str, message: str, *arguments: Any) -> None:
 
 
 def _text(values: Mapping[Any, Any], name: Any) -> str | None:
-    """Return a value's stored form, for comparison. Comparing values such as arrays may fail."""
+    """Return a value's stored form. Stored forms are compared, because comparing arrays fails."""
     if name not in values:
         return None
     try:
         return _tagged.dumps(values[name])
-    except Exception:  # dumps() calls methods of the value
+    except Exception:  # dumps() calls methods of the value, which may fail
         return f"a {type(values[name])} that cannot be stored"
 
 
 def process_url(arguments: Mapping[str, Any]) -> None:
     """Call the app's `url_value_preprocessor` functions, as Flask does before a view.
 
-    These functions may store values for `url_for`. Their changes of ``arguments`` are undone in
-    ``view_args``.
+    The functions can store values for `url_for`. If they change ``arguments`` in ``view_args``, the
+    changes are undone.
     """
     processors = current_app.url_value_preprocessors
     if not processors:
@@ -159,8 +159,7 @@ def _pop(context: Any, ended: BaseException | None) -> None:
     try:
         context.pop(ended)
     except (Exception, SystemExit, BaseExceptionGroup):
-        # The app's teardown function raised an exception, in Flask 3.2 as a group. The task's
-        # outcome is already determined.
+        # The app's teardown function raised an exception, in Flask 3.2 as a group.
         task_id = current_task.id
         logger.exception(
             "A teardown function raised an exception after task %s, whose outcome is unchanged.",

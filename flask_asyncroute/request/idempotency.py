@@ -1,6 +1,4 @@
-"""The hash of an ``Idempotency-Key``, and the request's fingerprint, which shows whether the key is
-reused for another request.
-"""
+"""Hash an ``Idempotency-Key``; fingerprint its request, to detect other requests with it."""
 
 from __future__ import annotations
 
@@ -51,7 +49,7 @@ def key_name(current: Request, caller: Caller | None, secret: bytes) -> str:
 def fingerprint(
     current: Request, url: str, pieces: Iterable[bytes], boundary: bytes | None, secret: bytes
 ) -> str:
-    """Return a digest of the method, the URL with its raw query, and the body without
+    """Return a digest of the method, the URL with its raw query, and the body without the multipart
     ``boundary``.
     """
     digest = _digest(secret, [current.method, url, current.environ.get("QUERY_STRING", "")])
@@ -79,7 +77,7 @@ def _digest(secret: bytes, parts: list[str]) -> hmac.HMAC:
 
 
 def _without(pieces: Iterable[bytes], boundary: bytes) -> Iterable[bytes]:
-    """Remove the boundary, which may span two pieces."""
+    """Yield the pieces without the boundary, which may span two pieces."""
     rest = b""
     for piece in pieces:
         rest = (rest + piece).replace(boundary, b"")

@@ -20,8 +20,9 @@ def identify(
 ) -> Caller | None:
     """Return the caller of the current request; without a loader, Flask-Login's user.
 
-    :param is_start: whether the request starts a task. Otherwise, an invalid id returns None.
-    :raises CannotStart: if the identity's groups, roles, scopes or, at a start, id are invalid.
+    :param is_start: whether the request starts a task. If not, return None for an invalid id.
+    :raises CannotStart: if the identity's groups, roles or scopes are invalid, or, with
+        ``is_start``, its id.
     """
     if loader is not None:
         identity = loader()

@@ -31,7 +31,10 @@ ID_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}\Z")
 
 @dataclass
 class Intake:
-    """Holds a small body in ``captured``; the store closes a large ``body``."""
+    """A request that starts a task.
+
+    A small body is in ``captured``; a large one is in ``body``, which the store closes.
+    """
 
     route: Route
     current: Request
@@ -66,7 +69,7 @@ class Intake:
         return self.key
 
     def record(self, worker: str, config: Config) -> AsyncRouteTask:
-        """Return the new task's record. ``worker`` owns a task that no other process can run."""
+        """Return the new task's record. ``worker`` is its owner if no other process can run it."""
         options, current, delivery = self.route.options, self.current, self.delivery
         user = None if self.caller is None else self.caller.id
         has_permission = self.permission is not None
@@ -129,7 +132,7 @@ def permission_of(route: Route, caller: Caller | None) -> Permission | None:
     try:
         permission = option()
     except (RequestRefused, ClientDisconnected, RequestEntityTooLarge):
-        raise  # the function has read the invalid body
+        raise  # the permission function has read an invalid body
     except Exception as error:
         logger.exception(
             "The permission function of endpoint %s raised an exception. The request got 403.",
@@ -162,8 +165,8 @@ def _new_id(route: Route) -> str:
         raise CannotStart("The id generator of this route failed. No task was started.") from error
     if not isinstance(task_id, str) or not ID_PATTERN.match(task_id):
         raise CannotStart(
-            "The id generator of this route returned an invalid id; use 1 to 128 of A-Z a-z 0-9 . "
-            "_ ~ -. No task was started."
+            "The id generator of this route returned an invalid id; use 1 to 128 characters of "
+            "A-Z a-z 0-9 . _ ~ -. No task was started."
         ) from ValueError(f"it returned {task_id!r:.80}")
     return plain(task_id)
 

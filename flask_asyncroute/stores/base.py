@@ -2,8 +2,8 @@
 
 Methods are thread-safe unless noted. Each write to a task is one transaction, which increases the
 store's change number. Change numbers follow the commit order, with gaps. A method raises
-`StoreUnavailable` if the storage is unavailable, and `CommitUnknown` if the connection fails during
-a commit, which may have succeeded.
+`StoreUnavailable` if the storage is unavailable, and `CommitUnknown` if a commit may have succeeded
+although the connection failed.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ class Event:
     """A change of a task, for streams.
 
     ``task`` is the current record or, in a `STATE` event without ``data``, the record after the
-    change. It has no result.
+    change. The record has no result.
     """
 
     change: int  # only the latest progress has an event
     name: str  # `STATE`, `PROGRESS`, or a view event's name
     task: AsyncRouteTask
-    data: bytes | None = None  # JSON from the view, or of an earlier run's task
+    data: bytes | None = None  # JSON from the view, or of the task in an earlier run
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,10 @@ class Worker:
     """A worker process, as the store lists it."""
 
     name: str  # stored as ``owner`` of its tasks
-    place: str  # identifies its lock file, see `heartbeat`; empty: no file
+    place: str  # the name of its lock file, see `heartbeat`; empty: no file
     number: int  # the byte of that file that it locks
     process: str  # from its `process_lock.this_process()`
-    endpoints: frozenset[str]  # whose tasks it can run
+    endpoints: frozenset[str]  # the endpoints whose tasks it can run
     beat: int = 0  # number of heartbeats written
     views: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """From its `app_identity.views_of()`, by endpoint; empty if unknown."""
@@ -166,8 +166,8 @@ class TaskStore(ABC):
         """Move a task from NotStarted to Running, with this ``owner`` and a new epoch. Return None
         if it is not NotStarted.
 
-        StartingTime is the later of ``now_us`` and CreationTime. The timeout determines
-        ExpireTime.
+        StartingTime is the later of ``now_us`` and CreationTime. ExpireTime is StartingTime plus
+        the timeout.
         """
 
     @abstractmethod
@@ -179,9 +179,9 @@ class TaskStore(ABC):
         """If the task matches ``expect``, write ``values`` (by record field) and increment the
         revision.
 
-        Writing a terminal state removes the request and body, and makes the callback due. It
-        requires ``completed_us``, raised to StartingTime if earlier. Writing NotStarted begins a
-        new run; the previous run's states remain as events.
+        Writing a terminal state removes the request and body, and makes the callback due. Then
+        also pass ``completed_us``; it is raised to StartingTime if earlier. Writing NotStarted
+        begins a new run; the previous run's states remain as events.
 
         :return: the new record; None, with nothing written, if the task does not match.
         """
@@ -191,8 +191,8 @@ class TaskStore(ABC):
         """Store view events of the run with the expected epoch. Return their change numbers; None
         if the task does not match ``expect``.
 
-        Events with a stored number are skipped. The oldest events over :data:`MAX_EVENTS` may be
-        removed. The revision does not change.
+        Events whose number is already stored are skipped. If over :data:`MAX_EVENTS` are stored,
+        the oldest may be removed. The revision does not change.
 
         :param sent: at least one event, in order.
         """
@@ -239,7 +239,7 @@ class TaskStore(ABC):
         """Write a shared value, or remove it (None).
 
         :param version: the required current version (0: no such key); None: any version.
-        :return: whether the value was written or, for a removal, existed.
+        :return: whether a value was written or removed.
         """
 
     @abstractmethod
@@ -258,24 +258,24 @@ class SharedTaskStore(TaskStore):
         """Return the (id, endpoint) pairs of NotStarted tasks created before ``before_us``, oldest
         first.
 
-        Tasks created over :data:`AHEAD_US` after ``before_us`` are included, because the clock was
-        set back.
+        Tasks created over :data:`AHEAD_US` after ``before_us`` are included: the clock was set back
+        after their creation.
 
-        :param most: the maximum number of tasks per endpoint. Other endpoints are omitted.
+        :param most: the maximum number of tasks per endpoint. Endpoints without one are omitted.
         """
 
     @abstractmethod
     def news(self, since: int, worker: str | None = None) -> News:
         """Return the changes after the change number ``since``.
 
-        :param since: -1 to read only the newest number. If it is over the newest number, as after a
+        :param since: -1 to read only the newest number. If it exceeds the newest number, as after a
             restore of the database, all tasks are returned.
-        :param worker: return only what a worker with this name needs if nobody waits in its
-            process: stops of its tasks, and tasks that other workers have ended or taken over.
+        :param worker: return only what the worker of this name needs while no client waits in its
+            process: stops of its tasks, and its tasks that others have ended or taken over.
         """
 
     def keep_notifying(self, seconds: float) -> None:  # noqa: B027 - optional
-        """Send a notification for each later write of any process, for this time. At other times
+        """For ``seconds``, make each write of any process send a notification. At other times,
         stores may send notifications only for stops; see :meth:`listen`.
         """
 
@@ -309,8 +309,8 @@ class Listener(Protocol):
 class Workers(ABC):
     """Lists a namespace's workers and the tasks that they hold. Does not change tasks.
 
-    A worker *holds* the Running and Stopping tasks that it has claimed, and the NotStarted tasks
-    that only it can run.
+    A worker *holds* the tasks that it has claimed and whose code still runs, and the NotStarted
+    tasks that only it can run.
     """
 
     lock_path: Path
@@ -318,7 +318,7 @@ class Workers(ABC):
 
     @abstractmethod
     def enter(self, worker: Worker) -> None:
-        """Add a worker, replacing any of the same name."""
+        """Add a worker, replacing any worker of the same name."""
 
     @abstractmethod
     def beat(self, name: str) -> bool:
@@ -332,7 +332,7 @@ class Workers(ABC):
 
     @abstractmethod
     def leave(self, name: str) -> None:
-        """Remove a worker; release its callbacks for other workers."""
+        """Remove a worker; release its callbacks, so that others can send them."""
 
     @abstractmethod
     def owners(self) -> list[str]:

@@ -25,7 +25,6 @@ from .outbox import AT_ONCE, LONGEST_US, PER_HOST, Due, Outbox
 
 
 def check_setting(label: str, setting: str) -> None:
-    """Raise ConfigurationError if the URL is not exactly ``memory://``."""
     if setting != "memory://":
         raise ConfigurationError(f"{label} must be exactly 'memory://'; remove the rest.")
 
@@ -104,7 +103,7 @@ class MemoryTaskStore(TaskStore):
         self._change = 0
         self._secret = os.urandom(32)
         self.outbox: MemoryOutbox = MemoryOutbox(self)
-        # The bodies may be temporary files.
+        # Close the bodies, which may be temporary files.
         when_gone(self, _close_bodies, self._tasks)
 
     def open(self) -> None: ...

@@ -1,8 +1,8 @@
 """The interface of the outbox, which stores callbacks and assigns them to processes.
 
-A callback is stored and removed with its task. The transaction that ends the task makes it due. A
-claim does not expire; it ends when it is released, or its process shuts down or is detected as
-dead. Methods raise errors like `base.TaskStore`.
+A callback is stored and removed with its task. The transaction that ends the task makes the
+callback due. A claim does not expire. It ends when it is released, or when its process shuts down
+or is detected as dead. Methods raise the errors of `base.TaskStore`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..task import AsyncRouteTask
 AT_ONCE = 0
 """The due time of a callback that must be sent immediately, whatever the clock says."""
 LONGEST_US = 7_200_000_000
-"""A callback due later than this from now is due now: no retry waits this long, so the clock was
+"""A callback due more than this after now is due now: no retry waits this long, so the clock was
 set back.
 """
 PER_HOST = 2
@@ -28,7 +28,7 @@ PER_HOST = 2
 class Due:
     """A callback that a process has claimed.
 
-    :param attempts: since the last redelivery, if any.
+    :param attempts: their number since the last redelivery, if any.
     """
 
     task: AsyncRouteTask
@@ -49,21 +49,20 @@ class Outbox(ABC):
 
     @abstractmethod
     def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
-        """Claim up to ``limit`` due callbacks; return them with their tasks, earliest due first.
+        """Claim up to ``limit`` due callbacks for the process ``holder``, earliest due first.
 
-        All processes together hold at most :data:`PER_HOST` claims per host. NotStarted callbacks
-        become Running.
+        The limit :data:`PER_HOST` applies. NotStarted callbacks become Running.
         """
 
     @abstractmethod
     def settle(
         self, task_id: str, holder: str, state: str, due_us: int | None
     ) -> AsyncRouteTask | None:
-        """Record and count an attempt, and release the callback; return the new task record.
+        """Record and count a sending attempt, and release the callback; return the new task record.
 
         :param state: the callback's new state. A final state removes the stored headers.
         :param due_us: when the next attempt is due; None: never.
-        :return: None if the task was removed, or ``holder`` no longer holds the claim.
+        :return: None if the task was removed, or the claim of ``holder`` has ended.
         """
 
     @abstractmethod
@@ -79,6 +78,6 @@ class Outbox(ABC):
 
         A callback that is being sent is left unchanged.
 
-        :param headers: sent if the stored headers were removed.
+        :param headers: to send if the stored headers were removed.
         :return: None if no finished task has this id and a callback.
         """

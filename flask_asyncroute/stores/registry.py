@@ -1,4 +1,4 @@
-"""The kinds of store that ``ASYNCROUTE_STORE`` can name, one row each in :data:`KINDS`."""
+"""The kinds of store that ``ASYNCROUTE_STORE`` can name, in :data:`KINDS`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 StoreSetting: TypeAlias = "str | Engine | Callable[[], Engine]"
-"""The type of ``ASYNCROUTE_STORE``."""
 
 MEMORY = "memory://"
 _KEY = "ASYNCROUTE_STORE"
@@ -42,7 +41,7 @@ class StoreKind:
     :param is_file: whether its URL names a file; relative paths start at the instance folder.
     :param takes_engine: whether the setting may be an Engine, or a function that returns one.
     :param driver: the driver module, which the pip extra ``extra`` installs.
-    :param preload: further modules to import, which opens no connections or files.
+    :param preload: further modules to import. Importing them opens no connections or files.
     """
 
     name: str
@@ -118,7 +117,7 @@ def make_store(
     """Return an unopened store for a validated setting.
 
     :param folder: the base of relative file paths.
-    :raises ConfigurationError: if a function does not return a supported Engine.
+    :raises ConfigurationError: if the setting is a function and returns no supported Engine.
     """
     store: TaskStore = import_module(kind_of(setting).module).make_store(
         setting, folder, namespace, create_tables
@@ -141,6 +140,6 @@ def absolute(setting: str, folder: str) -> str:
 
 
 def modules_of(setting: StoreSetting) -> tuple[str, ...]:
-    """Return the modules that a store needs. Importing them opens no connections or files."""
+    """Return the modules that a store needs; see :class:`StoreKind`."""
     kind = kind_of(setting)
     return (kind.module, *kind.preload)

@@ -1,1 +1,1 @@
-"""The parts of a worker process: running tasks, maintenance, heartbeat, recovery and shutdown."""
+"""A worker process: running tasks, maintenance, heartbeat, recovery and shutdown."""

@@ -1,7 +1,7 @@
-"""Detects apps that share a namespace of a store, and so would run each other's tasks.
+"""Detects different apps that use the same namespace of a store: they would run each other's tasks.
 
-In one process, further use of the older app raises an error. Between processes, `recovery` only
-logs a warning, because a new release may have moved a view.
+In one process, using the older app raises an error. In different processes, `recovery` only logs
+a warning, because the apps may be two releases of one app.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def views_of(app: Flask, routes: Mapping[str, Route]) -> Views:
 
 
 def difference(ours: Views, theirs: Views) -> str | None:
-    """Describe the first difference between two apps; return None if they may be the same app.
+    """Describe the first difference between two apps; return None if they seem to be the same app.
 
-    Endpoints of only one app are ignored.
+    Endpoints that only one app has are ignored.
     """
     if not ours or not theirs:
         return None
@@ -70,10 +70,10 @@ def difference(ours: Views, theirs: Views) -> str | None:
 
 
 def supersede_others(runner: Runner) -> None:
-    """Register a runner with an open store, until :func:`leave`. Runners of other apps with the
-    same store and namespace then take no more tasks.
+    """Register a runner with an open store. Until its :func:`leave`, :func:`refuse_superseded`
+    raises an error for older runners of other apps with the same store and namespace.
     """
-    # Register first, so that two simultaneous runners are both refused.
+    # Register first: if two runners register at once, both are then refused.
     _opened[id(runner)] = runner
     # The secret identifies the store and the namespace.
     secret = runner.store.secret()
@@ -86,8 +86,8 @@ def refuse_superseded(runner: Runner) -> None:
     """Raise ConfigurationError if another app has opened the same namespace after this runner; the
     message names both apps and the key to change.
 
-    A test suite may use several apps in turn, even if a task or traceback keeps an earlier one
-    alive.
+    Only the older app is refused, so a test suite can use several apps in turn, even if older ones
+    stay alive.
     """
     if _successor(runner) is not None:
         # Free a newer app that only a reference cycle keeps alive.
@@ -102,7 +102,7 @@ def refuse_superseded(runner: Runner) -> None:
 
 
 def leave(runner: Runner) -> None:
-    """Unregister a runner that was closed, or belongs to the parent process."""
+    """Unregister a runner that was closed, or copied from the parent by a fork."""
     _opened.pop(id(runner), None)
 
 

@@ -76,7 +76,7 @@ class Heartbeat(Loop):
         self.wake()
 
     def assert_lock(self) -> None:
-        """Lock the file again: other code of this process that closes the file releases the
+        """Lock the file again, because other code of this process that closes the file releases the
         lock.
         """
         if self.lock_file is not None:

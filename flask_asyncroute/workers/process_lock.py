@@ -1,7 +1,7 @@
-"""Detects which workers of this host are running: each locks one byte of a shared file.
+"""Detects which workers of this host are running: each worker locks one byte of a shared file.
 
 The kernel releases such a lock when its process ends, and child processes do not inherit it.
-`heartbeat` holds this process's lock; `recovery` tests those of other processes.
+`heartbeat` holds this process's lock; `recovery` tests others.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class LockFile:
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
-        self.name = name  # unique, even if two hosts have different files at one path
+        self.name = name  # differs between two hosts with a file at the same path
         self.descriptor = descriptor
         self._lock = threading.Lock()
         self._held: set[int] = set()
 
     def hold(self, number: int) -> None:
-        """Lock a byte. Idempotent. Raises OSError if another process has locked the byte."""
+        """Lock a byte. Idempotent. Raises OSError if another process has locked it."""
         with self._lock:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
             self._held.add(number)
@@ -65,9 +65,9 @@ def new_number() -> int:
 
 
 def lock_file(path: Path) -> LockFile | None:
-    """Return the lock file at ``path``, which is created if it is missing. Return None on Windows.
+    """Return the lock file at ``path``; create a missing file. Return None on Windows.
 
-    :raises OSError: if the file cannot be created, or belongs to another user.
+    :raises OSError: if the file cannot be created, or if another user owns it.
     """
     if sys.platform == "win32":
         return None  # only heartbeats show which workers are alive
@@ -95,8 +95,8 @@ def this_process() -> str:
 
 
 def is_running(process: str) -> bool | None:
-    """Return whether a process from :func:`this_process` is running; None if it is not visible
-    here.
+    """Return whether the process with this value of :func:`this_process` is running; None if this
+    is unknown here.
     """
     namespace, _, rest = process.partition("/")
     pid, _, began = rest.partition("/")
@@ -130,7 +130,7 @@ def _open(path: Path) -> LockFile:
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         status = os.fstat(descriptor)
-        # In a shared folder, the file may belong to another user.
+        # In a shared folder, another user may own the file.
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise PermissionError(f"{path} is not a regular file of this user")
         fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, 0)

@@ -17,10 +17,10 @@ logger = logging.getLogger("flask_asyncroute")
 
 GAP_SECONDS = 15.0
 """After a gap this long between two checks, this process or the store was stalled, so missing
-heartbeats prove nothing. The gap exceeds a check of a slow store; it is shorter than the lease
-(``LEASE_SECONDS`` of `heartbeat`) by more than a heartbeat interval.
+heartbeats prove nothing. The gap is longer than a check of a slow store takes, and shorter than the
+lease (``LEASE_SECONDS`` of `heartbeat`) by more than a heartbeat interval.
 """
-CONFIRM_SECONDS = 0.4  # a lock may be released by accident for a shorter time
+CONFIRM_SECONDS = 0.4  # a lock may be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
 ROUTE_GONE = "Route gone"
 PAGE = 500
@@ -34,14 +34,14 @@ class Recovery:
     lifecycle: Lifecycle
     heartbeat: Heartbeat
     _beats: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Each worker's last heartbeat, and the monotonic time when it was first seen."""
+    """Each worker's last heartbeat, and the monotonic time when that heartbeat was first seen."""
     _free: dict[str, float] = field(default_factory=dict)
     """For each worker, the monotonic time since which every check found its lock free."""
     _differences: set[str] = field(default_factory=set)
     """Differences between apps already logged."""
     _checked_at: float = field(default_factory=lambda: time.monotonic())
     _unlisted: dict[str, float] = field(default_factory=dict)
-    """For each endpoint, the monotonic time since which no worker has it."""
+    """For each endpoint that no worker has, the monotonic time when this was first seen."""
 
     def recover_tasks(self) -> None:
         self.heartbeat.enter()
@@ -99,7 +99,7 @@ class Recovery:
         gone = [name for name, since in self._unlisted.items() if now - since >= ROUTE_GONE_SECONDS]
         if gone:
             logger.warning(
-                "These endpoints have not existed in any running worker for an hour: %s. Their "
+                "No running worker has had these endpoints for an hour: %s. Their "
                 "waiting tasks are aborted.",
                 ", ".join(gone),
             )
@@ -110,7 +110,7 @@ class Recovery:
                     self.lifecycle.abort(task, ROUTE_GONE)
 
     def _is_alive(self, worker: Worker, now: float) -> bool | None:
-        """Return whether another worker is alive; None if this is not known yet."""
+        """Return whether another worker is alive; None if it is too early to decide."""
         lock_file = self.heartbeat.lock_file
         if lock_file is not None and worker.place == lock_file.name:
             if lock_file.is_held(worker.number):

@@ -70,8 +70,11 @@ def run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
     try:
         _run(runner, executor, task_id)
     except TaskAborted:
-        # The outcome is already recorded, or another worker recovers the task.
-        logger.warning("Task %s was interrupted after its view had already ended.", task_id)
+        logger.warning(
+            "Task %s was interrupted after its view had ended. The result is stored, or another "
+            "worker recovers the task.",
+            task_id,
+        )
     except Exception as error:
         is_known = isinstance(error, AsyncRouteError)
         logger.error("Task %s could not be run: %s", task_id, error, exc_info=not is_known)

@@ -36,9 +36,9 @@ from .runner import Runner
 
 logger = logging.getLogger("flask_asyncroute")
 
-INTERRUPT_SECONDS = 0.2  # from the request to stop to the interruption of a run
-GRACE_SECONDS = 0.6  # for the remaining runs to stop after that request
-RECORD_SECONDS = 0.8  # for recording the remaining outcomes after that
+INTERRUPT_SECONDS = 0.2  # from asking a run to stop to interrupting it
+GRACE_SECONDS = 0.6  # for the remaining runs to stop after being asked
+RECORD_SECONDS = 0.8  # then, for recording the remaining outcomes
 MOST_NAMED = 20  # task ids in the log message about the exit
 
 _SIGNALS = [
@@ -47,8 +47,8 @@ _SIGNALS = [
     if (number := getattr(signal, name, None)) is not None
 ]
 _servers: list[weakref.ref[Any]] = []
-"""The servers found so far. Signal handlers show a server only until `_chained` replaces them or
-uvicorn restores older ones.
+"""The servers found so far, remembered because a server is found through its signal handlers, which
+`_chained` replaces and uvicorn uninstalls.
 """
 runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # to shut down when this process exits
 _began_at: float | None = None  # when the shutdown was first noticed (monotonic)
@@ -56,7 +56,7 @@ _began_at: float | None = None  # when the shutdown was first noticed (monotonic
 
 def is_server_ending() -> bool:
     """Return whether gunicorn (after a signal or ``max_requests``) or uvicorn is stopping this
-    process. The drain time begins at the first True.
+    process. The time ``ASYNCROUTE_DRAIN`` begins at the first True.
     """
     is_ending = any(
         not getattr(server, "alive", True) or getattr(server, "should_exit", False)
@@ -75,7 +75,7 @@ def restart_gunicorn_timeout() -> float:
     for server in _known_servers():
         settings = getattr(server, "cfg", None)
         if settings is not None and settings.timeout:
-            server.notify()  # half of it may have passed before the request began
+            server.notify()  # half of the timeout may have passed before the request began
             return float(settings.timeout)
     return math.inf
 
@@ -99,8 +99,9 @@ def notice(then: Callable[[], None]) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         logger.warning(
-            "async_routes.start() was not called in the main thread, so this process cannot notice "
-            "signals of its server: open waits and streams may delay its exit."
+            "async_routes.start() was not called in the main thread, so this process cannot detect "
+            "the signal to exit: open waits and streams may delay its exit. Call start() in the "
+            "main thread."
         )
         return
     if "uvicorn" in sys.modules and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -114,7 +115,7 @@ def notice(then: Callable[[], None]) -> None:
     for number in _SIGNALS:
         handler = signal.getsignal(number)
         # Servers that exit on KeyboardInterrupt, such as waitress and cheroot, would first wait for
-        # open requests.
+        # open requests; so replace their handler, too.
         is_interrupt = handler is signal.default_int_handler
         if callable(handler) and (is_interrupt or getattr(handler, "__self__", None) in servers):
             signal.signal(number, _chained(handler, then, handled))
@@ -127,8 +128,8 @@ def _chained(
 ) -> Callable[..., Any]:
     """Return a signal handler that runs ``then`` on a new thread and calls ``handler``.
 
-    A gunicorn worker's handler is called only once. After Ctrl-C, it would be called for SIGINT
-    from the terminal and SIGQUIT from the arbiter: the second call would wait for a lock that the
+    A gunicorn worker's handler is called only once. Otherwise Ctrl-C would call it for SIGINT from
+    the terminal and for SIGQUIT from the arbiter: the second call would wait for a lock that the
     first holds, or end the graceful shutdown. uvicorn's handler is called each time: a second
     Ctrl-C makes uvicorn end open requests.
     """
@@ -181,7 +182,7 @@ def shut_down(seconds: Mapping[Runner, float]) -> None:
             try:
                 execution.ask_to_stop(INTERRUPT_SECONDS)
             except Exception:
-                # The app's cancel function failed. The other runs must still be stopped.
+                # The app's cancel function failed. Continue, to stop the other runs.
                 logger.exception("Task %s could not be asked to stop.", execution.task_id)
         runner.maintenance.call(partial(_abort, runner))
     deadline = time.monotonic() + GRACE_SECONDS
@@ -194,8 +195,8 @@ def shut_down(seconds: Mapping[Runner, float]) -> None:
     if running or queued:
         with suppress(Exception):
             logger.info(
-                "At the exit of this process %d tasks had ended, %d were cut off (%s), and %d had "
-                "not started.",
+                "At the exit of this process %d tasks had ended, %d were aborted or requeued (%s), "
+                "and %d had not started.",
                 max(running - len(cut), 0), len(cut), ", ".join(cut[:MOST_NAMED]) or "none", queued,
             )  # fmt: skip
     deadline = time.monotonic() + RECORD_SECONDS
@@ -211,7 +212,7 @@ def _is_idle_by(runner: Runner, deadline: float) -> bool:
 
 
 def _unfinished(runner: Runner) -> list[Execution]:
-    """Return the runs whose code has not ended. The outcomes of the others are known."""
+    """Return the runs whose code has not ended."""
     runs = list(runner.dispatcher.running.values())
     return [execution for execution, _ in runs if not execution.is_over]
 
@@ -268,8 +269,8 @@ def _at_exit() -> None:
 
 
 def _before_joins() -> None:
-    """End waits and streams before Python joins threads, on which servers may handle requests. Exit
-    hooks run later.
+    """End waits and streams before Python joins threads, because servers may handle requests on
+    them. Exit hooks run later.
     """
     end_waits()
     if multiprocessing.parent_process() is not None:

@@ -68,8 +68,8 @@ def test_an_exit_names_the_tasks_that_it_cut_off(
     shutdown.shut_down({runtime_of(flow.app).runner: 0.05})
     first = "This process exits; it waits up to 0.1 s for 1 running tasks."
     last = (
-        f"At the exit of this process 0 tasks had ended, 1 were cut off ({task['Id']}), and 1 had "
-        "not started."
+        f"At the exit of this process 0 tasks had ended, 1 were aborted or requeued ({task['Id']}), "
+        "and 1 had not started."
     )
     assert [line for line in lines() if "exit" in line] == [first, last]
 

@@ -20,7 +20,7 @@ other versions are rejected; there are no upgrades.
 
 
 class Namespace:
-    """The key and secret of one namespace, which :meth:`open` sets. Thread-safe.
+    """Holds the key and secret of one namespace; :meth:`open` sets them. Thread-safe.
 
     :param may_create: whether to create missing tables (``ASYNCROUTE_CREATE_TABLES``).
     """

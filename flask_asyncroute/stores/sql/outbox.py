@@ -18,8 +18,6 @@ from .statements import DUE_PAGE, Statements
 
 
 class SQLOutbox(Outbox):
-    """Stores the callbacks of one namespace."""
-
     def __init__(self, database: Database, sql: Statements, namespace: Namespace) -> None:
         self._database = database
         self._sql = sql
@@ -62,8 +60,7 @@ class SQLOutbox(Outbox):
                     if len(claimed) < limit and held[row.host] < PER_HOST:
                         held[row.host] += 1
                         claimed.append(self._claim_one(cursor, row.task_id, holder))
-                # Callbacks to hosts at their limit may have filled the page; later ones may go to
-                # other hosts.
+                # Read another page: callbacks to hosts at their limit may have filled this one.
                 if len(rows) < DUE_PAGE or not before < len(claimed) < limit:
                     return claimed
 

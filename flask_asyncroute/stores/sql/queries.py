@@ -1,8 +1,8 @@
 """Composes list queries with SQLAlchemy. One statement applies the conditions, order, page and
-permissions. It searches one index range for each name that permits the caller to read.
+permissions. It searches one index range for each user, group, role or scope name of the caller.
 
 A statement depends on the shape of a query (its fields, operators and readers), not on its values.
-The last few hundred are cached.
+The last few hundred statements are cached.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..base import LARGE_RESULT, Readers
 from .tables import RECORD, grants, tasks
 
 MAX_RANGES = 40
-"""Maximum number of a caller's groups, roles and scopes with a range each. For more, one slower
+"""Up to this number, a caller's groups, roles and scopes have a range each. Beyond it, one slower
 range covers all of them.
 """
 
@@ -53,8 +53,8 @@ _LISTED: list[Any] = [
     _small_result if column.name == "result_json" else column for column in RECORD
 ]
 _IS_IN_NAMESPACE = tasks.c.namespace == bindparam("ns")
-# Beside a condition on the id: PostgreSQL cannot use an index that begins with the namespace for
-# it; see `tables`.
+# For queries with a condition on the id: `+ 0` keeps PostgreSQL from using an index that begins
+# with the namespace; see `tables`.
 _IS_ALSO_IN_NAMESPACE = tasks.c.namespace + _ZERO == bindparam("ns")
 
 
@@ -70,8 +70,8 @@ class Queries:
         self, conditions: Sequence[Condition], sort: Sort, position: Position | None,
         readers: Readers | None,
     ) -> tuple[str, bool]:  # fmt: skip
-        """Return the statement of a query, and whether it merges several index ranges. A statement
-        that merges ranges returns ids instead of records.
+        """Return the statement of a query, and whether it merges several index ranges. If so, it
+        returns ids instead of records.
         """
         shape = tuple((condition.field.name, condition.operator) for condition in conditions)
         is_after_missing = None if position is None else position.value is None

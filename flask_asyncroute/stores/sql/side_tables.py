@@ -58,7 +58,6 @@ def add_key(
 
 
 def write_value(cursor: Cursor, sql: Statements, new: dict[str, Any], version: int | None) -> bool:
-    """Write or remove a shared value; see `TaskStore.write_value`."""
     cursor.execute(sql.lock_namespace, new)
     present = cursor.execute(sql.get_value, new).fetchone()
     if version is not None and version != (0 if present is None else present.version):

@@ -1,4 +1,4 @@
-"""Stores the workers of one namespace. Changes of workers have no change numbers."""
+"""Stores the workers of one namespace. Writes to their rows have no change numbers."""
 
 from __future__ import annotations
 
