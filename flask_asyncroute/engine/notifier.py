@@ -242,7 +242,7 @@ class Notifier(Loop):
         self._add_own((task.change,))
 
     def _on_events_written(
-        self, sender: object, task_id: str, changes: range, **extra: Any
+        self, sender: object, task_id: str, changes: Iterable[int], **extra: Any
     ) -> None:
         self._notify(task_id)
         self._add_own(changes)
@@ -342,7 +342,7 @@ class Notifier(Loop):
                 when_gone(self, self._listener.close)
         if self._following:
             self._keep_notified(store)
-        if self._skip_own(store.newest()):
+        if self._skip_own(store.last_assigned()):
             return
         reads_all = self._following > 0
         changes = store.news(self._since, None if reads_all else self._worker)

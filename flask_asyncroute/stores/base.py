@@ -187,7 +187,9 @@ class TaskStore(ABC):
         """
 
     @abstractmethod
-    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> range | None:
+    def add_events(
+        self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]
+    ) -> Sequence[int] | None:
         """Store view events of the run with the expected epoch. Return their change numbers; None
         if the task does not match ``expect``.
 
@@ -273,6 +275,12 @@ class SharedTaskStore(TaskStore):
         :param worker: return only what the worker of this name needs while no client waits in its
             process: stops of its tasks, and its tasks that others have ended or taken over.
         """
+
+    def last_assigned(self) -> int:
+        """Return the highest change number that any process has assigned so far. Unlike
+        :meth:`newest`, this does not wait until the changes up to it are committed.
+        """
+        return self.newest()
 
     def keep_notifying(self, seconds: float) -> None:  # noqa: B027 - optional
         """For ``seconds``, make each write of any process send a notification. At other times,

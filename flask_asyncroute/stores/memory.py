@@ -179,7 +179,9 @@ class MemoryTaskStore(TaskStore):
                 values = {**values, "completed_us": max(values["completed_us"], start_us)}
             return self._write(entry, values)
 
-    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> range | None:
+    def add_events(
+        self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]
+    ) -> Sequence[int] | None:
         with self._lock:
             entry = self._expected(task_id, expect)
             if entry is None:

@@ -32,7 +32,9 @@ class EventLog:
         self._sql = sql
         self._namespace = namespace
 
-    def add(self, cursor: Cursor, task_id: str, epoch: int, sent: Sequence[ViewEvent]) -> range:
+    def add(
+        self, cursor: Cursor, task_id: str, epoch: int, sent: Sequence[ViewEvent]
+    ) -> Sequence[int]:
         """Add the new events of a run, each with its own change number, and remove the oldest if
         there are too many. Return the change numbers.
         """
@@ -45,10 +47,11 @@ class EventLog:
             stored = (last.epoch, last.number)
             sent = [event for event in sent if (epoch, event.number) > stored]
             if not sent:
-                return range(0)
+                return ()
         count = {"ns": ns, "count": len(sent)}
-        last_change = int(cursor.execute(self._sql.take_changes, count).fetchone().change)
-        changes = range(last_change - len(sent) + 1, last_change + 1)
+        changes = [row.change for row in cursor.execute(self._sql.take_changes, count).fetchall()]
+        if len(changes) < len(sent):  # SQLite returns only the last one
+            changes = list(range(changes[-1] - len(sent) + 1, changes[-1] + 1))
         for number, event in zip(changes, sent, strict=True):
             self._add(cursor, task_id, number, event, epoch)
         if sent[-1].number // TRIM_EVERY != (sent[0].number - 1) // TRIM_EVERY:
@@ -70,16 +73,15 @@ class EventLog:
         change = self.newest()
         statement = self._sql.events_since(task_id is not None, group is not None)
         values = {
-            "ns": self._namespace.key, "since": since, "limit": most, "task_id": task_id,
-            "group": group,
+            "ns": self._namespace.key, "since": since, "newest": change, "limit": most,
+            "task_id": task_id, "group": group,
         }  # fmt: skip
         found = [_event_of(row) for row in self._database.fetch_all(statement, values)]
         last = found[-1].change if found else 0
-        return Events(last if len(found) == most else max(change, last), found)
+        return Events(last if len(found) == most else change, found)
 
     def news(self, since: int, worker: str | None) -> News:
         """See `SharedTaskStore.news`."""
-        # Read this number before the tasks, so that the tasks include all changes up to it.
         change = self.newest()
         if change < since:
             # The database was restored or failed over to an older copy, so its change numbers went
@@ -88,19 +90,18 @@ class EventLog:
         if not 0 <= since < change:
             return News(change, ())
         values = {
-            "ns": self._namespace.key, "since": since, "limit": CHANGES_PAGE, "worker": worker,
+            "ns": self._namespace.key, "since": since, "newest": change, "limit": CHANGES_PAGE,
+            "worker": worker,
         }  # fmt: skip
         statement = self._sql.changed_tasks if worker is None else self._sql.ended_tasks
         tasks = [record_of(row) for row in self._database.fetch_all(statement, values)]
         sent: set[str] = set()
         if worker is None:
-            # Read the events after the tasks. By now, all changes before the last of these tasks
-            # have been committed.
             rows = self._database.fetch_all(self._sql.tasks_with_events, values)
             sent = {row.task_id for row in rows}
         if len(tasks) == CHANGES_PAGE:
             return News(tasks[-1].change, tasks, sent)
-        return News(max(change, tasks[-1].change if tasks else 0), tasks, sent)
+        return News(change, tasks, sent)
 
     def newest(self) -> int:
         """See `TaskStore.newest`."""

@@ -72,17 +72,29 @@ _IS_PLAIN = "permission_json IS NULL AND callback_json IS NULL AND body_size = 0
 """Matches tasks whose state one statement can change: no other table has rows that depend on it."""
 
 # Change numbers follow the commit order. SQLite allows one writer at a time, so the next number is
-# the highest number plus one. In PostgreSQL, a writer increments the number in the namespace's row,
-# which locks that row until the commit.
+# the highest number plus one.
+#
+# PostgreSQL commits several writes at once. Each takes its number from a sequence, after it has
+# locked the row of its task, and holds a shared lock of the namespace from before that until its
+# commit. Whoever reads first reads the last number, then acquires this lock exclusively for a
+# moment: then all writes up to this number are committed. So a write waits for other writes only
+# while somebody reads changes. To avoid deadlocks, the lock of the namespace always comes before
+# locks of rows.
 _HIGHEST = """max(change, coalesce(
     (SELECT max(change) FROM asyncroute_tasks WHERE namespace = :ns), 0))"""
-_LAST = f"[sqlite: {_HIGHEST}] [postgresql: change]"
+_LOCK_CLASS = 0x61737963
+"""The first key of the namespaces' advisory locks."""
+_NEXT_NUMBER = "nextval('asyncroute_namespaces_change_seq')"
+_LOCKED = f"""locked AS MATERIALIZED (
+    SELECT pg_advisory_xact_lock_shared({_LOCK_CLASS}, CAST(:ns AS INTEGER)))"""
 _NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 _NOTIFY = f"pg_notify('{CHANNEL}', CAST(key AS TEXT))"
 # A notification wakes all processes of the app, so most writes send one only if a process has asked
 # for it.
 _NOTIFY_IF_ASKED = f"CASE WHEN notify_until_us > {_NOW} THEN {_NOTIFY} END"
 _NEXT = "(SELECT change FROM counter)"
+# Another process may have changed the task after this statement began.
+_IF_LOCKED = "[postgresql: AND EXISTS (SELECT 1 FROM counter)]"
 
 
 def _counter(where: str = "", is_urgent: bool = False) -> str:
@@ -90,16 +102,27 @@ def _counter(where: str = "", is_urgent: bool = False) -> str:
     number from it.
 
     :param is_urgent: whether to send a notification even if no process has asked for it.
-    :param where: the condition of the statement. If no task meets it, PostgreSQL does not increment
-        the change number, lock the namespace or notify listeners.
+    :param where: the condition of the statement. If no task meets it, nothing is locked, and no
+        notification is sent.
     """
-    if_any = f"AND EXISTS (SELECT 1 FROM asyncroute_tasks WHERE {where})" if where else ""
     notify = _NOTIFY if is_urgent else _NOTIFY_IF_ASKED
+    found = f"""
+        , found AS MATERIALIZED (
+            SELECT id FROM asyncroute_tasks, locked WHERE {where} FOR UPDATE OF asyncroute_tasks)"""
     return f"""
-        WITH counter AS (
+        WITH [postgresql: {_LOCKED} {found if where else ""},]
+        counter AS [postgresql: MATERIALIZED] (
             [sqlite: SELECT {_HIGHEST} + 1 AS change FROM asyncroute_namespaces WHERE key = :ns]
-            [postgresql: UPDATE asyncroute_namespaces SET change = change + 1
-                WHERE key = :ns {if_any} RETURNING change, {notify}])"""
+            [postgresql: SELECT {_NEXT_NUMBER} AS change, {notify}
+                FROM asyncroute_namespaces, {"found" if where else "locked"} WHERE key = :ns])"""
+
+
+def _lock_task(columns: str, where: str) -> str:
+    """Return the statement that reads columns of a task, and locks it until the commit."""
+    return f"""
+        [postgresql: WITH {_LOCKED}]
+        SELECT {columns} FROM asyncroute_tasks [postgresql: , locked] WHERE {where}
+        [postgresql: FOR UPDATE OF asyncroute_tasks]"""
 
 
 def _claim(where: str) -> str:
@@ -110,7 +133,7 @@ def _claim(where: str) -> str:
             started_us = {started}, expires_us = {started} + timeout_us,
             revision = revision + 1, change = {_NEXT},
             waiting_change = coalesce(waiting_change, change), started_change = {_NEXT}
-        WHERE {where} RETURNING request, {RECORD}"""
+        WHERE {where} {_IF_LOCKED} RETURNING request, {RECORD}"""
 
 
 def _set_callback(state: str, attempts: str) -> str:
@@ -118,7 +141,7 @@ def _set_callback(state: str, attempts: str) -> str:
         {_counter(_IS_TASK)}
         UPDATE asyncroute_tasks SET callback_state = {state}, callback_attempts = {attempts},
             revision = revision + 1, change = {_NEXT}
-        WHERE {_IS_TASK} RETURNING {RECORD}"""
+        WHERE {_IS_TASK} {_IF_LOCKED} RETURNING {RECORD}"""
 
 
 def _as_expected(expect: Expect) -> str:
@@ -149,17 +172,35 @@ class Statements:
     add_namespace = """
         INSERT INTO asyncroute_namespaces (key, name, change, secret)
         VALUES (:key, :name, 0, :secret)"""
-    # Blocks other writers until the commit. SQLite has only one writer, so it needs no lock.
-    lock_namespace = """
-        SELECT key FROM asyncroute_namespaces WHERE key = :ns [postgresql: FOR UPDATE]"""
-    get_change = f"SELECT {_LAST} AS change FROM asyncroute_namespaces WHERE key = :ns"
+    # Blocks other transactions that execute this until the commit. SQLite has only one writer, so
+    # it needs no lock.
+    lock_namespace = f"""
+        [postgresql: WITH {_LOCKED}]
+        SELECT key FROM asyncroute_namespaces [postgresql: , locked] WHERE key = :ns
+        [postgresql: FOR UPDATE OF asyncroute_namespaces]"""
+    get_change = f"""
+        [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]
+        [postgresql:
+            WITH newest AS MATERIALIZED (
+                SELECT last_value AS change FROM asyncroute_namespaces_change_seq)
+            SELECT change, pg_advisory_xact_lock({_LOCK_CLASS}, CAST(:ns AS INTEGER))
+            FROM newest]"""
+    get_assigned_change = f"""
+        [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]
+        [postgresql: SELECT last_value AS change FROM asyncroute_namespaces_change_seq]"""
     take_changes = f"""
-        UPDATE asyncroute_namespaces SET change = {_LAST} + :count WHERE key = :ns
-        RETURNING change [postgresql: , {_NOTIFY_IF_ASKED}]"""
+        [sqlite: UPDATE asyncroute_namespaces SET change = {_HIGHEST} + :count WHERE key = :ns
+            RETURNING change]
+        [postgresql: SELECT {_NEXT_NUMBER} AS change, {_NOTIFY_IF_ASKED}
+            FROM asyncroute_namespaces, generate_series(1, CAST(:count AS INTEGER))
+            WHERE key = :ns]"""
+    """Execute this after `lock_task`. SQLite returns only the last number."""
     keep_notifying = f"""[postgresql: UPDATE asyncroute_namespaces
         SET notify_until_us = {_NOW} + :us WHERE key = :ns]"""
-    # Execute this before a task is removed, so that its change number is never assigned again.
-    skip_change = f"UPDATE asyncroute_namespaces SET change = {_LAST} + 1 WHERE key = :ns"
+    # Execute this before a task is removed, so that its change number is never assigned again. A
+    # sequence never does that.
+    skip_change = f"""[sqlite:
+        UPDATE asyncroute_namespaces SET change = {_HIGHEST} + 1 WHERE key = :ns]"""
 
     # --- Tasks
 
@@ -169,6 +210,7 @@ class Statements:
     add_task = f"{_counter()} {_new_task.replace(':change', _NEXT)}"
     get_task = f"SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_request = f"SELECT request, {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
+    get_locked_task = _lock_task(RECORD, _IS_TASK)
     claim_task = _claim(f"{_IS_TASK} AND {_STATE} = 'NotStarted'")
     claim_plain_task = _claim(f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND {_IS_PLAIN}")
     outlived_tasks = f"""
@@ -178,10 +220,11 @@ class Statements:
         ORDER BY outlived_us LIMIT :limit"""
     changed_tasks = f"""
         SELECT {RECORD} FROM asyncroute_tasks
-        WHERE namespace = :ns AND change > :since ORDER BY change LIMIT :limit"""
+        WHERE namespace = :ns AND change > :since AND change <= :newest
+        ORDER BY change LIMIT :limit"""
     ended_tasks = f"""
         SELECT {RECORD} FROM asyncroute_tasks
-        WHERE namespace = :ns AND change > :since
+        WHERE namespace = :ns AND change > :since AND change <= :newest
             AND (owner IS NULL OR owner != :worker OR stopping = 1)
             AND (completed_us IS NOT NULL OR epoch > CASE state WHEN 'NotStarted' THEN 0 ELSE 1 END)
         ORDER BY change LIMIT :limit"""
@@ -229,7 +272,8 @@ class Statements:
     delete_events = f"DELETE FROM asyncroute_events WHERE {_OF_TASK}"
     # With DISTINCT, SQLite would read all events of the namespace.
     tasks_with_events = """
-        SELECT task_id FROM asyncroute_events WHERE namespace = :ns AND change > :since"""
+        SELECT task_id FROM asyncroute_events
+        WHERE namespace = :ns AND change > :since AND change <= :newest"""
 
     # --- The outbox
 
@@ -331,6 +375,10 @@ class Statements:
         text = f"SELECT id FROM asyncroute_tasks WHERE {_as_expected(expect)}"
         return _in_dialect(self._dialect_name, text)
 
+    def lock_task(self, expect: Expect) -> str:
+        """Return the statement that finds a task if it matches ``expect``, and locks it."""
+        return _in_dialect(self._dialect_name, _lock_task("id", _as_expected(expect)))
+
     def waiting_tasks(self, endpoints: int) -> str:
         """Return the statement that finds the oldest waiting tasks of ``endpoints`` endpoints. It
         is a UNION of two SELECTs for each endpoint. Each SELECT reads one range of an index up to
@@ -375,7 +423,7 @@ class Statements:
                 WHERE {changed} AND state = 'Running' AND change != started_change)
             SELECT number, name, data, {_RECORD_WITHOUT_RESULT}
             FROM happened JOIN asyncroute_tasks ON id = task_id AND {_IN_NAMESPACE}
-            WHERE sse_group IS NOT NULL {"AND sse_group = :group" * of_group}
+            WHERE number <= :newest AND sse_group IS NOT NULL {"AND sse_group = :group" * of_group}
             ORDER BY number LIMIT :limit"""
         return _in_dialect(self._dialect_name, text)
 
@@ -396,7 +444,8 @@ def _update_task(dialect_name: str, fields: tuple[str, ...], where: str) -> str:
     elif "state" in fields:
         values.update(waiting_change="NULL", started_change="NULL")
     setting = ", ".join(f'"{name}" = {value}' for name, value in values.items())
-    text = f"UPDATE asyncroute_tasks SET {setting} WHERE {where} RETURNING {RECORD}"
+    text = f"""
+        UPDATE asyncroute_tasks SET {setting} WHERE {where} {_IF_LOCKED} RETURNING {RECORD}"""
     # These fields are written only when a task is stopped or begins again.
     is_urgent = "stopping" in fields or ("state" in fields and "completed_us" not in fields)
     return _in_dialect(dialect_name, f"{_counter(where, is_urgent)} {text}")

@@ -179,8 +179,7 @@ class SQLTaskStore(SharedTaskStore):
 
         def step(cursor: Cursor) -> AsyncRouteTask:
             if state is State.NOT_STARTED:
-                cursor.execute(sql.lock_namespace, which)
-                before = cursor.execute(sql.get_task, which).fetchone()
+                before = cursor.execute(sql.get_locked_task, which).fetchone()
                 if before is not None:
                     self._events.keep_states(cursor, record_of(before))
             row = cursor.execute(sql.update_task(fields, expect), parameters).fetchone()
@@ -196,12 +195,13 @@ class SQLTaskStore(SharedTaskStore):
 
         return self._unless_rolled_back(step)
 
-    def add_events(self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]) -> range | None:
+    def add_events(
+        self, task_id: str, expect: Expect, sent: Sequence[ViewEvent]
+    ) -> Sequence[int] | None:
         which = {**self._which(task_id), **expectation(expect)}
 
-        def add(cursor: Cursor) -> range | None:
-            cursor.execute(self._sql.lock_namespace, which)
-            if cursor.execute(self._sql.find_task(expect), which).fetchone() is None:
+        def add(cursor: Cursor) -> Sequence[int] | None:
+            if cursor.execute(self._sql.lock_task(expect), which).fetchone() is None:
                 return None
             return self._events.add(cursor, task_id, expect.epoch or 0, sent)
 
@@ -213,7 +213,8 @@ class SQLTaskStore(SharedTaskStore):
         which = {**self._which(task_id), **expectation(expect)}
 
         def delete(cursor: Cursor) -> bool:
-            cursor.execute(sql.skip_change, which)
+            if sql.skip_change:
+                cursor.execute(sql.skip_change, which)
             if cursor.execute(sql.delete_task(expect), which).rowcount == 0:
                 raise _RollBack
             for statement in (
@@ -280,6 +281,11 @@ class SQLTaskStore(SharedTaskStore):
     def newest(self) -> int:
         self.open()
         return self._events.newest()
+
+    def last_assigned(self) -> int:
+        self.open()
+        row = self._database.fetch_one(self._sql.get_assigned_change, {"ns": self._ns})
+        return int(row.change)
 
     def events(
         self, since: int, most: int, task_id: str | None = None, group: str | None = None

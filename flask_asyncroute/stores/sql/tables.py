@@ -16,6 +16,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     Float,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -56,7 +57,8 @@ namespaces = Table(
     metadata,
     Column("key", Integer, primary_key=True),
     Column("name", _text(255), nullable=False),
-    Column("change", BigInteger, nullable=False),
+    # On PostgreSQL, only the sequence of this column is used; see `statements`.
+    Column("change", BigInteger, Identity(), nullable=False),
     Column("notify_until_us", BigInteger, nullable=False, server_default="0"),
     Column("secret", LargeBinary, nullable=False),
     UniqueConstraint("name", name="asyncroute_namespace_name"),
