@@ -161,7 +161,7 @@ def _start(
     if vars(current).setdefault(_START, this) is not this:
         raise _call_error(view, "was called twice in one request; a request starts only one task")
     try:
-        task = runner.dispatcher.start(route, current, arguments)
+        task, is_replay = runner.dispatcher.start(route, current, arguments)
     except Exception:
         delattr(current, _START)  # nothing was stored, so a decorator may call again
         raise
@@ -173,6 +173,8 @@ def _start(
     headers = []
     if "get" in config.operations:
         headers.append(("Location", task_path(config, current.root_path, task.id)))
+    if is_replay:
+        headers.append(("Idempotency-Replayed", "true"))
     seconds = preferred_wait(current, config.max_wait)
     if seconds is None:
         return task_answer(task, runner.dispatcher.pace, media_type, status, headers)

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from flask import Flask, Request
 from werkzeug.exceptions import HTTPException
@@ -34,6 +34,14 @@ STOPPED = "Aborted by the user"
 TIMED_OUT = "Timeout"
 
 
+class Started(NamedTuple):
+    """The task of a start request."""
+
+    task: AsyncRouteTask
+    is_replay: bool
+    """Whether an earlier request with the same ``Idempotency-Key`` started the task."""
+
+
 @dataclass(eq=False)
 class Dispatcher:
     """Starts, stops and times out tasks of one app in this process. Thread-safe."""
@@ -54,7 +62,7 @@ class Dispatcher:
     def caller(self) -> Caller | None:
         return identify(self.app, self.identity_loader(), self.config.user_id_field)
 
-    def start(self, route: Route, current: Request, arguments: Mapping[str, Any]) -> AsyncRouteTask:
+    def start(self, route: Route, current: Request, arguments: Mapping[str, Any]) -> Started:
         """Create a task from the request ``current`` and submit it to the executor of ``route``.
 
         If the caller has used the ``Idempotency-Key`` before, return the earlier task.
@@ -88,7 +96,7 @@ class Dispatcher:
         try:
             if key_name is not None:
                 return self._submit_once(executor, intake, key_name)
-            return self._submit(executor, intake)
+            return Started(self._submit(executor, intake), is_replay=False)
         except BaseException:
             if body is not None:
                 body.close()
@@ -182,7 +190,7 @@ class Dispatcher:
             return 0 < execution.epoch <= task.epoch
         return task.owner != self.lifecycle.owner and task.epoch > execution.epoch
 
-    def _submit_once(self, executor: TaskExecutor, intake: Intake, name: str) -> AsyncRouteTask:
+    def _submit_once(self, executor: TaskExecutor, intake: Intake, name: str) -> Started:
         """Return the task that an earlier request started with this key, or start one."""
         key = intake.take_key(name, self.store.secret())
         task = self._started_with(key)
@@ -193,7 +201,7 @@ class Dispatcher:
             except HTTPException as error:
                 raise body_refusal(intake.current, error) from error
             try:
-                return self._submit(executor, intake)
+                return Started(self._submit(executor, intake), is_replay=False)
             except (errors.KeyTaken, errors.QueueFull) as error:
                 # A concurrent request with this key started its task first, perhaps in the
                 # last slot of the queue.
@@ -206,7 +214,7 @@ class Dispatcher:
                     ) from error
         if intake.body is not None:
             intake.body.close()
-        return task
+        return Started(task, is_replay=True)
 
     def _started_with(self, key: StartKey) -> AsyncRouteTask | None:
         found = self.store.started_with(key.name)

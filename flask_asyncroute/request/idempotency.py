@@ -21,28 +21,36 @@ _QUOTED = re.compile(r'"(?:[\x21\x23-\x5b\x5d-\x7e]|\\["\\])+"')
 _BARE = re.compile(r"[\x21\x23-\x2b\x2d-\x7e][\x21-\x2b\x2d-\x7e]*")
 _ESCAPED = re.compile(r'\\(["\\])')
 _MAX_LENGTH = 255
+_RANDOM_LENGTH = 22
+"""Minimum length of a key without credentials: that of 128 random bits in base64."""
 
 
 def key_name(current: Request, caller: Caller | None, secret: bytes) -> str:
     """Return the hash under which a request's idempotency key is stored.
 
-    Unknown callers are distinguished by their credentials. The namespace's ``secret`` prevents
-    readers of the store from guessing keys or credentials.
+    Unknown callers are distinguished by their credentials. Without credentials, the key itself
+    identifies the caller, so it must have at least 22 characters. The namespace's ``secret``
+    prevents readers of the store from guessing keys or credentials.
 
-    :raises InvalidRequest: if the key is malformed or sent twice, or if an unknown caller has no
-        credentials.
+    :raises InvalidRequest: if the key is malformed or sent twice, or too short for an unknown
+        caller without credentials.
     """
     key = _key(current.environ[HEADER])
     if caller is not None:
         scope = ["user", caller.id]
     else:
         credentials = [current.environ.get(f"HTTP_{k}", "") for k in ("AUTHORIZATION", "COOKIE")]
-        scope = ["sent", *credentials]
-        if not any(credentials):
+        if any(credentials):
+            scope = ["sent", *credentials]
+        elif len(key) >= _RANDOM_LENGTH:
+            scope = ["key"]
+        else:
             raise InvalidRequest(
-                "Idempotency-Key requires an identifiable caller. Sign in, send a Cookie or "
-                "Authorization header, or omit the key."
+                "Idempotency-Key is too short for a request without credentials; use a random key "
+                f"of at least {_RANDOM_LENGTH} characters, such as a UUID. To use a shorter key, "
+                "sign in, or send a Cookie or Authorization header."
             )
+    # The first item differs between users, credentials and neither, so their keys never match.
     return _digest(secret, [*scope, current.endpoint or "", key]).hexdigest()
 
 

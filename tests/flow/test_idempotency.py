@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Flask, request
+from flask import Flask, Response, request
 from werkzeug.test import TestResponse
 
 from flask_asyncroute import Access, AsyncRoute, Permission, task_created
@@ -23,6 +23,7 @@ from tests.support.waiting import eventually_true
 
 MakeFlow = Callable[..., Flow]
 ANNA = {"X-User": "anna"}
+RANDOM = "AAAAAAAAAAAAAAAAAAAAAQ"  # 16 bytes in base64
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 PARTS = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n--b--\r\n'
 
@@ -35,6 +36,18 @@ def send(
 
 
 def started(response: TestResponse, status: int = 202) -> str:
+    """Check that the request created a task; return its id."""
+    assert "Idempotency-Replayed" not in response.headers
+    return id_in(response, status)
+
+
+def replayed(response: TestResponse, status: int = 202) -> str:
+    """Check that the request got an existing task; return its id."""
+    assert response.headers.getlist("Idempotency-Replayed") == ["true"]
+    return id_in(response, status)
+
+
+def id_in(response: TestResponse, status: int) -> str:
     assert response.status_code == status, response.get_data(as_text=True)[:2000]
     task = loaded(response)
     assert response.headers["Location"] == f"/task/{task['Id']}"
@@ -65,13 +78,13 @@ def test_a_replay_gets_the_existing_task(
 
     first = started(send(flow, json={"a": 1}))
     unfinished = send(flow, json={"a": 1})
-    assert started(unfinished) == first
+    assert replayed(unfinished) == first
     assert 1 <= int(unfinished.headers["Retry-After"]) <= 60
     gate.set()
     flow.headers = ANNA
     assert flow.ended(first)["Result"] == "done"
     finished = send(flow, json={"a": 1})
-    assert started(finished, 200) == first
+    assert replayed(finished, 200) == first
     assert loaded(finished)["Result"] == "done"
     assert "Retry-After" not in finished.headers
     assert only_task(flow) == first
@@ -98,7 +111,7 @@ def test_a_replay_of_a_failed_or_aborted_task_gets_it(
     slow_id = started(send(flow, path="/slow"))
     flow.stop(slow_id)
     replay = send(flow, path="/slow")
-    assert (started(replay, 200), loaded(replay)["State"]) == (slow_id, "Aborted")
+    assert (replayed(replay, 200), loaded(replay)["State"]) == (slow_id, "Aborted")
 
 
 @pytest.mark.covers("A75")
@@ -109,7 +122,66 @@ def test_the_accepted_status_applies_to_replays(make_flow: MakeFlow, gate: threa
     def work() -> None:
         gate.wait(10)
 
-    assert started(send(flow), 200) == started(send(flow), 200)
+    assert started(send(flow), 200) == replayed(send(flow), 200)
+
+
+@pytest.mark.covers("A75")
+def test_a_replay_that_waits(flow: Flow, gate: threading.Event) -> None:
+    @flow.route()
+    def work() -> None:
+        gate.wait(10)
+
+    first = started(send(flow, headers={"Prefer": "wait=0"}))
+    at_timeout = send(flow, headers={"Prefer": "wait=1"})
+    assert at_timeout.headers["Preference-Applied"] == "wait=1"
+    assert replayed(at_timeout) == first
+    timer = threading.Timer(0.2, gate.set)
+    timer.start()
+    at_end = send(flow, headers={"Prefer": "wait=10"})
+    timer.join()
+    assert replayed(at_end, 200) == first
+    at_once = send(flow, headers={"Prefer": "wait=10"})
+    assert replayed(at_once, 200) == first
+
+
+@pytest.mark.covers("A75")
+@IN_MEMORY
+def test_a_first_start_that_waits_is_not_a_replay(flow: Flow) -> None:
+    @flow.route()
+    def work() -> None: ...
+
+    first = started(send(flow, headers={"Prefer": "wait=10"}), 200)
+    assert replayed(send(flow, headers={"Prefer": "wait=10"}), 200) == first
+
+
+@pytest.mark.covers("A75")
+@IN_MEMORY
+def test_after_request_functions_see_that_a_response_is_a_replay(
+    flow: Flow, gate: threading.Event
+) -> None:
+    seen: list[str | None] = []
+
+    @flow.app.after_request
+    def note(response: Response) -> Response:
+        seen.append(response.headers.get("Idempotency-Replayed"))
+        return response
+
+    @flow.route()
+    def work() -> None:
+        gate.wait(10)
+
+    for prefer in ("wait=0", "wait=1", "wait=0"):
+        send(flow, headers={"Prefer": prefer})
+    assert seen == [None, "true", "true"]
+
+
+@pytest.mark.covers("A75")
+@IN_MEMORY
+def test_a_repeated_start_without_a_key_is_not_a_replay(flow: Flow) -> None:
+    @flow.route()
+    def work() -> None: ...
+
+    assert started(flow.request("POST", "/work")) != started(flow.request("POST", "/work"))
 
 
 @pytest.mark.covers("A75")
@@ -118,7 +190,7 @@ def test_a_replay_on_an_immediate_route(flow: Flow) -> None:
     @flow.route(executor="immediate")
     def work() -> None: ...
 
-    assert started(send(flow)) == started(send(flow), 200)
+    assert started(send(flow)) == replayed(send(flow), 200)
 
 
 @pytest.mark.covers("A75")
@@ -150,9 +222,11 @@ def test_a_key_with_another_request_is_refused(
     flow.headers = ANNA
     flow.ended(task_id)
     for _ in range(2):
-        found = problem(send(flow, **second), 422, "key-reused")
+        reused = send(flow, **second)
+        found = problem(reused, 422, "key-reused")
         assert "Idempotency-Key" in found["detail"] and "Id" not in found
-        assert started(send(flow, **first), 200) == task_id
+        assert "Idempotency-Replayed" not in reused.headers
+        assert replayed(send(flow, **first), 200) == task_id
     assert only_task(flow) == task_id
 
 
@@ -193,14 +267,77 @@ def test_an_anonymous_caller_is_identified_by_its_credentials(flow: Flow, header
 
 
 @pytest.mark.covers("A75")
-@IN_MEMORY
-def test_a_key_without_user_and_credentials_is_refused(flow: Flow) -> None:
+def test_a_long_key_identifies_a_request_without_credentials(flow: Flow) -> None:
     @flow.route()
     def work() -> None: ...
 
-    problem(
-        flow.request("POST", "/work", headers={"Idempotency-Key": "key"}), 400, "invalid-request"
-    )
+    @flow.route("/other")
+    def other() -> None: ...
+
+    def sent(path: str = "/work", **values: Any) -> TestResponse:
+        headers = {"Idempotency-Key": RANDOM, **values.pop("headers", {})}
+        return flow.app.test_client(use_cookies=False).post(path, headers=headers, **values)
+
+    first = started(sent())
+    flow.ended(first)
+    for key in (RANDOM, f'"{RANDOM}"'):
+        assert replayed(sent(headers={"Idempotency-Key": key}), 200) == first
+    problem(sent(json=1), 422, "key-reused")
+    problem(sent("/work?a=1"), 422, "key-reused")
+    # The same key of other callers, of another route, and a different key.
+    others = [
+        started(sent(headers=ANNA)),
+        started(sent(headers={"Cookie": "a=1"})),
+        started(sent(headers={"Authorization": "Bearer a"})),
+        started(sent("/other")),
+        started(sent(headers={"Idempotency-Key": "B" + RANDOM[1:]})),
+    ]
+    assert len({first, *others}) == 6
+    assert replayed(sent(), 200) == first
+    flow.headers = ANNA
+    for task_id in others:
+        flow.ended(task_id)
+    assert replayed(sent(headers=ANNA), 200) == others[0]
+
+
+@pytest.mark.covers("A75")
+@IN_MEMORY
+@pytest.mark.parametrize("key", ["key", RANDOM[1:], f'"{RANDOM[1:]}"', '"' + r"\"" * 21 + '"'])
+def test_a_short_key_without_user_and_credentials_is_refused(flow: Flow, key: str) -> None:
+    @flow.route()
+    def work() -> None: ...
+
+    response = flow.request("POST", "/work", headers={"Idempotency-Key": key})
+    found = problem(response, 400, "invalid-request")
+    assert "random key of at least 22 characters, such as a UUID" in found["detail"]
+    assert "Cookie or Authorization" in found["detail"]
+    assert "Idempotency-Replayed" not in response.headers
+    assert flow.query() == []
+
+
+@pytest.mark.covers("A75")
+@IN_MEMORY
+def test_a_key_is_checked_before_the_permission(flow: Flow) -> None:
+    @flow.route(permission=Permission())
+    def work() -> None: ...
+
+    for key, status, slug in (("key", 400, "invalid-request"), (RANDOM, 401, "not-authenticated")):
+        response = flow.request("POST", "/work", headers={"Idempotency-Key": key})
+        problem(response, status, slug)
+
+
+@pytest.mark.covers("A75")
+@IN_MEMORY
+@pytest.mark.parametrize("key", ["key", RANDOM, "a, a"])
+def test_options_ignores_the_key(flow: Flow, key: str) -> None:
+    @flow.app.route("/work", methods=["POST", "OPTIONS"])
+    @flow.async_routes.task
+    def work() -> None: ...
+
+    for _ in range(2):
+        response = flow.request("OPTIONS", "/work", headers={"Idempotency-Key": key})
+        assert (response.status_code, response.data) == (200, b"")
+        assert "Idempotency-Replayed" not in response.headers
     assert flow.query() == []
 
 
@@ -289,7 +426,7 @@ def test_a_refused_start_releases_its_key(flow: Flow) -> None:
     # The permission function is not called for a replay; it would raise an IndexError.
     flow.headers = ANNA
     flow.ended(first)
-    assert started(send(flow, json=2), 200) == first
+    assert replayed(send(flow, json=2), 200) == first
 
 
 # -- requirements of a replay
@@ -308,7 +445,7 @@ def test_a_replay_needs_no_slot_and_no_quota(
 
     first = started(send(flow))
     problem(send(flow, "another", headers={"X-User": "ben"}), 503, "queue-full")
-    assert started(send(flow)) == first
+    assert replayed(send(flow)) == first
 
 
 @pytest.mark.covers("A75")
@@ -329,7 +466,7 @@ def test_a_permission_function_can_read_the_body(flow: Flow, kind: str, size: in
     first = started(send(flow, json=document))
     flow.headers = ANNA
     assert flow.ended(first)["Result"] == size
-    assert started(send(flow, json=document), 200) == first
+    assert replayed(send(flow, json=document), 200) == first
     assert [len(text) for text in read] == ([size] if kind == "callable" else [])
 
 
@@ -355,7 +492,7 @@ def test_a_form_parsed_by_a_permission_function_counts_as_the_same_body(
     first = started(send(flow, data=body, headers=FORM))
     flow.headers = ANNA
     assert flow.ended(first)["Result"] == ["1", size]
-    assert started(send(flow, data=body, headers=FORM), 200) == first
+    assert replayed(send(flow, data=body, headers=FORM), 200) == first
     problem(send(flow, data=body + b" ", headers=FORM), 422, "key-reused")
 
 
@@ -379,8 +516,8 @@ def test_a_chunked_body_counts_as_the_same_body(flow: Flow, size: int) -> None:
     first = started(chunked(b"y" * size))
     flow.headers = ANNA
     assert flow.ended(first)["Result"] == size
-    assert started(chunked(b"y" * size), 200) == first
-    assert started(send(flow, data=b"y" * size), 200) == first
+    assert replayed(chunked(b"y" * size), 200) == first
+    assert replayed(send(flow, data=b"y" * size), 200) == first
     problem(chunked(b"y" * (size - 1)), 422, "key-reused")
 
 
@@ -400,7 +537,7 @@ def test_a_form_parsed_by_a_hook_counts_as_the_same_body(flow: Flow, size: int) 
     first = started(send(flow, data=form(b"y" * size)))
     flow.headers = ANNA
     assert flow.ended(first)["Result"] == size
-    assert started(send(flow, data=form(b"y" * size)), 200) == first
+    assert replayed(send(flow, data=form(b"y" * size)), 200) == first
     problem(send(flow, data=form(b"z" * size)), 422, "key-reused")
 
 
@@ -468,6 +605,8 @@ def test_sixteen_concurrent_starts_create_one_task_and_one_run(
         answers = sixteen_starts(two_flows, f"key{number}")
         assert [answer.status_code for answer in answers] == [202] * 16
         assert len({answer.get_json()["Id"] for answer in answers}) == 1
+        replays = [answer.headers.get("Idempotency-Replayed") for answer in answers]
+        assert sorted(replays, key=str) == [None] + ["true"] * 15
     flow = two_flows[0]
     flow.headers = ANNA
     gate.set()
@@ -549,4 +688,4 @@ def test_the_last_slot_may_be_taken_by_the_same_start(
         reserve()
 
     monkeypatch.setattr(executor, "reserve", reserve_after_another)
-    assert [started(send(flow))] == firsts
+    assert [replayed(send(flow))] == firsts

@@ -11,7 +11,8 @@ from flask_cors import CORS, cross_origin
 from tests.support.flow import Flow, path_of
 
 ORIGIN = {"Origin": "https://front.example"}
-EXPOSED = ["Location", "Retry-After", "ETag", "Link"]
+EXPOSED = ["Location", "Retry-After", "ETag", "Link", "Idempotency-Replayed"]
+KEY = {"Idempotency-Key": "AAAAAAAAAAAAAAAAAAAAAQ"}
 PREFLIGHT = {
     **ORIGIN,
     "Access-Control-Request-Method": "POST",
@@ -69,6 +70,8 @@ def test_scripts_may_read_every_answer_and_its_headers(cors_flow: Flow) -> None:
     cors_flow.run()
     answers: dict[str, tuple[str, str, dict[str, Any], int]] = {
         "start": ("POST", "/work", {}, 202),
+        "start with a key": ("POST", "/work", {"headers": KEY}, 202),
+        "replay": ("POST", "/work", {"headers": {**KEY, "Prefer": "wait=5"}}, 200),
         "start that waits": ("POST", "/work", {"headers": {"Prefer": "wait=5"}}, 200),
         "get": ("GET", path, {}, 200),
         "not modified": ("GET", path, {"headers": {"If-None-Match": etag}}, 304),
@@ -86,6 +89,7 @@ def test_scripts_may_read_every_answer_and_its_headers(cors_flow: Flow) -> None:
         assert response.headers["Access-Control-Allow-Credentials"] == "true", name
         exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
         assert sorted(exposed) == sorted(EXPOSED), name
+        assert ("Idempotency-Replayed" in response.headers) == (name == "replay"), name
         assert "Accept" in response.headers["Vary"] and "Cookie" in response.headers["Vary"], name
 
 

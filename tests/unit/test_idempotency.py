@@ -18,6 +18,7 @@ ANNA = Caller("anna", frozenset(), frozenset(), frozenset())
 BEN = Caller("ben", frozenset(), frozenset(), frozenset())
 URL = "http://localhost/work"
 VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
+UNQUOTED = VISIBLE.replace('"', "").replace(",", "")
 
 app = Flask(__name__)
 app.add_url_rule("/work", "work", lambda: "", methods=["POST", "PUT"])
@@ -85,11 +86,56 @@ def test_a_key_name_depends_on_caller_route_and_store() -> None:
     assert named("k", None, **sent) == named("k", None, **sent)
 
 
+NO_CREDENTIALS: list[dict[str, str]] = [{}, {"HTTP_COOKIE": "", "HTTP_AUTHORIZATION": ""}]
+
+
 @pytest.mark.covers("A75")
-@pytest.mark.parametrize("sent", [{}, {"HTTP_COOKIE": "", "HTTP_AUTHORIZATION": ""}])
-def test_a_key_without_credentials_is_refused(sent: dict[str, str]) -> None:
-    with pytest.raises(InvalidRequest, match="requires an identifiable caller"):
-        named("k", None, **sent)
+@pytest.mark.parametrize("sent", NO_CREDENTIALS)
+@pytest.mark.parametrize("key", ["k", "x" * 21, '"' + "x" * 21 + '"', '"' + r"\"" * 21 + '"'])
+def test_a_short_key_without_credentials_is_refused(key: str, sent: dict[str, str]) -> None:
+    with pytest.raises(
+        InvalidRequest, match="random key of at least 22 characters, such as a UUID"
+    ):
+        named(key, None, **sent)
+    assert named(key, ANNA, **sent) and named(key, None, HTTP_COOKIE="a=1")
+
+
+@pytest.mark.covers("A75")
+@pytest.mark.parametrize("sent", NO_CREDENTIALS)
+@pytest.mark.parametrize(
+    "key",
+    ["tW3bY0b0pY4mH_6oQ-2k1A", "8e03978e-40d5-43de-bc93-6894a57f9324", "x" * 22, "x" * 255],
+)
+def test_a_long_key_without_credentials_is_accepted(key: str, sent: dict[str, str]) -> None:
+    assert named(key, None, **sent) == named(f'"{key}"', None)
+    assert named(key, None) != named(key + "x" if len(key) < 255 else key[1:], None)
+    assert named(key, None) != named(key, None, "/other")
+    assert named(key, None) != named(key, None, secret=b"t" * 32)
+
+
+@pytest.mark.covers("A75")
+def test_the_length_of_a_quoted_key_excludes_quotes_and_escapes() -> None:
+    assert named('"' + r"\"" * 22 + '"', None)
+    with pytest.raises(InvalidRequest, match="at least 22 characters"):
+        named('"' + r"\\" * 21 + '"', None)
+
+
+@pytest.mark.covers("A75")
+@given(
+    st.text(UNQUOTED, min_size=22, max_size=40),
+    st.text(min_size=1, max_size=9) | st.sampled_from(["", "user", "sent", "key", "work"]),
+)
+def test_a_key_without_credentials_never_has_the_name_of_another_caller(
+    key: str, value: str
+) -> None:
+    names = [named(key, None), named(key, Caller(value, frozenset(), frozenset(), frozenset()))]
+    if value:
+        names += [
+            named(key, None, HTTP_COOKIE=value),
+            named(key, None, HTTP_AUTHORIZATION=value),
+            named(key, None, HTTP_COOKIE=value, HTTP_AUTHORIZATION=value),
+        ]
+    assert len(set(names)) == len(names)
 
 
 def fingerprint_of(

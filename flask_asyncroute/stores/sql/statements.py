@@ -84,6 +84,9 @@ _HIGHEST = """max(change, coalesce(
     (SELECT max(change) FROM asyncroute_tasks WHERE namespace = :ns), 0))"""
 _LOCK_CLASS = 0x61737963
 """The first key of the namespaces' advisory locks."""
+_LAST_NUMBER = """
+    SELECT last_value - CASE WHEN is_called THEN 0 ELSE 1 END AS change
+    FROM asyncroute_namespaces_change_seq"""
 _NEXT_NUMBER = "nextval('asyncroute_namespaces_change_seq')"
 _LOCKED = f"""locked AS MATERIALIZED (
     SELECT pg_advisory_xact_lock_shared({_LOCK_CLASS}, CAST(:ns AS INTEGER)))"""
@@ -181,13 +184,12 @@ class Statements:
     get_change = f"""
         [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]
         [postgresql:
-            WITH newest AS MATERIALIZED (
-                SELECT last_value AS change FROM asyncroute_namespaces_change_seq)
+            WITH newest AS MATERIALIZED ({_LAST_NUMBER})
             SELECT change, pg_advisory_xact_lock({_LOCK_CLASS}, CAST(:ns AS INTEGER))
             FROM newest]"""
     get_assigned_change = f"""
         [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]
-        [postgresql: SELECT last_value AS change FROM asyncroute_namespaces_change_seq]"""
+        [postgresql: {_LAST_NUMBER}]"""
     take_changes = f"""
         [sqlite: UPDATE asyncroute_namespaces SET change = {_HIGHEST} + :count WHERE key = :ns
             RETURNING change]
@@ -197,10 +199,10 @@ class Statements:
     """Execute this after `lock_task`. SQLite returns only the last number."""
     keep_notifying = f"""[postgresql: UPDATE asyncroute_namespaces
         SET notify_until_us = {_NOW} + :us WHERE key = :ns]"""
-    # Execute this before a task is removed, so that its change number is never assigned again. A
-    # sequence never does that.
-    skip_change = f"""[sqlite:
-        UPDATE asyncroute_namespaces SET change = {_HIGHEST} + 1 WHERE key = :ns]"""
+    # Execute this before a task is removed, so that its change number is never assigned again.
+    skip_change = f"""
+        [sqlite: UPDATE asyncroute_namespaces SET change = {_HIGHEST} + 1 WHERE key = :ns]
+        [postgresql: SELECT {_NEXT_NUMBER}]"""
 
     # --- Tasks
 

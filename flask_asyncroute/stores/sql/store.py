@@ -213,8 +213,7 @@ class SQLTaskStore(SharedTaskStore):
         which = {**self._which(task_id), **expectation(expect)}
 
         def delete(cursor: Cursor) -> bool:
-            if sql.skip_change:
-                cursor.execute(sql.skip_change, which)
+            cursor.execute(sql.skip_change, which)
             if cursor.execute(sql.delete_task(expect), which).rowcount == 0:
                 raise _RollBack
             for statement in (

@@ -137,7 +137,7 @@ def create_app(folder: str) -> Flask:
         storage_uri="memory://",
         headers_enabled=True,
     )
-    exposed = ["Location", "Retry-After", "ETag", "Link"]
+    exposed = ["Location", "Retry-After", "ETag", "Link", "Idempotency-Replayed"]
     CORS(app, origins=[ORIGIN], expose_headers=exposed, supports_credentials=True)
     Compress(app)
     cache = Cache(app)
