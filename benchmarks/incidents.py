@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 
-from .served import Connection, Event, Journal, Server, running, wait_until
+from .hotpath import wait_until
+from .served import POLL, Connection, Event, Journal, Server, running
 
 PAUSE = 0.05, 0.25
 """Seconds before each measured request. A random time, because some stops wait for a poll of the
@@ -121,7 +122,7 @@ def _kill(
     server.gate.touch()
     _wait_for(server.journal, "end", lost | others)
     for task_id in lost | others:
-        wait_until(partial(_has_ended, survivor, task_id), "The end of a task")
+        wait_until(partial(_has_ended, survivor, task_id), "The end of a task", POLL)
     found.ended.append(time.monotonic() - killed_at)
     begun = _wait_for(server.journal, "begin", lost)
     for task_id in lost:
@@ -154,5 +155,5 @@ def _wait_for(journal: Journal, what: str, ids: set[str]) -> dict[str, Event]:
         found.update({event.task_id: event for event in events if event.task_id in ids})
         return len(found) == len(ids)
 
-    wait_until(have_all, f'The event "{what}" of {len(ids)} tasks')
+    wait_until(have_all, f'The event "{what}" of {len(ids)} tasks', POLL)
     return found

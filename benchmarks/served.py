@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -26,11 +26,13 @@ from sqlalchemy.pool import NullPool
 
 from flask_asyncroute import AsyncRoute, TaskAborted, current_task
 
+from .hotpath import PATIENCE, wait_until
 from .peers.processes import Process, free_port
 
 WORKERS = 2
 THREADS = 4
-PATIENCE = 30.0
+POLL = 0.002
+"""Seconds between two checks of the journal, or of a task, by the client."""
 POSTGRESQL = "TEST_POSTGRESQL_URL"
 """Environment variable with the URL of a PostgreSQL server whose user may create databases."""
 DEFAULT_POSTGRESQL = "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"
@@ -39,13 +41,18 @@ WORK_SECONDS = 0.2
 GATE_SECONDS = 0.02
 """Seconds between two checks of the gate."""
 STOPPED = {
-    "Id": "f3b0c442-98fc-4c14-9afb-f4c8996fb924", "AsyncRouteId": "[Put]/endless",
-    "State": "Aborted", "Cancellable": True, "CreationTime": "2026-01-01T00:00:00.000000Z",
-    "StartingTime": "2026-01-01T00:00:00.000100Z", "CompletedTime": "2026-01-01T00:00:01.000000Z",
-    "ExpireTime": "2026-01-01T10:00:00.000100Z", "IsCompleted": True, "Stopping": True,
-    "Progress": 0, "Error": "Stopped",
+    "Id": "cacf8d5b-99db-4fd1-a911-f5869807a618", "AsyncRouteId": "[Put]/endless",
+    "State": "Aborted", "IsCompleted": True, "Cancellable": True,
+    "CreationTime": "2026-01-01T00:00:00.000000Z", "StartingTime": "2026-01-01T00:00:00.003000Z",
+    "CompletedTime": "2026-01-01T00:00:00.300000Z", "ExpireTime": "2026-01-01T10:00:00.003000Z",
+    "Error": "Aborted by the user", "Stopping": True, "Url": "http://127.0.0.1:50000/endless",
+    "Method": "PUT",
+    "Sse": {
+        "Group": "/endless", "Url": "/task/cacf8d5b-99db-4fd1-a911-f5869807a618/events",
+        "SendResult": False,
+    },
 }  # fmt: skip
-"""The response of the plain view, as long as that of a stop."""
+"""The response of the plain view: that of a stop."""
 
 async_routes = AsyncRoute()
 
@@ -225,7 +232,7 @@ class Server:
         """Yield one connection to each worker, and close them at the end."""
         found: dict[int, Connection] = {}
         try:
-            wait_until(lambda: self._connect(found), "A connection to each worker")
+            wait_until(lambda: self._connect(found), "A connection to each worker", POLL)
             yield list(found.values())
         finally:
             for connection in found.values():
@@ -242,18 +249,6 @@ class Server:
         if found.setdefault(connection.pid, connection) is not connection:
             connection.close()
         return len(found) == WORKERS
-
-
-def wait_until(condition: Callable[[], bool], what: str, interval: float = 0.002) -> None:
-    """Check a condition until it is true.
-
-    :raises TimeoutError: after ``PATIENCE`` seconds.
-    """
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} took over {PATIENCE:g} s.")
-        time.sleep(interval)
 
 
 @contextmanager
