@@ -62,7 +62,7 @@ check: .venv/.made  ## check style, types, the order of the modules, and that th
 docs: .venv/.made  ## build the documentation in docs/_build/html
 	.venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
 
-bench: .venv/.made  ## measure what a start and a get cost, compared with a plain view
+bench: .venv/.made  ## measure requests beside a plain view, lists, stops and killed workers (takes about 4 minutes)
 	.venv/bin/python -m benchmarks $(ARGS)
 
 .PHONY: peers

@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import signal
 import sqlite3
+import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
-from . import hotpath, queries
+from . import hotpath, incidents, queries, served
+
+PARTS = ("calls", "lists", "stops", "kills")
 
 
 def main() -> None:
     """Parse the command line, run the benchmarks and print the results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--rounds", type=int, default=2000, help="calls of each kind (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--stored",
-        type=int,
-        default=100_000,
-        metavar="TASKS",
-        help="stored tasks when lists are measured (default: %(default)s)",
-    )
-    options = parser.parse_args()
+    options = parse_options()
+    # Without a handler, SIGTERM ends this process before it has killed its servers.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     print(
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, "
-        f"{platform.machine()}; {options.rounds} rounds"
+        f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}",
+        flush=True,
     )
-    print_hot_path(options.rounds)
-    print_queries(options.stored)
+    if "calls" in options.only:
+        print_hot_path(options.rounds)
+    if "stops" in options.only:
+        print_stops(options.stops)
+    if "kills" in options.only:
+        print_recoveries(options.running, options.kills)
+    if "lists" in options.only:
+        for count in options.stored:
+            print_queries(count)
+
+
+def parse_options() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)"
+    )
+    numbers = [
+        ("--rounds", 2000, "CALLS", "calls of each kind"),
+        ("--stops", 30, "STOPS", "stops by the same worker and by another"),
+        ("--kills", 5, "KILLS", "kills of a worker"),
+        ("--running", 20, "TASKS", "tasks that run in a killed worker"),
+    ]
+    for name, default, unit, meaning in numbers:
+        parser.add_argument(
+            name, type=int, default=default, metavar=unit, help=f"{meaning} (default: {default})"
+        )
+    parser.add_argument(
+        "--stored", type=int, nargs="+", default=[100_000, 1_000_000], metavar="TASKS",
+        help="stored tasks when lists are measured (default: 100000 1000000)",
+    )  # fmt: skip
+    return parser.parse_args()
 
 
 def print_hot_path(rounds: int) -> None:
@@ -52,6 +80,36 @@ def print_hot_path(rounds: int) -> None:
                 print(f"  {store:8} {hotpath.tasks_per_second(bench, store, rounds):8.0f}")
         finally:
             bench.close()
+
+
+def print_stops(rounds: int) -> None:
+    """Print the times from a stop to its response, and until the view has noticed it."""
+    print(f"\nstops under gunicorn, {rounds} each, median (maximum) in ms")
+    print(f"  {'store':11}{'sent to the':14} {'response':>14} {'ratio':>6} {'noticed':>16}")
+    for store in served.stores():
+        for stops in incidents.measure_stops(store, rounds):
+            answered, noticed = (
+                f"{median(times) * 1000:.1f} ({max(times) * 1000:.1f})"
+                for times in (stops.answered, stops.noticed)
+            )
+            print(
+                f"  {store:11}{stops.where:14} {answered:>14} {stops.ratio:6.2f} {noticed:>16}",
+                flush=True,
+            )
+
+
+def print_recoveries(tasks: int, kills: int) -> None:
+    """Print how long it takes until the tasks of a killed worker run again and have ended."""
+    print(
+        f"\na worker with {tasks} running tasks is killed while {incidents.WAITING} wait, {kills} "
+        f"times, median (maximum) in s\n  {'store':11}{'running again':>15} {'all ended':>15}"
+    )
+    for store in served.stores():
+        found = incidents.measure_recoveries(store, tasks, kills)
+        again, ended = (
+            f"{median(times):.2f} ({max(times):.2f})" for times in (found.again, found.ended)
+        )
+        print(f"  {store:11}{again:>15} {ended:>15}", flush=True)
 
 
 def print_queries(count: int) -> None:

@@ -76,16 +76,17 @@ class Case:
         self.clean_up()
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: str, interval: float = 0.0002) -> None:
     """Wait for a condition.
 
+    :param interval: seconds between two checks.
     :raises TimeoutError: after ``PATIENCE`` seconds.
     """
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} took over {PATIENCE} s.")
-        time.sleep(0.0002)
+        time.sleep(interval)
 
 
 class Bench:
