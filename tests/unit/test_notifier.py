@@ -787,27 +787,48 @@ class Polls:
         self._lock.release()
 
 
+def claim_and_abort(app: Flask, store: SharedTaskStore, task_id: str) -> None:
+    """Make two changes of this process, which is named "worker"."""
+    lifecycle = Lifecycle(app, store, "worker")
+    claim = lifecycle.claim(task_id)
+    assert claim is not None
+    lifecycle.abort(claim.task, "x")
+
+
 def test_own_changes_are_not_read(
+    app: Flask, pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    make_task: NewTask, eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    store, _ = pair
+    for task_id in ("one", "two"):
+        store.add(make_task(task_id), b"", None, ())
+    notifier = make_notifier(store)
+    polls = Polls(notifier, store, monkeypatch)
+    with notifier.telling(Follower(), "other"):
+        with polls:
+            claim_and_abort(app, store, "one")
+            assert Lifecycle(app, store, "worker").claim("two") is not None
+            sent = [ViewEvent("step", b"1", number) for number in (1, 2, 3)]
+            changes = store.add_events("two", Expect((State.RUNNING,), epoch=1), sent)
+            signals.send_fact(signals.events_written, app, task_id="two", changes=changes)
+        assert store.newest() == 8
+        eventually(lambda: notifier._since == 8)
+    assert polls.calls == []
+    assert notifier._own == set(), "the numbers are not kept"
+
+
+def test_own_new_tasks_are_not_read(
     app: Flask, pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
     make_task: NewTask, eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     store, _ = pair
     notifier = make_notifier(store)
     polls = Polls(notifier, store, monkeypatch)
-    lifecycle = Lifecycle(app, store, "worker")
     with notifier.telling(Follower(), "other"):
         with polls:
-            lifecycle.create(make_task(), b"", None, ())
-            claim = lifecycle.claim("task")
-            sent = [ViewEvent("step", b"1", number) for number in (1, 2, 3)]
-            changes = store.add_events("task", Expect((State.RUNNING,), epoch=1), sent)
-            signals.send_fact(signals.events_written, app, task_id="task", changes=changes)
-            assert claim is not None
-            lifecycle.abort(claim.task, "x")
-        assert store.newest() == 6
-        eventually(lambda: notifier._since == 6)
+            Lifecycle(app, store, "worker").create(make_task(), b"", None, ())
+        eventually(lambda: notifier._since == 1)
     assert polls.calls == []
-    assert notifier._own == set(), "the numbers are not kept"
 
 
 def test_a_change_of_another_process_between_own_changes_is_read(
@@ -815,17 +836,18 @@ def test_a_change_of_another_process_between_own_changes_is_read(
     make_task: NewTask, eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     ours, theirs = pair
+    for task_id in ("one", "two"):
+        ours.add(make_task(task_id), b"", None, ())
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
     polls = Polls(notifier, ours, monkeypatch)
-    lifecycle = Lifecycle(app, ours, "worker")
     with notifier.telling(Follower(), "other"):
         with polls:
-            lifecycle.create(make_task("a"), b"", None, ())
-            theirs.add(make_task("b"), b"", None, ())
-            lifecycle.create(make_task("c"), b"", None, ())
-        eventually(lambda: "b" in received and notifier._since == 3)
-    assert polls.calls == [(1, None)]
+            claim_and_abort(app, ours, "one")
+            theirs.add(make_task("theirs"), b"", None, ())
+            claim_and_abort(app, ours, "two")
+        eventually(lambda: "theirs" in received and notifier._since == 7)
+    assert polls.calls == [(4, None)]
     assert notifier._own == set(), "the numbers are not kept"
 
 
@@ -834,22 +856,22 @@ def test_a_change_of_another_process_after_own_changes_is_read(
     make_task: NewTask, eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     ours, theirs = pair
+    for task_id in ("one", "two"):
+        ours.add(make_task(task_id), b"", None, ())
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
     polls = Polls(notifier, ours, monkeypatch)
-    lifecycle = Lifecycle(app, ours, "worker")
     with notifier.telling(Follower(), "other"):
         with polls:
-            lifecycle.create(make_task("a"), b"", None, ())
-            lifecycle.create(make_task("b"), b"", None, ())
-            theirs.add(make_task("c"), b"", None, ())
-        eventually(lambda: received == ["a", "b", "c"])
+            claim_and_abort(app, ours, "one")
+            theirs.add(make_task("theirs"), b"", None, ())
+        eventually(lambda: received == ["one", "one", "theirs"])
         with polls:
-            lifecycle.create(make_task("d"), b"", None, ())
-        eventually(lambda: notifier._since == 4)
-        theirs.update("d", ANY_STATE, {"progress": 1.0})
-        eventually(lambda: received == ["a", "b", "c", "d", "d"])
-    assert polls.calls == [(2, None), (4, None)]
+            claim_and_abort(app, ours, "two")
+        eventually(lambda: notifier._since == 7)
+        theirs.update("two", ANY_STATE, {"progress": 1.0})
+        eventually(lambda: received[3:] == ["two"] * 3)
+    assert polls.calls == [(4, None), (7, None)]
 
 
 def test_a_change_that_was_read_before_its_signal_is_not_missed(
@@ -879,14 +901,11 @@ def test_own_change_numbers_are_forgotten_if_the_database_was_restored(
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
     polls = Polls(notifier, ours, monkeypatch)
-    lifecycle = Lifecycle(app, ours, "worker")
     with notifier.telling(Follower(), "other"):
-        with polls:
-            lifecycle.create(make_task("before"), b"", None, ())
+        ours.add(make_task("before"), b"", None, ())
         eventually(lambda: notifier._since == 1)
         with polls:
-            for task_id in ("lost", "also-lost"):
-                lifecycle.create(make_task(task_id), b"", None, ())
+            claim_and_abort(app, ours, "before")
             with closing(sqlite3.connect(sqlite_path)) as connection, connection:
                 connection.execute("DELETE FROM asyncroute_tasks")
                 connection.execute("UPDATE asyncroute_namespaces SET change = 0")
@@ -894,7 +913,7 @@ def test_own_change_numbers_are_forgotten_if_the_database_was_restored(
         for number in (1, 2, 3):
             theirs.add(make_task(f"after-{number}"), b"", None, ())
             eventually(lambda number=number: notifier._since == number)
-    assert received[3:] == ["after-1", "after-2", "after-3"]
+    assert received == ["before"] * 3 + ["after-1", "after-2", "after-3"]
 
 
 def test_a_run_receives_only_what_it_needs(
