@@ -80,6 +80,7 @@ def test_postgresql_statements_use_the_parameter_style_of_the_driver() -> None:
         ("due_callbacks", {"callback_due", "callback_holder"}),
         ("held_callbacks", {"callback_holder"}),
         ("changed_tasks", {"task_change"}),
+        ("ended_tasks", {"task_change"}),
         ("waiting_endpoints", {"task_waiting"}),
         ("count_unfinished", {"task_user"}),
         ("tasks_with_events", {"event_change"}),
