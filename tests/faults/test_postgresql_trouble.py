@@ -25,7 +25,7 @@ from flask_asyncroute.permissions import Access, Permission
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.snapshot import Body
-from flask_asyncroute.stores.base import Claim, Expect, TaskStore
+from flask_asyncroute.stores.base import Claim, Expect, TaskStore, ViewEvent
 from flask_asyncroute.stores.registry import make_store
 from flask_asyncroute.task import TERMINAL, AsyncRouteTask, State
 from tests.support.apps import close_app
@@ -393,6 +393,138 @@ def test_backends_that_are_terminated_are_replaced(
         result = call(store)
         assert time.monotonic() - began < 5
         assert is_right(result, direct), name
+
+
+def fill_pool(store: TaskStore, count: int = 5) -> None:
+    """Leave this many idle connections in the pool of a store."""
+    engine = store._database._engine  # type: ignore[attr-defined]
+    lent = [engine.raw_connection() for _ in range(count)]
+    for connection in lent:
+        connection.close()
+    assert engine.pool.checkedin() >= count
+
+
+def terminate_backends(url: str) -> None:
+    """Terminate all connections to a database, and wait until the server has closed them."""
+    others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    with engine_of(url).connect() as connection:
+        connection.execute(text(f"SELECT pg_terminate_backend(pid) {others}"))
+        connection.rollback()
+        eventually_true(
+            lambda: (
+                connection.rollback(),
+                connection.scalar(text(f"SELECT count(*) {others}")) == 0,
+            )[1]
+        )
+
+
+@pytest.fixture(params=["url", "engine", "autocommit", "serializable"])
+def pooled(
+    request: pytest.FixtureRequest, store: TaskStore, postgresql_url: str
+) -> Iterator[TaskStore]:
+    """Return a store with each kind of connection pool, with the tasks of the fixture `store`."""
+    levels = {
+        "engine": {},
+        "autocommit": {"isolation_level": "AUTOCOMMIT"},
+        "serializable": {"isolation_level": "SERIALIZABLE"},
+    }
+    engine = None
+    if request.param != "url":
+        engine = create_engine(postgresql_url, **levels[request.param])
+    pooled = make_store(engine or postgresql_url, "", "test", True)
+    pooled.open()
+    yield pooled
+    pooled.close()
+    if engine is not None:
+        engine.dispose()
+
+
+@pytest.mark.covers("F22")
+def test_reads_succeed_after_all_idle_connections_were_lost(
+    pooled: TaskStore, postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There are more lost connections than attempts per call."""
+    reads: list[Callable[[], Any]] = [
+        lambda: pooled.get("waiting"),
+        lambda: pooled.query((), NEWEST_FIRST, 9, None, None),
+        lambda: pooled.newest(),  # type: ignore[attr-defined]
+        lambda: pooled.news(0),  # type: ignore[attr-defined]
+        lambda: pooled.read_value("key"),
+    ]
+    expected = [read() for read in reads]
+    for first in range(len(reads)):
+        fill_pool(pooled)
+        terminate_backends(postgresql_url)
+        began = time.monotonic()
+        for read, found in zip(reads[first:], expected[first:], strict=True):
+            assert read() == found
+        assert time.monotonic() - began < 2
+    assert "The store cannot be used" not in caplog.text
+
+
+@pytest.mark.covers("F22")
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_happens_once_after_all_idle_connections_were_lost(
+    pooled: TaskStore, direct: TaskStore, postgresql_url: str, name: str
+) -> None:
+    call, is_right = WRITES[name]
+    fill_pool(pooled)
+    terminate_backends(postgresql_url)
+    began = time.monotonic()
+    result = call(pooled)
+    assert time.monotonic() - began < 2
+    assert is_right(result, direct), result
+
+
+@pytest.mark.covers("F22")
+def test_events_are_stored_once_after_all_idle_connections_were_lost(
+    pooled: TaskStore, direct: TaskStore, postgresql_url: str
+) -> None:
+    since = direct.newest()
+    fill_pool(pooled)
+    terminate_backends(postgresql_url)
+    sent = [ViewEvent("step", b"1", number) for number in (1, 2)]
+    changes = pooled.add_events("running", Expect((State.RUNNING,), "me", 1), sent)
+    assert changes == range(since + 1, since + 3) and direct.newest() == since + 2
+
+
+@pytest.mark.covers("F22")
+def test_a_new_pool_is_not_disposed_of_by_an_earlier_connection(
+    store: TaskStore, postgresql_url: str
+) -> None:
+    """Several threads lose their connections at the same time. The pool is replaced once."""
+    engine = store._database._engine  # type: ignore[attr-defined]
+    lent = threading.Barrier(5)
+    errors: list[BaseException] = []
+    pools: list[Any] = []
+
+    def read() -> None:
+        try:
+            assert store.get("waiting") is not None
+        except BaseException as error:
+            errors.append(error)
+        pools.append(engine.pool)
+
+    fill_pool(store)
+    terminate_backends(postgresql_url)
+    raw_connection, is_first = engine.raw_connection, threading.local()
+
+    def lend() -> Any:
+        connection = raw_connection()
+        if not hasattr(is_first, "done"):
+            is_first.done = True
+            lent.wait(10)  # each thread has one of the lost connections
+        return connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "raw_connection", lend)
+        threads = [threading.Thread(target=read) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+    assert errors == []
+    assert len(set(map(id, pools))) == 1
 
 
 @pytest.mark.covers("F22")
