@@ -992,3 +992,120 @@ def test_shared_reads_lack_no_change_that_was_not_read_without_subscribers(
         assert reads.get("key", ours.newest) == 1
     if has_run:
         notifier.unwatch()
+
+
+def test_a_memory_store_keeps_no_change_numbers(
+    app: Flask, make_notifier: MakeNotifier, make_task: NewTask
+) -> None:
+    """No poll would remove them."""
+    store = MemoryTaskStore()
+    store.add(make_task(), b"", None, ())
+    notifier = make_notifier(store)
+    with notifier.telling(Follower(), "task"):
+        assert Lifecycle(app, store, "worker").claim("task") is not None
+    assert notifier._own == set()
+
+
+# Notifications of the store
+
+
+def record_requests(store: SharedTaskStore, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list of the arguments of all later calls of ``keep_notifying``."""
+    calls: list[float] = []
+    keep_notifying = store.keep_notifying
+
+    def keep(seconds: float) -> None:
+        calls.append(seconds)
+        keep_notifying(seconds)
+
+    monkeypatch.setattr(store, "keep_notifying", keep)
+    return calls
+
+
+def test_subscribers_ask_for_notifications_and_runs_do_not(
+    pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier, make_task: NewTask,
+    eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ours, theirs = pair
+    calls = record_requests(ours, monkeypatch)
+    notifier = make_notifier(ours)
+    notifier.watch()
+    theirs.add(make_task(), b"", None, ())
+    eventually(lambda: notifier._since == 1)
+    assert calls == []
+    for _ in range(3):
+        with notifier.telling(Follower(), "task"):
+            assert calls == [module.NOTIFIED_SECONDS], "asked before the subscriber reads the task"
+    notifier.unwatch()
+
+
+def test_notifications_are_asked_for_again_while_there_are_subscribers(
+    two_stores: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "NOTIFIED_SECONDS", 0.2)
+    calls = record_requests(two_stores[0], monkeypatch)
+    notifier = make_notifier(two_stores[0])
+    with notifier.telling(Follower(), "task"):
+        began = time.monotonic()
+        eventually(lambda: len(calls) == 4)
+        assert time.monotonic() - began > 0.25, "not before half of the time has passed"
+
+
+def test_a_wait_fails_if_notifications_cannot_be_asked_for(
+    two_stores: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(seconds: float) -> None:
+        raise StoreUnavailable("not now")
+
+    notifier = make_notifier(two_stores[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(two_stores[0], "keep_notifying", fail)
+        with pytest.raises(StoreUnavailable):
+            notifier.wait("task", is_completed, 5)
+    assert (notifier._watching, notifier._following, notifier._waiting) == (0, 0, {})
+    assert notifier.wait("task", is_completed, 5) is None
+
+
+@pytest.mark.parametrize("kind", ["subscriber", "run"])
+def test_a_notification_wakes_the_poll(
+    make_postgresql_store: NewStore, make_notifier: MakeNotifier, make_task: NewTask, kind: str,
+    eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Without a notification, the next poll would be a minute later."""
+    monkeypatch.setattr(module, "REREAD_SECONDS", 60.0)
+    ours: Any = make_postgresql_store()
+    theirs: Any = make_postgresql_store()
+    for store in (ours, theirs):
+        store.open()
+    ours.add(make_task(), b"", None, ())
+    assert ours.claim("task", "worker", 1) is not None
+    received: list[AsyncRouteTask] = []
+    notifier = make_notifier(ours, received.append)
+    listening = threading.Event()
+    listen = ours.listen
+
+    def listen_and_report(notify: Callable[[], None]) -> Any:
+        def report() -> None:
+            notify()
+            listening.set()
+
+        return listen(report)
+
+    monkeypatch.setattr(ours, "listen", listen_and_report)
+    if kind == "subscriber":
+        values: dict[str, Any] = {"progress": 5.0}
+        subscription: Any = notifier.telling(Follower(), "task")
+        subscription.__enter__()
+    else:
+        values = {"state": State.ABORTED, "completed_us": 5, "stopping": True}
+        notifier.watch()
+    assert listening.wait(5)
+    eventually(lambda: not notifier._wake.is_set() and notifier._poll_after < time.monotonic())
+    changed = theirs.update("task", ANY_STATE, values)
+    eventually(lambda: received == [changed], 3)
+    if kind == "subscriber":
+        subscription.__exit__(None, None, None)
+    else:
+        notifier.unwatch()
