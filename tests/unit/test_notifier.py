@@ -1033,10 +1033,14 @@ def test_subscribers_ask_for_notifications_and_runs_do_not(
     theirs.add(make_task(), b"", None, ())
     eventually(lambda: notifier._since == 1)
     assert calls == []
-    for _ in range(3):
+    for _ in range(5):
         with notifier.telling(Follower(), "task"):
-            assert calls == [module.NOTIFIED_SECONDS], "asked before the subscriber reads the task"
+            assert calls, "asked before the subscriber reads the task"
     notifier.unwatch()
+    assert calls in (  # the thread of the notifier may ask at the same time
+        [module.NOTIFIED_SECONDS],
+        [module.NOTIFIED_SECONDS] * 2,
+    )
 
 
 def test_notifications_are_asked_for_again_while_there_are_subscribers(
