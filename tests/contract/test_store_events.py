@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,6 @@ from flask_asyncroute.stores.registry import make_store
 from flask_asyncroute.stores.sql.store import SQLTaskStore
 from flask_asyncroute.task import AsyncRouteTask, State
 from tests.support.databases import SHARED, new_postgresql_database
-from tests.support.waiting import eventually_true
 
 NewTask = Callable[..., AsyncRouteTask]
 RUNNING = Expect((State.RUNNING,), "me", 1)
@@ -209,10 +207,28 @@ def test_events_that_are_already_stored_are_not_added_again(
     """A run retries if it does not know whether a write succeeded."""
     add()
     store.claim("task", "me", 1)
-    for _ in range(2):
-        assert store.add_events("task", RUNNING, sent("a", "b"))
-    assert store.add_events("task", RUNNING, sent("c", first=3))
+    since = store.newest()
+    assert store.add_events("task", RUNNING, sent("a", "b")) == range(since + 1, since + 3)
+    again = store.add_events("task", RUNNING, sent("a", "b"))
+    assert again is not None and list(again) == []
+    assert store.add_events("task", RUNNING, sent("c", first=3)) == range(since + 3, since + 4)
     assert [event.name for event in store.events(0, 100).events[2:]] == ["a", "b", "c"]
+
+
+def test_add_events_returns_the_change_numbers_of_the_events(
+    store: TaskStore, add: Callable[..., None]
+) -> None:
+    add()
+    store.claim("task", "me", 1)
+    since = store.newest()
+    changes = store.add_events("task", RUNNING, sent("a", "b"))
+    assert changes is not None
+    assert list(changes) == [since + 1, since + 2] and store.newest() == since + 2
+    assert [event.change for event in store.events(since, 100).events] == list(changes)
+    more = store.add_events("task", RUNNING, sent("a", "b", "c"))
+    assert more is not None and list(more) == [since + 3], "only the numbers of new events"
+    assert store.add_events("task", Expect((State.RUNNING,), epoch=2), sent("d", first=4)) is None
+    assert store.newest() == since + 3
 
 
 def test_events_are_deleted_with_their_task(
@@ -279,31 +295,6 @@ def test_events_written_while_news_are_read_are_reported(
     assert write_before == 2, "there were two statements"
 
 
-@SHARED
-def test_a_listener_is_notified_of_every_kind_of_write(
-    store: SharedTaskStore, add: Callable[..., None]
-) -> None:
-    """Only for stores that send notifications. Other stores are polled."""
-    notified = threading.Event()
-    listener = store.listen(notified.set)
-    if listener is None:
-        pytest.skip("this store sends no notifications")
-    try:
-        eventually_true(notified.is_set)
-        for write in (
-            add,
-            lambda: store.claim("task", "me", 1),
-            lambda: store.update("task", RUNNING, {"progress": 1.0}),
-            lambda: store.add_events("task", RUNNING, sent("a")),
-            lambda: store.update("task", RUNNING, END),
-        ):
-            notified.clear()
-            write()
-            eventually_true(notified.is_set)
-    finally:
-        listener.close()
-
-
 @pytest.mark.parametrize("task_id", [None, "task-0"])
 def test_postgresql_reads_few_rows_for_events_before_it_has_statistics(
     postgresql_server: str, make_task: NewTask, task_id: str | None
@@ -316,8 +307,11 @@ def test_postgresql_reads_few_rows_for_events_before_it_has_statistics(
             for number in range(60):
                 made.add(make_task(f"task-{number}", sse_group="g"), b"", None, ())
             sql = made._sql.events_since(task_id is not None, False)
-            since = made.newest() - 2
-            values = {"ns": made._ns, "since": since, "limit": 100, "task_id": task_id}
+            newest = made.newest()
+            values = {
+                "ns": made._ns, "since": newest - 2, "newest": newest, "limit": 100,
+                "task_id": task_id,
+            }  # fmt: skip
             plan = [row[0] for row in made._database.fetch_all(f"EXPLAIN ANALYZE {sql}", values)]
         finally:
             made.close()

@@ -25,8 +25,9 @@ from flask_asyncroute.permissions import Access, Permission
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.snapshot import Body
-from flask_asyncroute.stores.base import Claim, Expect, TaskStore
+from flask_asyncroute.stores.base import Claim, Expect, TaskStore, ViewEvent
 from flask_asyncroute.stores.registry import make_store
+from flask_asyncroute.stores.sql.statements import LOCK_CLASS
 from flask_asyncroute.task import TERMINAL, AsyncRouteTask, State
 from tests.support.apps import close_app
 from tests.support.databases import engine_of, new_postgresql_database
@@ -286,7 +287,7 @@ def test_a_connection_that_breaks_within_a_transaction(
 
 
 def break_while_it_waits(proxy: Proxy, url: str, call: Callable[[], Any]) -> Any:
-    """Break the connection of a call while the server waits for the lock that orders all writes.
+    """Break the connection of a call while the server waits for the lock of the namespace.
     Release the lock when the second attempt also waits for it.
 
     The server does not notice the disconnected client, so it completes the first attempt later.
@@ -298,7 +299,8 @@ def break_while_it_waits(proxy: Proxy, url: str, call: Callable[[], Any]) -> Any
     )
     with engine_of(url).connect() as other, engine_of(url).connect() as plain:
         observer = plain.execution_options(isolation_level="AUTOCOMMIT")
-        other.execute(text("SELECT 1 FROM asyncroute_namespaces FOR UPDATE"))
+        locks = f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, key) FROM asyncroute_namespaces"
+        other.execute(text(locks))
         thread = threading.Thread(target=lambda: results.append(call()))
         thread.start()
         eventually_true(lambda: observer.execute(waiters).scalar() == 1)
@@ -393,6 +395,137 @@ def test_backends_that_are_terminated_are_replaced(
         result = call(store)
         assert time.monotonic() - began < 5
         assert is_right(result, direct), name
+
+
+def fill_pool(store: TaskStore, count: int = 5) -> None:
+    """Leave this many idle connections in the pool of a store."""
+    engine = store._database._engine  # type: ignore[attr-defined]
+    lent = [engine.raw_connection() for _ in range(count)]
+    for connection in lent:
+        connection.close()
+    assert engine.pool.checkedin() >= count
+
+
+def terminate_backends(url: str) -> None:
+    """Terminate all connections to a database, and wait until the server has closed them."""
+    others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    with engine_of(url).connect() as connection:
+        connection.execute(text(f"SELECT pg_terminate_backend(pid) {others}"))
+        connection.rollback()
+        eventually_true(
+            lambda: (
+                connection.rollback(),
+                connection.scalar(text(f"SELECT count(*) {others}")) == 0,
+            )[1]
+        )
+
+
+@pytest.fixture(params=["url", "engine", "autocommit", "serializable"])
+def pooled(
+    request: pytest.FixtureRequest, store: TaskStore, postgresql_url: str
+) -> Iterator[TaskStore]:
+    """Return a store with each kind of connection pool, with the tasks of the fixture `store`."""
+    levels = {
+        "engine": {},
+        "autocommit": {"isolation_level": "AUTOCOMMIT"},
+        "serializable": {"isolation_level": "SERIALIZABLE"},
+    }
+    engine = None
+    if request.param != "url":
+        engine = create_engine(postgresql_url, **levels[request.param])
+    pooled = make_store(engine or postgresql_url, "", "test", True)
+    pooled.open()
+    yield pooled
+    pooled.close()
+    if engine is not None:
+        engine.dispose()
+
+
+@pytest.mark.covers("F22")
+def test_reads_succeed_after_all_idle_connections_were_lost(
+    pooled: TaskStore, postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There are more lost connections than attempts per call."""
+    reads: list[Callable[[], Any]] = [
+        lambda: pooled.get("waiting"),
+        lambda: pooled.query((), NEWEST_FIRST, 9, None, None),
+        lambda: pooled.newest(),  # type: ignore[attr-defined]
+        lambda: pooled.news(0),  # type: ignore[attr-defined]
+        lambda: pooled.read_value("key"),
+    ]
+    expected = [read() for read in reads]
+    for first in range(len(reads)):
+        fill_pool(pooled)
+        terminate_backends(postgresql_url)
+        began = time.monotonic()
+        for read, found in zip(reads[first:], expected[first:], strict=True):
+            assert read() == found
+        assert time.monotonic() - began < 2
+    assert "The store cannot be used" not in caplog.text
+
+
+@pytest.mark.covers("F22")
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_happens_once_after_all_idle_connections_were_lost(
+    pooled: TaskStore, direct: TaskStore, postgresql_url: str, name: str
+) -> None:
+    call, is_right = WRITES[name]
+    fill_pool(pooled)
+    terminate_backends(postgresql_url)
+    began = time.monotonic()
+    result = call(pooled)
+    assert time.monotonic() - began < 2
+    assert is_right(result, direct), result
+
+
+@pytest.mark.covers("F22")
+def test_events_are_stored_once_after_all_idle_connections_were_lost(
+    pooled: TaskStore, direct: TaskStore, postgresql_url: str
+) -> None:
+    since = direct.newest()
+    fill_pool(pooled)
+    terminate_backends(postgresql_url)
+    sent = [ViewEvent("step", b"1", number) for number in (1, 2)]
+    changes = pooled.add_events("running", Expect((State.RUNNING,), "me", 1), sent)
+    assert changes == range(since + 1, since + 3) and direct.newest() == since + 2
+
+
+@pytest.mark.covers("F22")
+def test_not_every_lost_connection_replaces_the_pool(store: TaskStore, postgresql_url: str) -> None:
+    """Threads that lose connections of one pool at the same time replace it only once, or, in a
+    race, twice. Otherwise, each thread would close the new connections of the others.
+    """
+    engine = store._database._engine  # type: ignore[attr-defined]
+    all_lent = threading.Barrier(5)
+    found: list[Any] = []
+    disposed: list[int] = []
+    raw_connection, dispose, this_thread = engine.raw_connection, engine.dispose, threading.local()
+
+    def lend() -> Any:
+        connection = raw_connection()
+        if not hasattr(this_thread, "has_lent"):
+            this_thread.has_lent = True
+            all_lent.wait(10)
+        return connection
+
+    def count(*arguments: Any, **options: Any) -> None:
+        disposed.append(1)
+        dispose(*arguments, **options)
+
+    fill_pool(store)
+    terminate_backends(postgresql_url)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "raw_connection", lend)
+        patch.setattr(engine, "dispose", count)
+        threads = [
+            threading.Thread(target=lambda: found.append(store.get("waiting"))) for _ in range(5)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+    assert len(found) == 5 and None not in found
+    assert 1 <= len(disposed) < 5
 
 
 @pytest.mark.covers("F22")

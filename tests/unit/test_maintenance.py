@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import threading
 import time
 import weakref
@@ -551,6 +552,70 @@ def test_a_run_expires_within_200_ms_of_its_deadline(
     process.wake()
     eventually(lambda: dispatcher.expired)
     assert -0.01 < time.monotonic() - due < 0.2
+
+
+def test_a_run_with_an_earlier_deadline_than_the_next_step_expires_punctually(
+    make_process: MakeProcess, dispatcher: FakeDispatcher, eventually: Eventually
+) -> None:
+    """Only `Timekeeper.begin` wakes the timekeeper, which else sleeps 30 seconds."""
+    timekeeper = make_process().timekeeper
+    timekeeper.start()
+    for task_id, seconds in (("late", 20.0), ("early", 0.3)):
+        eventually(lambda: timekeeper._due < math.inf)
+        execution = Execution(task_id, None, lambda: None)
+        execution.begin(None, 1, seconds)
+        due = time.monotonic() + seconds
+        dispatcher.begin(execution)
+        timekeeper.begin(execution)
+    eventually(lambda: dispatcher.expired)
+    assert dispatcher.expired == ["early"]
+    assert -0.01 < time.monotonic() - due < 0.2
+
+
+def test_a_run_that_begins_during_a_step_expires_punctually(
+    make_process: MakeProcess, dispatcher: FakeDispatcher, eventually: Eventually
+) -> None:
+    """The step has already read the list of runs."""
+    in_step, may_end = threading.Event(), threading.Event()
+
+    class SlowExecutor(FakeExecutor):
+        def interrupt(self, execution: Execution) -> bool:
+            if self.interrupted:  # in the second step, so that an earlier one has set its due time
+                in_step.set()
+                assert may_end.wait(10)
+            return super().interrupt(execution)
+
+    timekeeper = make_process().timekeeper
+    stopped = Execution("stopped", 0.0, lambda: None)
+    dispatcher.begin(stopped, SlowExecutor(False))
+    stopped.ask_to_stop()
+    timekeeper.start()
+    assert in_step.wait(5)
+    execution = Execution("task", None, lambda: None)
+    execution.begin(None, 1, 0.3)
+    due = time.monotonic() + 0.3
+    dispatcher.begin(execution)
+    timekeeper.begin(execution)
+    may_end.set()
+    eventually(lambda: dispatcher.expired == ["task"])
+    assert -0.01 < time.monotonic() - due < 0.2
+
+
+def test_a_run_with_a_later_deadline_than_the_next_step_does_not_wake_the_timekeeper(
+    make_process: MakeProcess, dispatcher: FakeDispatcher, eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    timekeeper = make_process().timekeeper
+    timekeeper.start()
+    eventually(lambda: timekeeper._due < math.inf)
+    woken: list[str] = []
+    for task_id, seconds in (("none", None), ("late", 3600.0), ("early", 20.0)):
+        execution = Execution(task_id, None, lambda: None)
+        execution.begin(None, 1, seconds)
+        with monkeypatch.context() as patch:
+            patch.setattr(timekeeper, "wake", lambda task_id=task_id: woken.append(task_id))
+            timekeeper.begin(execution)
+    assert woken == ["early"]
 
 
 def test_the_thread_survives_errors(

@@ -5,10 +5,14 @@ those of others.
 from __future__ import annotations
 
 import gc
+import math
+import sqlite3
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +23,7 @@ from flask_asyncroute.engine import notifier as module
 from flask_asyncroute.engine.lifecycle import Lifecycle
 from flask_asyncroute.engine.notifier import Follower, Notifier
 from flask_asyncroute.errors import StoreUnavailable
-from flask_asyncroute.stores.base import Expect, News, TaskStore
+from flask_asyncroute.stores.base import Expect, News, SharedTaskStore, TaskStore, ViewEvent
 from flask_asyncroute.stores.memory import MemoryTaskStore
 from flask_asyncroute.task import AsyncRouteTask, State
 
@@ -262,8 +266,8 @@ def test_a_late_notification_does_not_hide_an_ended_task(
     notifier = make_notifier(store)
     begin = notifier._begin
 
-    def begin_slowly() -> None:
-        begin()
+    def begin_slowly(is_follower: bool = False) -> None:
+        begin(is_follower)
         notifier._publish(old.task)
 
     monkeypatch.setattr(notifier, "_begin", begin_slowly)
@@ -431,7 +435,7 @@ def test_a_change_of_another_process_ends_a_wait(
     assert time.monotonic() - before < 0.5, "the limit for notifying a view of a stop"
 
 
-def test_the_listener_receives_every_change_while_watching(
+def test_the_listener_receives_every_change_while_a_subscriber_waits(
     two_stores: tuple[TaskStore, TaskStore],
     make_notifier: MakeNotifier,
     make_task: NewTask,
@@ -441,12 +445,11 @@ def test_the_listener_receives_every_change_while_watching(
     theirs.add(make_task("before"), b"", None, ())
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
-    notifier.watch()
-    for number in range(20):
-        theirs.add(make_task(f"t{number}"), b"", None, ())
-    eventually(lambda: len(received) >= 20)
+    with notifier.telling(Follower(), "other"):
+        for number in range(20):
+            theirs.add(make_task(f"t{number}"), b"", None, ())
+        eventually(lambda: len(received) >= 20)
     assert received == [f"t{number}" for number in range(20)], "earlier changes are not reported"
-    notifier.unwatch()
 
 
 def test_polling_resumes_after_a_pause(
@@ -461,10 +464,9 @@ def test_polling_resumes_after_a_pause(
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
     for round in range(3):
-        notifier.watch()
-        theirs.add(make_task(f"watched-{round}"), b"", None, ())
-        eventually(lambda round=round: f"watched-{round}" in received)
-        notifier.unwatch()
+        with notifier.telling(Follower(), "other"):
+            theirs.add(make_task(f"watched-{round}"), b"", None, ())
+            eventually(lambda round=round: f"watched-{round}" in received)
         eventually(lambda: not notifier._is_polling)
         theirs.add(make_task(f"pausing-{round}"), b"", None, ())
     assert received == [f"watched-{round}" for round in range(3)]
@@ -472,9 +474,10 @@ def test_polling_resumes_after_a_pause(
 
 
 @pytest.mark.covers("F21")
+@pytest.mark.parametrize("method", ["newest", "news"])
 def test_polling_continues_after_the_store_was_unavailable(
     two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str,
 ) -> None:  # fmt: skip
     ours, theirs = two_stores
     ours.add(make_task(), b"", None, ())
@@ -483,14 +486,14 @@ def test_polling_continues_after_the_store_was_unavailable(
     eventually(lambda: notifier._is_polling)
     failed = threading.Event()
 
-    def fail(since: int, known: int) -> News:
+    def fail(*arguments: Any) -> Any:
         failed.set()
         raise StoreUnavailable("not now")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ours, "news", fail)
-        assert failed.wait(5)
+        patched.setattr(ours, method, fail)
         abort(theirs)
+        assert failed.wait(5)
     ended = waiter.join()
     assert ended is not None and ended.is_completed
     assert "until the store is available again" in caplog.text and "not now" in caplog.text
@@ -545,7 +548,7 @@ def test_an_error_of_the_listener_does_not_affect_notifications(
     with pytest.MonkeyPatch.context() as patched:
         # Let one poll return all three.
         patched.setattr(
-            ours, "news", lambda since, known: news(since) if pause.is_set() else News(since, ())
+            ours, "news", lambda *which: news(*which) if pause.is_set() else News(which[0], ())
         )
         for name in ("one", "two", "task"):
             abort(theirs, name)
@@ -741,3 +744,372 @@ def test_listening_to_the_store_is_retried(
     notifier = make_notifier(two_stores[0])
     with notifier.telling(Follower(), "task"):
         eventually(lambda: len(requested) == 2)
+
+
+# What a poll reads
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def pair(request: pytest.FixtureRequest) -> tuple[SharedTaskStore, SharedTaskStore]:
+    """Return two stores on one database: that of this process, and that of another."""
+    make = request.getfixturevalue(f"make_{request.param}_store")
+    ours, theirs = make(), make()
+    ours.open()
+    theirs.open()
+    return ours, theirs
+
+
+class Polls:
+    """Blocks the polls of a notifier inside a ``with`` block, and records the calls of ``news``."""
+
+    def __init__(
+        self, notifier: Notifier, store: SharedTaskStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.calls: list[tuple[int, str | None]] = []
+        self._lock = threading.Lock()
+        poll, news = notifier._poll, store.news
+
+        def poll_later(store: SharedTaskStore) -> None:
+            with self._lock:
+                poll(store)
+
+        def read(since: int, worker: str | None = None) -> News:
+            self.calls.append((since, worker))
+            return news(since, worker)
+
+        monkeypatch.setattr(notifier, "_poll", poll_later)
+        monkeypatch.setattr(store, "news", read)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+def claim_and_abort(app: Flask, store: SharedTaskStore, task_id: str) -> None:
+    """Make two changes of this process, which is named "worker"."""
+    lifecycle = Lifecycle(app, store, "worker")
+    claim = lifecycle.claim(task_id)
+    assert claim is not None
+    lifecycle.abort(claim.task, "x")
+
+
+def test_own_changes_are_not_read(
+    app: Flask, pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    make_task: NewTask, eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    store, _ = pair
+    for task_id in ("one", "two"):
+        store.add(make_task(task_id), b"", None, ())
+    notifier = make_notifier(store)
+    polls = Polls(notifier, store, monkeypatch)
+    with notifier.telling(Follower(), "other"):
+        with polls:
+            claim_and_abort(app, store, "one")
+            assert Lifecycle(app, store, "worker").claim("two") is not None
+            sent = [ViewEvent("step", b"1", number) for number in (1, 2, 3)]
+            changes = store.add_events("two", Expect((State.RUNNING,), epoch=1), sent)
+            signals.send_fact(signals.events_written, app, task_id="two", changes=changes)
+        assert store.newest() == 8
+        eventually(lambda: notifier._since == 8)
+    assert polls.calls == []
+    assert notifier._own == set(), "the numbers are not kept"
+
+
+def test_own_new_tasks_are_not_read(
+    app: Flask, pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    make_task: NewTask, eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    store, _ = pair
+    notifier = make_notifier(store)
+    polls = Polls(notifier, store, monkeypatch)
+    with notifier.telling(Follower(), "other"):
+        with polls:
+            Lifecycle(app, store, "worker").create(make_task(), b"", None, ())
+        eventually(lambda: notifier._since == 1)
+    assert polls.calls == []
+
+
+def test_a_change_of_another_process_between_own_changes_is_read(
+    app: Flask, pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    make_task: NewTask, eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ours, theirs = pair
+    for task_id in ("one", "two"):
+        ours.add(make_task(task_id), b"", None, ())
+    received: list[str] = []
+    notifier = make_notifier(ours, lambda task: received.append(task.id))
+    polls = Polls(notifier, ours, monkeypatch)
+    with notifier.telling(Follower(), "other"):
+        with polls:
+            claim_and_abort(app, ours, "one")
+            theirs.add(make_task("theirs"), b"", None, ())
+            claim_and_abort(app, ours, "two")
+        eventually(lambda: "theirs" in received and notifier._since == 7)
+    assert polls.calls == [(4, None)]
+    assert notifier._own == set(), "the numbers are not kept"
+
+
+def test_a_change_of_another_process_after_own_changes_is_read(
+    app: Flask, pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    make_task: NewTask, eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ours, theirs = pair
+    for task_id in ("one", "two"):
+        ours.add(make_task(task_id), b"", None, ())
+    received: list[str] = []
+    notifier = make_notifier(ours, lambda task: received.append(task.id))
+    polls = Polls(notifier, ours, monkeypatch)
+    with notifier.telling(Follower(), "other"):
+        with polls:
+            claim_and_abort(app, ours, "one")
+            theirs.add(make_task("theirs"), b"", None, ())
+        eventually(lambda: received == ["one", "one", "theirs"])
+        with polls:
+            claim_and_abort(app, ours, "two")
+        eventually(lambda: notifier._since == 7)
+        theirs.update("two", ANY_STATE, {"progress": 1.0})
+        eventually(lambda: received[3:] == ["two"] * 3)
+    assert polls.calls == [(4, None), (7, None)]
+
+
+def test_a_change_that_was_read_before_its_signal_is_not_missed(
+    app: Flask, pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    make_task: NewTask, eventually: Eventually,
+) -> None:  # fmt: skip
+    """A poll may read an own change before this process publishes it."""
+    ours, theirs = pair
+    received: list[str] = []
+    notifier = make_notifier(ours, lambda task: received.append(task.id))
+    with notifier.telling(Follower(), "other"):
+        ours.add(make_task("a"), b"", None, ())
+        eventually(lambda: received == ["a"])
+        task = ours.get("a")
+        signals.send_fact(signals.task_changed, app, task=task)
+        theirs.add(make_task("b"), b"", None, ())
+        eventually(lambda: received == ["a", "a", "b"])
+        eventually(lambda: notifier._own == set())
+
+
+def test_own_change_numbers_are_forgotten_if_the_database_was_restored(
+    app: Flask, two_stores: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    make_task: NewTask, eventually: Eventually, monkeypatch: pytest.MonkeyPatch, sqlite_path: Path,
+) -> None:  # fmt: skip
+    """The database assigns these numbers again, to changes of other processes."""
+    ours, theirs = two_stores
+    received: list[str] = []
+    notifier = make_notifier(ours, lambda task: received.append(task.id))
+    polls = Polls(notifier, ours, monkeypatch)
+    with notifier.telling(Follower(), "other"):
+        ours.add(make_task("before"), b"", None, ())
+        eventually(lambda: notifier._since == 1)
+        with polls:
+            claim_and_abort(app, ours, "before")
+            with closing(sqlite3.connect(sqlite_path)) as connection, connection:
+                connection.execute("DELETE FROM asyncroute_tasks")
+                connection.execute("UPDATE asyncroute_namespaces SET change = 0")
+        eventually(lambda: notifier._since == 0)
+        for number in (1, 2, 3):
+            theirs.add(make_task(f"after-{number}"), b"", None, ())
+            eventually(lambda number=number: notifier._since == number)
+    assert received == ["before"] * 3 + ["after-1", "after-2", "after-3"]
+
+
+def test_a_run_receives_only_what_it_needs(
+    pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier, make_task: NewTask,
+    eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ours, theirs = pair
+    ours.add(make_task(), b"", None, ())
+    assert ours.claim("task", "worker", 1) is not None
+    received: list[str] = []
+    notifier = make_notifier(ours, lambda task: received.append(task.id))
+    polls = Polls(notifier, ours, monkeypatch)
+    notifier.watch()
+    with polls:
+        theirs.add(make_task("new"), b"", None, ())
+        stop = {"state": State.ABORTED, "completed_us": 5, "stopping": True}
+        assert theirs.update("task", ANY_STATE, stop) is not None
+        theirs.add(make_task("newer"), b"", None, ())
+    eventually(lambda: notifier._since == theirs.newest())
+    notifier.unwatch()
+    assert received == ["task"]
+    assert polls.calls == [(2, "worker")]
+
+
+def test_a_subscriber_that_comes_during_a_poll_for_runs_receives_its_changes(
+    pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier, make_task: NewTask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The poll has read only what the runs need, and must not skip the rest."""
+    ours, theirs = pair
+    received: list[str] = []
+    notifier = make_notifier(ours, lambda task: received.append(task.id))
+    was_read, may_return = threading.Event(), threading.Event()
+    news = ours.news
+
+    def read(since: int, worker: str | None = None) -> News:
+        found = news(since, worker)
+        if worker is not None:
+            was_read.set()
+            assert may_return.wait(10)
+        return found
+
+    monkeypatch.setattr(ours, "news", read)
+    notifier.watch()
+    theirs.add(make_task(), b"", None, ())
+    assert was_read.wait(5)
+    follower = Follower()
+    follower.clear()
+    with notifier.telling(follower, "task"):
+        may_return.set()
+        assert follower.wait(3)
+    notifier.unwatch()
+    assert received == ["task"]
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_shared_reads_lack_no_change_that_was_not_read_without_subscribers(
+    pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier, make_task: NewTask,
+    eventually: Eventually, monkeypatch: pytest.MonkeyPatch, has_run: bool,
+) -> None:  # fmt: skip
+    """A stream ends and its client reconnects. Meanwhile, polls skip most changes of others."""
+    monkeypatch.setattr(module, "REREAD_SECONDS", 0.05)
+    ours, theirs = pair
+    notifier = make_notifier(ours)
+    reads = notifier.shared_reads
+    if has_run:
+        notifier.watch()
+    with notifier.telling(Follower(), "task"):
+        eventually(lambda: math.isfinite(notifier._check_late_at) and notifier._check_late_at > 0)
+        notifier._check_late_at = math.inf  # reads are also dropped regularly, but later than this
+        eventually(lambda: not reads._reads)
+        assert reads.get("key", ours.newest) == 0
+    theirs.add(make_task(), b"", None, ())
+    eventually(lambda: notifier._since == 1)
+    with notifier.telling(Follower(), "task"):
+        assert reads.get("key", ours.newest) == 1
+    if has_run:
+        notifier.unwatch()
+
+
+def test_a_memory_store_keeps_no_change_numbers(
+    app: Flask, make_notifier: MakeNotifier, make_task: NewTask
+) -> None:
+    """No poll would remove them."""
+    store = MemoryTaskStore()
+    store.add(make_task(), b"", None, ())
+    notifier = make_notifier(store)
+    with notifier.telling(Follower(), "task"):
+        assert Lifecycle(app, store, "worker").claim("task") is not None
+    assert notifier._own == set()
+
+
+# Notifications of the store
+
+
+def record_requests(store: SharedTaskStore, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list of the arguments of all later calls of ``keep_notifying``."""
+    calls: list[float] = []
+    keep_notifying = store.keep_notifying
+
+    def keep(seconds: float) -> None:
+        calls.append(seconds)
+        keep_notifying(seconds)
+
+    monkeypatch.setattr(store, "keep_notifying", keep)
+    return calls
+
+
+def test_subscribers_ask_for_notifications_and_runs_do_not(
+    pair: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier, make_task: NewTask,
+    eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ours, theirs = pair
+    calls = record_requests(ours, monkeypatch)
+    notifier = make_notifier(ours)
+    notifier.watch()
+    theirs.add(make_task(), b"", None, ())
+    eventually(lambda: notifier._since == 1)
+    assert calls == []
+    for _ in range(5):
+        with notifier.telling(Follower(), "task"):
+            assert calls, "asked before the subscriber reads the task"
+    notifier.unwatch()
+    assert calls in (  # the thread of the notifier may ask at the same time
+        [module.NOTIFIED_SECONDS],
+        [module.NOTIFIED_SECONDS] * 2,
+    )
+
+
+def test_notifications_are_asked_for_again_while_there_are_subscribers(
+    two_stores: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "NOTIFIED_SECONDS", 0.2)
+    calls = record_requests(two_stores[0], monkeypatch)
+    notifier = make_notifier(two_stores[0])
+    with notifier.telling(Follower(), "task"):
+        began = time.monotonic()
+        eventually(lambda: len(calls) == 4)
+        assert time.monotonic() - began > 0.25, "not before half of the time has passed"
+
+
+def test_a_wait_fails_if_notifications_cannot_be_asked_for(
+    two_stores: tuple[SharedTaskStore, SharedTaskStore], make_notifier: MakeNotifier,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(seconds: float) -> None:
+        raise StoreUnavailable("not now")
+
+    notifier = make_notifier(two_stores[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(two_stores[0], "keep_notifying", fail)
+        with pytest.raises(StoreUnavailable):
+            notifier.wait("task", is_completed, 5)
+    assert (notifier._watching, notifier._following, notifier._waiting) == (0, 0, {})
+    assert notifier.wait("task", is_completed, 5) is None
+
+
+@pytest.mark.parametrize("kind", ["subscriber", "run"])
+def test_a_notification_wakes_the_poll(
+    make_postgresql_store: NewStore, make_notifier: MakeNotifier, make_task: NewTask, kind: str,
+    eventually: Eventually, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Without a notification, the next poll would be a minute later."""
+    monkeypatch.setattr(module, "REREAD_SECONDS", 60.0)
+    ours: Any = make_postgresql_store()
+    theirs: Any = make_postgresql_store()
+    for store in (ours, theirs):
+        store.open()
+    ours.add(make_task(), b"", None, ())
+    assert ours.claim("task", "worker", 1) is not None
+    received: list[AsyncRouteTask] = []
+    notifier = make_notifier(ours, received.append)
+    listening = threading.Event()
+    listen = ours.listen
+
+    def listen_and_report(notify: Callable[[], None]) -> Any:
+        def report() -> None:
+            notify()
+            listening.set()
+
+        return listen(report)
+
+    monkeypatch.setattr(ours, "listen", listen_and_report)
+    if kind == "subscriber":
+        values: dict[str, Any] = {"progress": 5.0}
+        subscription: Any = notifier.telling(Follower(), "task")
+        subscription.__enter__()
+    else:
+        values = {"state": State.ABORTED, "completed_us": 5, "stopping": True}
+        notifier.watch()
+    assert listening.wait(5)
+    eventually(lambda: not notifier._wake.is_set() and notifier._poll_after < time.monotonic())
+    changed = theirs.update("task", ANY_STATE, values)
+    eventually(lambda: received == [changed], 3)
+    if kind == "subscriber":
+        subscription.__exit__(None, None, None)
+    else:
+        notifier.unwatch()

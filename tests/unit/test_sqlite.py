@@ -421,10 +421,10 @@ def test_a_file_that_becomes_corrupt_is_unavailable(
 def test_an_error_of_the_polling_connection_is_unavailable(
     store: TaskStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The connection for writes may fail. The next poll opens another one."""
+    """A poll retries once. The next poll opens another connection."""
 
     class Broken:
-        def execute(self, statement: str) -> None:
+        def execute(self, statement: str, values: object = ()) -> None:
             raise sqlite3.OperationalError("disk I/O error")
 
         def close(self) -> None:
@@ -433,7 +433,7 @@ def test_an_error_of_the_polling_connection_is_unavailable(
     assert isinstance(store, SQLTaskStore)
     store.news(-1)
     store.close()
-    monkeypatch.setattr(store._database, "_writer", Broken())
+    monkeypatch.setattr(store._database, "_readers", [Broken(), Broken()])
     with pytest.raises(StoreUnavailable):
         store.news(0)
     assert "disk I/O error" in caplog.text and "ASYNCROUTE_STORE" in caplog.text

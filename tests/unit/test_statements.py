@@ -30,6 +30,9 @@ def texts(sql: Statements) -> dict[str, str]:
     }
 
 
+POSTGRESQL_ONLY = {"keep_notifying": {"ns", "us"}}
+"""The parameters of statements that are empty for SQLite, by statement."""
+
 MAY_USE = {"owners": {"task_bound"}}
 """Further indexes that SQLite 3.53 uses and 3.40 does not, by statement."""
 
@@ -51,6 +54,10 @@ def plan(connection: sqlite3.Connection, text: str) -> str:
 
 def test_sqlite_compiles_every_statement(connection: sqlite3.Connection) -> None:
     for name, text in texts(Statements("sqlite")).items():
+        if name in POSTGRESQL_ONLY:
+            assert text == ""
+            continue
+        assert text, name
         assert not re.search(r"%\(|\[|FOR UPDATE|pg_notify", text), name
         plan(connection, text)
 
@@ -59,9 +66,8 @@ def test_postgresql_statements_use_the_parameter_style_of_the_driver() -> None:
     sqlite_texts = texts(Statements("sqlite"))
     for name, text in texts(Statements("postgresql")).items():
         assert not re.search(r":\w|\[", text), name
-        assert set(re.findall(r"%\((\w+)\)s", text)) <= set(
-            re.findall(r":(\w+)", sqlite_texts[name])
-        )
+        allowed = POSTGRESQL_ONLY.get(name) or set(re.findall(r":(\w+)", sqlite_texts[name]))
+        assert set(re.findall(r"%\((\w+)\)s", text)) <= allowed, name
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,7 @@ def test_postgresql_statements_use_the_parameter_style_of_the_driver() -> None:
         ("due_callbacks", {"callback_due", "callback_holder"}),
         ("held_callbacks", {"callback_holder"}),
         ("changed_tasks", {"task_change"}),
+        ("ended_tasks", {"task_change"}),
         ("waiting_endpoints", {"task_waiting"}),
         ("count_unfinished", {"task_user"}),
         ("tasks_with_events", {"event_change"}),

@@ -82,14 +82,14 @@ _IS_PLAIN = "permission_json IS NULL AND callback_json IS NULL AND body_size = 0
 # locks of rows.
 _HIGHEST = """max(change, coalesce(
     (SELECT max(change) FROM asyncroute_tasks WHERE namespace = :ns), 0))"""
-_LOCK_CLASS = 0x61737963
+LOCK_CLASS = 0x61737963
 """The first key of the namespaces' advisory locks."""
 _LAST_NUMBER = """
     SELECT last_value - CASE WHEN is_called THEN 0 ELSE 1 END AS change
     FROM asyncroute_namespaces_change_seq"""
 _NEXT_NUMBER = "nextval('asyncroute_namespaces_change_seq')"
 _LOCKED = f"""locked AS MATERIALIZED (
-    SELECT pg_advisory_xact_lock_shared({_LOCK_CLASS}, CAST(:ns AS INTEGER)))"""
+    SELECT pg_advisory_xact_lock_shared({LOCK_CLASS}, CAST(:ns AS INTEGER)))"""
 _NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 _NOTIFY = f"pg_notify('{CHANNEL}', CAST(key AS TEXT))"
 # A notification wakes all processes of the app, so most writes send one only if a process has asked
@@ -185,7 +185,7 @@ class Statements:
         [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]
         [postgresql:
             WITH newest AS MATERIALIZED ({_LAST_NUMBER})
-            SELECT change, pg_advisory_xact_lock({_LOCK_CLASS}, CAST(:ns AS INTEGER))
+            SELECT change, pg_advisory_xact_lock({LOCK_CLASS}, CAST(:ns AS INTEGER))
             FROM newest]"""
     get_assigned_change = f"""
         [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]
