@@ -122,7 +122,7 @@ class Lifecycle:
             return self._change(task.id, _unchanged(task, stopping=True), stopping=False)
         if task.on_loss == "restart" and task.restarts < MAX_RESTARTS:
             return self._requeue(task.id, _unchanged(task), restarts=task.restarts + 1)
-        return self._abort(task.id, _unchanged(task), LOST)
+        return self._abort(task.id, _unchanged(task), LOST, stopping=False)
 
     def cut_short(self, execution: Execution, is_over: bool) -> None:
         """Abort a task because this process shuts down. With ``on_loss="restart"``, requeue the

@@ -146,6 +146,9 @@ class Notifier(Loop):
         with self._waiting_lock:
             self._watching += 1
             self._following += is_follower
+            if is_follower and self._following == 1:
+                # Without subscribers, polls do not forget them.
+                self.shared_reads.forget()
         try:
             if is_follower and isinstance(self._store, SharedTaskStore):
                 self._keep_notified(self._store)
@@ -239,7 +242,9 @@ class Notifier(Loop):
 
     def _on_task_changed(self, sender: object, task: AsyncRouteTask, **extra: Any) -> None:
         self._publish(task)
-        self._add_own((task.change,))
+        # The subscribers have been notified of the task, so its earlier changes need not be read
+        # either.
+        self._add_own((task.change, task.waiting_change, task.started_change))
 
     def _on_events_written(
         self, sender: object, task_id: str, changes: Iterable[int], **extra: Any
@@ -247,9 +252,9 @@ class Notifier(Loop):
         self._notify(task_id)
         self._add_own(changes)
 
-    def _add_own(self, changes: Iterable[int]) -> None:
-        if self._is_polling and len(self._own) < MAX_OWN:
-            self._own.update(changes)
+    def _add_own(self, changes: Iterable[int | None]) -> None:
+        if self._store.is_shared and self._is_polling and len(self._own) < MAX_OWN:
+            self._own.update(change for change in changes if change is not None)
 
     def _publish(self, task: AsyncRouteTask) -> None:
         try:

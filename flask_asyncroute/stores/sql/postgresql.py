@@ -218,16 +218,20 @@ class EngineDatabase(Database):
         try:
             connection: Any = lent.driver_connection
             was_autocommit = connection.autocommit
+            if not was_autocommit:
+                connection.autocommit = True
             try:
-                if not was_autocommit:
-                    connection.autocommit = True
                 yield connection
-            finally:
+            except Error:
                 if not (was_autocommit or connection.closed):
                     connection.autocommit = False
+                raise
+            if not was_autocommit:
+                connection.autocommit = False
         except BaseException as error:
             attempt.is_lost = connection.closed
             if attempt.is_lost or not isinstance(error, Error):
+                # If the statement was interrupted, the connection may still be executing it.
                 lent.invalidate(error)
             # Other connections were probably lost too. SQLAlchemy also replaces all of them.
             if attempt.is_lost and self._engine.pool is pool:

@@ -76,7 +76,7 @@ _IS_PLAIN = "permission_json IS NULL AND callback_json IS NULL AND body_size = 0
 #
 # PostgreSQL commits several writes at once. Each takes its number from a sequence, after it has
 # locked the row of its task, and holds a shared lock of the namespace from before that until its
-# commit. Whoever reads first reads the last number, then acquires this lock exclusively for a
+# commit. A reader first reads the last number, then acquires this lock exclusively for a
 # moment: then all writes up to this number are committed. So a write waits for other writes only
 # while somebody reads changes. To avoid deadlocks, the lock of the namespace always comes before
 # locks of rows.
@@ -227,7 +227,7 @@ class Statements:
     ended_tasks = f"""
         SELECT {RECORD} FROM asyncroute_tasks
         WHERE namespace = :ns AND change > :since AND change <= :newest
-            AND (owner IS NULL OR owner != :worker OR stopping = 1)
+            AND (owner IS NULL OR owner != :worker OR state = 'Aborted')
             AND (completed_us IS NOT NULL OR epoch > CASE state WHEN 'NotStarted' THEN 0 ELSE 1 END)
         ORDER BY change LIMIT :limit"""
 
