@@ -55,6 +55,7 @@ from .signals import (
     task_failed,
     task_finished,
     task_progressed,
+    task_removed,
     task_started,
 )
 from .task import AsyncRouteTask, State
@@ -72,7 +73,7 @@ __all__ = [
     "TaskUnfinished", "TooManyTasks", "UnsupportedMediaType",
     "current_task", "metadata",
     "callback_failed", "callback_sent", "task_aborted", "task_completed", "task_created",
-    "task_failed", "task_finished", "task_progressed", "task_started",
+    "task_failed", "task_finished", "task_progressed", "task_removed", "task_started",
 ]  # fmt: skip
 
 

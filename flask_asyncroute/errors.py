@@ -6,6 +6,9 @@ Clients see a `RequestRefused` as a problem response (RFC 9457), so messages con
 from __future__ import annotations
 
 import re
+from typing import Any
+
+from werkzeug.exceptions import Conflict, Gone, HTTPException, Locked, NotFound
 
 
 class AsyncRouteError(Exception):
@@ -78,6 +81,33 @@ class RequestRefused(AsyncRouteError):
         return self.slug.replace("-", " ").capitalize()
 
 
+class _TaskRefused(RequestRefused, HTTPException):
+    """A refusal that a plain view may let through: Flask sends the response of its status.
+
+    Subclasses also derive from Werkzeug's class for the status, so that error handlers for the
+    status receive them. A task that raises one fails as with any other exception; see
+    `executors.outcome`.
+    """
+
+    def __init__(
+        self, detail: str, *, task_id: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(detail, task_id=task_id, retry_after=retry_after)
+        self.args = (detail,)  # HTTPException empties it, and pickle needs it
+
+    def __str__(self) -> str:
+        return self.detail
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.detail!r})"
+
+    def get_headers(self, *arguments: Any, **options: Any) -> list[tuple[str, str]]:
+        headers = list(super().get_headers(*arguments, **options))
+        if self.retry_after is not None:
+            headers.append(("Retry-After", str(self.retry_after)))
+        return headers
+
+
 class InvalidRequest(RequestRefused, status=400):
     """The request is malformed, such as an incomplete body or an invalid header."""
 
@@ -98,8 +128,8 @@ class NotPermitted(RequestRefused, status=403):
     """The caller is known but may not use the operation."""
 
 
-class TaskNotFound(RequestRefused, LookupError, status=404):
-    """No task has this id, or the caller may not read it. Responses do not say which."""
+class TaskNotFound(_TaskRefused, NotFound, LookupError, status=404):
+    """No task has this id, or the caller may not read the task. Responses do not say which."""
 
 
 class MethodNotAllowed(RequestRefused, status=405):
@@ -110,11 +140,11 @@ class NotAcceptable(RequestRefused, status=406):
     """The client accepts none of the available media types."""
 
 
-class TaskUnfinished(RequestRefused, status=409):
+class TaskUnfinished(_TaskRefused, Conflict, status=409):
     """The operation needs a finished task."""
 
 
-class TaskFinished(RequestRefused, status=410):
+class TaskFinished(_TaskRefused, Gone, status=410):
     """The task has ended and can no longer be stopped."""
 
 
@@ -134,7 +164,7 @@ class KeyReused(RequestRefused, status=422):
     """The caller already used this ``Idempotency-Key`` for another request."""
 
 
-class NotCancellable(RequestRefused, status=423):
+class NotCancellable(_TaskRefused, Locked, status=423):
     """The task's route was declared with ``cancellable=False``."""
 
 

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
-from flask import Blueprint, Flask, request, request_started
+from flask import Blueprint, Flask, has_request_context, request, request_started
 from werkzeug.routing import Rule
 
 from . import options, validators
 from .decorator import declare, is_bare, view_function_of
 from .engine.dispatcher import unknown
+from .engine.lifecycle import purge
 from .errors import ConfigurationError
 from .http.blueprint import make_blueprint
 from .http.waits import BLOCKING_SECONDS, is_asgiref
-from .query import NEWEST_FIRST, parse_mapping, position_of
+from .permissions import may_read, may_write
+from .query import NEWEST_FIRST, parse_python, position_of
 from .request.capture import note_request
 from .request.identity import IdentityLoader
 from .request.submission import ID_PATTERN
@@ -218,17 +220,23 @@ class AsyncRoute:
         """Return whether a task has this id."""
         return self.get(task_id) is not None
 
-    def query(self, conditions: Mapping[str, Any] | None = None) -> Iterator[AsyncRouteTask]:
+    def query(
+        self, conditions: Mapping[str, Any] | None = None, **fields: Any
+    ) -> Iterator[AsyncRouteTask]:
         """Yield all matching tasks, newest first. Permissions are not checked.
 
-        Reads pages of 200 tasks.
+        ``query(State="Running", User="anna")`` yields the tasks that meet both conditions. Reads
+        pages of 200 tasks.
 
-        :param conditions: as in the body of a JSON query, such as ``{"State": {"op": "EQ", "value":
-            "Failed"}}``; times may be datetimes.
+        :param conditions: as in the body of a JSON query, such as ``{"State": {"op": "NE", "value":
+            "Failed"}}``. A value alone is compared with EQ: ``{"State": "Failed"}``. Values may be
+            `State` members and datetimes; a datetime without a time zone is UTC.
+        :param fields: more conditions of the same form. A field in ``conditions`` cannot be
+            repeated here.
         :raises InvalidQuery: raised immediately, not during iteration; the message names the
             invalid part.
         """
-        parsed = parse_mapping(conditions or {})
+        parsed = parse_python({} if conditions is None else conditions, fields)
         store = current_runtime().runner.store
 
         def pages() -> Iterator[AsyncRouteTask]:
@@ -245,11 +253,48 @@ class AsyncRoute:
     def stop(self, task_id: str) -> AsyncRouteTask:
         """Stop a task of any process; return its new record. Permissions are not checked.
 
-        :raises TaskNotFound: if no task has this id.
-        :raises NotCancellable: if its route has ``cancellable=False``.
-        :raises TaskFinished: if it is Completed or Failed.
+        The errors are also HTTPExceptions, so a plain view may let them through. In a task they
+        are ordinary exceptions.
+
+        :raises TaskNotFound: (404) if no task has this id.
+        :raises NotCancellable: (423) if its route has ``cancellable=False``.
+        :raises TaskFinished: (410) if it is Completed or Failed.
         """
         return current_runtime().runner.dispatcher.stop(self._existing(task_id))
+
+    def purge(self, task_id: str) -> None:
+        """Remove a finished task with its result, events and callback. Permissions are not checked.
+
+        Waits until 0.3 seconds after the task's end, so that subscribers can read the end. The
+        errors are also HTTPExceptions, as those of :meth:`stop`.
+
+        :raises TaskNotFound: (404) if no task has this id.
+        :raises TaskUnfinished: (409) if the task has not ended, or its code is still running.
+        """
+        task = self._existing(task_id)
+        runner = current_runtime().runner
+        if not purge(runner.store, runner.lifecycle, task):
+            raise unknown(task_id)
+
+    def may_read(self, task: AsyncRouteTask) -> bool:
+        """Return whether the current request's caller may read a task, as in the operations.
+
+        Calls the identity loader. Without a request, the caller is anonymous. In a task, the
+        request is the rebuilt one.
+
+        :param task: a record, such as :meth:`get` and :meth:`query` return.
+        :raises TypeError: if ``task`` is not a record.
+        :raises CannotStart: if the identity's groups, roles or scopes are invalid.
+        """
+        return self._may(may_read, "may_read", task)
+
+    def may_write(self, task: AsyncRouteTask) -> bool:
+        """Return whether the current request's caller may stop and purge a task, as in the
+        operations.
+
+        Everything else is as for :meth:`may_read`.
+        """
+        return self._may(may_write, "may_write", task)
 
     def wait(self, task_id: str, timeout: float | timedelta | None = None) -> AsyncRouteTask:
         """Wait until a task of any process has ended; return its record.
@@ -288,6 +333,17 @@ class AsyncRoute:
         if renewed is None:
             raise unknown(task_id)
         return renewed
+
+    def _may(self, rule: Callable[..., bool], name: str, task: Any) -> bool:
+        if not isinstance(task, AsyncRouteTask):
+            given = "None" if task is None else f"a {type(task).__name__}"
+            raise TypeError(
+                f"{name}() takes the record of a task, not {given}. Pass what async_routes.get(id) "
+                "returns, unless it is None because the id is unknown."
+            )
+        runner = current_runtime().runner
+        caller = runner.dispatcher.caller() if has_request_context() else None
+        return rule(caller, task.user, task.granted, runner.config.admins)
 
     def _existing(self, task_id: str) -> AsyncRouteTask:
         task = self.get(task_id)

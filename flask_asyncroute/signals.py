@@ -1,9 +1,9 @@
 """The signals (blinker) of the package.
 
-A public signal (in `FACTS`) is sent after a change of a task was stored: at most once, by the
-process that stored it, in an app context. The sender is the Flask app; receivers take ``task`` (the
-record) and ``**extra``. A receiver's error is logged, and the other receivers run. Other signals
-are internal.
+The public signals (`FACTS`) report a stored change, at most once, in the process that stored it,
+with an app context. The sender is the Flask app; receivers take ``task`` (the record) and
+``**extra``; those of `task_removed` take ``task_id`` and ``endpoint``. A receiver's error is
+logged, and the other receivers run. Other signals are internal.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ task_aborted = _namespace.signal(
 task_finished = _namespace.signal(
     "task-finished", "The task has reached one of its three terminal states."
 )
+task_removed = _namespace.signal(
+    "task-removed", "The task was deleted by a purge or after its retention; it has no record."
+)
 callback_sent = _namespace.signal(
     "callback-sent", "The receiver has answered the callback of a task with a 2xx status."
 )
@@ -52,7 +55,7 @@ events_written = _namespace.signal("events-written", "Events of a view have been
 
 FACTS = (
     task_created, task_started, task_progressed, task_completed, task_failed, task_aborted,
-    task_finished, callback_sent, callback_failed,
+    task_finished, task_removed, callback_sent, callback_failed,
 )  # fmt: skip
 
 

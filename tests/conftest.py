@@ -172,7 +172,7 @@ def gate() -> Iterator[threading.Event]:
 @pytest.fixture
 def hear() -> Iterator[Callable[..., list[tuple[str, AsyncRouteTask]]]]:
     """Return ``hear(*signals, sender=ANY)``, which returns a list to which each signal appends
-    (name, task).
+    (name, task). ``task_removed`` has no record, so it appends (name, id).
     """
     connected: list[tuple[NamedSignal, Any]] = []
 
@@ -180,10 +180,8 @@ def hear() -> Iterator[Callable[..., list[tuple[str, AsyncRouteTask]]]]:
         received: list[tuple[str, AsyncRouteTask]] = []
         for signal in which:
 
-            def receive(
-                app: Flask, task: AsyncRouteTask, name: str = signal.name, **extra: Any
-            ) -> None:
-                received.append((name, task))
+            def receive(app: Flask, name: str = signal.name, **values: Any) -> None:
+                received.append((name, values["task"] if "task" in values else values["task_id"]))
 
             signal.connect(receive, sender=sender, weak=False)
             connected.append((signal, receive))

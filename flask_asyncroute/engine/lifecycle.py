@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -155,11 +155,14 @@ class Lifecycle:
 
     def delete_unstarted(self, task: AsyncRouteTask) -> bool:
         """Delete a task if it is NotStarted; return whether it was deleted."""
-        return self._store.delete(task.id, Expect((State.NOT_STARTED,)))
+        return self._store.delete(task.id, Expect((State.NOT_STARTED,))) is not None
 
     def purge(self, task_id: str) -> bool:
         """Delete a finished task whose code has ended; return whether it was deleted."""
-        return self._store.delete(task_id, Expect(tuple(TERMINAL), stopping=False))
+        endpoint = self._store.delete(task_id, Expect(tuple(TERMINAL), stopping=False))
+        if endpoint:  # empty if another process may have sent the signal
+            self._send((signals.task_removed,), task_id=task_id, endpoint=endpoint)
+        return endpoint is not None
 
     def delete_expired(self) -> None:
         """Delete tasks whose retention has expired."""
@@ -216,23 +219,26 @@ class Lifecycle:
                 _log(signal, task)
         if task.callback_state in PENDING and task.state.is_terminal:
             signals.send_fact(signals.callback_pending, self._app, task=task)
-        if signal is None:
+        if signal is not None:
+            is_end = signal in _FINISHED.values()
+            facts = (signal, signals.task_finished) if is_end else (signal,)
+            self._send(facts, task=task, **more)
+
+    def _send(self, facts: Sequence[NamedSignal], **values: Any) -> None:
+        """Send public signals in an app context, if any of them has receivers."""
+        if not any(signal.receivers for signal in facts):
             return
-        is_end = signal in _FINISHED.values()
-        if signal.receivers or (is_end and signals.task_finished.receivers):
-            try:
-                with context.in_app(self._app):
-                    signals.send_fact(signal, self._app, task=task, **more)
-                    if is_end:
-                        signals.send_fact(signals.task_finished, self._app, task=task)
-            except Exception:
-                # A teardown function of the app raised. The caller must still get the stored
-                # change.
-                logger.exception(
-                    "A teardown function raised an exception after the signal %s. The change of "
-                    "the task is stored.",
-                    signal.name,
-                )
+        try:
+            with context.in_app(self._app):
+                for signal in facts:
+                    signals.send_fact(signal, self._app, **values)
+        except Exception:
+            # A teardown function of the app raised. The caller must still get the stored change.
+            logger.exception(
+                "A teardown function raised an exception after the signal %s. The change of "
+                "the task is stored.",
+                facts[0].name,
+            )
 
     def _held_by(self, execution: Execution) -> Expect:
         return Expect((State.RUNNING,), self.owner, execution.epoch)

@@ -7,11 +7,12 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.client import responses
-from typing import Any
+from typing import Any, TypeGuard
 
 from werkzeug.exceptions import BadRequestKeyError, HTTPException
 
 from ..encoding import clean_text
+from ..errors import AsyncRouteError
 from ..task import MAX_ERROR, State
 
 
@@ -23,14 +24,23 @@ class Outcome:
     values: dict[str, Any] = field(default_factory=dict)
 
 
+def is_http_error(error: BaseException) -> TypeGuard[HTTPException]:
+    """Return whether the view answered with an HTTP status, as by ``abort(404)``.
+
+    The package's own HTTPExceptions, such as TaskNotFound, do not count: they are about another
+    task.
+    """
+    return isinstance(error, HTTPException) and not isinstance(error, AsyncRouteError)
+
+
 def failed(error: BaseException, expose: bool) -> Outcome:
     """Return the outcome of a run that raised ``error``.
 
-    :param expose: whether clients see the message of ``error``. They always see an
-        `HTTPException`'s message.
+    :param expose: whether clients see the message of ``error``. They always see the message of
+        an HTTPException of the view.
     """
     name = type(error).__name__
-    if isinstance(error, HTTPException):
+    if is_http_error(error):
         # abort(response) raises an exception without code and name.
         status: Any = error.code or getattr(getattr(error, "response", None), "status_code", None)
 

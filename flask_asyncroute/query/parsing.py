@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
@@ -73,19 +73,44 @@ def parse_post(query_string: str, document: Any) -> Query:
 
 def parse_mapping(mapping: Any) -> tuple[Condition, ...]:
     """Parse conditions in the JSON style: each field has ``{"op": …, "value": …}`` or a list of
-    these.
-
-    ``op`` defaults to EQ. In Python, a value may also be a datetime or a State.
+    these. ``op`` defaults to EQ.
     """
+    return _counted(_json(_items(mapping)))
+
+
+def parse_python(mapping: Any, keywords: Mapping[str, Any]) -> tuple[Condition, ...]:
+    """Parse conditions of the app's code: a mapping like :func:`parse_mapping`, and keyword
+    arguments.
+
+    A value without ``{"value": …}`` is compared with EQ. Values may also be datetimes or States.
+
+    :raises InvalidQuery: also if a field occurs in both.
+    """
+    items = _items(mapping)
+    given = {find_field(name) for name, _ in items if isinstance(name, str)}
+    for name in keywords:
+        if find_field(name) in given:
+            raise InvalidQuery(
+                f"{shown(name)} is both in the mapping and a keyword argument. Put all conditions "
+                "on a field into one list."
+            )
+    return _counted(_json([*items, *keywords.items()], takes_values=True))
+
+
+def _items(mapping: Any) -> list[tuple[Any, Any]]:
     if not isinstance(mapping, Mapping):
         example = '{"State": {"op": "EQ", "value": "Completed"}}'
         raise InvalidQuery(f"A query must be an object of conditions, such as {example}.")
-    return _counted(_json(mapping))
+    return list(mapping.items())
 
 
-def _json(mapping: Mapping[Any, Any]) -> Iterator[Condition]:
+def _json(items: Iterable[tuple[Any, Any]], takes_values: bool = False) -> Iterator[Condition]:
+    """Yield the conditions of the JSON style.
+
+    :param takes_values: whether a value without ``{"value": …}`` is compared with EQ.
+    """
     seen: set[Field] = set()
-    for name, given in mapping.items():
+    for name, given in items:
         if not isinstance(name, str):
             raise InvalidQuery("The names of fields must be strings.")
         field = find_field(name)
@@ -95,8 +120,22 @@ def _json(mapping: Mapping[Any, Any]) -> Iterator[Condition]:
         conditions = given if isinstance(given, (list, tuple)) else [given]
         if not conditions:
             raise field.error("the list of conditions is empty; omit the field")
+        if takes_values:
+            conditions = _with_values(field, conditions)
         for one in conditions:
             yield _json_condition(field, one)
+
+
+def _with_values(field: Field, conditions: Sequence[Any]) -> list[Any]:
+    """Return the conditions, each value without ``{"value": …}`` as a condition with EQ."""
+    values = [one for one in conditions if not isinstance(one, Mapping)]
+    if len(values) > 1:
+        # The conditions are joined by AND, but a list of values looks like alternatives.
+        raise field.error(
+            "the conditions of a list must all be met, so no task matches two values; call query() "
+            "once for each value"
+        )
+    return [one if isinstance(one, Mapping) else {"value": one} for one in conditions]
 
 
 def _json_condition(field: Field, given: Any) -> Condition:

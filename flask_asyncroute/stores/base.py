@@ -200,8 +200,12 @@ class TaskStore(ABC):
         """
 
     @abstractmethod
-    def delete(self, task_id: str, expect: Expect) -> bool:
-        """Remove a task and its callback if the task matches ``expect``; return whether it did."""
+    def delete(self, task_id: str, expect: Expect) -> str | None:
+        """Remove a task and its callback if the task matches ``expect``.
+
+        :return: the task's endpoint, or None if the task does not match. Empty if the connection
+            failed during the commit and the task is gone: another process may have removed it.
+        """
 
     @abstractmethod
     def query(

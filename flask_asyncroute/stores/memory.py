@@ -195,11 +195,11 @@ class MemoryTaskStore(TaskStore):
                     entry.last_sent = number
             return range(before + 1, self._change + 1)
 
-    def delete(self, task_id: str, expect: Expect) -> bool:
+    def delete(self, task_id: str, expect: Expect) -> str | None:
         with self._lock:
             entry = self._expected(task_id, expect)
             if entry is None:
-                return False
+                return None
             self._change += 1
             del self._tasks[task_id]
             self._callbacks.pop(task_id, None)
@@ -208,7 +208,7 @@ class MemoryTaskStore(TaskStore):
             if entry.key is not None:
                 del self._keys[entry.key.name]
             entry.drop_request()
-            return True
+            return entry.task.endpoint
 
     def query(
         self, conditions: Sequence[Condition], sort: Sort, limit: int, position: Position | None,

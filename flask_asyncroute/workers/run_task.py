@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Protocol
 
 from flask import Flask, got_request_exception
-from werkzeug.exceptions import HTTPException
 
 from .. import snapshot
 from ..config import Config
@@ -31,7 +30,7 @@ from ..errors import (
 from ..executors import interruption
 from ..executors.base import TaskExecutor
 from ..executors.execution import Execution
-from ..executors.outcome import Outcome, failed
+from ..executors.outcome import Outcome, failed, is_http_error
 from ..request import context
 from ..routes import Route, View
 from ..stores.base import Claim, TaskStore
@@ -275,9 +274,9 @@ def _report(app: Flask, error: BaseException, task_id: str) -> None:
     """Log an exception of a view, and send the signal got_request_exception. Also log errors of log
     handlers and receivers.
 
-    HTTPException and TaskAborted are ignored: they are not errors of the app.
+    An HTTPException of the view and TaskAborted are ignored: they are not errors of the app.
     """
-    if isinstance(error, (HTTPException, TaskAborted)):
+    if isinstance(error, TaskAborted) or is_http_error(error):
         return
     extra = {"task_id": task_id}
     try:

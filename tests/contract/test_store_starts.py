@@ -90,9 +90,9 @@ def test_a_key_is_deleted_with_its_task(
     store.claim("a", "me", CREATED)
     store.update("a", ANY_STATE, end)
     assert found_with(store, KEY) == ("a", KEY.fingerprint)
-    assert store.delete("a", Expect((State.NOT_STARTED,))) is False
+    assert store.delete("a", Expect((State.NOT_STARTED,))) is None
     assert found_with(store, KEY) == ("a", KEY.fingerprint)
-    assert store.delete("a", Expect(tuple(TERMINAL))) is True
+    assert store.delete("a", Expect(tuple(TERMINAL))) == "work"
     assert store.started_with(KEY.name) is None
     store.add(make_task("b"), b"{}", None, (), KEY)
     assert found_with(store, KEY) == ("b", KEY.fingerprint)

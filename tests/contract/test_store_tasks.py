@@ -5,6 +5,7 @@ has a test.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -75,11 +76,11 @@ def test_empty_fields_round_trip(store: TaskStore, make_task: NewTask) -> None:
     assert type(found.state) is State
 
 
-def test_operations_on_an_unknown_task_return_none_or_false(store: TaskStore) -> None:
+def test_operations_on_an_unknown_task_return_none(store: TaskStore) -> None:
     assert store.get("nobody") is None
     assert store.claim("nobody", "me", CREATED) is None
     assert store.update("nobody", ANY_STATE, {"error": "x"}) is None
-    assert store.delete("nobody", ANY_STATE) is False
+    assert store.delete("nobody", ANY_STATE) is None
 
 
 @pytest.mark.covers("A43")
@@ -269,7 +270,7 @@ def test_a_write_requires_the_expected_owner_epoch_and_stopping(
         assert (after is not None) is is_met
         assert store.get("task") == (after if is_met else before)
     else:
-        assert store.delete("task", condition) is is_met
+        assert (store.delete("task", condition) is not None) is is_met
         assert store.get("task") == (None if is_met else before)
 
 
@@ -367,10 +368,10 @@ def test_the_end_time_without_a_start_is_never_before_the_creation_time(
 
 def test_delete_removes_the_record_body_and_grants(store: TaskStore, make_task: NewTask) -> None:
     store.add(make_task(body_size=4, user="anna"), b"request", body_of(b"body"), [("groups", "g")])
-    assert store.delete("task", Expect((State.RUNNING,))) is False
-    assert store.delete("task", Expect((State.NOT_STARTED,))) is True
+    assert store.delete("task", Expect((State.RUNNING,))) is None
+    assert store.delete("task", Expect((State.NOT_STARTED,))) == "work"
     assert store.get("task") is None
-    assert store.delete("task", ANY_STATE) is False
+    assert store.delete("task", ANY_STATE) is None
     body = store.body("task")
     assert body.open().read() == b""
     body.close()
@@ -381,6 +382,28 @@ def test_delete_removes_the_record_body_and_grants(store: TaskStore, make_task: 
     claim = store.claim("task", "me", CREATED)
     assert claim is not None
     assert (claim.request, claim.task.epoch, claim.task.revision) == (b"other", 1, 2)
+
+
+def test_delete_returns_the_endpoint_of_the_removed_task(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    for number, endpoint in enumerate(["reports.yearly", "é"]):
+        store.add(make_task(f"t{number}", endpoint=endpoint), b"", None, ())
+        assert store.delete(f"t{number}", RUNNING) is None
+        assert store.delete(f"t{number}", ANY_STATE) == endpoint
+        assert store.delete(f"t{number}", ANY_STATE) is None
+
+
+def test_one_of_several_concurrent_deletes_returns_the_endpoint(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    for number in range(20):
+        store.add(make_task(f"t{number}"), b"", None, ())
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(20):
+            deletes = [pool.submit(store.delete, f"t{number}", ANY_STATE) for _ in range(4)]
+            returned = [delete.result() for delete in deletes]
+            assert sorted(map(str, returned)) == ["None", "None", "None", "work"]
 
 
 def test_each_write_increases_the_change_number(store: TaskStore, make_task: NewTask) -> None:
@@ -400,14 +423,14 @@ def test_each_write_increases_the_change_number(store: TaskStore, make_task: New
     # A failed write may use a change number, but is not reported as a change.
     assert store.update("task", RUNNING, {"progress": 2.0}) is None
     assert store.claim("task", "me", CREATED) is None
-    assert store.delete("task", RUNNING) is False
+    assert store.delete("task", RUNNING) is None
     with pytest.raises(IdTaken):
         store.add(make_task(), b"", None, ())
     if isinstance(store, SharedTaskStore):
         assert not store.news(start + 4).tasks
     before = store.newest()
     assert before >= start + 4
-    assert store.delete("task", FINISHED) is True
+    assert store.delete("task", FINISHED) == "work"
     assert store.newest() == before + 1
 
 

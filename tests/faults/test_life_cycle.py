@@ -239,7 +239,7 @@ class LifeCycle(RuleBasedStateMachine):
             Expect(tuple(TERMINAL), stopping=False) if is_purge else Expect((State.NOT_STARTED,))
         )
         is_fit = model is not None and model.state in expect.states and not model.stopping
-        assert self.store.delete(task_id, expect) is is_fit
+        assert self.store.delete(task_id, expect) == ("work" if is_fit else None)
         if is_fit:
             assert self.store.get(task_id) is None
             for kept in (self.models, self.records, self.ends):

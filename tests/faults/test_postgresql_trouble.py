@@ -232,7 +232,7 @@ WRITES: dict[str, tuple[Callable[[TaskStore], Any], Callable[[Any, TaskStore], b
     ),
     "delete": (
         lambda store: store.delete("ended", Expect(tuple(TERMINAL))),
-        lambda result, direct: result is True and direct.get("ended") is None,
+        lambda result, direct: result in ("work", "") and direct.get("ended") is None,
     ),
     "value": (
         lambda store: store.write_value("key", b"2", None),

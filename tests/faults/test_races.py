@@ -69,7 +69,7 @@ def _claim(store: TaskStore, task_id: str) -> bool:
 
 
 def _purge(store: TaskStore, task_id: str) -> bool:
-    return store.delete(task_id, Expect((State.NOT_STARTED,)))
+    return store.delete(task_id, Expect((State.NOT_STARTED,))) is not None
 
 
 @dataclass(frozen=True)

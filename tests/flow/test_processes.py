@@ -142,6 +142,7 @@ def test_results_of_a_child(children: Flow) -> None:
     [
         ("/raise/value", r"ValueError: bad thing"),
         ("/raise/http", r"404 Not Found: no such thing"),
+        ("/raise/unknown", r"TaskNotFound: gone"),
         ("/raise/local", r"Local: odd"),
         ("/raise/mute", r"Mute: \(its message could not be read\)"),
         ("/raise/long", r"ValueError: x{1988}"),

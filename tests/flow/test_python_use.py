@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -235,10 +235,79 @@ def test_a_query_reads_several_pages_after_its_context_has_ended(flow: Flow) -> 
     assert [record.id for record in found] == ids[::-1]
 
 
+def test_a_query_by_keywords_and_values(flow: Flow, context: AsyncRoute) -> None:
+    flow.route("/<int:n>", endpoint="work")(lambda n: 1 / n)
+    flow.route("/kept", endpoint="kept", cancellable=False)(lambda: 1)
+    for path, user in (("/1", "anna"), ("/0", "ben"), ("/2", "anna"), ("/kept", "ben")):
+        context.wait(flow.start(path, headers={"X-User": user})["Id"], 5)
+
+    def found(*conditions: Any, **fields: Any) -> list[str]:
+        return [
+            record.url[len("http://localhost") :] for record in context.query(*conditions, **fields)
+        ]
+
+    assert found(State="Failed") == found(State=State.FAILED) == found(state="failed") == ["/0"]
+    assert found(User="anna") == found({"User": "anna"}) == ["/2", "/1"]
+    assert found(User="ben", State=State.COMPLETED) == ["/kept"]
+    assert found(Cancellable=False) == found({"Cancellable": False}) == ["/kept"]
+    assert found(IsCompleted=True, User={"op": "NE", "value": "anna"}) == ["/kept", "/0"]
+    assert found({"User": "ben"}, Cancellable=True) == ["/0"]
+    assert found({"User": {"op": "LIKE", "value": "B*"}}, State="Completed") == ["/kept"]
+    assert found(Url=[{"op": "LIKE", "value": "/*"}, {"op": "NE", "value": "http://localhost/0"}]) == [
+        "/kept", "/2", "/1",
+    ]  # fmt: skip
+    assert found(User=["anna", {"op": "LIKE", "value": "a"}]) == ["/2", "/1"]
+    failed = next(context.query(State="Failed"))
+    assert found(CreationTime=failed.creation_time) == ["/0"]
+    naive = failed.creation_time.replace(tzinfo=None)
+    assert found(CreationTime=naive) == found(CreationTime=naive.isoformat()) == ["/0"]
+    elsewhere = failed.creation_time.astimezone(timezone(timedelta(hours=5)))
+    assert found(CreationTime={"op": "GT", "value": elsewhere}) == ["/kept", "/2"]
+    assert found() == found(None) == found({}) == ["/kept", "/2", "/0", "/1"]
+    assert list(context.query(conditions={"User": "anna"}, State="Failed")) == []
+
+
+@IN_MEMORY
+@pytest.mark.parametrize(
+    ("conditions", "fields", "message"),
+    [
+        ({"State": "Failed"}, {"State": "Failed"}, "'State' is both in the mapping and a keyword argument. Put all .* one list"),
+        ({"state": {"value": "Failed"}}, {"STATE": "Failed"}, "'STATE' is both in the mapping and a keyword argument"),
+        ({}, {"State": "Failed", "state": "Failed"}, "'state' occurs twice"),
+        ({}, {"Colour": "red"}, "'Colour' is not a field. The fields are Id, "),
+        ({}, {"State": ["Failed", "Aborted"]}, r"State: .* no task matches two values; call query\(\) once for each value"),
+        ({"User": ["anna", "anna"]}, {}, "User: .* no task matches two values"),
+        ({}, {"State": []}, "State: the list of conditions is empty; omit the field"),
+        ({}, {"State": "Sleeping"}, "State: 'Sleeping' is invalid; use one of NotStarted"),
+        ({}, {"Cancellable": "yes"}, "Cancellable: the string 'yes' is invalid; use true or false"),
+        ({}, {"Cancellable": 1}, "Cancellable: a number is invalid; use true or false"),
+        ({}, {"User": None}, "User: null is invalid; use a string"),
+        ({}, {"User": 5}, "User: a number is invalid; use a string"),
+        ({}, {"User": {"anna"}}, "User: a Python set is invalid; use a string"),
+        ({}, {"User": {"op": "EQ"}}, 'User: a condition must be an object with "value"'),
+        ({}, {"CreationTime": "today"}, "CreationTime: 'today' is invalid; use an RFC 3339 time"),
+        ([], {}, "A query must be an object of conditions"),
+        ("", {"State": "Failed"}, "A query must be an object of conditions"),
+    ],
+)  # fmt: skip
+def test_an_invalid_keyword_or_value_raises_at_the_call(
+    context: AsyncRoute, conditions: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidQuery, match=message):
+        context.query(conditions, **fields)
+
+
+@IN_MEMORY
+def test_a_value_without_an_object_is_refused_over_http(flow: Flow) -> None:
+    response = flow.request("POST", "/tasks/query", json={"State": "Failed"})
+    assert response.status_code == 400
+    assert 'State: a condition must be an object with "value"' in response.get_json()["detail"]
+
+
 @IN_MEMORY
 @pytest.mark.parametrize(
     "conditions",
-    [{"Colour": {"value": 1}}, {"State": "Failed"}, {"State": {"op": "IS", "value": "x"}}, {"Progress": {"value": True}}, [1], "x", {5: {"value": 1}},
+    [{"Colour": {"value": 1}}, {"State": ["Failed", "Aborted"]}, {"State": {"op": "IS", "value": "x"}}, {"Progress": {"value": True}}, [1], "x", {5: {"value": 1}},
      {"State": {"value": "Sleeping"}}, {"User": {"value": None}}],
     ids=repr,
 )  # fmt: skip

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from flask import Flask, current_app
 
-from flask_asyncroute import current_task
+from flask_asyncroute import AsyncRoute, current_task, task_removed
 from tests.support.flow import Flow
 
 MakeFlow = Callable[..., Flow]
@@ -73,3 +74,39 @@ def test_a_long_task_is_kept_for_its_whole_retention(make_flow: MakeFlow, eventu
     ended_at = time.monotonic()
     eventually(lambda: task["Id"] not in flow.ids())
     assert time.monotonic() - ended_at > 0.35
+
+
+def test_each_task_that_retention_removes_sends_task_removed(
+    make_flow: MakeFlow, store_url: str, listen: Any, eventually: Any
+) -> None:
+    flow = make_flow(ASYNCROUTE_STORE=store_url, ASYNCROUTE_HOUSEKEEPING_INTERVAL=0.1)
+    removed: list[tuple[Any, ...]] = []
+
+    def receive(sender: Flask, task_id: str, endpoint: str, **extra: Any) -> None:
+        removed.append((task_id, endpoint, current_app.name, flow.async_routes.exists(task_id)))
+
+    listen(receive, task_removed, sender=flow.app)
+    flow.route("/a", retention=0, endpoint="first")(lambda: 1)
+    flow.route("/b", retention=0, endpoint="second")(lambda: 1)
+    flow.route("/kept", endpoint="kept")(lambda: 1)
+    kept = flow.run("/kept")
+    ids = {flow.start(path)["Id"]: name for path, name in (("/a", "first"), ("/b", "second"))}
+    eventually(lambda: len(removed) == 2)
+    assert set(removed) == {(task_id, name, "app", False) for task_id, name in ids.items()}
+    assert flow.ids() == [kept["Id"]]
+
+
+def test_two_processes_send_task_removed_once_for_each_task(
+    make_app: Callable[..., Flask], tmp_path: Any, separate_processes: None, hear: Any,
+    eventually: Any,
+) -> None:  # fmt: skip
+    removed = hear(task_removed)
+    flows = []
+    for _ in range(2):
+        app = make_app(instance_path=tmp_path, ASYNCROUTE_HOUSEKEEPING_INTERVAL=0.1)
+        flow = Flow(app, AsyncRoute(app))
+        flow.route(retention=0, executor="immediate", endpoint="work")(lambda: 1)
+        flows.append(flow)
+    ids = [flows[number % 2].start()["Id"] for number in range(40)]
+    eventually(lambda: not flows[0].ids() and len(removed) >= len(ids))
+    assert sorted(task_id for _, task_id in removed) == sorted(ids)

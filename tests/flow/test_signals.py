@@ -21,6 +21,7 @@ from flask_asyncroute import (
     task_failed,
     task_finished,
     task_progressed,
+    task_removed,
     task_started,
 )
 from tests.support.flow import Flow
@@ -366,13 +367,93 @@ def test_a_refused_start_sends_no_signal(flow: Flow, hear: Any) -> None:
     assert not sent_signals
 
 
-def test_a_purge_sends_no_signal(flow: Flow, hear: Any, eventually: Any) -> None:
+@pytest.fixture
+def removed(flow: Flow, listen: Any) -> list[dict[str, Any]]:
+    """Return a list to which ``task_removed`` appends its arguments."""
+    received: list[dict[str, Any]] = []
+    listen(lambda sender, **values: received.append(values), task_removed, sender=flow.app)
+    return received
+
+
+def test_a_purge_sends_task_removed(flow: Flow, removed: list[dict[str, Any]]) -> None:
+    flow.route("/a", endpoint="first")(lambda: 1)
+    flow.route("/b", endpoint="second")(lambda: 1)
+    one, two = flow.run("/a"), flow.run("/b")
+    flow.purge(one)
+    assert removed == [{"task_id": one["Id"], "endpoint": "first"}]
+    with flow.app.app_context():
+        flow.async_routes.purge(two["Id"])
+    assert removed[1:] == [{"task_id": two["Id"], "endpoint": "second"}]
+
+
+def test_a_purge_sends_only_task_removed(flow: Flow, hear: Any, eventually: Any) -> None:
     flow.route()(lambda: 1)
-    task = flow.run()
     sent_signals: SentSignals = hear(*signals.FACTS)
+    task = flow.run()
+    eventually(lambda: len(sent_signals) == 4)
     flow.purge(task)
-    assert not [
-        name
-        for name, record in sent_signals
-        if name != "task-finished" and name != "task-completed"
-    ]
+    assert sent_signals[4:] == [("task-removed", task["Id"])]
+
+
+def test_a_refused_purge_sends_no_signal(
+    flow: Flow, removed: list[dict[str, Any]], gate: threading.Event
+) -> None:
+    @flow.route()
+    def work() -> None:
+        gate.wait(10)
+
+    task = flow.start()
+    flow.purge(task, status=409)
+    flow.purge("unknown", status=404)
+    gate.set()
+    flow.ended(task)
+    flow.purge(task)
+    flow.purge(task, status=404)
+    assert [values["task_id"] for values in removed] == [task["Id"]]
+
+
+def test_concurrent_purges_send_one_signal(flow: Flow, removed: list[dict[str, Any]]) -> None:
+    flow.route()(lambda: 1)
+    for _ in range(5):
+        task = flow.run()
+        statuses: list[int] = []
+
+        def purge(
+            path: str = f"/task/{task['Id']}?purge=true", statuses: list[int] = statuses
+        ) -> None:
+            statuses.append(flow.app.test_client().delete(path).status_code)
+
+        threads = [threading.Thread(target=purge) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(statuses) == [204, 404, 404]
+    assert len(removed) == 5
+
+
+def test_task_removed_is_sent_after_the_commit_in_an_app_context(flow: Flow, listen: Any) -> None:
+    found: list[Any] = []
+
+    def receive(sender: Flask, task_id: str, **extra: Any) -> None:
+        in_context = current_app._get_current_object() is sender  # type: ignore[attr-defined]
+        found.append((in_context, flow.async_routes.exists(task_id)))
+
+    flow.route()(lambda: 1)
+    listen(receive, task_removed, sender=flow.app)
+    flow.purge(flow.run())
+    assert found == [(True, False)]
+
+
+def test_a_failing_receiver_of_task_removed_is_logged(
+    flow: Flow, listen: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(sender: Flask, **extra: Any) -> None:
+        raise RuntimeError("in the receiver")
+
+    flow.route()(lambda: 1)
+    listen(fail, task_removed, sender=flow.app)
+    task = flow.run()
+    flow.purge(task)
+    flow.get(task, status=404)
+    assert "A receiver of the signal task-removed raised an exception" in caplog.text

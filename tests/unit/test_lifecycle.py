@@ -485,3 +485,33 @@ def test_receivers_run_in_the_context_of_their_own_app(
         lifecycle.create(make_task(), b"{}", None, ())
         assert flask.current_app.name == "other"
     assert current == ["app"]
+
+
+def test_purge_sends_no_signal_if_another_process_may_have_removed_the_task(
+    app: Flask,
+    lifecycle: Lifecycle,
+    store: TaskStore,
+    make_task: NewTask,
+    received: list[tuple[str, AsyncRouteTask]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store returns an empty endpoint if its connection failed during the commit."""
+    lifecycle.finish(run(lifecycle, make_task), State.COMPLETED, {})
+    received.clear()
+    monkeypatch.setattr(store, "delete", lambda task_id, expect: "")
+    assert lifecycle.purge("task") is True
+    assert received == []
+    monkeypatch.undo()
+    assert lifecycle.purge("task") is True
+    assert lifecycle.purge("task") is False
+    assert names(received) == ["task-removed"]
+
+
+def test_the_removal_of_an_unstarted_task_sends_no_signal(
+    lifecycle: Lifecycle, make_task: NewTask, received: list[tuple[str, AsyncRouteTask]]
+) -> None:
+    task = make_task()
+    lifecycle.create(task, b"{}", None, ())
+    assert lifecycle.delete_unstarted(task) is True
+    assert lifecycle.delete_unstarted(task) is False
+    assert names(received) == ["task-created"]

@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-from flask import Flask
+from flask import Flask, appcontext_pushed
 
+from flask_asyncroute import task_removed
 from flask_asyncroute.engine.lifecycle import PAGE, Lifecycle
 from flask_asyncroute.errors import StoreUnavailable
 from flask_asyncroute.executors.base import PoolSettings, TaskExecutor
@@ -26,6 +27,7 @@ from flask_asyncroute.stores.memory import MemoryTaskStore
 from flask_asyncroute.task import AsyncRouteTask, State, now_us
 from flask_asyncroute.workers import maintenance as module
 from flask_asyncroute.workers.maintenance import RETRY_SECONDS, Job, Maintenance, Timekeeper
+from tests.support.faulty_store import FaultyStore, Nth
 
 NewTask = Callable[..., AsyncRouteTask]
 Eventually = Callable[..., Any]
@@ -387,6 +389,31 @@ def test_more_than_one_page_is_deleted(make_process: MakeProcess, make_task: New
         finished(store, make_task, f"t{number}", 2 * HOUR)
     make_process(store).lifecycle.delete_expired()
     assert store.outlived(now_us(), 10) == []
+
+
+@pytest.mark.parametrize("has_receiver", [False, True])
+def test_retention_reads_no_task_that_it_removes(
+    store: TaskStore, make_process: MakeProcess, make_task: NewTask, app: Flask, has_receiver: bool
+) -> None:
+    """Without a receiver of task_removed, it pushes no app context either."""
+    for number in range(3):
+        finished(store, make_task, f"t{number}", 2 * HOUR)
+    faults = Nth(0, "before")
+    process = make_process(FaultyStore(store, faults))  # type: ignore[arg-type]
+    pushed: list[Any] = []
+    removed: list[str] = []
+
+    def receive(sender: Flask, task_id: str, endpoint: str, **extra: Any) -> None:
+        removed.append(endpoint)
+
+    with appcontext_pushed.connected_to(lambda *_, **__: pushed.append(1), app):
+        if has_receiver:
+            task_removed.connect(receive, app)
+        process.lifecycle.delete_expired()
+        task_removed.disconnect(receive)
+    assert faults.calls == ["outlived", "delete", "delete", "delete"]
+    assert removed == ["work"] * (3 if has_receiver else 0)
+    assert len(pushed) == len(removed)
 
 
 def test_retention_runs_at_its_interval(

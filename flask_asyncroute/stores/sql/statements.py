@@ -368,8 +368,10 @@ class Statements:
         return _update_task(self._dialect_name, fields, where)
 
     def delete_task(self, expect: Expect) -> str:
-        """Return the statement that removes a task if it matches ``expect``."""
-        text = f"DELETE FROM asyncroute_tasks WHERE {_as_expected(expect)}"
+        """Return the statement that removes a task if it matches ``expect``, and returns its
+        endpoint.
+        """
+        text = f"DELETE FROM asyncroute_tasks WHERE {_as_expected(expect)} RETURNING endpoint"
         return _in_dialect(self._dialect_name, text)
 
     def find_task(self, expect: Expect) -> str:

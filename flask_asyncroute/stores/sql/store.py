@@ -208,24 +208,25 @@ class SQLTaskStore(SharedTaskStore):
         # Do not check whether the first write succeeded: a second write skips stored events.
         return ensure_written(lambda: self._database.write(add), lambda: None)
 
-    def delete(self, task_id: str, expect: Expect) -> bool:
+    def delete(self, task_id: str, expect: Expect) -> str | None:
         sql = self._sql
         which = {**self._which(task_id), **expectation(expect)}
 
-        def delete(cursor: Cursor) -> bool:
+        def delete(cursor: Cursor) -> str:
             cursor.execute(sql.skip_change, which)
-            if cursor.execute(sql.delete_task(expect), which).rowcount == 0:
+            row = cursor.execute(sql.delete_task(expect), which).fetchone()
+            if row is None:
                 raise _RollBack
             for statement in (
                 sql.delete_grants, sql.delete_body, sql.delete_key, sql.delete_events,
                 sql.delete_callback,
             ):  # fmt: skip
                 cursor.execute(statement, which)
-            return True
+            return str(row.endpoint)
 
         return ensure_written(
-            lambda: self._unless_rolled_back(delete) or False,
-            lambda: True if self.get(task_id) is None else None,
+            lambda: self._unless_rolled_back(delete),
+            lambda: "" if self.get(task_id) is None else None,
         )
 
     def query(

@@ -25,7 +25,7 @@ from flask import (
     url_for,
 )
 
-from flask_asyncroute import AsyncRoute, current_task, task_completed
+from flask_asyncroute import AsyncRoute, TaskNotFound, current_task, task_completed
 
 APP = "tests.support.apps.child_app:create_app()"
 LOADED: list[str] = []
@@ -133,7 +133,7 @@ def create_app(**config: Any) -> Flask:
             return deeper()
         raise {
             "value": ValueError("bad thing"), "local": Local(1, 2), "mute": Mute(), "long": ValueError("x" * 10_000_000),
-            "exit": SystemExit(4), "interrupt": KeyboardInterrupt(),
+            "exit": SystemExit(4), "interrupt": KeyboardInterrupt(), "unknown": TaskNotFound("gone"),
         }[what]  # fmt: skip
 
     @route("/die/<how>")
