@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from . import hotpath, incidents, queries, served
+from . import ceiling, hotpath, incidents, queries, served
 
-PARTS = ("calls", "lists", "stops", "kills")
+PARTS = ("calls", "lists", "stops", "kills", "ceiling")
 
 
 def main() -> None:
@@ -33,6 +33,8 @@ def main() -> None:
         print_stops(options.stops)
     if "kills" in options.only:
         print_recoveries(options.running, options.kills)
+    if "ceiling" in options.only:
+        print_ceilings()
     if "lists" in options.only:
         for count in options.stored:
             print_queries(count)
@@ -110,6 +112,19 @@ def print_recoveries(tasks: int, kills: int) -> None:
             f"{median(times):.2f} ({max(times):.2f})" for times in (found.again, found.ended)
         )
         print(f"  {store:11}{again:>15} {ended:>15}", flush=True)
+
+
+def print_ceilings() -> None:
+    """Print how many tasks per second one store takes from several processes."""
+    counts = "".join(f"{count:>8}" for count in ceiling.PROCESSES)
+    print(f"\ntasks per second that processes add, claim and finish\n  {'store':30}{counts}")
+    with (
+        tempfile.TemporaryDirectory(prefix="asyncroute-bench-") as folder,
+        ceiling.stores(Path(folder)) as urls,
+    ):
+        for name, url in urls.items():
+            found = (ceiling.measure(url, Path(folder), count) for count in ceiling.PROCESSES)
+            print(f"  {name:30}" + "".join(f"{count:8.0f}" for count in found), flush=True)
 
 
 def print_queries(count: int) -> None:
