@@ -280,6 +280,5 @@ def _number(name: str, value: Any) -> float:
 
 
 def _top(value: Any) -> float:
-    """Clip a ``max_progress`` to 0–100; NaN becomes 100."""
     number = _number("max_progress", value)
     return 100.0 if math.isnan(number) else min(max(number, 0.0), 100.0)

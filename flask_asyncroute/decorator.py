@@ -136,10 +136,10 @@ def _start(
     if route is None or route.view is not view:
         raise _call_error(
             view,
-            f"was called in a request to the endpoint {current.endpoint!r}, which did not have "
-            "this view at the app's first request",
-            " Register the route before that request, and use functools.wraps, which sets "
-            "__wrapped__, in each decorator above it.",
+            f"was called in a request to the endpoint {current.endpoint!r}, but was not this "
+            "endpoint's view at the app's first request",
+            " To start a task, register the route before that request, and use functools.wraps, "
+            "which sets __wrapped__, in each decorator above it.",
         )
     if current.method == "OPTIONS":
         return _default_options_response(current)

@@ -277,10 +277,11 @@ class AsyncRoute:
             raise unknown(task_id)
 
     def may_read(self, task: AsyncRouteTask) -> bool:
-        """Return whether the current request's caller may read a task, as in the operations.
+        """Return whether the caller of the current request may read a task.
 
-        Calls the identity loader. Without a request, the caller is anonymous. In a task, the
-        request is the rebuilt one.
+        Applies the same rules as the HTTP operations, and calls the identity loader. Without a
+        request, the caller is anonymous. In a task, the current request is the one that started the
+        task.
 
         :param task: a record, such as :meth:`get` and :meth:`query` return.
         :raises TypeError: if ``task`` is not a record.
@@ -289,10 +290,8 @@ class AsyncRoute:
         return self._may(may_read, "may_read", task)
 
     def may_write(self, task: AsyncRouteTask) -> bool:
-        """Return whether the current request's caller may stop and purge a task, as in the
-        operations.
-
-        Everything else is as for :meth:`may_read`.
+        """Return whether the caller of the current request may stop and purge a task; see
+        :meth:`may_read` for the parameter, the caller and the errors.
         """
         return self._may(may_write, "may_write", task)
 

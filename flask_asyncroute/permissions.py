@@ -86,7 +86,9 @@ class Caller(msgspec.Struct, frozen=True):
         )
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Yield the (kind, name) pairs by which a permission can include this caller."""
+        """Yield the caller's id, groups, roles and scopes as (kind, name) pairs; the id's kind is
+        users.
+        """
         yield "users", self.id
         for kind in KINDS[1:]:
             for name in sorted(getattr(self, kind)):

@@ -29,7 +29,7 @@ from .retry_after import Pace
 
 logger = logging.getLogger("flask_asyncroute")
 
-ID_TRIES = 4  # to generate an unused id
+ID_TRIES = 4  # attempts to generate an unused id
 STOPPED = "Aborted by the user"
 TIMED_OUT = "Timeout"
 
@@ -134,8 +134,8 @@ class Dispatcher:
         raise unknown(task.id)
 
     def expire(self, execution: Execution) -> None:
-        """Ask a view to stop because its timeout has expired. The store is written later, so this
-        returns quickly.
+        """Ask a view to stop because its timeout has expired. Return at once; the store is written
+        later.
         """
         execution.is_expired = True
         execution.ask_to_stop()
@@ -185,13 +185,13 @@ class Dispatcher:
             return self._ended.wait_for(lambda: not self.running, seconds)
 
     def _is_lost(self, execution: Execution, task: AsyncRouteTask) -> bool:
-        """Return whether another process took over a run. ``task`` may be older than the run."""
+        """Return whether another process has taken over the run. ``task`` can be an old record."""
         if task.state is State.NOT_STARTED:
             return 0 < execution.epoch <= task.epoch
         return task.owner != self.lifecycle.owner and task.epoch > execution.epoch
 
     def _submit_once(self, executor: TaskExecutor, intake: Intake, name: str) -> Started:
-        """Return the task that an earlier request started with this key, or start one."""
+        """Start a task; if an earlier request with this idempotency key did so, return its task."""
         key = intake.take_key(name, self.store.secret())
         task = self._started_with(key)
         if task is None:
@@ -283,7 +283,7 @@ class Dispatcher:
 
 
 def unknown(task_id: str) -> errors.TaskNotFound:
-    """Return the error for an unknown id, or a task that the caller may not read."""
+    """Return the error for an id that is unknown, or whose task the caller may not read."""
     return errors.TaskNotFound(
         "There is no task with this id, or you may not read it.", task_id=task_id
     )

@@ -125,8 +125,11 @@ class Lifecycle:
         return self._abort(task.id, _unchanged(task), LOST, stopping=False)
 
     def cut_short(self, execution: Execution, is_over: bool) -> None:
-        """Abort a task because this process shuts down. With ``on_loss="restart"``, requeue the
-        task if its code has ended (``is_over``); if not, another process will restart it.
+        """End a run because this process shuts down. Abort its task, or with ``on_loss="restart"``
+        requeue it.
+
+        If a task to requeue still has running code (not ``is_over``), leave it unchanged: another
+        process will restart it after this one has exited.
         """
         self.write_events(execution)
         expect = self._held_by(execution)
@@ -175,7 +178,7 @@ class Lifecycle:
                 return
 
     def write_events(self, execution: Execution) -> None:
-        """Store the view's new events; drop them if the task has ended or runs elsewhere."""
+        """Store the view's new events; drop them if the task has ended or was requeued."""
         # Wait for a thread that is storing events: the end of the task must be stored after them.
         with execution.writing:
             sent = execution.take_events()
@@ -210,8 +213,8 @@ class Lifecycle:
             self.notify(signals.task_progressed, task)
 
     def notify(self, signal: NamedSignal | None, task: AsyncRouteTask, **more: Any) -> None:
-        """Send the signals for a stored change. Receivers of the app get only ``signal``, with
-        ``task`` and ``more`` as arguments.
+        """Send the internal signals of a stored change; send ``signal`` to the app's receivers,
+        with ``task`` and ``more`` as arguments.
         """
         signals.send_fact(signals.task_changed, self._app, task=task)
         if logger.isEnabledFor(logging.INFO):
@@ -262,7 +265,6 @@ class Lifecycle:
         return self._finish(task_id, expect, State.ABORTED, {"error": error, **values})
 
     def _requeue(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
-        """Move a task from Running to NotStarted, as if it had never run."""
         empty = dict.fromkeys(_SET_BY_RUN)
         return self._change(task_id, expect, state=State.NOT_STARTED, **empty, **values)
 
@@ -285,7 +287,6 @@ class Lifecycle:
 
 
 def _log(signal: NamedSignal | None, task: AsyncRouteTask) -> None:
-    """Log the start and the end of a task."""
     extra = {"task_id": task.id}
     if signal is signals.task_started:
         logger.info("Task %s of endpoint %s started.", task.id, task.endpoint, extra=extra)
@@ -303,8 +304,8 @@ def _unchanged(task: AsyncRouteTask, stopping: bool | None = None) -> Expect:
 
 
 def purge(store: TaskStore, lifecycle: Lifecycle, task: AsyncRouteTask) -> bool:
-    """Delete a finished task once streams and waits have had time to read it. Return whether it
-    still existed.
+    """Delete a finished task after streams and waits have had time to read it. Return False if it
+    was already deleted.
 
     :raises TaskUnfinished: if the task has not ended, or its code is still running.
     """

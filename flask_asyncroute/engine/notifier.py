@@ -34,8 +34,8 @@ SHUTDOWN_SEND_SECONDS = 0.5  # How long a client may take to receive a chunk dur
 
 
 class Follower:
-    """A subscriber to changes. Its thread calls ``clear``, reads the store, calls ``wait``, and
-    repeats.
+    """A wait or stream that needs the changes of tasks. Its thread repeats three steps: call
+    ``clear``, read the store, call ``wait``.
 
     ``wait`` acquires a lock that a change releases. A `threading.Event` would use a kilobyte more
     per stream.
@@ -131,7 +131,7 @@ class Notifier(Loop):
         signals.events_written.connect(self._on_events_written, sender=app)
 
     def watch(self) -> None:
-        """Call ``on_change`` for stops by other processes until :meth:`unwatch`. May raise
+        """Call ``on_change`` for stops by other processes until :meth:`unwatch`. Can raise
         StoreUnavailable.
         """
         if self._store.is_shared:
@@ -147,7 +147,7 @@ class Notifier(Loop):
             self._watching += 1
             self._following += is_follower
             if is_follower and self._following == 1:
-                # Without subscribers, polls do not forget them.
+                # Without subscribers, polls do not drop outdated results.
                 self.shared_reads.forget()
         try:
             if is_follower and isinstance(self._store, SharedTaskStore):
@@ -313,7 +313,7 @@ class Notifier(Loop):
         return 1.0
 
     def _watch(self) -> float:
-        """Do the checks that are due; return the seconds until the next one."""
+        """Do the checks that are due; return the seconds until the next check."""
         if not self.is_over and self._is_server_ending():
             self.end_waits()
         now = time.monotonic()
@@ -364,8 +364,8 @@ class Notifier(Loop):
             self._notify(task_id)
 
     def _skip_own(self, newest: int) -> bool:
-        """Skip the next changes as long as this process has made them; return whether all are
-        skipped.
+        """Skip changes that this process has made, up to the first change of another process.
+        Return whether all changes up to ``newest`` are skipped.
         """
         if newest < self._since:
             self._own.clear()  # the database was restored, and assigns these numbers again

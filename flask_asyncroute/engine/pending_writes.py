@@ -71,7 +71,7 @@ class PendingWrites:
         return not self._pending
 
     def retry(self, now: float) -> float:
-        """If writes are due at ``now`` (monotonic), call them; return when to call again."""
+        """Call the writes that are due at ``now`` (monotonic); return when to call this again."""
         if now < self._retry_at:
             return self._retry_at
         if not self._pending:

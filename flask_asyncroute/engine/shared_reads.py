@@ -48,7 +48,7 @@ class SharedReads(Loop):
         """Return the result of ``read``, or raise its error.
 
         Calls with an equal key share one result until :meth:`forget` or :meth:`drop`. The next call
-        then starts a new read, even if the earlier one still runs. Errors are not cached.
+        then starts a new read, even if the earlier read still runs. Errors are not cached.
         """
         self.start()
         reads = self._reads

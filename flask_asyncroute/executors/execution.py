@@ -96,7 +96,7 @@ class Execution:
         return is_first
 
     def cancel_with(self, cancel: Callable[[], object] | None) -> None:
-        """Set the function that cancels the running coroutine or child; None when it has ended."""
+        """Set the function that cancels the running coroutine or child; None after its end."""
         with self._lock:
             self._cancel = cancel
             self.interrupt_at = None
@@ -122,10 +122,9 @@ class Execution:
     def advance(
         self, value: float | None, message: str | None = None, climb: Climb | None = None
     ) -> None:
-        """Set progress, clipped to 0–100 and rounded to two decimals. Ignore NaN and lower
-        values.
+        """Set progress, clipped to 0–100 and rounded to two decimals. Ignore NaN and lower values.
 
-        :param climb: raises progress over time; None ends an earlier one.
+        :param climb: raises progress over time; None ends an earlier `Climb`.
         """
         with self._lock:
             self._climb = climb
@@ -201,7 +200,7 @@ class Execution:
             self.has_report = False
 
     def final_report(self) -> tuple[float | None, str | None]:
-        """Stop raising progress; return the last progress and message."""
+        """End the current `Climb`; return the last progress and message."""
         with self._lock:
             self.has_report = False
             self._climb = None

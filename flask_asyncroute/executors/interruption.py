@@ -41,8 +41,8 @@ _interrupting = threading.Lock()
 
 
 def allow_within(function: Any) -> None:
-    """Allow interruptions inside ``function`` of this package. It must hold no lock. A view calls
-    another async route through it.
+    """Allow interruptions inside a function of this package, because views call other async routes
+    through it. The function must hold no lock.
     """
     _transparent.add(function.__code__)
 

@@ -29,8 +29,8 @@ class ElasticThreadPool(Executor):
     """Calls functions on daemon threads, each in an empty context.
 
     :param min_workers: threads that stay alive once they have been started.
-    :param max_workers: maximum number of threads. As many further threads may still be running
-        abandoned calls.
+    :param max_workers: maximum number of threads. As many further threads can be running abandoned
+        calls.
     :param idle_seconds: seconds after which an idle thread above the minimum ends.
     """
 

@@ -259,8 +259,9 @@ def _matches_etag(current: Request, etag: str) -> bool:
 def _wait_condition(
     current: Request, task: AsyncRouteTask
 ) -> Callable[[AsyncRouteTask], bool] | None:
-    """Return what ends a get's wait: the task's end or, if If-None-Match has the current revision,
-    any change. Return None (no wait) if it has older ones or the task will not change.
+    """Return the condition that ends a get's wait: the end of the task, or any change if
+    If-None-Match has the current revision. Return None (no wait) if If-None-Match has only older
+    revisions, or the task cannot change any more.
     """
     if "HTTP_IF_NONE_MATCH" not in current.environ:
         return lambda found: found.is_completed
@@ -297,7 +298,7 @@ def _readable(
 
 
 def _readers(runner: Runner, caller: Caller | None) -> Readers | None:
-    """Return the caller's names, which select the tasks to list; None for all tasks."""
+    """Return the names by which the caller may list tasks; None if it may list all tasks."""
     config = runner.config
     if caller is not None and caller.is_in(config.admins):
         return None

@@ -37,7 +37,7 @@ def arguments(request: Request) -> MultiDict[str, str]:
 
 
 def task_id(request: Request, config: Config, in_path: str | None) -> str:
-    """Return the request's task id, from the first location in ASYNCROUTE_TASK_ID_IN that has one.
+    """Return the request's task id, from the first location in ASYNCROUTE_TASK_ID_IN with an id.
 
     :raises InvalidRequest: if there is no id, or the query string has it twice.
     :raises TaskNotFound: if the text found is not a valid id.
@@ -118,8 +118,8 @@ def _document(request: Request) -> Any:
 
 
 def refuse_cross_site(request: Request, config: Config) -> None:
-    """Raise NotPermitted if another site's page sent a request with this site's cookies: it has
-    ``Sec-Fetch-Site: cross-site`` (Fetch Metadata), and its Origin is not trusted.
+    """Raise NotPermitted if a page of another site sent the request with this site's cookies:
+    ``Sec-Fetch-Site`` is ``cross-site`` (Fetch Metadata), and the Origin is not trusted.
     """
     headers = request.headers
     if headers.get("Sec-Fetch-Site", "").lower() != "cross-site" or "Cookie" not in headers:
@@ -141,7 +141,7 @@ def next_link(request: Request, cursor: str) -> tuple[str, str]:
 
 
 def requested_wait(request: Request, longest: float) -> float:
-    """Return the seconds in ``?wait=``, at most ``longest``; 0 without it.
+    """Return the seconds in ``?wait=``, at most ``longest``; 0 without this parameter.
 
     :raises InvalidRequest: if the value is not a number of seconds.
     """
@@ -157,7 +157,7 @@ def requested_wait(request: Request, longest: float) -> float:
 
 
 def preferred_wait(request: Request, longest: float) -> float | None:
-    """Return the seconds in ``Prefer: wait=``, at most ``longest``; None without it.
+    """Return the seconds in ``Prefer: wait=``, at most ``longest``; None without this preference.
 
     The first valid preference counts (RFC 7240).
     """

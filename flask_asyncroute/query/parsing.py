@@ -107,7 +107,7 @@ def _items(mapping: Any) -> list[tuple[Any, Any]]:
 def _json(items: Iterable[tuple[Any, Any]], takes_values: bool = False) -> Iterator[Condition]:
     """Yield the conditions of the JSON style.
 
-    :param takes_values: whether a value without ``{"value": …}`` is compared with EQ.
+    :param takes_values: accept a value without ``{"value": …}`` as a condition with EQ.
     """
     seen: set[Field] = set()
     for name, given in items:
@@ -127,7 +127,7 @@ def _json(items: Iterable[tuple[Any, Any]], takes_values: bool = False) -> Itera
 
 
 def _with_values(field: Field, conditions: Sequence[Any]) -> list[Any]:
-    """Return the conditions, each value without ``{"value": …}`` as a condition with EQ."""
+    """Return the conditions, with each plain value converted to ``{"value": …}``."""
     values = [one for one in conditions if not isinstance(one, Mapping)]
     if len(values) > 1:
         # The conditions are joined by AND, but a list of values looks like alternatives.

@@ -141,8 +141,8 @@ def _text(values: Mapping[Any, Any], name: Any) -> str | None:
 def process_url(arguments: Mapping[str, Any]) -> None:
     """Call the app's `url_value_preprocessor` functions, as Flask does before a view.
 
-    The functions can store values for `url_for`. If they change ``arguments`` in ``view_args``, the
-    changes are undone.
+    The functions can store values for `url_for`. Their changes to the view's ``arguments`` in
+    `request.view_args` are undone.
     """
     processors = current_app.url_value_preprocessors
     if not processors:

@@ -85,7 +85,7 @@ def _digest(secret: bytes, parts: list[str]) -> hmac.HMAC:
 
 
 def _without(pieces: Iterable[bytes], boundary: bytes) -> Iterable[bytes]:
-    """Yield the pieces without the boundary, which may span two pieces."""
+    """Yield the pieces without the boundary, which can span two pieces."""
     rest = b""
     for piece in pieces:
         rest = (rest + piece).replace(boundary, b"")

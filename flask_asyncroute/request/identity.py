@@ -20,7 +20,8 @@ def identify(
 ) -> Caller | None:
     """Return the caller of the current request; without a loader, Flask-Login's user.
 
-    :param is_start: whether the request starts a task. If not, return None for an invalid id.
+    :param is_start: the request starts a task. In other requests, a caller with an invalid id is
+        None.
     :raises CannotStart: if the identity's groups, roles or scopes are invalid, or, with
         ``is_start``, its id.
     """

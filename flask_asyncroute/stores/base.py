@@ -2,8 +2,8 @@
 
 Methods are thread-safe unless noted. Each write to a task is one transaction, which increases the
 store's change number. Change numbers follow the commit order, with gaps. A method raises
-`StoreUnavailable` if the storage is unavailable, and `CommitUnknown` if a commit may have succeeded
-although the connection failed.
+`StoreUnavailable` if the storage is unavailable, and `CommitUnknown` if the connection failed
+during a commit, so that its success is unknown.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Worker:
 
     name: str  # stored as ``owner`` of its tasks
     place: str  # the name of its lock file, see `heartbeat`; empty: no file
-    number: int  # the byte of that file that it locks
+    number: int  # the byte that it locks in the lock file
     process: str  # from its `process_lock.this_process()`
     endpoints: frozenset[str]  # the endpoints whose tasks it can run
     beat: int = 0  # number of heartbeats written
@@ -153,8 +153,8 @@ class TaskStore(ABC):
 
     @abstractmethod
     def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
-        """Return the task that was started with a key, and the fingerprint; None if the key is
-        unknown.
+        """Return the task that was started with a key, and the fingerprint of its request; None if
+        the key is unknown.
         """
 
     @abstractmethod
@@ -179,9 +179,9 @@ class TaskStore(ABC):
         """If the task matches ``expect``, write ``values`` (by record field) and increment the
         revision.
 
-        Writing a terminal state removes the request and body, and makes the callback due. Then
-        also pass ``completed_us``; it is raised to StartingTime if earlier. Writing NotStarted
-        begins a new run; the previous run's states remain as events.
+        Writing a terminal state removes the request and body, and makes the callback due. Then also
+        pass ``completed_us``; StartingTime is stored if it is later. Writing NotStarted begins a
+        new run; the previous run's states remain as events.
 
         :return: the new record; None, with nothing written, if the task does not match.
         """
@@ -194,7 +194,7 @@ class TaskStore(ABC):
         if the task does not match ``expect``.
 
         Events whose number is already stored are skipped. If over :data:`MAX_EVENTS` are stored,
-        the oldest may be removed. The revision does not change.
+        the oldest can be removed. The revision does not change.
 
         :param sent: at least one event, in order.
         """
@@ -204,7 +204,8 @@ class TaskStore(ABC):
         """Remove a task and its callback if the task matches ``expect``.
 
         :return: the task's endpoint, or None if the task does not match. Empty if the connection
-            failed during the commit and the task is gone: another process may have removed it.
+            failed during the commit and the task is gone: this call or another process has removed
+            it.
         """
 
     @abstractmethod
@@ -267,7 +268,7 @@ class SharedTaskStore(TaskStore):
         Tasks created over :data:`AHEAD_US` after ``before_us`` are included: the clock was set back
         after their creation.
 
-        :param most: the maximum number of tasks per endpoint. Endpoints without one are omitted.
+        :param most: the maximum number of tasks per endpoint. Tasks of other endpoints are omitted.
         """
 
     @abstractmethod
@@ -277,23 +278,24 @@ class SharedTaskStore(TaskStore):
         :param since: -1 to read only the newest number. If it exceeds the newest number, as after a
             restore of the database, all tasks are returned.
         :param worker: return only what the worker of this name needs while no client waits in its
-            process: stops of its tasks, and its tasks that others have ended or taken over.
+            process: stops of its tasks, and its tasks that other processes have ended or taken
+            over.
         """
 
     def last_assigned(self) -> int:
         """Return the highest change number that any process has assigned so far. Unlike
-        :meth:`newest`, this does not wait until the changes up to it are committed.
+        :meth:`newest`, this does not wait until all changes up to this number are committed.
         """
         return self.newest()
 
     def keep_notifying(self, seconds: float) -> None:  # noqa: B027 - optional
         """For ``seconds``, make each write of any process send a notification. At other times,
-        stores may send notifications only for stops; see :meth:`listen`.
+        stores can send notifications only for stops; see :meth:`listen`.
         """
 
     def listen(self, notify: Callable[[], None]) -> Listener | None:
-        """Call ``notify``, on any thread, soon after each later stop of a task by another process,
-        and after each of its later writes during :meth:`keep_notifying`. Return None if the store
+        """Call ``notify``, on any thread, soon after another process stops a task, and during
+        :meth:`keep_notifying` soon after each write of another process. Return None if the store
         sends no notifications.
 
         Notifications are lost while the connection is down, so poll :meth:`news` as well.
@@ -306,8 +308,8 @@ class SharedTaskStore(TaskStore):
         """
 
     def forget(self) -> None:  # noqa: B027 - optional
-        """Drop all connections without closing them, because the parent process uses them. Called
-        in a forked child, which then discards the store.
+        """In a forked child, drop all connections without closing them, because the parent process
+        uses them. The child then discards the store.
         """
 
 
@@ -344,7 +346,7 @@ class Workers(ABC):
 
     @abstractmethod
     def leave(self, name: str) -> None:
-        """Remove a worker; release its callbacks, so that others can send them."""
+        """Remove a worker; release its callbacks, so that other workers can send them."""
 
     @abstractmethod
     def owners(self) -> list[str]:

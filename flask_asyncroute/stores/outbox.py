@@ -28,7 +28,7 @@ PER_HOST = 2
 class Due:
     """A callback that a process has claimed.
 
-    :param attempts: their number since the last redelivery, if any.
+    :param attempts: the number of attempts so far; a redelivery restarts the count.
     """
 
     task: AsyncRouteTask
@@ -37,14 +37,16 @@ class Due:
 
 
 class Outbox(ABC):
-    """A transaction that changes ``callback_state`` or ``callback_attempts`` of a task also
-    increments its revision and the change number.
+    """Stores the callbacks of one namespace; processes claim and send them.
+
+    A transaction that changes ``callback_state`` or ``callback_attempts`` of a task also increments
+    the task's revision and the change number.
     """
 
     @abstractmethod
     def next_due(self, now_us: int) -> int | None:
-        """Return when the first unclaimed callback is due: :data:`AT_ONCE` if now; None if none has
-        a due time.
+        """Return the time when the first unclaimed callback is due: :data:`AT_ONCE` if it is due
+        already; None if no callback has a due time.
         """
 
     @abstractmethod
@@ -79,5 +81,5 @@ class Outbox(ABC):
         A callback that is being sent is left unchanged.
 
         :param headers: to send if the stored headers were removed.
-        :return: None if no finished task has this id and a callback.
+        :return: None if the task does not exist, has not ended or has no callback.
         """

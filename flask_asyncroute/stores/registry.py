@@ -39,7 +39,7 @@ class StoreKind:
         ``make_store(setting, folder, namespace, create_tables)``, which returns an unopened store.
     :param is_shared: whether several processes can use one store.
     :param is_file: whether its URL names a file; relative paths start at the instance folder.
-    :param takes_engine: whether the setting may be an Engine, or a function that returns one.
+    :param takes_engine: whether the setting can be an Engine, or a function that returns one.
     :param driver: the driver module, which the pip extra ``extra`` installs.
     :param preload: further modules to import. Importing them opens no connections or files.
     """
@@ -117,7 +117,8 @@ def make_store(
     """Return an unopened store for a validated setting.
 
     :param folder: the base of relative file paths.
-    :raises ConfigurationError: if the setting is a function and returns no supported Engine.
+    :raises ConfigurationError: if the setting is a function that does not return a supported
+        Engine.
     """
     store: TaskStore = import_module(kind_of(setting).module).make_store(
         setting, folder, namespace, create_tables

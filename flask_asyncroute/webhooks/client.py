@@ -183,7 +183,6 @@ def retry_after(text: str | None, now: datetime) -> float:
 
 
 def _left(deadline: float) -> float:
-    """Return the seconds until the deadline; raise TimeoutError after it."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError

@@ -1,4 +1,4 @@
-"""Sends due callbacks, each attempt on its own thread. Receivers cannot change a task's State."""
+"""Sends due callbacks, each attempt on its own thread. Attempts do not change a task's State."""
 
 from __future__ import annotations
 

@@ -70,8 +70,9 @@ def difference(ours: Views, theirs: Views) -> str | None:
 
 
 def supersede_others(runner: Runner) -> None:
-    """Register a runner with an open store. Until its :func:`leave`, :func:`refuse_superseded`
-    raises an error for older runners of other apps with the same store and namespace.
+    """Register a runner whose store is open. Until :func:`leave` removes it,
+    :func:`refuse_superseded` raises an error for older runners of other apps with the same store
+    and namespace.
     """
     # Register first: if two runners register at once, both are then refused.
     _opened[id(runner)] = runner

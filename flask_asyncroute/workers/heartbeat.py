@@ -47,7 +47,7 @@ class Heartbeat(Loop):
         self._has_warned = False
 
     def enter(self) -> None:
-        """Register this process if necessary. May raise StoreUnavailable."""
+        """Register this process if necessary. Can raise StoreUnavailable."""
         if self._is_listed:
             return
         with self._listing:
@@ -60,7 +60,7 @@ class Heartbeat(Loop):
             self.start()
 
     def leave(self) -> None:
-        """Unregister this process. Releases the lock even if this raises StoreUnavailable."""
+        """Unregister this process. Release its lock even if this raises StoreUnavailable."""
         self.close()
         try:
             if self._is_listed:
@@ -76,8 +76,8 @@ class Heartbeat(Loop):
         self.wake()
 
     def assert_lock(self) -> None:
-        """Lock the file again, because other code of this process that closes the file releases the
-        lock.
+        """Lock the file again, because the lock is lost if other code of this process closes the
+        file.
         """
         if self.lock_file is not None:
             # Locking fails while another process tests the byte. The next attempt follows soon.

@@ -73,7 +73,7 @@ class Maintenance(Loop):
         self._jobs = jobs
 
     def call(self, work: Callable[[], None]) -> threading.Event:
-        """Run ``work`` once on the background thread; if that is not running, on the calling
+        """Run ``work`` once on the background thread; if that thread is not running, on the calling
         thread.
 
         :return: an event that is set when ``work`` has ended.
@@ -142,7 +142,7 @@ class Timekeeper(Loop):
         self._due = math.inf  # when the next step is due; inf during a step
 
     def begin(self, execution: Execution) -> None:
-        """Time out a run whose deadline was just set."""
+        """Schedule the timeout of a run whose deadline was just set."""
         if execution.deadline is not None and execution.deadline < self._due:
             self.wake()
 

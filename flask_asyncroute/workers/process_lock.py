@@ -95,8 +95,9 @@ def this_process() -> str:
 
 
 def is_running(process: str) -> bool | None:
-    """Return whether the process with this value of :func:`this_process` is running; None if this
-    is unknown here.
+    """Return whether a process is running; None if this process cannot find out.
+
+    :param process: the value of :func:`this_process` in that process.
     """
     namespace, _, rest = process.partition("/")
     pid, _, began = rest.partition("/")
@@ -113,7 +114,6 @@ def is_running(process: str) -> bool | None:
 
 
 def _boot() -> str:
-    """Return the id of the kernel's current boot; empty if this is not Linux."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:

@@ -20,7 +20,7 @@ GAP_SECONDS = 15.0
 heartbeats prove nothing. The gap is longer than a check of a slow store takes, and shorter than the
 lease (``LEASE_SECONDS`` of `heartbeat`) by more than a heartbeat interval.
 """
-CONFIRM_SECONDS = 0.4  # a lock may be free by accident for a shorter time
+CONFIRM_SECONDS = 0.4  # a lock can be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
 ROUTE_GONE = "Route gone"
 PAGE = 500

@@ -91,7 +91,7 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
         runner.notifier.watch()
         try:
             if dispatcher.is_closing:
-                # Another process will run the task, unless it is bound to this one.
+                # Another process will run the task, unless only this process can run it.
                 if executor.is_bound:
                     lifecycle.abort_later(task_id, SHUT_DOWN)
                 return

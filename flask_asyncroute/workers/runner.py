@@ -222,9 +222,6 @@ class Runner:
                 executor.submit(task_id)
 
     def _takeover_capacity(self, pool: str) -> int:
-        """Return how many waiting tasks a pool can take over now; 0 if its executor cannot be
-        created.
-        """
         route = next(route for route in self.routes.values() if route.pool == pool)
         try:
             return self.executor_of(route).takeover_capacity()
@@ -238,7 +235,9 @@ class Runner:
 
 
 def _runs(reference: weakref.ref[Runner]) -> Run:
-    """Return the function that executors call to run a task; it does not keep the runner alive."""
+    """Return the function that executors call to run a task. The function does not keep the runner
+    alive.
+    """
 
     def run(executor: TaskExecutor, task_id: str) -> None:
         runner = reference()

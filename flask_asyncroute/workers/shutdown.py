@@ -212,7 +212,6 @@ def _is_idle_by(runner: Runner, deadline: float) -> bool:
 
 
 def _unfinished(runner: Runner) -> list[Execution]:
-    """Return the runs whose code has not ended."""
     runs = list(runner.dispatcher.running.values())
     return [execution for execution, _ in runs if not execution.is_over]
 
@@ -269,8 +268,8 @@ def _at_exit() -> None:
 
 
 def _before_joins() -> None:
-    """End waits and streams before Python joins threads, because servers may handle requests on
-    them. Exit hooks run later.
+    """End waits and streams, because servers can handle them on threads that Python joins before it
+    runs exit hooks.
     """
     end_waits()
     if multiprocessing.parent_process() is not None:

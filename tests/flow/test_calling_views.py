@@ -237,7 +237,7 @@ def test_a_request_that_a_task_sends_is_an_ordinary_request(flow: Flow) -> None:
     @flow.route("/outer")
     def outer() -> Any:
         client = flow.app.test_client()
-        with pytest.raises(ConfigurationError, match=r"'plain'.*did not have this view"):
+        with pytest.raises(ConfigurationError, match=r"'plain'.*was not this endpoint's view"):
             client.post("/plain")
         # Some clients copy the environ of the task's own request.
         copied = {**request.environ, "PATH_INFO": "/inner"}
@@ -395,7 +395,7 @@ def test_a_call_of_another_async_view_during_a_start_is_an_error(flow: Flow) -> 
         return wrapper
 
     flow.route("/work", endpoint="work", decorators=[calling])(lambda: "work")
-    with pytest.raises(ConfigurationError, match="'work'.*did not have this view"):
+    with pytest.raises(ConfigurationError, match="'work'.*was not this endpoint's view"):
         flow.request("POST", "/work")
     assert flow.ids() == []
 
@@ -562,13 +562,13 @@ def test_a_call_in_a_test_request_of_its_rule_starts_one_task(flow: Flow) -> Non
         assert work().status_code == 202
         with pytest.raises(ConfigurationError, match="called twice"):
             work()
-        with pytest.raises(ConfigurationError, match="did not have this view"):
+        with pytest.raises(ConfigurationError, match="was not this endpoint's view"):
             other()
         with flow.app.request_context(dict(request.environ)):
             assert work().status_code == 202, "it is another request"
     with (
         flow.app.test_request_context("/unknown"),
-        pytest.raises(ConfigurationError, match="did not have this view"),
+        pytest.raises(ConfigurationError, match="was not this endpoint's view"),
     ):
         work()
     assert len(flow.ids()) == 2
@@ -654,7 +654,7 @@ def test_a_request_sent_under_a_fake_task_starts_a_task(flow: Flow) -> None:
     with fake_task():
         assert flow.start()["State"] == "NotStarted"
         assert work() == "done"
-        with pytest.raises(ConfigurationError, match="did not have this view"):
+        with pytest.raises(ConfigurationError, match="was not this endpoint's view"):
             flow.request("POST", "/plain")
         assert flow.start()["State"] == "NotStarted"
     assert stored(flow) == 2

@@ -1,5 +1,5 @@
-"""The program of the fork server, a process that imports the app's module and forks children. It
-must not use the app.
+"""The fork server: a process that imports the app's module and forks children. This program must
+not use the app.
 
 It runs in a new interpreter with one thread, so that children inherit no locks, connections or
 signal handlers of the web server.
@@ -91,7 +91,9 @@ def _descriptors() -> set[int]:
 
 
 def _is_unsafe(descriptor: int) -> bool:
-    """Return whether children must not share an open file. Log files and devices are harmless."""
+    """Return whether an open file can do harm if children share it: True except for log files and
+    devices.
+    """
     kind = os.fstat(descriptor).st_mode
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     is_log = stat.S_ISREG(kind) and access == os.O_WRONLY

@@ -65,8 +65,8 @@ def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
 
 
 def _close_in_fork() -> None:
-    """Close the write ends in a fork of this process. Open, they would keep the children alive
-    after this process has exited.
+    """Close the write ends in a fork of this process. Otherwise the fork would keep the children
+    alive after this process has exited.
     """
     for pipe in list(_open):
         pipe._lock = threading.Lock()

@@ -52,8 +52,8 @@ class Database(ABC):
     """Manages connections. Thread-safe unless noted.
 
     If the database is unavailable, a method logs the cause and raises `StoreUnavailable`. After a
-    lost connection, it first retries on a new one, or raises `CommitUnknown` if the work may have
-    been committed; see :func:`ensure_written`.
+    lost connection, it first retries on a new connection; but if the work was possibly committed,
+    it raises `CommitUnknown`; see :func:`ensure_written`.
     """
 
     dialect: Dialect
@@ -84,14 +84,14 @@ class Database(ABC):
     @abstractmethod
     def write_unpooled(self, sql: str, values: Mapping[str, Any]) -> int:
         """Execute a write statement, even if all pooled connections are in use; return the number
-        of changed rows. The statement may be executed twice. Call this from one thread only.
+        of changed rows. The statement can be executed twice. Call this from one thread only.
         """
 
     @abstractmethod
     def write(self, work: Callable[[Cursor], T]) -> T:
         """Call ``work`` in one write transaction and return its result. If it raises, roll back.
 
-        :param work: may be called again, so it must use only its cursor.
+        :param work: can be called again, so it must use only its cursor.
         :raises Duplicate: if a row with this key exists.
         :raises CommitUnknown: if the connection was lost during the commit.
         """
@@ -100,7 +100,7 @@ class Database(ABC):
     def read(self, work: Callable[[Cursor], T]) -> T:
         """Call ``work`` on one snapshot of the database and return its result.
 
-        :param work: may be called again. It must use only its cursor, because nested reads could
+        :param work: can be called again. It must use only its cursor, because nested reads could
             deadlock.
         """
 

@@ -196,8 +196,8 @@ class EngineDatabase(Database):
     def _execute(
         self, sql: str, values: Mapping[str, Any], is_write: bool = False
     ) -> Sequence[Any]:
-        """Execute one statement as a transaction; return its rows, if any. This calls the driver,
-        because SQLAlchemy's Connection would use six times the CPU.
+        """Execute one statement as a transaction; return its rows, if any. This calls the driver
+        directly, because SQLAlchemy's Connection would use six times the CPU.
         """
 
         def execute(attempt: _Attempt) -> Sequence[Any]:
@@ -242,8 +242,8 @@ class EngineDatabase(Database):
             lent.close()
 
     def _repeat(self, work: Callable[[_Attempt], T]) -> T:
-        """Return the result of ``work``. Retry after a deadlock, a serialization failure, or a lost
-        connection unless the work may have been committed.
+        """Call ``work`` and return its result. Retry after a deadlock or a serialization failure;
+        after a lost connection, retry unless the work was possibly committed.
         """
         for tries_left in reversed(range(TRIES)):
             attempt = _Attempt()
@@ -285,11 +285,10 @@ class PostgreSQLListener:
     ``notify`` is also called after each reconnection.
 
     :param engine: its connection is detached from the engine's pool.
-    :param notify: called on the listener's thread; must return immediately and raise no
-        exceptions.
+    :param notify: called on the listener's thread; must return immediately and raise no exceptions.
     :param own_pids: server processes whose notifications are ignored, because they serve
-        connections of this process. After a reconnection, the server may assign such a number to
-        another client; its changes are then found by polling.
+        connections of this process. After a reconnection, the server can assign the number of such
+        a process to another client, whose changes are then found by polling.
     """
 
     def __init__(

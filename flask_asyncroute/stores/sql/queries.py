@@ -70,8 +70,8 @@ class Queries:
         self, conditions: Sequence[Condition], sort: Sort, position: Position | None,
         readers: Readers | None,
     ) -> tuple[str, bool]:  # fmt: skip
-        """Return the statement of a query, and whether it merges several index ranges. If so, it
-        returns ids instead of records.
+        """Return the statement of a query, and whether the statement merges several index ranges.
+        Such a statement returns ids instead of records.
         """
         shape = tuple((condition.field.name, condition.operator) for condition in conditions)
         is_after_missing = None if position is None else position.value is None

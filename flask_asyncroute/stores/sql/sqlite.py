@@ -344,7 +344,6 @@ class _FairSemaphore:
 
 
 def _identity(path: Path) -> Identity | None:
-    """Return the identity of the file at a path; None if no file exists."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -353,7 +352,6 @@ def _identity(path: Path) -> Identity | None:
 
 
 def _create(path: Path) -> None:
-    """Create the file with mode 0600 if it is missing."""
     if _identity(path) is not None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ _STATE = "state [postgresql: || '']"
 _IS_VALUE = "namespace = :ns AND key = :key"
 _IS_STOPPING = "namespace = :ns AND stopping = 1 AND owner IS NOT NULL"
 _IS_BOUND = "namespace = :ns AND state = 'NotStarted' AND owner IS NOT NULL"
-# Without this index hint, newer SQLite versions may read all waiting tasks in order of creation.
+# Without this index hint, newer SQLite versions can read all waiting tasks in order of creation.
 _WAITING = "asyncroute_tasks [sqlite: INDEXED BY asyncroute_task_waiting]"
 _IS_WAITING = "namespace = :ns AND state = 'NotStarted'"
 _IS_PLAIN = "permission_json IS NULL AND callback_json IS NULL AND body_size = 0"
@@ -74,12 +74,11 @@ _IS_PLAIN = "permission_json IS NULL AND callback_json IS NULL AND body_size = 0
 # Change numbers follow the commit order. SQLite allows one writer at a time, so the next number is
 # the highest number plus one.
 #
-# PostgreSQL commits several writes at once. Each takes its number from a sequence, after it has
-# locked the row of its task, and holds a shared lock of the namespace from before that until its
-# commit. A reader first reads the last number, then acquires this lock exclusively for a
-# moment: then all writes up to this number are committed. So a write waits for other writes only
-# while somebody reads changes. To avoid deadlocks, the lock of the namespace always comes before
-# locks of rows.
+# PostgreSQL commits several writes at once. Each acquires a shared lock of the namespace, locks the
+# row of its task, takes its number from a sequence, and releases the locks at its commit. A reader
+# reads the last number, then acquires the lock of the namespace exclusively for a moment: then all
+# writes up to this number are committed. So a write waits for other writes only while a reader
+# needs this lock. To avoid deadlocks, the lock of the namespace always comes before locks of rows.
 _HIGHEST = """max(change, coalesce(
     (SELECT max(change) FROM asyncroute_tasks WHERE namespace = :ns), 0))"""
 LOCK_CLASS = 0x61737963
@@ -121,7 +120,6 @@ def _counter(where: str = "", is_urgent: bool = False) -> str:
 
 
 def _lock_task(columns: str, where: str) -> str:
-    """Return the statement that reads columns of a task, and locks it until the commit."""
     return f"""
         [postgresql: WITH {_LOCKED}]
         SELECT {columns} FROM asyncroute_tasks [postgresql: , locked] WHERE {where}
