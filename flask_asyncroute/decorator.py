@@ -74,7 +74,7 @@ def declare(view: View, options: dict[str, Any]) -> Declaration:
 
 
 def view_function_of(declaration: Declaration) -> Start:
-    """Return the function that starts tasks, in the route's ``decorators`` (the last is outermost).
+    """Wrap the function that starts tasks in the route's ``decorators``; the last is outermost.
 
     :raises ConfigurationError: if a decorator does not use :func:`functools.wraps`.
     """
@@ -102,13 +102,13 @@ def view_function_of(declaration: Declaration) -> Start:
 
 
 def is_bare(view_function: Callable[..., Any]) -> bool:
-    """Return whether a registered view has no decorator between ``@task()`` and the route."""
+    """Return whether ``@task()`` is directly below the route decorator of a registered view."""
     declaration = declaration_of(view_function)
     return declaration is not None and declaration.start is view_function
 
 
 def _request_of_call(view: View) -> Request | None:
-    """Return the request in which a route is called; None in a task, where calls run ``view``."""
+    """Return the request that calls an async route; None in a task, where calls run ``view``."""
     current: Request | None = None
     if has_request_context():
         current = request._get_current_object()  # type: ignore[attr-defined]

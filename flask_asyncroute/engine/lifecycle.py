@@ -269,7 +269,6 @@ class Lifecycle:
         return self._change(task_id, expect, state=State.NOT_STARTED, **empty, **values)
 
     def _change(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
-        """Store a change for which receivers of the app get no signal."""
         task = self._store.update(task_id, expect, values)
         if task is not None:
             self.notify(None, task)

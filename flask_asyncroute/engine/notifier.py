@@ -172,7 +172,6 @@ class Notifier(Loop):
             self._following -= is_follower
 
     def _keep_notified(self, store: SharedTaskStore) -> None:
-        """Ask the store for notifications, unless it was asked recently."""
         now = time.monotonic()
         if now >= self._is_notified_until - NOTIFIED_SECONDS / 2:
             store.keep_notifying(NOTIFIED_SECONDS)

@@ -94,8 +94,8 @@ class TaskExecutor(ABC):
             self._taken -= 1
 
     def submit(self, task_id: str) -> None:
-        """Run a task in a reserved slot as soon as possible; return at once. If a takeover during a
-        slow request has already submitted the task, only release the slot.
+        """Run a task in a reserved slot as soon as possible; return at once. If this process has
+        already taken the task over from the store, only release the slot.
 
         :raises RuntimeError: after :meth:`close`; the slot is released.
         """

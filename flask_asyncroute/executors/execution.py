@@ -20,8 +20,8 @@ MAX_UNWRITTEN = 1000
 
 
 class Execution:
-    """A run. It is created before the task is claimed, so that an immediate stop has an effect.
-    Thread-safe.
+    """One run of a task: its progress, events and stop request. It is created before the claim, so
+    that an immediate stop has an effect. Thread-safe.
 
     :param interrupt_after: seconds between a stop request and the interruption; None: never.
     :param wake: called when progress, events or a stop request must be handled; must return at
@@ -74,7 +74,7 @@ class Execution:
 
     def ask_to_stop(self, within: float = math.inf, ago: float = 0.0) -> bool:
         """Ask the view to stop: cancel its coroutine or child process, or schedule the interruption
-        of its thread. Return False if a stop was asked for before; then only ``within`` is applied.
+        of its thread. After an earlier call, only apply ``within``, and return False.
 
         :param within: maximum seconds until the interruption; lowers ``interrupt_after``.
         :param ago: seconds since the stop request; the interruption is that much earlier.

@@ -100,7 +100,6 @@ def cause_of(status: int | None) -> str:
 
 
 def _call(describe: Callable[[], str], otherwise: str) -> str:
-    """Return ``describe()``, or ``otherwise`` if the app's exception class raises."""
     try:
         return describe()
     except BaseException:

@@ -73,8 +73,8 @@ class ElasticThreadPool(Executor):
         return future
 
     def abandon(self, future: Future[Any]) -> bool:
-        """Replace the thread that is running this call. Return False if no thread is running it, or
-        if too many calls are already abandoned.
+        """Replace the thread that is running a call. Return False if no thread is running the call,
+        or if too many calls are already abandoned.
         """
         with self._changed:
             thread = self._busy.get(future)
@@ -137,7 +137,7 @@ class ElasticThreadPool(Executor):
 
     def _retire(self, thread: threading.Thread) -> bool:
         """Stop counting a thread that will end. Call this under the lock under which its end was
-        decided, so that no new call waits for it.
+        decided, so that no new call waits for the thread.
         """
         self._threads.discard(thread)
         self._lingering.discard(thread)

@@ -91,7 +91,7 @@ _chosen = lru_cache(maxsize=256)(_choose)
 
 
 def _rank(media_type: str, qualities: dict[str, float]) -> tuple[float, int]:
-    """Return a type's quality, and the specificity of the range that determines it."""
+    """Return a type's quality, and the specificity of the range that determines this quality."""
     if media_type in qualities:
         return qualities[media_type], 4
     named = [qualities[alias] for alias in ALIASES[media_type] if alias in qualities]

@@ -295,7 +295,7 @@ class GroupStream(Stream):
     """The stream of the tasks of one group, or of all groups, that the caller may list.
 
     It begins with an id, so a client that is disconnected or refused before the first event misses
-    none.
+    no event.
     """
 
     __slots__ = ("group",)

@@ -62,9 +62,9 @@ def held(
     The wait begins after Flask has torn down the request context (except on Granian), so that a
     waiting request keeps no resources. The final status and headers are known after the wait.
 
-    :param announced: before the wait, ``after_request`` functions see its status and headers.
-    :param answer: called with the task (None: it was deleted), and whether the process has
-        capacity for the wait. Can be called outside the request context.
+    :param announced: the response that ``after_request`` functions see before the wait.
+    :param answer: called with the task (None: it was deleted), and whether the process has capacity
+        for the wait. Can be called outside the request context.
     :param failed: called with an exception raised by the wait.
     """
     if seconds <= 0 or is_enough(task):
@@ -109,7 +109,7 @@ class _Held(Response):
     """A response whose body, an iterator, waits for the task. Status and headers are sent with the
     first piece of the body.
 
-    The app can wrap the body, as compressors do. Code that reads it waits too.
+    The app can wrap the body, as compressors do. Code that reads the body waits too.
     """
 
     announced: Response

@@ -127,7 +127,6 @@ def _json(items: Iterable[tuple[Any, Any]], takes_values: bool = False) -> Itera
 
 
 def _with_values(field: Field, conditions: Sequence[Any]) -> list[Any]:
-    """Return the conditions, with each plain value converted to ``{"value": …}``."""
     values = [one for one in conditions if not isinstance(one, Mapping)]
     if len(values) > 1:
         # The conditions are joined by AND, but a list of values looks like alternatives.

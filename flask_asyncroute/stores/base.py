@@ -57,8 +57,8 @@ class Readers:
 class StartKey:
     """The ``Idempotency-Key`` of a request."""
 
-    name: str  # 64 characters for the caller, route and key
-    fingerprint: str  # 64 characters for the method, URL and body
+    name: str  # hash of the caller, route and key: 64 characters
+    fingerprint: str  # hash of the method, URL and body: 64 characters
 
 
 @dataclass(frozen=True, slots=True)

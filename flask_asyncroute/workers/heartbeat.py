@@ -118,7 +118,6 @@ class Heartbeat(Loop):
         return ASSERT_SECONDS
 
     def _beat(self) -> float:
-        """Send a heartbeat; return the seconds until the next one."""
         try:
             if not self._workers.beat(self.name):
                 with self._listing:

@@ -28,7 +28,7 @@ PAGE = 500
 
 @dataclass(eq=False)
 class Recovery:
-    """Checks the workers of one app. Not thread-safe."""
+    """Detects dead workers of one app, and recovers their tasks. Not thread-safe."""
 
     store: SharedTaskStore
     lifecycle: Lifecycle

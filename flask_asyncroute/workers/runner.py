@@ -49,7 +49,8 @@ def new_store(app: Flask, config: Config) -> TaskStore:
 
 
 class Runner:
-    """Connects the parts of one process. It is created at first use, and discarded after a fork.
+    """The store, executors and threads of one app in this process. It is created at first use, and
+    discarded after a fork.
 
     Its threads start when they are needed. :meth:`close` ends them.
     """

@@ -183,7 +183,6 @@ def _start_server(modules: str) -> tuple[socket.socket, int, ExitStack]:
 
 
 def _end_server(control: socket.socket, pid: int, resources: ExitStack) -> None:
-    """Make a fork server exit after its last child, and wait for it."""
     with suppress(OSError):
         control.shutdown(socket.SHUT_WR)
         control.recv(1)

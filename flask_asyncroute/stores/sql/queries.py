@@ -129,7 +129,6 @@ def _with_ids(count: int) -> Select[Any]:
 def _single(
     shape: Shape, sort: str, descending: bool, is_after_missing: bool | None, anonymous: bool
 ) -> Select[Any]:
-    """Return the query that reads records from one index range."""
     query = select(*_LISTED).where(
         _IS_IN_NAMESPACE, *_conditions(shape, tasks), *_after(sort, descending, is_after_missing)
     )

@@ -318,7 +318,6 @@ class _FairSemaphore:
         self._waiting: deque[threading.Lock] = deque()
 
     def acquire(self, timeout: float) -> bool:
-        """Acquire a slot; return False if none is free within ``timeout`` seconds."""
         with self._lock:
             if self._free:
                 self._free -= 1
