@@ -18,7 +18,7 @@ def when_gone(
     :param function: must not reference ``owner``.
     :return: a finalizer. Calling it runs ``function`` now, unless it has already run.
     """
-    # Use a new thread: the garbage collector may run on a thread that holds a lock that `function`
+    # Use a new thread: the garbage collector can run on a thread that holds a lock that `function`
     # needs. Use `_thread`: starting a threading.Thread also takes locks.
     finalizer = weakref.finalize(owner, _thread.start_new_thread, function, arguments)
     finalizer.atexit = False

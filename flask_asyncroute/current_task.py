@@ -139,7 +139,7 @@ class CurrentTask:
 
         A view can use several ranges in turn, such as one up to 80, then one up to 100.
 
-        :param decimal: whether progress may have decimals.
+        :param decimal: whether progress can have decimals.
         :raises ValueError: if ``step`` does not lead from ``start`` to ``end``.
         """
         return ProgressRange(self._execution, start, end, step, _top(max_progress), decimal)

@@ -92,7 +92,7 @@ def view_function_of(declaration: Declaration) -> Start:
 
     @functools.wraps(function)
     def call(*passed: Any, **arguments: Any) -> Any:
-        # Decorators do not run in a task, because they may need the client's request.
+        # Decorators do not run in a task, because they can need the client's request.
         if _request_of_call(view) is None:
             return view(*passed, **arguments)
         return current_app.ensure_sync(function)(*passed, **arguments)
@@ -157,7 +157,7 @@ def _start(
     runner = runtime.runner
     media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
     this = object()
-    # While the task is started, the app may call the view again, even on other threads.
+    # While the task is started, the app can call the view again, even on other threads.
     if vars(current).setdefault(_START, this) is not this:
         raise _call_error(view, "was called twice in one request; a request starts only one task")
     try:

@@ -200,4 +200,4 @@ class StoreUnavailable(RequestRefused, status=503):
 
 
 class CommitUnknown(StoreUnavailable):
-    """The store failed during a commit; the write may have been stored."""
+    """The store failed during a commit; it is unknown whether the write was stored."""

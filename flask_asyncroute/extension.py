@@ -195,10 +195,10 @@ class AsyncRoute:
     def start(self, app: Flask) -> None:
         """Make this process run waiting tasks and background maintenance of ``app``.
 
-        The first request does the same. Call this method in a process that might get no request,
-        and in gunicorn's ``post_worker_init``: then streams and waits end as soon as the worker
-        receives the signal to exit. Further calls, and calls in children of ``executor="process"``,
-        do nothing.
+        The first request does the same. Call this method in a process that possibly gets no
+        request, and in gunicorn's ``post_worker_init``: then streams and waits end as soon as the
+        worker receives the signal to exit. Further calls, and calls in children of
+        ``executor="process"``, do nothing.
 
         If the store cannot be opened, a warning is logged and maintenance retries, so the server
         can start without its database.

@@ -119,7 +119,7 @@ class Runtime:
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""
         self.is_child = True
-        # Loading the app may have opened another store than the parent's.
+        # Loading the app can have opened another store than the parent's.
         self._early.close()
         self._early = self._built = EarlyStore()
         return self._make_runner()

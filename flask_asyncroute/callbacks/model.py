@@ -23,7 +23,7 @@ PENDING = (NOT_STARTED, RUNNING)  # the states of an unfinished callback
 class Callback:
     """The request with which the server reports the outcome of an ended task.
 
-    The URL, method, content type and header values may be OpenAPI runtime expressions, or contain
+    The URL, method, content type and header values can be OpenAPI runtime expressions, or contain
     expressions in braces. Expressions are resolved when the task is created.
 
     :param url: an absolute URL, or an expression that reads it from the task's request.
@@ -87,7 +87,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     :param webhook_id: the ``webhook-id`` header of all attempts.
     :param url: the absolute URL, normalized by `parse_url`; ``host`` is its host.
     :param is_trusted: whether the developer chose the host.
-    :param headers: deleted after the last attempt, because they may contain secrets.
+    :param headers: deleted after the last attempt, because they can contain secrets.
     :param depth: 1 plus the number of callbacks that led to the task's request.
     """
 

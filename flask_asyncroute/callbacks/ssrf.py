@@ -97,7 +97,7 @@ def _resolve_within(host: str, port: int, seconds: float) -> list[Address]:
     def look_up() -> None:
         try:
             found = map(ipaddress.ip_address, dict.fromkeys(resolve(host, port)))
-            # DNS may return an IPv4 address as IPv6 (::ffff:a.b.c.d).
+            # DNS can return an IPv4 address as IPv6 (::ffff:a.b.c.d).
             answers.append([getattr(ip, "ipv4_mapped", None) or ip for ip in found])
         except (OSError, ValueError):
             answers.append([])

@@ -60,7 +60,7 @@ class NotStorable(Exception):
 
 
 def too_large(max_bytes: int, key: str | None) -> NotStorable:
-    """Return the error for a value over the limit, which the configuration key ``key`` sets."""
+    """Return the error for a value over the limit that the configuration key ``key`` sets."""
     if key is None:
         found = f"more than {max_bytes:,} bytes"
         advice = "store the data elsewhere, and only its location here"

@@ -82,7 +82,7 @@ class Dispatcher:
         # Skipped for speed if the request needs no identity, key or permission.
         if has_identity or has_key or route_permission is not None:
             if has_identity or callable(route_permission):
-                guard(current, config.max_body)  # because the app's functions may read the body
+                guard(current, config.max_body)  # because the app's functions can read the body
             try:
                 caller = identify(self.app, loader, config.user_id_field, is_start=True)
                 if has_key:
@@ -229,7 +229,7 @@ class Dispatcher:
         return task
 
     def _submit(self, executor: TaskExecutor, intake: Intake) -> AsyncRouteTask:
-        if self.is_closing:  # check again, because reading the request may take long
+        if self.is_closing:  # check again, because reading the request can take long
             raise _shutting_down()
         route = intake.route
         try:

@@ -163,7 +163,7 @@ class Lifecycle:
     def purge(self, task_id: str) -> bool:
         """Delete a finished task whose code has ended; return whether it was deleted."""
         endpoint = self._store.delete(task_id, Expect(tuple(TERMINAL), stopping=False))
-        if endpoint:  # empty if another process may have sent the signal
+        if endpoint:  # empty if another process can have sent the signal
             self._send((signals.task_removed,), task_id=task_id, endpoint=endpoint)
         return endpoint is not None
 

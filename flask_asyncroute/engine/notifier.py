@@ -30,7 +30,7 @@ IDLE_SECONDS = 60.0
 NOTIFIED_SECONDS = 60.0
 """How long the store is asked for notifications at a time, while there are subscribers."""
 MAX_OWN = 10_000
-SHUTDOWN_SEND_SECONDS = 0.5  # How long a client may take to receive a chunk during shutdown.
+SHUTDOWN_SEND_SECONDS = 0.5  # How long a client can take to receive a chunk during shutdown.
 
 
 class Follower:
@@ -65,7 +65,7 @@ class Follower:
         """Disconnect the client if it has not received a chunk in time, because it blocks a server
         thread.
         """
-        deadline = self.must_be_sent_by  # read once: the sending thread may reset it
+        deadline = self.must_be_sent_by  # read once: the sending thread can reset it
         if self._disconnect is not None and deadline is not None and now >= deadline:
             self._disconnect()
 
@@ -158,7 +158,7 @@ class Notifier(Loop):
                     if not self._is_polling:
                         self._since = newest
                         self._own.clear()
-                        self.shared_reads.forget()  # results may lack changes since the last poll
+                        self.shared_reads.forget()  # results can lack changes since the last poll
                         self._is_polling = True
                 self.wake()
             self.start()

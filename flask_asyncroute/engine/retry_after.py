@@ -15,7 +15,7 @@ class Pace:
     """Keeps a running mean of task durations per endpoint. Estimates are 1 to 60 seconds; 1 if no
     task of the endpoint has ended.
 
-    Thread-safe, but one of two simultaneous durations may be lost.
+    Thread-safe, but one of two simultaneous durations can be lost.
     """
 
     def __init__(self) -> None:

@@ -87,7 +87,7 @@ class SharedReads(Loop):
 
     def read_ahead(self, task_ids: Collection[str]) -> None:
         """Read the next page of each feed with events of one of these tasks. Call this before
-        waking the streams. Otherwise they would wait twice: for the change and for the read.
+        waking the streams, so that they do not wait a second time, for the read.
         """
         for feed, (since, read) in list(self._heads.items()):
             if feed[0] is not None and feed[0] not in task_ids:
@@ -143,7 +143,7 @@ class SharedReads(Loop):
 
     def _step(self) -> float:
         outage: StoreUnavailable | None = None
-        with suppress(IndexError):  # another thread may empty the queue during close()
+        with suppress(IndexError):  # another thread can empty the queue during close()
             while True:
                 future, read = self._queue.popleft()
                 if future is None:

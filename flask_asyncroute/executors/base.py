@@ -113,9 +113,9 @@ class TaskExecutor(ABC):
         future.add_done_callback(lambda _: self._futures.pop(task_id, None))
 
     def takeover_capacity(self) -> int:
-        """Return how many tasks of other processes this process may take over now. This is 0 if no
-        slot is free, otherwise the free slots plus half of the queue (at most :data:`MAX_AHEAD`),
-        so that the next tasks are here when slots become free.
+        """Return how many tasks of other processes this process can take over now: 0 if no slot is
+        free, else the free slots plus half of the queue (at most :data:`MAX_AHEAD`), so that the
+        next tasks are here when slots become free.
         """
         free = self.free()
         return free + min(MAX_AHEAD, self._queue_size // 2) if free else 0
@@ -136,7 +136,7 @@ class TaskExecutor(ABC):
                 if future is None or not future.cancel():
                     return False
             except Exception:
-                # The app's own Executor may have futures whose cancel() raises.
+                # The app's own Executor can have futures whose cancel() raises.
                 logger.exception(
                     "Task %s could not be removed from the queue of its executor.", task_id
                 )

@@ -41,7 +41,7 @@ class Execution:
         self.interrupt_at: float | None = None
         self.thread_lock = threading.RLock()  # held while `thread_id` is used or reset
         self.thread_id: int | None = None
-        self.is_over = False  # the view's code has ended; its outcome may be unstored
+        self.is_over = False  # the view's code has ended; its outcome is perhaps not yet stored
         self.is_shutting_down = False  # stopped by a shutdown; see `Lifecycle.cut_short`
         self.restarts_on_loss = False
         self.is_interrupted = False  # `interrupt` raised an exception in the thread

@@ -1,7 +1,7 @@
 """Raises `TaskAborted`, when it is safe, in a thread whose view does not stop by itself.
 
 CPython can raise an asynchronous exception at any point. This module raises it only in the task's
-view, and not inside modules that might leave a lock held.
+view, and not inside modules that could leave a lock held.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def leave(execution: Execution) -> None:
                     pass
             return
         except TaskAborted:
-            # Python 3.14 may raise the exception after `with` has acquired the lock, before its
+            # Python 3.14 can raise the exception after `with` has acquired the lock, before its
             # block.
             with suppress(RuntimeError):  # raised if the thread does not hold the lock
                 execution.thread_lock.release()
@@ -85,7 +85,7 @@ def interrupt(execution: Execution) -> bool:
     with _interrupting:
         if _try(execution):
             return True
-        # A thread that logs a lot may release the GIL only inside logging, where interruption is
+        # A thread that logs a lot can release the GIL only inside logging, where interruption is
         # never safe. A short switch interval makes it release the GIL elsewhere too.
         interval = sys.getswitchinterval()
         try:

@@ -64,8 +64,8 @@ def hanging_up(environ: Mapping[str, Any]) -> Callable[[], None] | None:
 def _disconnect(connection: Any) -> None:
     # ValueError: the connection is closed.
     with suppress(OSError, ValueError):
-        # Use a second socket object: the server's may belong to gevent or TLS. Do not duplicate the
-        # descriptor: the process may have none free.
+        # Use a second socket object: the server's can belong to gevent or TLS. Do not duplicate the
+        # descriptor: the process can have none free.
         same = socket.socket(fileno=connection.fileno())
         try:
             same.shutdown(socket.SHUT_RDWR)
@@ -158,7 +158,7 @@ class Stream:
                             follower.must_be_sent_by = time.monotonic() + LATE_SECONDS
                             yield data[start : start + PIECE]
                             follower.must_be_sent_by = None
-                        del data  # free the memory: the next event may come much later
+                        del data  # free the memory: the next event can come much later
                 except AsyncRouteError as error:
                     # Catch this inside `telling`, which disconnects a client that stops reading.
                     follower.must_be_sent_by = time.monotonic() + LATE_SECONDS
@@ -224,7 +224,7 @@ class Stream:
 
         read = partial(_read_page, self.runner.store, self.ids, self.task_id, self.group)
         if self.has_ended:
-            return read(since)  # a shared result may lack the last event, the task's end
+            return read(since)  # a shared result can lack the last event, the task's end
         reads, feed = self.runner.notifier.shared_reads, (self.task_id, self.group)
         page = reads.page(feed, since, read)
         if len(page.events) == PAGE:
@@ -259,7 +259,7 @@ def _read_page(
     store: TaskStore, ids: EventIds, task_id: str | None, group: str | None, since: int
 ) -> _Page:
     found = store.events(since, PAGE, task_id, group)
-    # Events may be large, so free each after encoding it.
+    # Events can be large, so free each after encoding it.
     events = deque(found.events)
     change = found.change
     del found

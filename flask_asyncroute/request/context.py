@@ -134,7 +134,7 @@ def _text(values: Mapping[Any, Any], name: Any) -> str | None:
         return None
     try:
         return _tagged.dumps(values[name])
-    except Exception:  # dumps() calls methods of the value, which may fail
+    except Exception:  # dumps() calls methods of the value, which can fail
         return f"a {type(values[name])} that cannot be stored"
 
 

@@ -103,7 +103,7 @@ class MemoryTaskStore(TaskStore):
         self._change = 0
         self._secret = os.urandom(32)
         self.outbox: MemoryOutbox = MemoryOutbox(self)
-        # Close the bodies, which may be temporary files.
+        # Close the bodies, which can be temporary files.
         when_gone(self, _close_bodies, self._tasks)
 
     def open(self) -> None: ...

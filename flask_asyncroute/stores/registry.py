@@ -77,7 +77,7 @@ def kind_of(setting: StoreSetting, label: str = _KEY) -> StoreKind:
         return next(kind for kind in KINDS if kind.takes_engine)
     scheme, separator, _ = setting.partition("://")
     if not separator or not re.fullmatch(r"[a-z][a-z0-9+]*", scheme):
-        # Other text may contain a password.
+        # Other text can contain a password.
         raise refuse(label, _EXAMPLES, setting if re.fullmatch(r"[\w./: -]*", setting) else "…")
     for kind in KINDS:
         if scheme in kind.schemes:

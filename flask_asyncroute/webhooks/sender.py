@@ -121,7 +121,7 @@ class Sender:
             for due in self._outbox.claim(self._lifecycle.owner, now, capacity):
                 self._begin(due)
         except (CommitUnknown, RuntimeError):
-            # This process may have claimed callbacks that no thread sends. The next look() releases
+            # This process can have claimed callbacks that no thread sends. The next look() releases
             # them.
             self._must_release = True
             raise

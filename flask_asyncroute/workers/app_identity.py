@@ -1,7 +1,8 @@
-"""Detects different apps that use the same namespace of a store: they would run each other's tasks.
+"""Detects different apps that use the same namespace of a store, because they would run each
+other's tasks.
 
-In one process, using the older app raises an error. In different processes, `recovery` only logs
-a warning, because the apps may be two releases of one app.
+In one process, using the older app raises an error. In different processes, `recovery` only logs a
+warning, because the apps can be two releases of one app.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ LEASE_SECONDS = 30.0
 class Heartbeat(Loop):
     """Registers this process for one app, until :meth:`leave`. Thread-safe.
 
-    After :meth:`close`, the process stays registered and keeps its lock, because tasks may still be
+    After :meth:`close`, the process stays registered and keeps its lock, because tasks can still be
     running.
     """
 

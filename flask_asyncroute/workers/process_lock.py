@@ -130,7 +130,7 @@ def _open(path: Path) -> LockFile:
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         status = os.fstat(descriptor)
-        # In a shared folder, another user may own the file.
+        # In a shared folder, another user can own the file.
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise PermissionError(f"{path} is not a regular file of this user")
         fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, 0)

@@ -51,7 +51,7 @@ class Recovery:
             # the death of this process only after the lease.
             self.heartbeat.send_soon()
         for name in self.store.workers.owners():
-            # A worker without a row may still be running. Its next heartbeat restores the row.
+            # A worker without a row can still be running. Its next heartbeat restores the row.
             listed.setdefault(name, Worker(name, "", 0, "", frozenset(), beat=-1))
         now = time.monotonic()
         if now - self._checked_at > GAP_SECONDS:

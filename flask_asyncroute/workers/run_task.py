@@ -236,7 +236,7 @@ def _explain(error: BaseException, app: Flask) -> None:
 
 def _failed(error: BaseException, execution: Execution, expose: bool) -> Outcome:
     if execution.is_time_up and not execution.stop.is_set():
-        # The view may have raised the error because of the timeout, before the timekeeper reacted.
+        # The view can have raised the error because of the timeout, before the timekeeper reacted.
         return Outcome(State.ABORTED, {"error": TIMED_OUT})
     return failed(error, expose)
 
@@ -271,8 +271,8 @@ def _await(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
 
 
 def _report(app: Flask, error: BaseException, task_id: str) -> None:
-    """Log an exception of a view, and send the signal got_request_exception. Also log errors of log
-    handlers and receivers.
+    """Log an exception of a view, and send the signal got_request_exception. Errors of log handlers
+    and receivers are also logged.
 
     An HTTPException of the view and TaskAborted are ignored: they are not errors of the app.
     """

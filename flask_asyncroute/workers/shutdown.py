@@ -75,7 +75,7 @@ def restart_gunicorn_timeout() -> float:
     for server in _known_servers():
         settings = getattr(server, "cfg", None)
         if settings is not None and settings.timeout:
-            server.notify()  # half of the timeout may have passed before the request began
+            server.notify()  # half of the timeout can have passed before the request began
             return float(settings.timeout)
     return math.inf
 
@@ -128,10 +128,10 @@ def _chained(
 ) -> Callable[..., Any]:
     """Return a signal handler that runs ``then`` on a new thread and calls ``handler``.
 
-    A gunicorn worker's handler is called only once. Otherwise Ctrl-C would call it for SIGINT from
-    the terminal and for SIGQUIT from the arbiter: the second call would wait for a lock that the
-    first holds, or end the graceful shutdown. uvicorn's handler is called each time: a second
-    Ctrl-C makes uvicorn end open requests.
+    A gunicorn worker's handler is called only once. Ctrl-C sends the worker SIGINT from the
+    terminal and SIGQUIT from the arbiter: a second call would wait for a lock that the first holds,
+    or end the graceful shutdown. uvicorn's handler is called each time: a second Ctrl-C makes
+    uvicorn end open requests.
     """
     server = getattr(handler, "__self__", None)
     # uvicorn runs exit hooks after SIGINT, but not after SIGTERM. So pass it SIGINT.
@@ -142,7 +142,7 @@ def _chained(
             return None
         if hasattr(server, "alive"):
             handled.append(handler)
-        # The interrupted main thread may hold any lock, and starting a threading.Thread would take
+        # The interrupted main thread can hold any lock, and starting a threading.Thread would take
         # one. If no thread can be started, continue.
         with suppress(RuntimeError):
             _thread.start_new_thread(then, ())

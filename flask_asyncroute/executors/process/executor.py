@@ -116,7 +116,7 @@ def _drop_all(children: deque[Child]) -> None:
 
 
 def _follow(child: Child, execution: Execution) -> Outcome:
-    """Handle a child's progress and events until its view ends; return the outcome."""
+    """Handle a child's progress and events until the view ends; return the outcome."""
     try:
         for kind, payload in child.listen():
             if kind == protocol.PROGRESS:

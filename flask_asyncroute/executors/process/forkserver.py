@@ -38,7 +38,7 @@ DESCRIPTORS = 3  # received with each request for a child
 STATUS = struct.Struct("!i")
 CHILD = "flask_asyncroute.child_main"
 
-# Saved: the app may patch them.
+# Saved: the app can patch them.
 _poll, _fork, _recv_fds = select.poll, os.fork, socket.recv_fds
 
 

@@ -35,7 +35,7 @@ class KillPipe:
                     os.write(self._write_end, b"!")
 
     def close(self) -> None:
-        """Close the write end, which also kills the attached process or group."""
+        """Close the write end; this also kills the attached process or group."""
         with self._lock:
             if self._is_open:
                 self._is_open = False

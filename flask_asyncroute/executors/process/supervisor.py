@@ -67,7 +67,7 @@ class Child:
                 # The child has ended, and all its data was read.
                 if self._read_status():
                     return
-                # Without a status, the fork server has exited, but the child may still be running.
+                # Without a status, the fork server has exited, but the child can still be running.
                 readable([channel], None)
             data = protocol.receive(self.channel)
             if not data:
@@ -123,7 +123,8 @@ class ForkServer:
         self.pid = 0
 
     def start(self) -> Child:
-        """Start a child, which loads the app and waits for a job; return without waiting for it.
+        """Start a child, which loads the app and waits for a job; return before it has loaded the
+        app.
 
         :raises OSError: if the system lacks processes or descriptors.
         """

@@ -160,7 +160,7 @@ def ensure_written(write: Callable[[], T], find: Callable[[], T | None]) -> T:
 
     :param write: returns a true value if it has changed something.
     :param find: returns the result of the successful ``write``; None if its commit failed.
-    :raises StoreUnavailable: if the database is still unavailable. The commit may have
+    :raises StoreUnavailable: if the database is still unavailable. It is unknown whether the commit
         succeeded.
     """
     try:
@@ -169,7 +169,7 @@ def ensure_written(write: Callable[[], T], find: Callable[[], T | None]) -> T:
         found = find()
     if found is not None:
         return found
-    # The server may still be executing the first write, because it notices late that the client has
+    # The server can still be executing the first write, because it notices late that the client has
     # disconnected. If the first write commits first, the second changes nothing or raises
     # Duplicate.
     try:
@@ -186,7 +186,7 @@ def ensure_written(write: Callable[[], T], find: Callable[[], T | None]) -> T:
 def read_url(label: str, value: str) -> URL:
     """Parse the URL of a database.
 
-    :raises ConfigurationError: if the URL is invalid. The message does not show it, because it may
+    :raises ConfigurationError: if the URL is invalid. The message does not show it, because it can
         contain a password.
     """
     try:

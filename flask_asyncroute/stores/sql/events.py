@@ -42,7 +42,7 @@ class EventLog:
         which = {"ns": ns, "task_id": task_id}
         last = cursor.execute(self._sql.get_last_event, which).fetchone()
         if last is not None:
-            # After CommitUnknown, a run sends its events again, although they may be stored
+            # After CommitUnknown, a run sends its events again, even if they are stored
             # already.
             stored = (last.epoch, last.number)
             sent = [event for event in sent if (epoch, event.number) > stored]

@@ -60,7 +60,7 @@ class SQLOutbox(Outbox):
                     if len(claimed) < limit and held[row.host] < PER_HOST:
                         held[row.host] += 1
                         claimed.append(self._claim_one(cursor, row.task_id, holder))
-                # Read another page: callbacks to hosts at their limit may have filled this one.
+                # Read another page: callbacks to hosts at their limit can have filled this one.
                 if len(rows) < DUE_PAGE or not before < len(claimed) < limit:
                     return claimed
 

@@ -154,7 +154,7 @@ class EngineDatabase(Database):
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
 
     def has_table(self, cursor: Cursor, name: str) -> bool:
-        # Do not use to_regclass(), which may read a stale server cache after a wait for the schema
+        # Do not use to_regclass(), which can read a stale server cache after a wait for the schema
         # lock.
         found = cursor.execute(
             "SELECT 1 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = "
@@ -175,7 +175,7 @@ class EngineDatabase(Database):
         self._engine.dispose()
 
     def forget(self) -> None:
-        # Two processes must not use one socket. The app may use its own engine in the child too, so
+        # Two processes must not use one socket. The app can use its own engine in the child too, so
         # replace the engine's pool without closing the old connections.
         if not self._is_owned:
             self._engine.dispose(close=False)
@@ -190,7 +190,7 @@ class EngineDatabase(Database):
     def _close_unpooled(self) -> None:
         unpooled, self._unpooled = self._unpooled, None
         if unpooled is not None:
-            with suppress(SQLAlchemyError):  # the connection may already be lost
+            with suppress(SQLAlchemyError):  # the connection can already be lost
                 unpooled.close()
 
     def _execute(
@@ -231,7 +231,7 @@ class EngineDatabase(Database):
         except BaseException as error:
             attempt.is_lost = connection.closed
             if attempt.is_lost or not isinstance(error, Error):
-                # If the statement was interrupted, the connection may still be executing it.
+                # If the statement was interrupted, the connection can still be executing it.
                 lent.invalidate(error)
             # Other connections were probably lost too. SQLAlchemy also replaces all of them.
             if attempt.is_lost and self._engine.pool is pool:

@@ -67,7 +67,7 @@ def check_setting(label: str, setting: str) -> None:
         )
     has_unread_query = "?" in setting and not url.query
     if url.host or url.username or url.port or "\x00" in setting or has_unread_query:
-        # Do not show the value, because it may contain a password.
+        # Do not show the value, because it can contain a password.
         raise ConfigurationError(
             f"{label} must be 'sqlite:///path', without a user or host; only '?synchronous=…' may "
             "follow the path."
@@ -178,7 +178,7 @@ class SQLiteDatabase(Database):
             writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
-        with suppress(IndexError):  # another thread may take the last connection
+        with suppress(IndexError):  # another thread can take the last connection
             while True:
                 self._readers.pop().close()
 
@@ -286,8 +286,8 @@ class SQLiteDatabase(Database):
         return done
 
     def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Call ``work`` with the write connection. A failed write changes nothing. It is not
-        retried, because it has already waited for locks.
+        """Call ``work`` with the write connection. A failed write changes nothing. This does not
+        retry, because the write has already waited for locks.
         """
         self._check()
         if not self._write_lock.acquire(timeout=BUSY_SECONDS):
@@ -367,8 +367,8 @@ def _create(path: Path) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Lock a folder while a database is created in it. Otherwise, a second process that also found
-    no database could delete the ``-wal`` of the one just created. Windows needs no lock, because it
+    """Lock a folder while a database is created in it. Without the lock, a second process that also
+    found no database could delete the ``-wal`` of the new one. Windows needs no lock, because it
     does not delete open files.
     """
     if sys.platform == "win32":

@@ -95,7 +95,7 @@ _NOTIFY = f"pg_notify('{CHANNEL}', CAST(key AS TEXT))"
 # for it.
 _NOTIFY_IF_ASKED = f"CASE WHEN notify_until_us > {_NOW} THEN {_NOTIFY} END"
 _NEXT = "(SELECT change FROM counter)"
-# Another process may have changed the task after this statement began.
+# Another process can have changed the task after this statement began.
 _IF_LOCKED = "[postgresql: AND EXISTS (SELECT 1 FROM counter)]"
 
 
