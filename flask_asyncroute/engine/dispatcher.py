@@ -105,7 +105,7 @@ class Dispatcher:
     def stop(self, task: AsyncRouteTask) -> AsyncRouteTask:
         """Stop a task; return the new record. An Aborted task is returned unchanged.
 
-        :raises TaskFinished: if it is Completed or Failed.
+        :raises TaskFinished: if the task is Completed or Failed.
         :raises NotCancellable: if its route does not allow stops.
         :raises TaskNotFound: if it was deleted.
         """

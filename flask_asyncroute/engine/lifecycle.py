@@ -125,11 +125,10 @@ class Lifecycle:
         return self._abort(task.id, _unchanged(task), LOST, stopping=False)
 
     def cut_short(self, execution: Execution, is_over: bool) -> None:
-        """End a run because this process shuts down. Abort its task, or with ``on_loss="restart"``
-        requeue it.
+        """Abort the task of a run, because this process shuts down.
 
-        If a task to requeue still has running code (not ``is_over``), leave it unchanged: another
-        process will restart it after this one has exited.
+        With ``on_loss="restart"``, requeue the task if its code has ended (``is_over``). If its
+        code is still running, leave the task unchanged: another process will restart it.
         """
         self.write_events(execution)
         expect = self._held_by(execution)

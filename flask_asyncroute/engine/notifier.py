@@ -90,7 +90,7 @@ class Notifier(Loop):
     """Calls ``on_change`` for each changed task, then notifies subscribers. Thread-safe.
 
     Polls a shared store on its own thread, while there are subscribers. Between :meth:`watch` and
-    :meth:`unwatch`, it polls for changes that the runs of this process need.
+    :meth:`unwatch`, it also polls for changes that the runs of this process need.
 
     :param worker: the name of this process in the store.
     """

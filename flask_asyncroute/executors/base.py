@@ -115,7 +115,7 @@ class TaskExecutor(ABC):
     def takeover_capacity(self) -> int:
         """Return how many tasks of other processes this process can take over now: 0 if no slot is
         free, else the free slots plus half of the queue (at most :data:`MAX_AHEAD`), so that the
-        next tasks are here when slots become free.
+        next tasks are already queued when slots become free.
         """
         free = self.free()
         return free + min(MAX_AHEAD, self._queue_size // 2) if free else 0
@@ -125,11 +125,11 @@ class TaskExecutor(ABC):
         return max(self._max_workers - self._taken, 0)
 
     def holds(self, task_id: str) -> bool:
-        """Return whether a task is waiting or running here."""
+        """Return whether a task is waiting or running in this executor."""
         return task_id in self._futures
 
     def discard(self, task_id: str) -> bool:
-        """Remove a task from the queue; return False if it has started or is unknown."""
+        """Remove a task from the queue; return False if the task has started or is unknown."""
         with self._lock:
             future = self._futures.get(task_id)
             try:
@@ -145,7 +145,7 @@ class TaskExecutor(ABC):
             return True
 
     def discard_waiting(self) -> list[str]:
-        """Remove all tasks that have not started from the queue; return their ids."""
+        """Empty the queue; return the ids of the tasks that were waiting in it."""
         return [task_id for task_id in list(self._futures) if self.discard(task_id)]
 
     def interrupt(self, execution: Execution) -> bool:

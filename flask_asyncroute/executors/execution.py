@@ -20,8 +20,8 @@ MAX_UNWRITTEN = 1000
 
 
 class Execution:
-    """One run of a task: its progress, events and stop request. It is created before the claim, so
-    that an immediate stop has an effect. Thread-safe.
+    """One run of a task: its progress, events and stop request. The object is created before the
+    claim, so that an immediate stop has an effect. Thread-safe.
 
     :param interrupt_after: seconds between a stop request and the interruption; None: never.
     :param wake: called when progress, events or a stop request must be handled; must return at

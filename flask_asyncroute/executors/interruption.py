@@ -134,8 +134,8 @@ def _withdraw_from(thread_id: int) -> None:
     """Withdraw a pending exception from a thread.
 
     After a withdrawal, CPython threads check for exceptions at every instruction, and hang under a
-    tracer, until another exception is raised. So set one for this thread too, in the same C
-    call, during which the interpreter does not check.
+    tracer, until another exception is raised. So the same C call sets an exception for the calling
+    thread too; the interpreter does not check during a C call.
     """
     try:
         list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))

@@ -18,7 +18,7 @@ from ..task import MAX_ERROR, State
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The terminal State of a run, and the other record fields to set with it."""
+    """The terminal State of a run, and the further record fields to store with the State."""
 
     state: State
     values: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +36,7 @@ def is_http_error(error: BaseException) -> TypeGuard[HTTPException]:
 def failed(error: BaseException, expose: bool) -> Outcome:
     """Return the outcome of a run that raised ``error``.
 
-    :param expose: whether clients see the message of ``error``. They always see the message of
+    :param expose: whether clients see the message of ``error``. Clients always see the message of
         an HTTPException of the view.
     """
     name = type(error).__name__

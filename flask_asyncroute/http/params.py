@@ -39,7 +39,7 @@ def arguments(request: Request) -> MultiDict[str, str]:
 def task_id(request: Request, config: Config, in_path: str | None) -> str:
     """Return the request's task id, from the first location in ASYNCROUTE_TASK_ID_IN with an id.
 
-    :raises InvalidRequest: if there is no id, or the query string has it twice.
+    :raises InvalidRequest: if there is no id, or the query string contains two.
     :raises TaskNotFound: if the text found is not a valid id.
     """
     name = config.task_id_name

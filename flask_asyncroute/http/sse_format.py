@@ -1,7 +1,7 @@
 """Encodes server-sent events and their ids.
 
-An id contains a change number and a hash of the task id. It is encrypted, so that clients cannot
-see how busy the app is. With a synthetic IV (RFC 5297), an event always has the same id.
+An id contains a change number and a hash of the task id. The id is encrypted, so that clients
+cannot see how busy the app is. With a synthetic IV (RFC 5297), an event always has the same id.
 """
 
 from __future__ import annotations

@@ -292,10 +292,10 @@ class TaskStream(Stream):
 
 
 class GroupStream(Stream):
-    """The stream of the tasks of one group, or of all groups, that the caller may list.
+    """The events of the tasks that the caller may list, of one group or of all groups.
 
-    It begins with an id, so a client that is disconnected or refused before the first event misses
-    no event.
+    The stream begins with an id, so a client that is disconnected or refused before the first event
+    misses no event.
     """
 
     __slots__ = ("group",)

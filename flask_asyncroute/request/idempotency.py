@@ -1,4 +1,4 @@
-"""Hash an ``Idempotency-Key``; fingerprint its request, to detect other requests with it."""
+"""Hash an ``Idempotency-Key``; fingerprint the request, to detect another request with the key."""
 
 from __future__ import annotations
 

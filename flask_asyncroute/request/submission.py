@@ -69,7 +69,9 @@ class Intake:
         return self.key
 
     def record(self, worker: str, config: Config) -> AsyncRouteTask:
-        """Return the new task's record. ``worker`` is its owner if no other process can run it."""
+        """Return the new task's record. ``worker`` is the owner if only this process can run the
+        task.
+        """
         options, current, delivery = self.route.options, self.current, self.delivery
         user = None if self.caller is None else self.caller.id
         has_permission = self.permission is not None

@@ -164,7 +164,7 @@ class TaskStore(ABC):
     @abstractmethod
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         """Move a task from NotStarted to Running, with this ``owner`` and a new epoch. Return None
-        if it is not NotStarted.
+        if the task is not NotStarted.
 
         StartingTime is the later of ``now_us`` and CreationTime. ExpireTime is StartingTime plus
         the timeout.
@@ -180,8 +180,8 @@ class TaskStore(ABC):
         revision.
 
         Writing a terminal state removes the request and body, and makes the callback due. Then also
-        pass ``completed_us``; StartingTime is stored if it is later. Writing NotStarted begins a
-        new run; the previous run's states remain as events.
+        pass ``completed_us``; if it is before StartingTime, StartingTime is stored. Writing
+        NotStarted begins a new run; the previous run's states remain as events.
 
         :return: the new record; None, with nothing written, if the task does not match.
         """
@@ -203,9 +203,9 @@ class TaskStore(ABC):
     def delete(self, task_id: str, expect: Expect) -> str | None:
         """Remove a task and its callback if the task matches ``expect``.
 
-        :return: the task's endpoint, or None if the task does not match. Empty if the connection
-            failed during the commit and the task is gone: this call or another process has removed
-            it.
+        :return: the task's endpoint, or None if the task does not match; an empty string if the
+            connection failed during the commit and the task is gone: this call or another process
+            has removed it.
         """
 
     @abstractmethod

@@ -71,7 +71,7 @@ def difference(ours: Views, theirs: Views) -> str | None:
 
 
 def supersede_others(runner: Runner) -> None:
-    """Register a runner whose store is open. Until :func:`leave` removes it,
+    """Register a runner whose store is open. Until :func:`leave` is called for this runner,
     :func:`refuse_superseded` raises an error for older runners of other apps with the same store
     and namespace.
     """

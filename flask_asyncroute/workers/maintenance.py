@@ -42,7 +42,7 @@ class Job:
         self._is_waiting = False
 
     def do(self) -> float:
-        """Do the work if it is due; return when it is due next."""
+        """Do the work if it is due; return when the work is due next."""
         if self.due > time.monotonic():
             return self.due
         try:
@@ -133,7 +133,7 @@ class Maintenance(Loop):
 class Timekeeper(Loop):
     """Times out the runs of this process, and interrupts runs that do not stop.
 
-    It never waits for the store, so timeouts are punctual even if the store is slow.
+    This thread never waits for the store, so timeouts are punctual even if the store is slow.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:

@@ -1,7 +1,7 @@
 """Detects which workers of this host are running: each worker locks one byte of a shared file.
 
 The kernel releases such a lock when its process ends, and child processes do not inherit it.
-`heartbeat` holds this process's lock; `recovery` tests others.
+`heartbeat` holds this process's lock; `recovery` tests the locks of others.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def this_process() -> str:
 
 
 def is_running(process: str) -> bool | None:
-    """Return whether a process is running; None if this process cannot find out.
+    """Return whether a process is running; None if that cannot be detected here.
 
     :param process: the value of :func:`this_process` in that process.
     """

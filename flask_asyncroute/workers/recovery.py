@@ -1,4 +1,4 @@
-"""Detects dead workers and recovers their tasks. Several processes may do so concurrently."""
+"""Detects dead workers and recovers their tasks. Several processes can do this concurrently."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Worker(Protocol):
 def run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
     """Run a waiting task on this thread; return at once if another process has claimed it.
 
-    This never raises an Exception. The task gets an outcome, whatever the view does.
+    Never raise an Exception. The task gets an outcome, whatever the view does.
     """
     try:
         _run(runner, executor, task_id)

@@ -131,7 +131,9 @@ class Runner:
         app_identity.refuse_superseded(self)
 
     def enter(self) -> None:
-        """Register this process as a worker, and start its threads. Raises the errors of `open`."""
+        """Register this process as a worker, and start its threads. Raises the errors of
+        :meth:`open`.
+        """
         self.open()
         if self.heartbeat is not None:
             self.heartbeat.enter()

@@ -1,4 +1,5 @@
-"""Graceful shutdown: detects that the server stops this process, and ends its tasks in time.
+"""Graceful shutdown: detects that the server stops this process, and ends the tasks of this process
+in time.
 
 Servers run exit hooks only after open requests have ended. So this module ends waits and streams
 earlier: when gunicorn or uvicorn receives a signal, or else before Python joins threads.
@@ -82,7 +83,7 @@ def restart_gunicorn_timeout() -> float:
 
 def _known_servers() -> list[Any]:
     """Find the gunicorn worker or uvicorn server whose methods are signal handlers of this process.
-    Return all found so far that still exist.
+    Return all servers found so far that still exist.
     """
     for number in _SIGNALS:
         server = getattr(signal.getsignal(number), "__self__", None)

@@ -19,7 +19,9 @@ _open: weakref.WeakSet[KillPipe] = weakref.WeakSet()
 
 
 class KillPipe:
-    """The write end. The caller closes ``read_end`` after sending it. Thread-safe."""
+    """The write end of the pipe. The caller sends ``read_end`` to another process, then closes it.
+    Thread-safe.
+    """
 
     def __init__(self) -> None:
         self.read_end, self._write_end = os.pipe()
@@ -43,8 +45,8 @@ class KillPipe:
 
 
 def attach(read_end: int, owner: int) -> None:
-    """Have the pipe kill ``owner``, a process id or the negative id of a process group (F_SETOWN
-    in `fcntl(2)`). This lasts while any process has ``read_end`` open.
+    """Have the pipe kill ``owner``, a process id or the negative id of a process group (F_SETOWN in
+    `fcntl(2)`). The effect lasts while any process has ``read_end`` open.
     """
     fcntl.fcntl(read_end, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(read_end, fcntl.F_SETOWN, owner)

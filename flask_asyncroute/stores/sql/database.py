@@ -52,8 +52,8 @@ class Database(ABC):
     """Manages connections. Thread-safe unless noted.
 
     If the database is unavailable, a method logs the cause and raises `StoreUnavailable`. After a
-    lost connection, it first retries on a new connection; but if the work was possibly committed,
-    it raises `CommitUnknown`; see :func:`ensure_written`.
+    lost connection, the method first retries on a new one. If the work was possibly committed, it
+    raises `CommitUnknown` instead; see :func:`ensure_written`.
     """
 
     dialect: Dialect
@@ -89,7 +89,8 @@ class Database(ABC):
 
     @abstractmethod
     def write(self, work: Callable[[Cursor], T]) -> T:
-        """Call ``work`` in one write transaction and return its result. If it raises, roll back.
+        """Call ``work`` in one write transaction and return its result. If ``work`` raises, roll
+        back.
 
         :param work: can be called again, so it must use only its cursor.
         :raises Duplicate: if a row with this key exists.
@@ -186,8 +187,8 @@ def ensure_written(write: Callable[[], T], find: Callable[[], T | None]) -> T:
 def read_url(label: str, value: str) -> URL:
     """Parse the URL of a database.
 
-    :raises ConfigurationError: if the URL is invalid. The message does not show it, because it can
-        contain a password.
+    :raises ConfigurationError: if the URL is invalid. The message does not show the URL, because it
+        can contain a password.
     """
     try:
         return make_url(value)

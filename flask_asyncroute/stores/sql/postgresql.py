@@ -83,7 +83,7 @@ def make_store(
 
 
 class EngineDatabase(Database):
-    """Uses the connections of an engine. Thread-safe. Do not use it after a fork.
+    """Uses the connections of an engine. Thread-safe. Not usable after a fork.
 
     :param engine: for PostgreSQL with psycopg.
     :param is_owned: whether :meth:`close` disposes of the engine.
@@ -281,8 +281,8 @@ class PostgreSQLListener:
     """Calls a function for each notification (``LISTEN``) of other processes until it is closed.
     Thread-safe.
 
-    It has its own thread and connection. Notifications are lost while the connection is down, so
-    ``notify`` is also called after each reconnection.
+    The listener has its own thread and connection. Notifications are lost while the connection is
+    down, so ``notify`` is also called after each reconnection.
 
     :param engine: its connection is detached from the engine's pool.
     :param notify: called on the listener's thread; must return immediately and raise no exceptions.

@@ -1,5 +1,6 @@
 """Composes list queries with SQLAlchemy. One statement applies the conditions, order, page and
-permissions. It searches one index range for each user, group, role or scope name of the caller.
+permissions. The statement searches one index range for each user, group, role or scope name of the
+caller.
 
 A statement depends on the shape of a query (its fields, operators and readers), not on its values.
 The last few hundred statements are cached.

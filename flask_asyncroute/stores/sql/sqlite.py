@@ -386,7 +386,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _wait_until_free(attempt: Callable[[], object]) -> None:
-    """Call ``attempt``. While it fails because of a lock, retry for up to five seconds.
+    """Call ``attempt``. While ``attempt`` fails because of a lock, retry for up to five seconds.
 
     :raises TimeoutError: if a folder is still locked after that.
     """

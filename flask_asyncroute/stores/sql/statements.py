@@ -104,8 +104,8 @@ def _counter(where: str = "", is_urgent: bool = False) -> str:
     number from it.
 
     :param is_urgent: whether to send a notification even if no process has asked for it.
-    :param where: the condition of the statement. If no task meets it, nothing is locked, and no
-        notification is sent.
+    :param where: the condition of the statement. If no task meets the condition, nothing is locked,
+        and no notification is sent.
     """
     notify = _NOTIFY if is_urgent else _NOTIFY_IF_ASKED
     found = f"""
@@ -382,9 +382,9 @@ class Statements:
         return _in_dialect(self._dialect_name, _lock_task("id", _as_expected(expect)))
 
     def waiting_tasks(self, endpoints: int) -> str:
-        """Return the statement that finds the oldest waiting tasks of ``endpoints`` endpoints. It
-        is a UNION of two SELECTs for each endpoint. Each SELECT reads one range of an index up to
-        its limit, even if many tasks are waiting.
+        """Return the statement that finds the oldest waiting tasks of ``endpoints`` endpoints. The
+        statement is a UNION of two SELECTs for each endpoint. Each SELECT reads one range of an
+        index up to its limit, even if many tasks are waiting.
         """
         parts: list[str] = []
         for number in range(endpoints):

@@ -3,11 +3,11 @@ drivers do not convert.
 
 Primary keys begin with the column that a statement looks up, not with the namespace. PostgreSQL
 without statistics of a table takes all indexes that begin with a column of the condition for
-equally good. It could search all tasks of the namespace for an id; see
+equally good. So PostgreSQL could search all tasks of the namespace for an id; see
 `statements._IN_NAMESPACE`.
 
-The columns of a task are in the order of the record's fields. An empty ``user`` means no user. SQL
-compares and sorts it like other text, unlike NULL.
+The columns of a task are in the order of the record's fields. An empty ``user`` means no user.
+Unlike NULL, the empty text is compared and sorted like other text.
 """
 
 from __future__ import annotations
