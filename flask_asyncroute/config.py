@@ -54,7 +54,7 @@ def _lower_names(label: str, value: Any) -> frozenset[str]:
 
 
 def _secrets(label: str, value: Any) -> tuple[str, ...]:
-    """Accept one secret or a list of secrets. Error messages do not show them."""
+    """Accept one secret or a list of secrets. Error messages show no secrets."""
     if value is None:
         return ()
     secrets = value if isinstance(value, (list, tuple)) else (value,)
@@ -146,8 +146,8 @@ prefix raise an error, so that misspelled keys are noticed.
 
 def values_for_child(app: Flask, config: Config) -> tuple[dict[str, Any], list[str]]:
     """Return the values to send to a child process, and the keys that the child reads from its own
-    app: those of functions and objects, which cannot be sent, and the `ROUTING` keys, because
-    loading the app uses them.
+    app. These are the keys of functions and objects, because they cannot be sent, and the `ROUTING`
+    keys, because loading the app uses them.
     """
     values: dict[str, Any] = {"ASYNCROUTE_NAMESPACE": config.namespace}
     if isinstance(config.store, str):

@@ -257,8 +257,8 @@ def running(
 ) -> Iterator[CurrentTask]:
     """Make ``execution`` the current task of this context.
 
-    :param dispatched: for a fake task, the requests received since it began. Code that handles them
-        does not run in the task.
+    :param dispatched: for a fake task, the requests received since it began. Code that handles
+        these requests does not run in the task.
     """
     task = CurrentTask(execution, json_default, dispatched)
     token = _running.set(task)

@@ -40,7 +40,7 @@ _START = "_asyncroute_start"
 def declare(view: View, options: dict[str, Any]) -> Declaration:
     """Return the declaration of ``view`` as an async route.
 
-    :func:`inspect.unwrap` of its ``start`` function returns ``view``.
+    :func:`inspect.unwrap` of the declaration's ``start`` returns ``view``.
 
     :raises ConfigurationError: if the options or the view are invalid.
     """

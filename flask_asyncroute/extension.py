@@ -82,10 +82,9 @@ class AsyncRoute:
     def init_app(self, app: Flask) -> None:
         """Check the configuration of ``app``; add the declared routes and the HTTP operations.
 
-        The call starts no thread and opens no store. After an error, it can be repeated.
+        The call starts no thread and opens no store. After an error, the call can be repeated.
 
-        :raises ConfigurationError: if the app is misconfigured; the message names the key or
-            route.
+        :raises ConfigurationError: if the app is misconfigured; the message names the key or route.
         """
         check_app(app)
         if EXTENSION in app.extensions:
@@ -173,7 +172,7 @@ class AsyncRoute:
         The function takes no parameters. It can do what ``before_request`` does, such as set
         ``g.user``. If it raises, the task fails.
 
-        :raises ConfigurationError: if it is async or not a function.
+        :raises ConfigurationError: if ``function`` is async or not a function.
         """
         validators.function("before_task(…)", function)
         self._before_task.append(function)
@@ -186,7 +185,7 @@ class AsyncRoute:
         ``ASYNCROUTE_USER_ID_FIELD``), ``groups``, ``roles`` and ``scopes``. Without an identity
         loader, the caller is the user of Flask-Login, if the app uses it.
 
-        :raises ConfigurationError: if it is async or not a function.
+        :raises ConfigurationError: if ``function`` is async or not a function.
         """
         validators.function("identity_loader(…)", function)
         self._identity_loader = function
@@ -253,12 +252,12 @@ class AsyncRoute:
     def stop(self, task_id: str) -> AsyncRouteTask:
         """Stop a task of any process; return its new record. Permissions are not checked.
 
-        The errors are also HTTPExceptions, so a plain view may let them through. In a task they
-        are ordinary exceptions.
+        The errors are also HTTPExceptions, so a plain view may let them through. In a task they are
+        ordinary exceptions.
 
         :raises TaskNotFound: (404) if no task has this id.
         :raises NotCancellable: (423) if its route has ``cancellable=False``.
-        :raises TaskFinished: (410) if it is Completed or Failed.
+        :raises TaskFinished: (410) if the task is Completed or Failed.
         """
         return current_runtime().runner.dispatcher.stop(self._existing(task_id))
 

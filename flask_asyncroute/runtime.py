@@ -294,7 +294,6 @@ def _shape(rule: str) -> str:
 
 
 def _host(rule: Rule) -> str:
-    """Return a rule's host or subdomain without variable names or converters."""
     return _shape(rule.host or rule.subdomain or "")
 
 

@@ -38,7 +38,7 @@ decode = msgspec.json.Decoder(Snapshot).decode
 
 
 class Body:
-    """A request body, for one reader at a time. Close it, because it can use a file."""
+    """A request body, for one reader at a time. Close the body, because it can use a file."""
 
     def __init__(self, pieces: Iterable[bytes] = ()) -> None:
         self._file: IO[bytes] = io.BytesIO()

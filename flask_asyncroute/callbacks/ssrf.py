@@ -1,9 +1,9 @@
 """The SSRF guard: restricts callbacks to public addresses if the client chose the host.
 
-When a task is created, the guard checks the host without DNS. At each attempt, it resolves the name
-and checks every address; the webhook client connects only to these. ``is_global`` is
-unsuitable: in Python 3.11 it is True for addresses that reach internal hosts (NAT64, 6to4,
-``::127.0.0.1``, multicast).
+When a task is created, the guard checks the host without DNS. At each attempt, the guard resolves
+the name and checks every address; the webhook client connects only to checked addresses.
+``is_global`` is unsuitable: in Python 3.11 it is True for addresses that reach internal hosts
+(NAT64, 6to4, ``::127.0.0.1``, multicast).
 """
 
 from __future__ import annotations

@@ -47,10 +47,10 @@ def encode_result(value: Any, default: Default, max_bytes: int) -> bytes:
 
     Besides the JSON types, convert datetime (RFC 3339; UTC if it has no time zone), date, time,
     UUID, Decimal (a string), Enum (its value), dataclasses and msgspec Structs (objects; a Struct's
-    has its tag first, and encoded field names). Other values are passed to ``default``. A Mapping
-    that ``default`` cannot convert becomes an object. NaN and infinities, also of Decimal, become
-    null. Nested tuples become arrays. Keys that are int, float, bool or None become strings as in
-    :mod:`json` (``1`` → ``"1"``, ``True`` → ``"true"``). A lone surrogate becomes U+FFFD.
+    object has its tag first, and encoded field names). Other values are passed to ``default``. A
+    Mapping that ``default`` cannot convert becomes an object. NaN and infinities, also of Decimal,
+    become null. Nested tuples become arrays. Keys that are int, float, bool or None become strings
+    as in :mod:`json` (``1`` → ``"1"``, ``True`` → ``"true"``). A lone surrogate becomes U+FFFD.
 
     :param default: from :func:`json_default`; raises :exc:`TypeError` if it cannot convert a value.
     :param max_bytes: limit of the encoded result.

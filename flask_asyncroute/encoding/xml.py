@@ -25,7 +25,7 @@ def encode_xml(document: Any, root: str) -> bytes:
     ``item``, becomes ``<item name="…">``. null is ``nil="true"``. ``Result`` and all values inside
     it have a type attribute (``type="number"``, ``boolean``, ``array`` or ``object``), except
     strings and nulls. A string with characters that XML forbids becomes base64 of its UTF-8, with
-    ``encoding="base64"``; such a key too, with ``name-encoding="base64"``. A carriage return is
+    ``encoding="base64"``; so does such a key, with ``name-encoding="base64"``. A carriage return is
     ``&#13;``.
 
     :raises TypeError: for a value that is not plain JSON, :class:`msgspec.Raw` included.
@@ -89,7 +89,8 @@ def _is_name(key: str) -> bool:
 def _is_expat_name(key: str) -> bool:
     """Return whether expat accepts an XML name.
 
-    expat follows the fourth edition of XML 1.0. Parsers of the fifth also accept these names.
+    expat follows the fourth edition of XML 1.0. Parsers of the fifth edition also accept these
+    names.
     """
     found: list[str] = []
     parser = expat.ParserCreate("utf-8")

@@ -312,7 +312,6 @@ class Notifier(Loop):
         return 1.0
 
     def _watch(self) -> float:
-        """Do the checks that are due; return the seconds until the next check."""
         if not self.is_over and self._is_server_ending():
             self.end_waits()
         now = time.monotonic()

@@ -18,7 +18,7 @@ _SALT = "flask-asyncroute cursor 2 "  # version: increase it if the content chan
 
 
 def seal_cursor(position: Position, query: Query, caller_id: str | None, key: bytes) -> str:
-    """Return the cursor for the page after ``position``. It is signed, not encrypted.
+    """Return the cursor for the page after ``position``. The cursor is signed, not encrypted.
 
     :param query: the signature covers its conditions and sort, not its limit and cursor.
     :param key: a secret shared by all processes.
@@ -44,7 +44,7 @@ def open_cursor(cursor: str, query: Query, caller_id: str | None, key: bytes) ->
 
 
 def invalid_cursor() -> InvalidQuery:
-    """Return the error for an invalid cursor, without its cause: that would help a forger."""
+    """Return the error for an invalid cursor, without its cause: the cause would help a forger."""
     return InvalidQuery(
         "The cursor was altered, or belongs to another query, sort or caller. Follow the Link of "
         "the previous page unchanged, or start again without a cursor."

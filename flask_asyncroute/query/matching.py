@@ -39,7 +39,7 @@ def is_like(text: str, pattern: str) -> bool:
 def _finders(pattern: str) -> list[re.Pattern[str]]:
     """Return a regular expression for each part of the pattern between ``*``.
 
-    They have no quantifiers, so a search does not backtrack.
+    The expressions have no quantifiers, so a search does not backtrack.
     """
     parts = filter(None, pattern.translate(ASCII_LOWER).split("*"))
     return [re.compile(".".join(map(re.escape, part.split("?"))), re.DOTALL) for part in parts]
@@ -57,7 +57,7 @@ def matches(task: AsyncRouteTask, conditions: Iterable[Condition]) -> bool:
 
 
 def holds(condition: Condition, value: Any) -> bool:
-    """Return whether the condition is true for a value; False if it is None."""
+    """Return whether the condition is true for a value; False if the value is None."""
     return value is not None and _COMPARE[condition.operator](value, condition.value)
 
 

@@ -93,8 +93,8 @@ def find_field(name: str, hint: str = "") -> Field:
 
 
 def find_operator(name: str, field: Field) -> Operator:
-    """Return the operator with this name, in any letter case; refuse it unless ``field`` supports
-    it.
+    """Return the operator with this name, in any letter case; refuse operators that ``field`` does
+    not support.
     """
     operator = Operator.__members__.get(name.translate(ASCII_UPPER))
     if operator not in field.operators:
@@ -114,11 +114,10 @@ def shown(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A comparison of a field. It is false if the task has no value in the field.
+    """A comparison of a field. The condition is false if the task has no value in the field.
 
     :param value: of the field's kind: a time in microseconds since the epoch (UTC), a number as a
-        float, a state by its name, a method in upper case; for LIKE and NOTLIKE, the text as
-        sent.
+        float, a state by its name, a method in upper case; for LIKE and NOTLIKE, the text as sent.
     """
 
     field: Field

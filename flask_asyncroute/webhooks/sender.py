@@ -67,8 +67,8 @@ class Sender:
             self._schedule()
 
     def redeliver(self, task: AsyncRouteTask, callback: Callback | None) -> AsyncRouteTask | None:
-        """Send a finished task's callback again, in the background. Return the task, or None if it
-        was removed.
+        """Send a finished task's callback again, in the background. Return the task, or None if the
+        task was removed.
 
         :param callback: the callback of the task's route, if the route still exists.
         :raises TaskUnfinished: if the task has not ended, or its callback is being sent.
