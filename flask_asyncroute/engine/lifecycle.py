@@ -177,7 +177,7 @@ class Lifecycle:
                 return
 
     def write_events(self, execution: Execution) -> None:
-        """Store the view's new events; drop them if the task has ended or was requeued."""
+        """Store the view's new events; drop them if this run no longer owns the task."""
         # Wait for a thread that is storing events: the end of the task must be stored after them.
         with execution.writing:
             sent = execution.take_events()

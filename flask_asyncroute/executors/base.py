@@ -95,7 +95,7 @@ class TaskExecutor(ABC):
 
     def submit(self, task_id: str) -> None:
         """Run a task in a reserved slot as soon as possible; return at once. If this process has
-        already taken the task over from the store, only release the slot.
+        already taken over and submitted the task, only release the slot.
 
         :raises RuntimeError: after :meth:`close`; the slot is released.
         """

@@ -123,8 +123,8 @@ class ForkServer:
         self.pid = 0
 
     def start(self) -> Child:
-        """Start a child, which loads the app and waits for a job; return before it has loaded the
-        app.
+        """Start a child, which loads the app and waits for a job; return without waiting for the
+        child.
 
         :raises OSError: if the system lacks processes or descriptors.
         """
