@@ -247,7 +247,7 @@ def test_a_view_that_becomes_an_async_route_after_first_use(make_flow: MakeFlow)
         return 1
 
     flow.app.post("/work")(lambda: view())
-    with pytest.raises(ConfigurationError, match="before the app.s first request"):
+    with pytest.raises(ConfigurationError, match="at the app.s first request"):
         flow.client.post("/work")
 
 
