@@ -155,11 +155,11 @@ class OpenWrite:
 
 
 def waits_for_lock(url: str) -> bool:
-    """Return whether a connection to the database waits for an advisory lock."""
+    """Return whether a connection to the database waits for a lock."""
     with engine_of(url).connect() as connection:
         found = connection.scalar(
             text(
-                "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'advisory' "
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
                 "AND datname = current_database()"
             )
         )
@@ -333,6 +333,81 @@ def test_the_later_of_two_writes_to_a_task_has_the_higher_number(
     changes = [task.change for task in written]
     assert changes == sorted(set(changes)) and changes[0] > first.change
     assert stores[0].get("task") == written[-1]
+
+
+# Removal of a task while its callback changes
+
+
+class Pause:
+    """Pauses transactions of a store after one of their statements."""
+
+    def __init__(self, store: Any, statement: str) -> None:
+        self.is_reached = threading.Event()
+        self._may_continue = threading.Event()
+        self._statement = statement
+        self._write = store._database.write
+        store._database.write = self._write_with_pause
+
+    def end(self) -> None:
+        self._may_continue.set()
+
+    def _write_with_pause(self, work: Callable[[Any], Any]) -> Any:
+        return self._write(lambda cursor: work(_Cursor(cursor, self)))
+
+    def after(self, statement: str) -> None:
+        if statement == self._statement:
+            self.is_reached.set()
+            assert self._may_continue.wait(PATIENCE)
+
+
+class _Cursor:
+    def __init__(self, cursor: Any, pause: Pause) -> None:
+        self._cursor = cursor
+        self._pause = pause
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        result = self._cursor.execute(statement, parameters)
+        self._pause.after(statement)
+        return result
+
+
+CALLBACK_WRITES: dict[str, Callable[[SharedTaskStore], Any]] = {
+    "claim": lambda store: store.outbox.claim("sender", T0, 1),
+    "retry": lambda store: store.outbox.settle("task", "sender", "NotStarted", T0),
+    "finish": lambda store: store.outbox.settle("task", "sender", "Completed", None),
+    "redeliver": lambda store: store.outbox.redeliver("task", {}),
+}
+
+
+@pytest.mark.parametrize("paused_after", ["task", "callback"])
+@pytest.mark.parametrize("name", CALLBACK_WRITES)
+def test_a_callback_may_change_while_its_task_is_removed(
+    new_database: str, name: str, paused_after: str
+) -> None:
+    """For example, a purge removes a task while its callback is sent. Neither write fails, and
+    there is no deadlock, which would delay both by a second.
+    """
+    with open_store(new_database) as store, open_store(new_database) as other:
+        store.add(new_task(**CALLBACK), b"", None, (), delivery=DELIVERY)
+        assert store.claim("task", "me", T0) is not None
+        assert store.update("task", RUNNING, END) is not None
+        if name in ("retry", "finish"):
+            assert store.outbox.claim("sender", T0, 1)
+        sql = other._sql
+        pause = Pause(
+            other, sql.delete_task(ENDED) if paused_after == "task" else sql.delete_callback
+        )
+        removal = Thread(lambda: other.delete("task", ENDED))
+        assert pause.is_reached.wait(PATIENCE)
+        change = Thread(lambda: CALLBACK_WRITES[name](store))
+        try:
+            eventually_true(lambda: waits_for_lock(new_database) or not change.is_alive())
+        finally:
+            pause.end()
+        assert removal.result() == "work"
+        assert not change.result(), "the task is removed first"
+        assert store.get("task") is None
+    assert deadlocks(new_database) == 0
 
 
 # Many writers and readers
@@ -549,7 +624,6 @@ def test_concurrent_writers_and_readers_lose_no_change_and_cause_no_deadlock(
         assert_all_was_read(remaining, sent, readers[0], readers[1])
     done = {name: sum(writer.done[name] for writer in writers) for name in KINDS}
     assert all(done.values()), f"each kind of write has succeeded: {done}"
-    print(done)
     assert deadlocks(new_database) == 0
 
 
