@@ -30,8 +30,6 @@ from flask_asyncroute.stores.base import (
     ViewEvent,
 )
 from flask_asyncroute.stores.registry import make_store
-from flask_asyncroute.stores.sql.rows import columns_of, record_of
-from flask_asyncroute.stores.sql.statements import expectation
 from flask_asyncroute.task import TERMINAL, AsyncRouteTask, State
 from tests.support.databases import engine_of, new_postgresql_database
 from tests.support.tasks import new_task
@@ -122,36 +120,66 @@ class Thread(threading.Thread):
         return self._result
 
 
-class OpenWrite:
-    """A write of a task's progress whose transaction is not committed yet.
+class OpenTransaction:
+    """Executes the statements of a store in one transaction, which is not committed.
 
-    It executes the statement of the store on a connection of its own.
+    It replaces the `Database` of the store.
     """
 
-    def __init__(self, store: Any, url: str, task_id: str, progress: float = 5.0) -> None:
+    def __init__(self, store: Any, url: str) -> None:
         conninfo = make_url(url).set(drivername="postgresql")
         self._connection = psycopg.connect(
             conninfo.render_as_string(hide_password=False), row_factory=namedtuple_row
         )
-        values = {"progress": progress}
-        row = self._connection.execute(
-            store._sql.update_task(tuple(values), RUNNING),
-            {"ns": store._ns, "task_id": task_id, **expectation(RUNNING), **columns_of(values)},
-        ).fetchone()
-        assert row is not None
-        self.task = record_of(row)
+        store._database = store.outbox._database = store._events._database = self
+        self.store = store
 
-    def __enter__(self) -> OpenWrite:
+    def __enter__(self) -> OpenTransaction:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._connection.close()
+
+    def fetch_one(self, sql: Any, values: Any) -> Any:
+        return self._connection.execute(sql, values).fetchone()
+
+    def write_one(self, sql: Any, values: Any) -> Any:
+        cursor = self._connection.execute(sql, values)
+        return None if cursor.description is None else cursor.fetchone()
+
+    def write(self, work: Callable[[Any], Any]) -> Any:
+        return work(self._connection)
+
+    def update(self, task_id: str) -> AsyncRouteTask:
+        """Write the progress of a task."""
+        task: AsyncRouteTask | None = self.store.update(task_id, RUNNING, {"progress": 5.0})
+        assert task is not None
+        return task
 
     def commit(self) -> None:
         self._connection.commit()
 
     def roll_back(self) -> None:
         self._connection.rollback()
+
+    def close(self) -> None:
+        """Do nothing: the fixture closes the store."""
+
+
+OpenOne = Callable[[], OpenTransaction]
+
+
+@pytest.fixture
+def open_transaction(make_postgresql_store: NewStore, postgresql_url: str) -> OpenOne:
+    """Return ``open_transaction()``, which opens a transaction of a further process."""
+
+    def begin() -> OpenTransaction:
+        store: Any = make_postgresql_store()
+        store.open()
+        store.close()
+        return OpenTransaction(store, postgresql_url)
+
+    return begin
 
 
 def waits_for_lock(url: str) -> bool:
@@ -208,9 +236,10 @@ def prepared(stores: tuple[SharedTaskStore, SharedTaskStore]) -> SharedTaskStore
 
 @pytest.mark.parametrize("name", WRITES)
 def test_a_write_does_not_wait_for_the_commit_of_another_write(
-    prepared: SharedTaskStore, postgresql_url: str, name: str
+    prepared: SharedTaskStore, open_transaction: OpenOne, name: str
 ) -> None:
-    with OpenWrite(prepared, postgresql_url, "open") as write:
+    with open_transaction() as write:
+        write.update("open")
         assert Thread(lambda: WRITES[name](prepared)).result(5)
         write.commit()
     task = prepared.get("open")
@@ -232,41 +261,61 @@ READS: dict[str, Callable[[SharedTaskStore, int], list[int]]] = {
 @pytest.mark.parametrize("is_committed", [True, False])
 @pytest.mark.parametrize("name", READS)
 def test_a_read_waits_for_earlier_writes_and_returns_all_in_order(
-    stores: tuple[SharedTaskStore, SharedTaskStore], postgresql_url: str, name: str,
-    is_committed: bool,
+    stores: tuple[SharedTaskStore, SharedTaskStore], open_transaction: OpenOne,
+    postgresql_url: str, name: str, is_committed: bool,
 ) -> None:  # fmt: skip
     store, other = stores
     add(store, "low", "high", is_claimed=True)
     since = store.newest()
-    with OpenWrite(store, postgresql_url, "low") as write:
+    with open_transaction() as write:
+        low = write.update("low")
         high = other.update("high", RUNNING, {"progress": 1.0})
-        assert high is not None and write.task.change < high.change
+        assert high is not None and low.change < high.change
         read = Thread(lambda: READS[name](other, since))
         eventually_true(lambda: waits_for_lock(postgresql_url) or not read.is_alive())
         assert read.is_alive(), "the read waits for the open transaction"
         write.commit() if is_committed else write.roll_back()
     expected = [high.change]
     if is_committed and name != "events of a task":
-        expected = [write.task.change, high.change]
+        expected = [low.change, high.change]
     assert read.result() == expected
 
 
+@pytest.mark.parametrize("name", sorted(WRITES.keys() - {"delete", "write a value"}))
+def test_news_waits_for_every_kind_of_write(
+    prepared: SharedTaskStore, open_transaction: OpenOne, postgresql_url: str, name: str
+) -> None:
+    """Removals and shared values are not reported as changes."""
+    since = prepared.newest()
+    with open_transaction() as write:
+        assert WRITES[name](write.store)
+        read = Thread(lambda: prepared.news(since))
+        eventually_true(lambda: waits_for_lock(postgresql_url) or not read.is_alive())
+        assert read.is_alive(), "the read waits for the open transaction"
+        write.commit()
+    news = read.result()
+    assert list(news.sent) == (["running"] if name == "events" else [])
+    assert len(news.tasks) == (name != "events")
+    assert news.change == prepared.newest() == prepared.last_assigned() > since
+
+
 def test_the_newest_number_is_returned_when_all_writes_up_to_it_have_ended(
-    stores: tuple[SharedTaskStore, SharedTaskStore], postgresql_url: str
+    stores: tuple[SharedTaskStore, SharedTaskStore], open_transaction: OpenOne, postgresql_url: str
 ) -> None:
     store, other = stores
     add(store, "low", "high", is_claimed=True)
     since = store.newest()
-    with OpenWrite(store, postgresql_url, "low") as write:
-        assert Thread(other.last_assigned).result() == write.task.change, "this does not wait"
+    with open_transaction() as write:
+        low = write.update("low")
+        assert Thread(other.last_assigned).result() == low.change, "this does not wait"
         newest = Thread(other.newest)
         eventually_true(lambda: waits_for_lock(postgresql_url) or not newest.is_alive())
         assert newest.is_alive(), "the read waits for the open transaction"
         later = Thread(lambda: store.update("high", RUNNING, {"progress": 1.0}))
         write.commit()
-    assert newest.result() == write.task.change
+    assert newest.result() == low.change
     high = later.result()
-    assert high is not None and high.change > write.task.change
+    assert high is not None and high.change > low.change
     found = []
     while (news := other.news(since)).tasks:
         found += [task.id for task in news.tasks]
@@ -275,15 +324,16 @@ def test_the_newest_number_is_returned_when_all_writes_up_to_it_have_ended(
 
 
 def test_an_open_write_of_another_namespace_delays_no_read(
-    prepared: SharedTaskStore, make_postgresql_store: NewStore, postgresql_url: str
+    prepared: SharedTaskStore, make_postgresql_store: NewStore, open_transaction: OpenOne
 ) -> None:
     """The numbers of all namespaces come from one sequence."""
     other = make_postgresql_store("other")
     other.open()
     add(other, "theirs")
-    with OpenWrite(prepared, postgresql_url, "open") as write:
+    with open_transaction() as write:
+        task = write.update("open")
         news = Thread(lambda: other.news(0)).result(5)
-        assert news.change >= write.task.change
+        assert news.change >= task.change
         assert [task.id for task in news.tasks] == ["theirs"]
 
 
