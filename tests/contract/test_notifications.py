@@ -144,14 +144,15 @@ def test_keep_notifying_does_not_affect_other_namespaces(
     assert not listening.is_notified_by(ORDINARY["progress"])
 
 
-def test_a_listener_is_notified_of_every_kind_of_write(
+def test_a_listener_is_notified_of_every_kind_of_write_by_another_process(
     make_postgresql_store: NewStore, make_task: NewTask, eventually: Eventually
 ) -> None:
-    store = make_postgresql_store()
-    store.open()
-    store.keep_notifying(60)
+    ours, store = make_postgresql_store(), make_postgresql_store()
+    for each in (ours, store):
+        each.open()
+    ours.keep_notifying(60)
     notified = threading.Event()
-    listener = store.listen(notified.set)
+    listener = ours.listen(notified.set)
     assert listener is not None
     try:
         eventually(notified.is_set)

@@ -51,11 +51,12 @@ STATEMENTS = {
     "delete unstarted": SQL.delete_task(WAITING),
     "purge": SQL.delete_task(Expect(tuple(TERMINAL), stopping=False)),
     "find": SQL.find_task(RUNNING),
+    "lock": SQL.lock_task(RUNNING),
     "events of a task": SQL.events_since(of_task=True, of_group=False),
 }
 VALUES: dict[str, Any] = {
     "task_id": "task-1000", "name": "key-1000", "now": T0, "owner": "me", "since": 5,
-    "limit": 100, "part": 0, "holder": "me", "due_us": T0, "headers": "{}", "completed_us": T0,
+    "newest": 10**6, "limit": 100, "part": 0, "holder": "me", "due_us": T0, "headers": "{}", "completed_us": T0,
     "started_us": None, "expires_us": None, "result_json": "1", "progress": 5.0,
     "progress_message": "m", "error": "x", "stopping": 1, "is_owner": "me", "is_epoch": 1,
     "is_stopping": 0, "state": "Aborted", "state_0": "Running", "state_1": "Completed",
@@ -208,7 +209,7 @@ def test_a_statement_about_one_task_reads_only_its_rows(
 
 def test_the_statements_about_one_task_are_complete() -> None:
     names = {
-        "get_task", "get_request", "claim_plain_task", "claim_task", "get_key", "get_task_of_key",
+        "get_task", "get_request", "get_locked_task", "claim_plain_task", "claim_task", "get_key", "get_task_of_key",
         "get_callback", "set_grant_state", "get_body_part", "get_last_event", "delete_events",
         "delete_grants", "delete_key", "delete_callback", "delete_body", "begin_sending",
     }  # fmt: skip

@@ -25,6 +25,7 @@ def texts(sql: Statements) -> dict[str, str]:
         "update_task": sql.update_task(("state", "completed_us"), EXPECT, is_plain=True),
         "delete_task": sql.delete_task(EXPECT),
         "find_task": sql.find_task(EXPECT),
+        "lock_task": sql.lock_task(EXPECT),
         "events_since": sql.events_since(True, True),
         "waiting_tasks": sql.waiting_tasks(3),
     }
