@@ -253,7 +253,8 @@ class Notifier(Loop):
 
     def _add_own(self, changes: Iterable[int | None]) -> None:
         if self._store.is_shared and self._is_polling and len(self._own) < MAX_OWN:
-            self._own.update(change for change in changes if change is not None)
+            since = self._since
+            self._own.update(change for change in changes if change and change > since)
 
     def _publish(self, task: AsyncRouteTask) -> None:
         try:

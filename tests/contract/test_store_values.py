@@ -189,7 +189,7 @@ def test_namespaces_of_one_file_are_isolated(
         None,
         None,
         None,
-        False,
+        None,
         [],
         [],
         [],

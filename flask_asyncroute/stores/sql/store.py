@@ -213,6 +213,8 @@ class SQLTaskStore(SharedTaskStore):
         which = {**self._which(task_id), **expectation(expect)}
 
         def delete(cursor: Cursor) -> str:
+            # Changes of callbacks lock rows in another order, so they must not run meanwhile.
+            cursor.execute(sql.lock_namespace, which)
             cursor.execute(sql.skip_change, which)
             row = cursor.execute(sql.delete_task(expect), which).fetchone()
             if row is None:
