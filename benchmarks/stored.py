@@ -101,7 +101,7 @@ def _rows(
             "progress": None, "progress_message": None,
             "result_json": b'{"InnerValue":"Hello"}' if state == "Completed" else None,
             "error": "ValueError: no" if state == "Failed" else None, "error_status": None,
-            "stopping": 0, "permission_json": permission, "timeout_us": None,
+            "stopping": 0, "permission_json": permission, "timeout_us": None, "start_by_us": None,
             "retention_us": 100 * YEAR_US, "on_loss": "abort", "body_size": 0,
             "owner": None if state == "NotStarted" else "1-somewhere", "restarts": 0,
             "epoch": int(state != "NotStarted"), "revision": 3 if is_over else 2,

@@ -62,6 +62,7 @@ class DefaultedOptions:
     """The options that have an app-wide default in ``ASYNCROUTE_<NAME>``."""
 
     timeout: int | None = setting(validators.time_limit, 36_000_000_000)
+    start_timeout: int | None = setting(validators.wait_limit, None)
     cancellable: bool = setting(boolean, True)
     executor: str | Executor = setting(registry.checked, "thread")
     min_workers: int = setting(optional(validators.whole(0)), None)
@@ -137,6 +138,8 @@ def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -
             f"{where}: min_workers={values['min_workers']} is more than max_workers={most}; "
             "raise max_workers."
         )
+    if registry.kind_of(values["executor"]).runs_inline:
+        values["start_timeout"] = None  # no task waits
     found = RouteOptions(**values)
     # No other process could restart the task, so on_loss="restart" has no effect.
     return replace(found, on_loss="abort") if found.is_bound else found

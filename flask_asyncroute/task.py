@@ -53,6 +53,9 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
     ``waiting_change``, ``started_change`` and ``completed_change`` are the change numbers of the
     transitions to NotStarted, Running and a terminal state. While a task is NotStarted,
     ``waiting_change`` is None, and ``change`` is the number of that transition.
+
+    ``start_by_us`` is the time before which the first run must start. None: there is no limit, or
+    the task has been restarted.
     """
 
     id: str
@@ -75,6 +78,7 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
     stopping: bool = False
     permission_json: bytes | None = None
     timeout_us: int | None = None
+    start_by_us: int | None = None
     retention_us: int = 0
     on_loss: str = "abort"
     body_size: int = 0

@@ -166,6 +166,17 @@ def time_limit(label: str, value: Any) -> int | None:
     return limit
 
 
+def wait_limit(label: str, value: Any) -> int | None:
+    """Accept more than 0 seconds, or None for no limit; return microseconds."""
+    if value is None:
+        return None
+    # The message for -1 must mention None, because -1 means no limit in `time_limit`.
+    limit = -1 if value == -1 else retention_time(label, value)
+    if limit <= 0:
+        raise refuse(label, "more than 0 seconds, or None for no limit", value)
+    return limit
+
+
 def function(label: str, value: Any) -> Callable[[], Any]:
     """Accept a callable; refuse classes, and async functions, because no event loop runs."""
     if not callable(value) or isinstance(value, type) or inspect.iscoroutinefunction(value):

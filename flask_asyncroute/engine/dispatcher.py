@@ -53,6 +53,7 @@ class Dispatcher:
     identity_loader: Callable[[], IdentityLoader | None]
     executor_of: Callable[[Route], TaskExecutor]
     routes: Mapping[str, Route]
+    start_maintenance: Callable[[], None]
     pace: Pace = field(default_factory=Pace)
     is_closing: bool = False  # whether this process starts no more tasks
     running: dict[str, tuple[Execution, TaskExecutor]] = field(default_factory=dict)
@@ -232,6 +233,10 @@ class Dispatcher:
         if self.is_closing:  # check again, because reading the request can take long
             raise _shutting_down()
         route = intake.route
+        if route.options.start_timeout is not None:
+            # Otherwise, maintenance starts with the first run. But a busy Executor of the app may
+            # start no task at all.
+            self.start_maintenance()
         try:
             executor.reserve()
             try:

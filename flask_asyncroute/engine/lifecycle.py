@@ -28,9 +28,12 @@ logger = logging.getLogger("flask_asyncroute")
 MAX_RESTARTS = 2  # Maximum restarts of a task with ``on_loss="restart"`` after its worker died.
 NOTIFIED_SECONDS = 0.3
 """Minimum time between the end of a task and its deletion, so that streams and waits read it."""
+EXPIRING_SECONDS = 1.0
+"""Maximum time of one check for expired tasks, so that other maintenance is not delayed."""
 PAGE = 500
 LOST = "Worker lost"
 SHUT_DOWN = "Server shutdown"
+NOT_STARTED_IN_TIME = "Expired"
 
 _SET_BY_RUN = ("owner", "started_us", "expires_us", "progress", "progress_message")
 _FINISHED = {
@@ -72,7 +75,9 @@ class Lifecycle:
         self.notify(signals.task_created, task)
 
     def claim(self, task_id: str) -> Claim | None:
-        """Move a task from NotStarted to Running, with this process as its owner."""
+        """Move a task from NotStarted to Running, with this process as its owner. Return None if it
+        is not NotStarted, or if its time for the first start has passed.
+        """
         now = now_us()
         try:
             claim = self._store.claim(task_id, self.owner, now)
@@ -176,6 +181,30 @@ class Lifecycle:
             if len(expired) < PAGE:
                 return
 
+    def abort_expired(self) -> None:
+        """Abort tasks whose time for the first start has passed.
+
+        Of the bound tasks, abort only those of this process: it must remove them from its queue.
+        """
+        # With a large backlog, the next call aborts the rest.
+        deadline = time.monotonic() + EXPIRING_SECONDS
+        while True:
+            expired = self._store.not_started_in_time(now_us(), self.owner, PAGE)
+            for task in expired:
+                self.abort(task, NOT_STARTED_IN_TIME)
+                if time.monotonic() >= deadline:
+                    return
+            if len(expired) < PAGE:
+                return
+
+    def abort_if_expired(self, task_id: str) -> None:
+        """Abort a waiting task if its time for the first start has passed."""
+        task = self._store.get(task_id)
+        if task is None or task.state is not State.NOT_STARTED or task.start_by_us is None:
+            return
+        if task.start_by_us <= now_us():
+            self.abort(task, NOT_STARTED_IN_TIME)
+
     def write_events(self, execution: Execution) -> None:
         """Store the view's new events; drop them if this run no longer owns the task."""
         # Wait for a thread that is storing events: the end of the task must be stored after them.
@@ -264,8 +293,9 @@ class Lifecycle:
         return self._finish(task_id, expect, State.ABORTED, {"error": error, **values})
 
     def _requeue(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
-        empty = dict.fromkeys(_SET_BY_RUN)
-        return self._change(task_id, expect, state=State.NOT_STARTED, **empty, **values)
+        # `start_timeout` limits only the wait for the first start, so forget it.
+        empty = dict.fromkeys((*_SET_BY_RUN, "start_by_us"))
+        return self._change(task_id, expect, **{**empty, "state": State.NOT_STARTED, **values})
 
     def _change(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
         task = self._store.update(task_id, expect, values)
@@ -281,7 +311,9 @@ class Lifecycle:
     def _undo_claim(self, task_id: str, claimed_us: int) -> None:
         task = self._store.get(task_id)
         if task is not None and task.started_us == max(claimed_us, task.created_us):
-            self._requeue(task_id, Expect((State.RUNNING,), self.owner, task.epoch))
+            # The task has not run, so the limit of its wait still applies.
+            expect = Expect((State.RUNNING,), self.owner, task.epoch)
+            self._requeue(task_id, expect, start_by_us=task.start_by_us)
 
 
 def _log(signal: NamedSignal | None, task: AsyncRouteTask) -> None:

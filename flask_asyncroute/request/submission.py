@@ -83,6 +83,7 @@ class Intake:
                 sse_url = events_path(config, current.root_path, task_id)
         if delivery is not None and options.callback is not None:
             callback_json = _shown(options.callback, delivery)
+        created, start_timeout = now_us(), options.start_timeout
         return AsyncRouteTask(
             id=task_id,
             async_route_id=self.name,
@@ -92,9 +93,10 @@ class Intake:
             user=user,
             url=url_of(current)[:2048],
             method=current.method,
-            created_us=now_us(),
+            created_us=created,
             permission_json=msgspec.json.encode(self.permission) if has_permission else None,
             timeout_us=options.timeout,
+            start_by_us=None if start_timeout is None else created + start_timeout,
             retention_us=options.retention,
             on_loss=options.on_loss,
             body_size=0 if self.body is None else self.body.size,

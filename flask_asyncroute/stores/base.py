@@ -164,7 +164,7 @@ class TaskStore(ABC):
     @abstractmethod
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         """Move a task from NotStarted to Running, with this ``owner`` and a new epoch. Return None
-        if the task is not NotStarted.
+        if the task is not NotStarted, or if ``now_us`` has reached its ``start_by_us``.
 
         StartingTime is the later of ``now_us`` and CreationTime. ExpireTime is StartingTime plus
         the timeout.
@@ -223,6 +223,15 @@ class TaskStore(ABC):
     def outlived(self, now_us: int, limit: int) -> list[str]:
         """Return up to ``limit`` ids of finished tasks whose retention has expired, whose code has
         ended, and whose callback is not pending.
+        """
+
+    @abstractmethod
+    def not_started_in_time(self, now_us: int, owner: str, limit: int) -> list[AsyncRouteTask]:
+        """Return up to ``limit`` NotStarted tasks whose ``start_by_us`` has been reached, the
+        earliest first.
+
+        Tasks that only one process can run are returned only to that process, the ``owner``. If the
+        clock was set back after a task's creation, it is returned later by as much.
         """
 
     @abstractmethod

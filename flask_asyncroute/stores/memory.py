@@ -96,6 +96,10 @@ class MemoryTaskStore(TaskStore):
         self._lock = threading.Lock()
         self._tasks: dict[str, _Entry] = {}
         self._callbacks: dict[str, _Callback] = {}
+        self._start_by: dict[str, int] = {}
+        """The `start_by_us` of each NotStarted task that has one, so that the check every second
+        does not read all tasks.
+        """
         self._unfinished: Counter[str | None] = Counter()
         self._keys: dict[str, str] = {}
         self._values: dict[str, tuple[bytes, int]] = {}
@@ -129,6 +133,7 @@ class MemoryTaskStore(TaskStore):
             self._change += 1
             task = replace(task, change=self._change)
             entry = self._tasks[task.id] = _Entry(task, request, body, grants, key)
+            self._note_start_by(task)
             self._unfinished[task.user] += 1
             if key is not None:
                 self._keys[key.name] = task.id
@@ -152,6 +157,8 @@ class MemoryTaskStore(TaskStore):
             if entry is None or entry.task.state is not State.NOT_STARTED:
                 return None
             task = entry.task
+            if task.start_by_us is not None and task.start_by_us <= now_us:
+                return None
             started = max(now_us, task.created_us)
             expires = None if task.timeout_us is None else started + task.timeout_us
             values = {
@@ -203,6 +210,7 @@ class MemoryTaskStore(TaskStore):
             self._change += 1
             del self._tasks[task_id]
             self._callbacks.pop(task_id, None)
+            self._start_by.pop(task_id, None)
             if not entry.task.state.is_terminal:
                 self._count_finished(entry.task)
             if entry.key is not None:
@@ -233,6 +241,12 @@ class MemoryTaskStore(TaskStore):
             and task.callback_state not in PENDING
         )
         return list(islice(outlived, limit))
+
+    def not_started_in_time(self, now_us: int, owner: str, limit: int) -> list[AsyncRouteTask]:
+        with self._lock:
+            expired = sorted((at, name) for name, at in self._start_by.items() if at <= now_us)
+            tasks = (self._tasks[name].task for _, name in expired)
+            return list(islice((task for task in tasks if task.owner in (None, owner)), limit))
 
     def newest(self) -> int:
         return self._change
@@ -302,12 +316,20 @@ class MemoryTaskStore(TaskStore):
             waiting = task.change if task.state is State.NOT_STARTED else task.waiting_change
             values = {**values, "waiting_change": waiting, change_name: self._change}
         entry.task = replace(task, **values, revision=task.revision + 1, change=self._change)
+        if state is not None:
+            self._note_start_by(entry.task)
         if entry.task.state.is_terminal and not task.state.is_terminal:
             self._count_finished(task)
             entry.drop_request()
             if task.id in self._callbacks:
                 self._callbacks[task.id].due_us = AT_ONCE
         return entry.task
+
+    def _note_start_by(self, task: AsyncRouteTask) -> None:
+        if task.state is State.NOT_STARTED and task.start_by_us is not None:
+            self._start_by[task.id] = task.start_by_us
+        else:
+            self._start_by.pop(task.id, None)
 
     def _count_finished(self, task: AsyncRouteTask) -> None:
         self._unfinished[task.user] -= 1

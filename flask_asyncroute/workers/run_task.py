@@ -98,6 +98,9 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
             runner.enter()
             claim = lifecycle.claim(task_id)
             if claim is None:
+                if executor.is_bound:
+                    # The check every second may belong to a later runner, with another name.
+                    lifecycle.abort_if_expired(task_id)
                 return
             task = claim.task
             seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000

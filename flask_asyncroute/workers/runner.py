@@ -9,6 +9,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -68,8 +69,9 @@ class Runner:
         self.store = store
         self.lifecycle = Lifecycle(app, self.store, f"{os.getpid()}-{uuid.uuid4()}")
         self.dispatcher = Dispatcher(
-            app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes
-        )
+            app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes,
+            self._start_maintenance,
+        )  # fmt: skip
         self.notifier = Notifier(
             app, self.store, self.lifecycle.owner, self.dispatcher.on_change, is_ending
         )
@@ -79,7 +81,11 @@ class Runner:
             app, config, self.store.outbox, self.lifecycle, self.enter, self._send_callbacks
         )
         interval = config.housekeeping_interval
-        jobs = [Job(interval, self.lifecycle.delete_expired), Job(SEND_SECONDS, self.sender.look)]
+        jobs = [
+            Job(interval, self.lifecycle.delete_expired),
+            Job(SEND_SECONDS, self.sender.look),
+            Job(TEND_SECONDS, self.lifecycle.abort_expired),
+        ]
         if isinstance(self.store, SharedTaskStore):
             self.heartbeat = Heartbeat(
                 self.store.workers, self.lifecycle.owner, routes, app_identity.views_of(app, routes)
@@ -139,6 +145,10 @@ class Runner:
             self.heartbeat.enter()
         self.timekeeper.start()
         self.maintenance.start()
+
+    def _start_maintenance(self) -> None:
+        with suppress(RuntimeError):  # the system has no more threads; the next start tries again
+            self.maintenance.start()
 
     def _send_callbacks(self) -> None:
         # If the store is shared and maintenance is not running, other processes send the callbacks.

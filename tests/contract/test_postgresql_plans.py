@@ -30,7 +30,9 @@ WAITING = Expect((State.NOT_STARTED,))
 RUNNING = Expect((State.RUNNING,), "me", 1)
 END = ("state", "completed_us", "result_json", "progress", "progress_message")
 STOP = ("state", "completed_us", "error", "stopping")
-REQUEUE = ("state", "owner", "started_us", "expires_us", "progress", "progress_message")
+REQUEUE = (
+    "state", "owner", "started_us", "expires_us", "progress", "progress_message", "start_by_us",
+)  # fmt: skip
 SQL = Statements("postgresql")
 STATEMENTS = {
     **{
@@ -56,8 +58,9 @@ STATEMENTS = {
 }
 VALUES: dict[str, Any] = {
     "task_id": "task-1000", "name": "key-1000", "now": T0, "owner": "me", "since": 5,
-    "newest": 10**6, "limit": 100, "part": 0, "holder": "me", "due_us": T0, "headers": "{}", "completed_us": T0,
-    "started_us": None, "expires_us": None, "result_json": "1", "progress": 5.0,
+    "newest": 10**9,
+    "limit": 100, "part": 0, "holder": "me", "due_us": T0, "headers": "{}", "completed_us": T0,
+    "started_us": None, "expires_us": None, "start_by_us": None, "result_json": "1", "progress": 5.0,
     "progress_message": "m", "error": "x", "stopping": 1, "is_owner": "me", "is_epoch": 1,
     "is_stopping": 0, "state": "Aborted", "state_0": "Running", "state_1": "Completed",
     "state_2": "Failed",
@@ -201,6 +204,31 @@ def test_a_statement_about_one_task_reads_only_its_rows(
             connection.execute(execute)  # type: ignore[arg-type]
             connection.execute("ROLLBACK TO before")
             assert_reads_one_task(connection, execute)
+    finally:
+        connection.rollback()
+        connection.execute("DEALLOCATE ALL")
+        connection.rollback()
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("has_statistics", [False, True])
+def test_the_check_of_start_timeouts_reads_only_its_index(
+    connection: psycopg.Connection[Any], mode: str, has_statistics: bool
+) -> None:
+    """2,000 tasks wait without a limit, and ten have one."""
+    try:
+        connection.execute(
+            "UPDATE asyncroute_tasks SET start_by_us = %s WHERE id LIKE 'task-100_'", (2 * T0,)
+        )
+        if has_statistics:
+            connection.execute("ANALYZE asyncroute_tasks")
+        connection.execute(f"SET LOCAL plan_cache_mode = {mode}")  # type: ignore[arg-type]
+        execute = prepare(connection, SQL.not_started_in_time)
+        found = connection.execute(f"EXPLAIN (FORMAT JSON) {execute}").fetchone()  # type: ignore[arg-type]
+        assert found is not None
+        indexes = [step.get("Index Name") for step in scans(found[0][0]["Plan"])]
+        assert {*indexes, None} == {"asyncroute_task_start_by", None}
+        assert "start_by_us <= " in str(found)
     finally:
         connection.rollback()
         connection.execute("DEALLOCATE ALL")

@@ -104,6 +104,79 @@ def test_retention_counts_from_the_corrected_end_time(store: TaskStore, make_tas
     assert store.outlived(T0 + 101 * SECOND + 1, ALL) == ["task"]
 
 
+def late(store: TaskStore, now_us: int, limit: int = ALL, owner: str = "me") -> list[str]:
+    return [task.id for task in store.not_started_in_time(now_us, owner, limit)]
+
+
+def test_tasks_not_started_in_time_are_returned_the_earliest_first(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    for number in (3, 1, 4, 2):
+        store.add(make_task(f"t{number}", start_by_us=T0 + number), b"", None, ())
+    store.add(make_task("without a limit"), b"", None, ())
+    assert late(store, T0) == []
+    assert late(store, T0 + 1) == ["t1"]
+    assert late(store, T0 + 9) == ["t1", "t2", "t3", "t4"]
+    assert late(store, T0 + 9, limit=2) == ["t1", "t2"]
+    found = store.not_started_in_time(T0 + 9, "me", 1)
+    assert found == [store.get("t1")]
+
+
+def test_a_task_that_was_claimed_in_time_is_never_late(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    """Not after its restart either, because the requeue clears the limit."""
+    store.add(make_task(start_by_us=T0 + SECOND), b"", None, ())
+    assert store.claim("task", "me", T0) is not None
+    assert late(store, ALL * ALL) == []
+    values = {"state": State.NOT_STARTED, "owner": None, "started_us": None, "start_by_us": None}
+    assert store.update("task", Expect((State.RUNNING,)), values) is not None
+    assert late(store, ALL * ALL) == []
+    assert store.claim("task", "me", T0 + 60 * SECOND) is not None
+
+
+def test_a_task_whose_claim_was_undone_can_be_late(store: TaskStore, make_task: NewTask) -> None:
+    limit = T0 + SECOND
+    store.add(make_task(start_by_us=limit), b"", None, ())
+    assert store.claim("task", "me", T0) is not None
+    values = {
+        "state": State.NOT_STARTED, "owner": None, "started_us": None, "start_by_us": limit,
+    }  # fmt: skip
+    assert store.update("task", Expect((State.RUNNING,)), values) is not None
+    assert late(store, limit - 1) == []
+    assert late(store, limit) == ["task"]
+    assert store.claim("task", "me", limit) is None
+
+
+def test_an_ended_or_deleted_task_is_not_late(store: TaskStore, make_task: NewTask) -> None:
+    for name in ("stopped", "deleted"):
+        store.add(make_task(name, start_by_us=T0 + 1), b"", None, ())
+    finish(store, "stopped", State.ABORTED, T0)
+    assert store.delete("deleted", Expect((State.NOT_STARTED,))) == "work"
+    assert late(store, ALL * ALL) == []
+
+
+def test_a_late_task_that_only_one_process_can_run_is_returned_to_that_process(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    for owner in (None, "me", "other"):
+        store.add(make_task(f"of {owner}", owner=owner, start_by_us=T0 + 1), b"", None, ())
+    assert sorted(late(store, T0 + 1)) == ["of None", "of me"]
+    assert sorted(late(store, T0 + 1, owner="other")) == ["of None", "of other"]
+    assert late(store, T0 + 1, limit=1, owner="third") == ["of None"]
+
+
+def test_late_tasks_of_other_namespaces_are_not_returned(
+    make_sqlite_store: Callable[..., TaskStore], make_task: NewTask
+) -> None:
+    one, two = make_sqlite_store("one"), make_sqlite_store("two")
+    for store in (one, two):
+        store.open()
+    one.add(make_task(start_by_us=T0), b"", None, ())
+    assert late(one, T0) == ["task"]
+    assert late(two, T0) == []
+
+
 def test_outlived_is_paged(store: TaskStore, make_task: NewTask) -> None:
     for number in range(5):
         store.add(make_task(f"t{number}", retention_us=0), b"", None, ())

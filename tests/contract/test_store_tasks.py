@@ -41,6 +41,7 @@ FULL = {
     "error_status": 404,
     "permission_json": msgspec.json.encode(Permission(Access(groups=("g",)))),
     "timeout_us": 36_000 * SECOND,
+    "start_by_us": CREATED + 60 * SECOND,
     "retention_us": 5,
     "on_loss": "restart",
     "body_size": 7,
@@ -197,6 +198,24 @@ def test_a_task_is_claimed_once(store: TaskStore, make_task: NewTask) -> None:
     assert store.newest() == newest, (
         "a failed claim uses no change number and sends no notification"
     )
+
+
+@pytest.mark.parametrize("grants", [(), (("groups", "g"),)])
+def test_a_task_is_claimed_only_before_its_time_for_the_first_start(
+    store: TaskStore, make_task: NewTask, grants: Any
+) -> None:
+    permission = msgspec.json.encode(Permission()) if grants else None
+    limit = CREATED + 5 * SECOND
+    for name in ("late", "punctual"):
+        store.add(make_task(name, start_by_us=limit, permission_json=permission), b"", None, grants)
+    newest = store.newest()
+    for now in (limit, limit + SECOND):
+        assert store.claim("late", "me", now) is None
+    assert store.newest() == newest, "a refused claim uses no change number"
+    found = store.get("late")
+    assert found is not None and found.state is State.NOT_STARTED
+    assert store.claim("late", "me", limit - 1) is not None
+    assert store.claim("punctual", "me", CREATED - 3600 * SECOND) is not None
 
 
 def test_an_update_in_another_state_uses_no_change_number(

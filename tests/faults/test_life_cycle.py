@@ -41,6 +41,7 @@ class Model:
     owner: str | None = None
     epoch: int = 0
     restarts: int = 0
+    start_by: int | None = None
     stopping: bool = False
     progress: float | None = None
     revision: int = 1
@@ -94,16 +95,18 @@ class LifeCycle(RuleBasedStateMachine):
             self.changed.remove(task_id)
         self.changed.append(task_id)
 
-    @rule(target=ids, number=st.integers(0, 2))
-    def create(self, number: int) -> Any:
+    @rule(target=ids, number=st.integers(0, 2), waits=st.sampled_from([None, 5000, 60_000_000]))
+    def create(self, number: int, waits: int | None) -> Any:
         task_id = f"task-{number}"
-        task = new_task(task_id, created_us=self.tick(), timeout_us=60_000_000)
+        created = self.tick()
+        start_by = None if waits is None else created + waits
+        task = new_task(task_id, created_us=created, timeout_us=60_000_000, start_by_us=start_by)
         if task_id in self.models:
             with pytest.raises(IdTaken):
                 self.store.add(task, b"{}", None, [("groups", "g")])
             return multiple()
         self.store.add(task, b"{}", None, [("groups", "g")])
-        self.models[task_id] = Model()
+        self.models[task_id] = Model(start_by=start_by)
         self.ends[task_id] = []
         self.note_change(task_id)
         return task_id
@@ -112,7 +115,7 @@ class LifeCycle(RuleBasedStateMachine):
     def claim(self, task_id: str, owner: str) -> None:
         model = self.models.get(task_id)
         claim = self.store.claim(task_id, owner, self.tick())
-        if model is None or model.state is not State.NOT_STARTED:
+        if model is None or model.state is not State.NOT_STARTED or self.is_late(model):
             assert claim is None
             return
         assert claim is not None and claim.request == b"{}"
@@ -121,6 +124,24 @@ class LifeCycle(RuleBasedStateMachine):
             claim.task,
             replace(model, state=State.RUNNING, owner=owner, epoch=model.epoch + 1),
         )
+
+    def is_late(self, model: Model) -> bool:
+        return (
+            model.state is State.NOT_STARTED
+            and model.start_by is not None
+            and model.start_by <= self.now
+        )
+
+    @rule()
+    def abort_late_tasks(self) -> None:
+        now = self.tick()
+        for task in self.store.not_started_in_time(now, "one", 99):
+            values = {
+                "state": State.ABORTED, "completed_us": now, "error": "Expired", "stopping": False,
+            }  # fmt: skip
+            result = self.store.update(task.id, Expect((task.state,), None, task.epoch), values)
+            model = self.models[task.id]
+            self.check(task.id, result, replace(model, state=State.ABORTED))
 
     def owner(self, task_id: str, is_holder: bool) -> str:
         """Return the worker that owns a task, or the other one."""
@@ -218,18 +239,23 @@ class LifeCycle(RuleBasedStateMachine):
         )
         self.check(task_id, result, replace(model, stopping=False) if model and is_ours else None)
 
-    @rule(task_id=ids, is_holder=IS_HOLDER, age=AGES)
-    def restart(self, task_id: str, is_holder: bool, age: int) -> None:
+    @rule(task_id=ids, is_holder=IS_HOLDER, age=AGES, is_undo=st.booleans())
+    def restart(self, task_id: str, is_holder: bool, age: int, is_undo: bool) -> None:
+        """Requeue a run, or undo a claim, after which the limit of the wait still applies."""
         model = self.models.get(task_id)
         owner = self.owner(task_id, is_holder)
         values: dict[str, Any] = dict.fromkeys(
             ("owner", "started_us", "expires_us", "progress", "progress_message")
         )
-        values |= {"state": State.NOT_STARTED, "restarts": (model.restarts if model else 0) + 1}
+        start_by = model.start_by if model and is_undo else None
+        values |= {
+            "state": State.NOT_STARTED, "restarts": (model.restarts if model else 0) + 1,
+            "start_by_us": start_by,
+        }  # fmt: skip
         result = self.store.update(task_id, self.of_run(task_id, owner, age), values)
         expected = None
         if model and self.is_run_of(model, owner, age):
-            expected = Model(epoch=model.epoch, restarts=model.restarts + 1)
+            expected = Model(epoch=model.epoch, restarts=model.restarts + 1, start_by=start_by)
         self.check(task_id, result, expected)
 
     @rule(task_id=ids, is_purge=st.booleans())
@@ -272,6 +298,7 @@ class LifeCycle(RuleBasedStateMachine):
                 task.owner,
                 task.epoch,
                 task.restarts,
+                task.start_by_us,
                 task.stopping,
                 task.progress,
                 task.revision,
@@ -286,6 +313,11 @@ class LifeCycle(RuleBasedStateMachine):
             assert (task.started_us is None) is (
                 task.state is State.NOT_STARTED or task.epoch == 0 or task.owner is None
             )
+
+    @invariant()
+    def late_tasks_are_those_not_started_in_time(self) -> None:
+        late = {task.id for task in self.store.not_started_in_time(self.now, "one", 99)}
+        assert late == {name for name, model in self.models.items() if self.is_late(model)}
 
     @invariant()
     def waiting_tasks_are_those_not_started(self) -> None:

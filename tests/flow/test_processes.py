@@ -420,3 +420,22 @@ def test_process_routes_are_an_error_on_other_systems_than_linux(
 
 def noop() -> None:
     """Do nothing."""
+
+
+def test_a_task_that_waits_too_long_for_a_child_is_aborted(tmp_path: Path) -> None:
+    app = child_app.create_app(
+        TESTING=True, instance_path=str(tmp_path), ASYNCROUTE_MAX_WORKERS=1,
+        ASYNCROUTE_START_TIMEOUT=2,
+    )  # fmt: skip
+    flow = Flow(app, app.extensions["child_app"])
+    try:
+        running = flow.start("/sleep/20.0")
+        flow.became(running, "Running")
+        waiting = flow.ended(flow.start("/sleep/20.0"))
+        assert (waiting["State"], waiting["Error"]) == ("Aborted", "Expired")
+        assert flow.get(running)["State"] == "Running"
+        flow.stop(running)
+        flow.still(running)
+    finally:
+        close_app(app)
+        disconnect_receivers(app)

@@ -9,7 +9,9 @@ from typing import Any
 from flask_asyncroute.errors import CommitUnknown, StoreUnavailable
 from flask_asyncroute.stores.base import TaskStore
 
-READS = ("get", "body", "query", "waiting", "outlived", "read_value", "value_keys")
+READS = (
+    "get", "body", "query", "waiting", "outlived", "not_started_in_time", "read_value", "value_keys",
+)  # fmt: skip
 WRITES = ("add", "claim", "update", "delete", "write_value")
 
 Fault = Callable[[str], str | None]

@@ -5,6 +5,7 @@ signals.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,18 @@ from flask import Flask
 
 from flask_asyncroute import signals
 from flask_asyncroute.engine.lifecycle import Lifecycle
-from flask_asyncroute.errors import IdTaken
+from flask_asyncroute.errors import CommitUnknown, IdTaken
 from flask_asyncroute.executors.execution import Execution
 from flask_asyncroute.stores.base import TaskStore
-from flask_asyncroute.task import AsyncRouteTask, State
+from flask_asyncroute.stores.registry import make_store
+from flask_asyncroute.task import AsyncRouteTask, State, now_us
+from tests.support.faulty_store import FaultyStore, Nth
 
 MakeApp = Callable[..., Flask]
 NewTask = Callable[..., AsyncRouteTask]
 Hear = Callable[..., list[tuple[str, AsyncRouteTask]]]
+FAR = 4_000_000_000_000_000
+"""A time in the year 2096."""
 
 
 @pytest.fixture
@@ -515,3 +520,144 @@ def test_the_removal_of_an_unstarted_task_sends_no_signal(
     assert lifecycle.delete_unstarted(task) is True
     assert lifecycle.delete_unstarted(task) is False
     assert names(received) == ["task-created"]
+
+
+def test_a_restart_ends_the_limit_of_the_wait(
+    lifecycle: Lifecycle, store: TaskStore, make_task: NewTask
+) -> None:
+    lifecycle.create(make_task(on_loss="restart", start_by_us=FAR), b"{}", None, ())
+    claim = lifecycle.claim("task")
+    assert claim is not None
+    task = lifecycle.recover(claim.task)
+    assert task is not None
+    assert (task.state, task.start_by_us) == (State.NOT_STARTED, None)
+
+
+def test_the_limit_of_the_wait_applies_after_an_undone_claim(
+    lifecycle: Lifecycle, store: TaskStore, make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task has not run, because the process does not know whether its claim was stored."""
+    lifecycle.create(make_task(start_by_us=FAR), b"{}", None, ())
+    faults = Nth(1, "after")
+    monkeypatch.setattr(lifecycle, "_store", FaultyStore(store, faults))
+    with pytest.raises(CommitUnknown):
+        lifecycle.claim("task")
+    lifecycle.pending_writes.retry(math.inf)
+    task = store.get("task")
+    assert task is not None and task.epoch == 1
+    assert (task.state, task.start_by_us) == (State.NOT_STARTED, FAR)
+
+
+def test_abort_expired_aborts_only_tasks_that_wait_too_long(
+    lifecycle: Lifecycle,
+    store: TaskStore,
+    make_task: NewTask,
+    received: list[tuple[str, AsyncRouteTask]],
+) -> None:
+    run(lifecycle, make_task, "runs")
+    for name, start_by in (("late", 1), ("punctual", FAR), ("unlimited", None)):
+        lifecycle.create(make_task(name, start_by_us=start_by), b"{}", None, ())
+    lifecycle.create(make_task("of another", owner="another", start_by_us=1), b"{}", None, ())
+    received.clear()
+    lifecycle.abort_expired()
+    assert names(received) == ["task-aborted", "task-finished"]
+    ended = received[0][1]
+    assert ended == store.get("late")
+    assert (ended.state, ended.error, ended.stopping) == (State.ABORTED, "Expired", False)
+    lifecycle.abort_expired()
+    assert len(received) == 2
+
+
+def test_abort_expired_reads_further_pages(
+    app: Flask, make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_asyncroute.engine.lifecycle.PAGE", 2)
+    store = make_store("memory://", "", "test", True)
+    lifecycle = Lifecycle(app, store, "owner")
+    for number in range(5):
+        store.add(make_task(f"t{number}", start_by_us=1), b"{}", None, ())
+    lifecycle.abort_expired()
+    assert store.not_started_in_time(FAR, "owner", 9) == []
+
+
+def test_abort_expired_ends_after_a_while(
+    app: Flask, make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other maintenance must not wait until thousands of tasks are aborted."""
+    monkeypatch.setattr("flask_asyncroute.engine.lifecycle.EXPIRING_SECONDS", 0)
+    store = make_store("memory://", "", "test", True)
+    lifecycle = Lifecycle(app, store, "owner")
+    for number in range(3):
+        store.add(make_task(f"t{number}", start_by_us=number), b"{}", None, ())
+    lifecycle.abort_expired()
+    assert [task.id for task in store.not_started_in_time(FAR, "owner", 9)] == ["t1", "t2"]
+
+
+def test_a_check_without_expired_tasks_is_one_read(
+    lifecycle: Lifecycle, store: TaskStore, make_task: NewTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifecycle.create(make_task(start_by_us=FAR), b"{}", None, ())
+    faults = Nth(0, "before")
+    monkeypatch.setattr(lifecycle, "_store", FaultyStore(store, faults))
+    lifecycle.abort_expired()
+    assert faults.calls == ["not_started_in_time"]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_either_the_claim_or_the_expiry_of_a_task_succeeds(
+    lifecycle: Lifecycle,
+    store: TaskStore,
+    make_task: NewTask,
+    received: list[tuple[str, AsyncRouteTask]],
+    is_first: bool,
+) -> None:
+    """The claim is stored after the expired tasks were read, but before they are aborted."""
+    lifecycle.create(make_task(start_by_us=FAR), b"{}", None, ())
+    late = store.get("task")
+    assert late is not None
+    received.clear()
+    if is_first:
+        assert lifecycle.claim("task") is not None
+        assert lifecycle.abort(late, "Expired") is None
+        assert names(received) == ["task-started"]
+    else:
+        assert lifecycle.abort(late, "Expired") is not None
+        assert lifecycle.claim("task") is None
+        assert names(received) == ["task-aborted", "task-finished"]
+
+
+def test_concurrent_claims_and_checks_start_or_abort_each_task_once(
+    lifecycle: Lifecycle,
+    store: TaskStore,
+    make_task: NewTask,
+    received: list[tuple[str, AsyncRouteTask]],
+) -> None:
+    ids = [f"t{number}" for number in range(40)]
+    for number, name in enumerate(ids):
+        limit = now_us() + number * 1000
+        lifecycle.create(make_task(name, start_by_us=limit), b"{}", None, ())
+    received.clear()
+
+    def is_waiting() -> bool:
+        return len([name for name, _ in received if name != "task-finished"]) < len(ids)
+
+    def claim_all() -> None:
+        while is_waiting():
+            for name in reversed(ids):
+                lifecycle.claim(name)
+
+    def abort_all() -> None:
+        while is_waiting():
+            lifecycle.abort_expired()
+
+    threads = [threading.Thread(target=work) for work in (claim_all, abort_all, abort_all)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    outcomes = [(task.id, name) for name, task in received if name != "task-finished"]
+    assert sorted(task_id for task_id, _ in outcomes) == sorted(ids)
+    for task_id, name in outcomes:
+        task = store.get(task_id)
+        assert task is not None
+        assert task.state is (State.RUNNING if name == "task-started" else State.ABORTED)

@@ -56,6 +56,7 @@ NOT_MAPPINGS = [None, [], "x", 5, [("a", 1)]]
 
 BAD: dict[str, list[Any]] = {
     "timeout": [*NOT_SECONDS, 0, 0.0, timedelta(0), timedelta(seconds=-1), -2, "-1", 1e-9],
+    "start_timeout": [*NOT_SECONDS, 0, 0.0, timedelta(0), -1, "-1", 1e-9],
     "cancellable": NOT_BOOLEANS,
     "executor": [None, "Thread", "threads", "", 5, ThreadPoolExecutor, object(), ["thread"]],
     "min_workers": ["1", 1.5, True, -1],
@@ -91,6 +92,12 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {
         (timedelta(minutes=1), 60_000_000),
         (-1, None),
         (-1.0, None),
+        (None, None),
+    ],
+    "start_timeout": [
+        (5, 5_000_000),
+        (0.5, 500_000),
+        (timedelta(minutes=1), 60_000_000),
         (None, None),
     ],
     "cancellable": [(True, True), (False, False)],
@@ -158,6 +165,7 @@ def test_an_unknown_option_is_refused_with_a_suggestion() -> None:
 def test_defaults(make_app: MakeApp) -> None:
     made = resolved(make_app())
     assert made.timeout == 36_000 * 1_000_000
+    assert made.start_timeout is None
     assert made.cancellable is True
     assert made.executor == "thread"
     assert (made.min_workers, made.max_workers, made.queue_size) == (1, 2, 1000)
@@ -170,6 +178,31 @@ def test_defaults(make_app: MakeApp) -> None:
     assert made.pool is None and made.name is None
     assert dict(made.arguments) == {}
     assert len({made.id_generator() for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize("value", [0, -1, timedelta(0)])
+def test_the_error_about_a_start_timeout_names_the_remedy(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"start_timeout=… must be .*None for no limit"):
+        options.checked({"start_timeout": value})
+
+
+@pytest.mark.parametrize(
+    ("executor", "expected"), [("thread", 5_000_000), ("immediate", None), (Duck(), 5_000_000)]
+)
+def test_a_start_timeout_has_no_effect_if_no_task_waits(
+    make_app: MakeApp, executor: Any, expected: int | None
+) -> None:
+    assert resolved(make_app(), executor=executor, start_timeout=5).start_timeout == expected
+    assert resolved(make_app(ASYNCROUTE_START_TIMEOUT=5), executor=executor).start_timeout == (
+        expected
+    )
+
+
+def test_none_overrides_the_start_timeout_of_the_app(make_app: MakeApp) -> None:
+    app = make_app(ASYNCROUTE_START_TIMEOUT=timedelta(seconds=5))
+    assert resolved(app).start_timeout == 5_000_000
+    assert resolved(app, start_timeout=7).start_timeout == 7_000_000
+    assert resolved(app, start_timeout=None).start_timeout is None
 
 
 @pytest.mark.covers("A22")

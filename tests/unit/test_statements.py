@@ -77,6 +77,7 @@ def test_postgresql_statements_use_the_parameter_style_of_the_driver() -> None:
         ("owners", {"task_state", "task_stopping", "callback_holder"}),
         ("held_tasks", {"task_state", "task_stopping"}),
         ("outlived_tasks", {"task_outlived"}),
+        ("not_started_in_time", {"task_start_by"}),
         ("first_and_last_due", {"callback_due"}),
         ("due_callbacks", {"callback_due", "callback_holder"}),
         ("held_callbacks", {"callback_holder"}),
@@ -94,6 +95,14 @@ def test_a_statement_uses_only_its_indexes(
     used = set(re.findall(r"INDEX asyncroute_(\w+)", steps))
     assert used in (indexes, indexes | MAY_USE.get(name, set()))
     assert not re.search(r"SCAN asyncroute_(?!\w+ USING)", steps), steps
+
+
+def test_the_check_of_start_timeouts_reads_one_range(connection: sqlite3.Connection) -> None:
+    steps = plan(connection, Statements("sqlite").not_started_in_time)
+    assert steps == (
+        "SEARCH asyncroute_tasks USING INDEX asyncroute_task_start_by "
+        "(namespace=? AND start_by_us<?)"
+    )
 
 
 def test_the_poll_for_waiting_tasks_reads_ranges_of_one_index(

@@ -62,6 +62,9 @@ _IS_TASK = f"id = :task_id AND {_IN_NAMESPACE}"
 _OF_TASK = f"task_id = :task_id AND {_IN_NAMESPACE}"
 _STATE = "state [postgresql: || '']"
 """The state beside a condition on the id. PostgreSQL cannot use an index of the state for it."""
+_CAN_START = (
+    f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND (start_by_us IS NULL OR start_by_us > :now)"
+)
 _IS_VALUE = "namespace = :ns AND key = :key"
 _IS_STOPPING = "namespace = :ns AND stopping = 1 AND owner IS NOT NULL"
 _IS_BOUND = "namespace = :ns AND state = 'NotStarted' AND owner IS NOT NULL"
@@ -211,13 +214,18 @@ class Statements:
     get_task = f"SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_request = f"SELECT request, {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_locked_task = _lock_task(RECORD, _IS_TASK)
-    claim_task = _claim(f"{_IS_TASK} AND {_STATE} = 'NotStarted'")
-    claim_plain_task = _claim(f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND {_IS_PLAIN}")
+    claim_task = _claim(_CAN_START)
+    claim_plain_task = _claim(f"{_CAN_START} AND {_IS_PLAIN}")
     outlived_tasks = f"""
         SELECT id FROM asyncroute_tasks
         WHERE namespace = :ns AND outlived_us < :now AND stopping = 0
             AND (callback_state IS NULL OR callback_state NOT IN ({_literals(PENDING)}))
         ORDER BY outlived_us LIMIT :limit"""
+    not_started_in_time = f"""
+        SELECT {RECORD} FROM asyncroute_tasks
+        WHERE namespace = :ns AND state = 'NotStarted' AND start_by_us <= :now
+            AND (owner IS NULL OR owner = :owner)
+        ORDER BY start_by_us LIMIT :limit"""
     changed_tasks = f"""
         SELECT {RECORD} FROM asyncroute_tasks
         WHERE namespace = :ns AND change > :since AND change <= :newest

@@ -131,6 +131,8 @@ class SQLTaskStore(SharedTaskStore):
             task = self.get(task_id)
             if task is None or task.state is not State.NOT_STARTED:
                 return None
+            if task.start_by_us is not None and task.start_by_us <= now_us:
+                return None
             return self._database.write(claim_with_grants)
 
         def claim_with_grants(cursor: Cursor) -> Claim | None:
@@ -275,6 +277,11 @@ class SQLTaskStore(SharedTaskStore):
     def outlived(self, now_us: int, limit: int) -> list[str]:
         values = {"ns": self._ns, "now": now_us, "limit": limit}
         return [row.id for row in self._database.fetch_all(self._sql.outlived_tasks, values)]
+
+    def not_started_in_time(self, now_us: int, owner: str, limit: int) -> list[AsyncRouteTask]:
+        values = {"ns": self._ns, "now": now_us, "owner": owner, "limit": limit}
+        rows = self._database.fetch_all(self._sql.not_started_in_time, values)
+        return [record_of(row) for row in rows]
 
     def news(self, since: int, worker: str | None = None) -> base.News:
         self.open()

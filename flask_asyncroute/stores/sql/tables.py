@@ -88,6 +88,7 @@ tasks = Table(
     Column("stopping", Integer, nullable=False),
     Column("permission_json", LargeBinary),
     Column("timeout_us", BigInteger),
+    Column("start_by_us", BigInteger),
     Column("retention_us", BigInteger, nullable=False),
     Column("on_loss", _text(16), nullable=False),
     Column("body_size", BigInteger, nullable=False),
@@ -116,6 +117,10 @@ _index("asyncroute_task_waiting", tasks, "endpoint", "created_us", where="state 
 _index("asyncroute_task_user", tasks, "user", "state", "created_us")
 _index("asyncroute_task_change", tasks, "change")
 _index("asyncroute_task_outlived", tasks, "outlived_us", where="outlived_us IS NOT NULL")
+_index(
+    "asyncroute_task_start_by", tasks, "start_by_us",
+    where="state = 'NotStarted' AND start_by_us IS NOT NULL",
+)  # fmt: skip
 _index("asyncroute_task_stopping", tasks, "owner", where="stopping = 1")
 _index("asyncroute_task_bound", tasks, "owner", where="state = 'NotStarted' AND owner IS NOT NULL")
 
