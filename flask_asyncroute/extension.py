@@ -275,20 +275,21 @@ class AsyncRoute:
         if not purge(runner.store, runner.lifecycle, task):
             raise unknown(task_id)
 
-    def may_read(self, task: AsyncRouteTask) -> bool:
+    def may_read(self, task: AsyncRouteTask | None) -> bool:
         """Return whether the caller of the current request may read a task.
 
         Applies the same rules as the HTTP operations, and calls the identity loader. Without a
         request, the caller is anonymous. In a task, the current request is the one that started the
         task.
 
-        :param task: a record, such as :meth:`get` and :meth:`query` return.
-        :raises TypeError: if ``task`` is not a record.
+        :param task: a record, such as :meth:`get` and :meth:`query` return. For None, the caller is
+            identified too, and the result is False.
+        :raises TypeError: if ``task`` is neither.
         :raises CannotStart: if the identity's groups, roles or scopes are invalid.
         """
         return self._may(may_read, "may_read", task)
 
-    def may_write(self, task: AsyncRouteTask) -> bool:
+    def may_write(self, task: AsyncRouteTask | None) -> bool:
         """Return whether the caller of the current request may stop and purge a task; see
         :meth:`may_read` for the parameter, the caller and the errors.
         """
@@ -333,15 +334,16 @@ class AsyncRoute:
         return renewed
 
     def _may(self, rule: Callable[..., bool], name: str, task: Any) -> bool:
-        if not isinstance(task, AsyncRouteTask):
-            given = "None" if task is None else f"a {type(task).__name__}"
+        if task is not None and not isinstance(task, AsyncRouteTask):
             raise TypeError(
-                f"{name}() takes the record of a task, not {given}. Pass what async_routes.get(id) "
-                "returns, unless it is None because the id is unknown."
+                f"{name}() takes the record of a task, not a {type(task).__name__}. Pass what "
+                "async_routes.get(id) returns."
             )
         runner = current_runtime().runner
+        # Identify the caller even for an unknown id, so that the time does not reveal which ids
+        # exist.
         caller = runner.dispatcher.caller() if has_request_context() else None
-        return rule(caller, task.user, task.granted, runner.config.admins)
+        return task is not None and rule(caller, task.user, task.granted, runner.config.admins)
 
     def _existing(self, task_id: str) -> AsyncRouteTask:
         task = self.get(task_id)

@@ -144,7 +144,8 @@ def seconds(label: str, value: Any, least: float = 0.0) -> float:
     if isinstance(value, timedelta):
         value = value.total_seconds()
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < least:
+    is_integer = is_number and isinstance(value, int)  # isfinite() takes no huge integer
+    if not is_number or not (is_integer or math.isfinite(value)) or value < least:
         raise refuse(label, f"a number of seconds or a timedelta, at least {least:g}", value)
     if value > 100 * 365 * DAY:
         raise refuse(label, "at most a hundred years", value)

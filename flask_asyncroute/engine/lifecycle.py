@@ -85,8 +85,16 @@ class Lifecycle:
             # The task could be stored as Running although no process runs it.
             self.pending_writes.keep(task_id, lambda: self._undo_claim(task_id, now))
             raise
-        if claim is not None:
-            self.notify(signals.task_started, claim.task)
+        if claim is None:
+            return None
+        start_by_us = claim.task.start_by_us
+        if start_by_us is not None and start_by_us <= now_us():
+            # The store has answered late. The view must not begin now.
+            expect = Expect((State.RUNNING,), self.owner, claim.task.epoch)
+            never = {"started_us": None, "expires_us": None}
+            self._abort(task_id, expect, NOT_STARTED_IN_TIME, stopping=False, **never)
+            return None
+        self.notify(signals.task_started, claim.task)
         return claim
 
     def finish(

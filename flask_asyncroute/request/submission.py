@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import msgspec
 from flask import Request
-from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 from werkzeug.http import parse_options_header
 from werkzeug.sansio.utils import get_host
 
@@ -135,9 +135,13 @@ def permission_of(route: Route, caller: Caller | None) -> Permission | None:
         return option
     try:
         permission = option()
-    except (RequestRefused, ClientDisconnected, RequestEntityTooLarge):
-        raise  # the permission function has read an invalid body
     except Exception as error:
+        is_about_task = isinstance(error, RequestRefused) and isinstance(error, HTTPException)
+        is_about_body = isinstance(
+            error, (RequestRefused, ClientDisconnected, RequestEntityTooLarge)
+        )
+        if is_about_body and not is_about_task:
+            raise  # the permission function has read an invalid body
         logger.exception(
             "The permission function of endpoint %s raised an exception. The request got 403.",
             route.endpoint,

@@ -380,15 +380,29 @@ def test_an_app_without_identities_has_only_anonymous_callers(make_app: MakeApp)
         assert async_routes.may_read(task) and async_routes.may_write(task)
 
 
-@pytest.mark.parametrize(
-    ("task", "given"), [(None, "None"), ("an-id", "a str"), ({"Id": "x"}, "a dict")], ids=repr
-)
+@pytest.mark.parametrize(("task", "given"), [("an-id", "a str"), ({"Id": "x"}, "a dict")], ids=repr)
 @IN_MEMORY
 def test_may_read_and_may_write_take_only_a_record(flow: Flow, task: Any, given: str) -> None:
     with flow.app.test_request_context():
         for name in ("may_read", "may_write"):
             with pytest.raises(TypeError, match=rf"^{name}\(\) takes the record.*not {given}\."):
                 getattr(flow.async_routes, name)(task)
+
+
+@IN_MEMORY
+def test_an_unknown_task_may_not_be_read_but_the_caller_is_identified(flow: Flow) -> None:
+    """So an unknown id takes as long as the id of another user."""
+    calls: list[str] = []
+
+    @flow.async_routes.identity_loader
+    def load() -> dict[str, str]:
+        calls.append("loaded")
+        return {"id": "anna"}
+
+    with flow.app.test_request_context():
+        assert flow.async_routes.may_read(None) is False
+        assert flow.async_routes.may_write(None) is False
+    assert len(calls) == 2
 
 
 def test_invalid_groups_of_the_caller_raise_cannot_start(

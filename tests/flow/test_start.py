@@ -15,7 +15,7 @@ import pytest
 import yaml
 from flask import request
 
-from flask_asyncroute import Access, Permission
+from flask_asyncroute import Access, Permission, TaskNotFound
 from tests.support.flow import IN_MEMORY, Flow, assert_not_cached, loaded, problem
 from tests.support.labels import label
 
@@ -351,6 +351,10 @@ def test_a_route_with_a_permission_refuses_anonymous_callers(flow: Flow) -> None
     assert len(flow.query()) == 2
 
 
+def find_nothing() -> Permission:
+    raise TaskNotFound("There is no task with this secret id.", task_id="secret")
+
+
 def fail() -> Permission:
     raise RuntimeError("secret")
 
@@ -361,9 +365,11 @@ def fail() -> Permission:
     "function",
     [
         fail, lambda: None, lambda: True, lambda: "anna", lambda: Access(users=["anna"]), lambda: {"Read": {}}, lambda: Permission,
-        lambda: request.args["missing"], lambda: 1 / 0,
+        lambda: request.args["missing"], lambda: 1 / 0, lambda: find_nothing(),
     ],
-    ids=["raises", "None", "True", "string", "Access", "mapping", "class", "bad key", "zero"],
+    ids=[
+        "raises", "None", "True", "string", "Access", "mapping", "class", "bad key", "zero", "no task",
+    ],
 )  # fmt: skip
 def test_a_permission_function_that_returns_no_permission_refuses_the_start(
     flow: Flow, function: Callable[[], Any], caplog: pytest.LogCaptureFixture

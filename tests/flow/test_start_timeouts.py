@@ -331,3 +331,29 @@ def test_a_restarted_task_may_wait_longer(flow: Flow, gate: threading.Event) -> 
     gate.set()
     assert flow.ended(task)["State"] == "Completed"
     assert busy.ran == ["work"]
+
+
+def test_a_store_that_answers_late_starts_no_view(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim compares the limit with the time at which it began."""
+    ran: list[str] = []
+
+    @flow.route("/late", endpoint="late", start_timeout=0.2)
+    def late() -> None:
+        ran.append("late")
+
+    store = runtime_of(flow.app).runner.store
+    claim = store.claim
+
+    def slow(task_id: str, owner: str, began_us: int) -> Any:
+        task = store.get(task_id)
+        assert task is not None and task.start_by_us is not None
+        found = claim(task_id, owner, began_us)
+        while now_us() <= task.start_by_us:
+            time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(store, "claim", slow)
+    assert_expired(flow.ended(flow.start("/late")))
+    assert not ran

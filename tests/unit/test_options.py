@@ -49,6 +49,7 @@ NOT_SECONDS = [
     -0.1,
     timedelta(seconds=-1),
     101 * 365 * 86400,
+    10**400,
     b"1",
 ]
 NOT_NAMES = ["a\0", "\ud800", "", 5, [], True, "x" * 256, b"x"]
