@@ -92,7 +92,10 @@ class Lifecycle:
             # The store has answered late. The view must not begin now.
             expect = Expect((State.RUNNING,), self.owner, claim.task.epoch)
             never = {"started_us": None, "expires_us": None}
-            self._abort(task_id, expect, NOT_STARTED_IN_TIME, stopping=False, **never)
+            self.pending_writes.write(
+                task_id,
+                lambda: self._abort(task_id, expect, NOT_STARTED_IN_TIME, stopping=False, **never),
+            )
             return None
         self.notify(signals.task_started, claim.task)
         return claim

@@ -346,7 +346,8 @@ class Notifier(Loop):
                 when_gone(self, self._listener.close)
         if self._following:
             self._keep_notified(store)
-        if self._skip_own(store.last_assigned()):
+        newest = store.last_assigned()
+        if self._skip_own(newest):
             return
         reads_all = self._following > 0
         changes = store.news(self._since, None if reads_all else self._worker)
@@ -361,6 +362,8 @@ class Notifier(Loop):
             self._publish(task)
         for task_id in changes.sent:
             self._notify(task_id)
+        if changes.change < newest:
+            self.wake()  # there are more changes than one call returns
 
     def _skip_own(self, newest: int) -> bool:
         """Skip changes that this process has made, up to the first change of another process.

@@ -706,3 +706,30 @@ def test_all_tasks_are_read_after_the_database_was_restored(new_database: str) -
         assert news.change == store.newest() == store.last_assigned() == copied
         add(store, "new")
         assert [task.id for task in store.news(news.change).tasks] == ["new"]
+
+
+def test_a_transaction_of_a_frozen_process_ends(
+    stores: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise its lock would block all other processes until TCP notices."""
+    one, two = stores
+    one.add(new_task("task"), b"", None, ())
+    quick = one._sql.get_locked_task.replace("'10000'", "'200'")
+    assert quick != one._sql.get_locked_task
+    which = {"ns": one._ns, "task_id": "task"}
+    with engine_of(one._database._engine.url).connect() as frozen:
+        frozen.exec_driver_sql(quick, which)
+        newest = two.newest()
+        assert two.claim("task", "me", T0).task.change > newest
+        frozen.invalidate()
+
+
+def test_closed_connections_are_not_taken_for_own_ones(
+    stores: tuple[Any, Any], postgresql_url: str
+) -> None:
+    """The server may assign the number of their process to a client of another process."""
+    database = stores[0]._database
+    stores[0].get("task")
+    assert len(database._own_pids) >= 1
+    database._engine.dispose()
+    eventually_true(lambda: not len(database._own_pids))

@@ -1124,3 +1124,25 @@ def test_a_notification_wakes_the_poll(
         subscription.__exit__(None, None, None)
     else:
         notifier.unwatch()
+
+
+def test_a_backlog_of_changes_is_read_without_pauses(
+    two_stores: tuple[Any, Any],
+    make_notifier: MakeNotifier,
+    make_task: NewTask,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after an outage, or if the change number went back."""
+    monkeypatch.setattr("flask_asyncroute.stores.sql.events.CHANGES_PAGE", 2)
+    monkeypatch.setattr("flask_asyncroute.engine.notifier.POLL_SECONDS", 60.0)
+    ours, theirs = two_stores
+    received: list[str] = []
+    notifier = make_notifier(ours, lambda task: received.append(task.id))
+    with notifier.telling(Follower()):
+        eventually(lambda: notifier._poll_after > 0)
+        names = [f"t{number}" for number in range(7)]
+        for name in names:
+            theirs.add(make_task(name), b"", None, ())
+        notifier.wake()
+        eventually(lambda: received == names)

@@ -167,10 +167,21 @@ def ensure_written(write: Callable[[], T], find: Callable[[], T | None]) -> T:
     try:
         return write()
     except CommitUnknown:
-        found = find()
+        pass
+    try:
+        return _ensured(write, find)
+    except CommitUnknown:
+        raise
+    except StoreUnavailable as error:
+        # The first commit can have succeeded, so the caller must not take the write for failed.
+        raise CommitUnknown(UNAVAILABLE, retry_after=5) from error
+
+
+def _ensured(write: Callable[[], T], find: Callable[[], T | None]) -> T:
+    found = find()
     if found is not None:
         return found
-    # The server can still be executing the first write, because it notices late that the client has
+    # The server may still be executing the first write, because it notices late that the client has
     # disconnected. If the first write commits first, the second changes nothing or raises
     # Duplicate.
     try:

@@ -6,11 +6,12 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from psycopg import Connection as DriverConnection
 from psycopg import Error
@@ -27,6 +28,8 @@ from .database import Cursor, Database, Duplicate, Rows, logger, read_url
 from .store import SQLTaskStore
 
 T = TypeVar("T")
+OwnPids = WeakValueDictionary[int, DriverConnection[Any]]
+"""The open connections of this process by the ids of their server processes."""
 
 TIMEOUTS = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
 """libpq timeouts: seconds to connect, and milliseconds until sent data must be acknowledged."""
@@ -98,7 +101,7 @@ class EngineDatabase(Database):
         self._engine = engine
         self._is_owned = is_owned
         self._unpooled: Connection | None = None
-        self._pids: set[int] = set()  # Server processes of the connections.
+        self._own_pids: OwnPids = WeakValueDictionary()
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._several = engine.execution_options(isolation_level="READ COMMITTED")
         self._snapshot = engine.execution_options(
@@ -148,7 +151,7 @@ class EngineDatabase(Database):
         return self._repeat(write)
 
     def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener:
-        return PostgreSQLListener(self._single, channel, payload, notify, self._pids)
+        return PostgreSQLListener(self._single, channel, payload, notify, self._own_pids)
 
     def lock_schema(self, cursor: Cursor) -> None:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
@@ -203,7 +206,9 @@ class EngineDatabase(Database):
         def execute(attempt: _Attempt) -> Sequence[Any]:
             with self._driver_connection(attempt) as connection:
                 attempt.may_be_committed = is_write
-                self._pids.add(connection.pgconn.backend_pid)
+                pid = connection.pgconn.backend_pid
+                if self._own_pids.get(pid) is not connection:
+                    self._own_pids[pid] = connection
                 cursor = connection.cursor(row_factory=namedtuple_row)
                 cursor.execute(sql, values)
                 return () if cursor.rownumber is None else cursor.fetchall()
@@ -236,7 +241,6 @@ class EngineDatabase(Database):
             # Other connections were probably lost too. SQLAlchemy also replaces all of them.
             if attempt.is_lost and self._engine.pool is pool:
                 self._engine.dispose()
-                self._pids.clear()
             raise
         finally:
             lent.close()
@@ -286,9 +290,8 @@ class PostgreSQLListener:
 
     :param engine: its connection is detached from the engine's pool.
     :param notify: called on the listener's thread; must return immediately and raise no exceptions.
-    :param own_pids: server processes whose notifications are ignored, because they serve
-        connections of this process. After a reconnection, the server can assign the number of such
-        a process to another client, whose changes are then found by polling.
+    :param own_pids: the server processes whose notifications are ignored, because they serve
+        connections of this process.
     """
 
     def __init__(
@@ -297,7 +300,7 @@ class PostgreSQLListener:
         channel: str,
         payload: str,
         notify: Callable[[], None],
-        own_pids: Collection[int] = (),
+        own_pids: Container[int] = (),
     ) -> None:
         self._engine = engine
         self._channel = channel

@@ -86,12 +86,17 @@ _HIGHEST = """max(change, coalesce(
     (SELECT max(change) FROM asyncroute_tasks WHERE namespace = :ns), 0))"""
 LOCK_CLASS = 0x61737963
 """The first key of the namespaces' advisory locks."""
+FROZEN_MS = 10_000
+"""Milliseconds after which PostgreSQL ends a transaction whose client sends nothing."""
 _LAST_NUMBER = """
     SELECT last_value - CASE WHEN is_called THEN 0 ELSE 1 END AS change
     FROM asyncroute_namespaces_change_seq"""
 _NEXT_NUMBER = "nextval('asyncroute_namespaces_change_seq')"
+# A process can freeze or lose its network within a transaction. Its locks must not block the other
+# processes until TCP notices that.
 _LOCKED = f"""locked AS MATERIALIZED (
-    SELECT pg_advisory_xact_lock_shared({LOCK_CLASS}, CAST(:ns AS INTEGER)))"""
+    SELECT set_config('idle_in_transaction_session_timeout', '{FROZEN_MS}', true),
+        pg_advisory_xact_lock_shared({LOCK_CLASS}, CAST(:ns AS INTEGER)))"""
 _NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 _NOTIFY = f"pg_notify('{CHANNEL}', CAST(key AS TEXT))"
 # A notification wakes all processes of the app, so most writes send one only if a process has asked

@@ -310,7 +310,8 @@ class SQLTaskStore(SharedTaskStore):
         self.open()
         if self._sql.keep_notifying:
             values = {"ns": self._ns, "us": int(seconds * 1_000_000)}
-            self._database.write_one(self._sql.keep_notifying, values)
+            sql = self._sql.keep_notifying
+            ensure_written(lambda: self._database.write_one(sql, values), lambda: None)
 
     def secret(self) -> bytes:
         return self._namespace.secret
