@@ -74,7 +74,7 @@ def declare(view: View, options: dict[str, Any]) -> Declaration:
 
 
 def view_function_of(declaration: Declaration) -> Start:
-    """Wrap the function that starts tasks in the route's ``decorators``; the last is outermost.
+    """Apply the route's ``decorators`` to the function that starts tasks; the last is outermost.
 
     :raises ConfigurationError: if a decorator does not use :func:`functools.wraps`.
     """

@@ -131,11 +131,11 @@ def _try(execution: Execution) -> bool:
 
 
 def _withdraw_from(thread_id: int) -> None:
-    """Withdraw a pending exception from a thread.
+    """Withdraw an exception that was set for a thread but is not raised yet.
 
-    After a withdrawal, CPython threads check for exceptions at every instruction, and hang under a
-    tracer, until another exception is raised. So the same C call sets an exception for the calling
-    thread too; the interpreter does not check during a C call.
+    A withdrawal alone would leave CPython searching for a pending exception at every instruction,
+    in all threads, and a tracer would hang. Raising another exception ends the search. So this sets
+    one for the calling thread, within the same C call, in which the interpreter does not search.
     """
     try:
         list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))

@@ -136,8 +136,8 @@ class ElasticThreadPool(Executor):
                 self._retire(thread)
 
     def _retire(self, thread: threading.Thread) -> bool:
-        """Stop counting a thread that will end. Call this under the lock under which its end was
-        decided, so that no new call waits for the thread.
+        """Stop counting a thread that will end. Keep the lock between the decision that it ends and
+        this call; otherwise a new call could wait for the thread.
         """
         self._threads.discard(thread)
         self._lingering.discard(thread)

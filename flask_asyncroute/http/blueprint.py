@@ -250,9 +250,8 @@ def _answer(runner: Runner, current: Request, media_type: str, task: AsyncRouteT
 
 
 def _matches_etag(current: Request, etag: str) -> bool:
-    """Return whether If-None-Match contains ``etag``. Without the header, skipping its
-    parser makes a get 5 % faster.
-    """
+    """Return whether If-None-Match contains ``etag``."""
+    # The header is rarely sent, and its parser takes 5 % of the time of a request.
     return "HTTP_IF_NONE_MATCH" in current.environ and current.if_none_match.contains_weak(etag)
 
 

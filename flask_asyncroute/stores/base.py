@@ -213,7 +213,8 @@ class TaskStore(ABC):
         self, conditions: Sequence[Condition], sort: Sort, limit: int, position: Position | None,
         readers: Readers | None,
     ) -> list[AsyncRouteTask]:  # fmt: skip
-        """Return the first ``limit`` tasks that meet all conditions, without results over 64 KiB.
+        """Return the first ``limit`` tasks that meet all conditions. A record has no result if the
+        result is larger than 64 KiB.
 
         :param position: return only tasks after this position in ``sort`` order.
         :param readers: return only tasks that these readers may list; None: all tasks.
@@ -303,9 +304,11 @@ class SharedTaskStore(TaskStore):
         """
 
     def listen(self, notify: Callable[[], None]) -> Listener | None:
-        """Call ``notify``, on any thread, soon after another process stops a task, and during
-        :meth:`keep_notifying` soon after each write of another process. Return None if the store
-        sends no notifications.
+        """Begin to call ``notify``, on any thread, soon after another process has stopped a task.
+        While :meth:`keep_notifying` applies, it is also called after each other write of another
+        process.
+
+        Return a listener to close, or None if the store sends no notifications.
 
         Notifications are lost while the connection is down, so poll :meth:`news` as well.
         """
@@ -359,7 +362,9 @@ class Workers(ABC):
 
     @abstractmethod
     def owners(self) -> list[str]:
-        """Return the names of all workers, listed or not, that hold tasks or callbacks."""
+        """Return the names of all workers that hold tasks or callbacks, also of those that
+        :meth:`listed` does not return.
+        """
 
     @abstractmethod
     def held(self, name: str) -> list[AsyncRouteTask]:

@@ -59,7 +59,7 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         when_gone(self, _drop_all, self._spares)
 
     def take_child(self) -> Child:
-        """Return a spare or new child, to end with `Child.leave`.
+        """Return a spare or new child. The caller must end it with `Child.leave`.
 
         :raises OSError: if no child can be started.
         """
