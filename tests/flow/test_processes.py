@@ -182,15 +182,20 @@ def test_an_exception_is_reported_once_in_the_child(
     assert written.count("ValueError: bad thing") == 1
 
 
-def test_signals_are_sent_only_in_the_parent(child: Flow, hear: Callable[..., Any]) -> None:
+def test_signals_are_sent_only_in_the_parent(
+    child: Flow, hear: Callable[..., Any], eventually: Callable[..., Any]
+) -> None:
     sent_signals = hear(
         task_started, task_progressed, task_completed, task_failed, sender=child.app
     )
     child.result("/where")
+    # The signals are sent after the commit, which a reader can see earlier.
+    eventually(lambda: len(sent_signals) == 2)
     assert [name for name, _ in sent_signals] == ["task-started", "task-completed"]
     sent_signals.clear()
     assert child.result("/signals") == []
     child.error("/die/exit3")
+    eventually(lambda: len(sent_signals) == 4)
     assert [name for name, _ in sent_signals] == [
         "task-started",
         "task-completed",

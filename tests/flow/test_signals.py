@@ -114,13 +114,14 @@ def test_signals_of_a_stopped_waiting_task(flow: Flow, hear: Any, gate: threadin
     flow.ended(first)
 
 
-def test_signals_of_a_task_that_times_out(flow: Flow, hear: Any) -> None:
+def test_signals_of_a_task_that_times_out(flow: Flow, hear: Any, eventually: Any) -> None:
     @flow.route(timeout=0.1)
     def work() -> None:
         current_task.sleep(10)
 
     sent_signals: SentSignals = hear(*signals.FACTS)
-    flow.still(flow.start())
+    flow.start()
+    eventually(lambda: len(sent_signals) == 4)
     assert names(sent_signals) == ["task-created", "task-started", "task-aborted", "task-finished"]
     assert sent_signals[2][1].error == "Timeout"
 

@@ -123,7 +123,11 @@ def test_a_task_that_starts_in_time_never_expires(
 
 
 def test_an_expired_task_sends_the_signals_and_log_message_of_an_abort(
-    flow: Flow, gate: threading.Event, hear: Hear, caplog: pytest.LogCaptureFixture
+    flow: Flow,
+    gate: threading.Event,
+    hear: Hear,
+    caplog: pytest.LogCaptureFixture,
+    eventually: Eventually,
 ) -> None:
     Busy(flow, gate, start_timeout=0.1)
     caplog.set_level(logging.INFO, "flask_asyncroute")
@@ -131,6 +135,10 @@ def test_an_expired_task_sends_the_signals_and_log_message_of_an_abort(
     task = flow.start()
     flow.ended(task)
     gate.set()
+    # The signals are sent after the commit, which a reader can see earlier.
+    eventually(
+        lambda: "task-finished" in [name for name, told in received if told.id == task["Id"]]
+    )
     of_task = [(name, told) for name, told in received if told.id == task["Id"]]
     assert [name for name, _ in of_task] == ["task-created", "task-aborted", "task-finished"]
     assert of_task[1][1].error == "Expired"

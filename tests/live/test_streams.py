@@ -263,10 +263,11 @@ def test_a_client_that_never_reads_releases_its_thread_within_two_heartbeats(
 ) -> None:
     """This holds for a running task and for a finished one, whose stream needs no slot."""
     with serve(tmp_path, "--threads", "4", before=QUICK, max_streams=1) as server:
-        task_id = running(server.port, eventually, "/flood/300")
+        task_id = running(server.port, eventually, "/flood/300?gate=")
         with stalled_client(server.port, task_id):
             eventually(lambda: free_slots(server.port) == 0, 10, 0.01)
             eventually(lambda: free_slots(server.port) == 1, 60, 0.05)
+        (tmp_path / "open").touch()
         eventually(
             lambda: send(server.port, "GET", f"/task/{task_id}").json()["State"] == "Completed",
             60,

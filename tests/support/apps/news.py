@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flask import Flask
+from flask import Flask, request
 
 from flask_asyncroute import AsyncRoute, Sse, current_task
 from tests.support.apps.naming import name_process
@@ -92,9 +92,11 @@ def create_app(folder: str, **config: Any) -> Flask:
     @app.put("/flood/<int:count>")
     @async_routes.task()
     def flood(count: int) -> None:
-        """Send many large events."""
+        """Send many large events; with ``?gate=``, end only when the gate is open."""
         for number in range(count):
             current_task.send_event({"n": number, "filling": "x" * 60_000}, "step")
+        if "gate" in request.args:
+            wait_for_gate()
 
     def burst(count: int) -> None:
         """Send numbered events, some fast enough to be stored together, others after a pause."""
