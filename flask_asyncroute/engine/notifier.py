@@ -29,7 +29,7 @@ LINGER_SECONDS = 2.0  # How long polling continues after the last subscriber has
 IDLE_SECONDS = 60.0
 NOTIFIED_SECONDS = 60.0
 """How long the store is asked for notifications at a time, while there are subscribers."""
-MAX_OWN = 10_000
+MAX_OWN = 10_000  # Maximum number of own change numbers to keep; more changes are read instead.
 SHUTDOWN_SEND_SECONDS = 0.5  # How long a client can take to receive a chunk during shutdown.
 
 

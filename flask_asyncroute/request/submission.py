@@ -136,12 +136,11 @@ def permission_of(route: Route, caller: Caller | None) -> Permission | None:
     try:
         permission = option()
     except Exception as error:
-        is_about_task = isinstance(error, RequestRefused) and isinstance(error, HTTPException)
-        is_about_body = isinstance(
-            error, (RequestRefused, ClientDisconnected, RequestEntityTooLarge)
-        )
-        if is_about_body and not is_about_task:
-            raise  # the permission function has read an invalid body
+        # The errors about a task are HTTPExceptions. The others mean that the permission function
+        # has read an invalid body.
+        is_body_refused = isinstance(error, RequestRefused) and not isinstance(error, HTTPException)
+        if is_body_refused or isinstance(error, (ClientDisconnected, RequestEntityTooLarge)):
+            raise
         logger.exception(
             "The permission function of endpoint %s raised an exception. The request got 403.",
             route.endpoint,

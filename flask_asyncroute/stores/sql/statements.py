@@ -84,6 +84,8 @@ _IS_PLAIN = "permission_json IS NULL AND callback_json IS NULL AND body_size = 0
 # needs this lock. To avoid deadlocks, the lock of the namespace always comes before locks of rows.
 _HIGHEST = """max(change, coalesce(
     (SELECT max(change) FROM asyncroute_tasks WHERE namespace = :ns), 0))"""
+_SQLITE_NEWEST = f"""
+    [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]"""
 LOCK_CLASS = 0x61737963
 """The first key of the namespaces' advisory locks."""
 FROZEN_MS = 10_000
@@ -188,13 +190,13 @@ class Statements:
         SELECT key FROM asyncroute_namespaces [postgresql: , locked] WHERE key = :ns
         [postgresql: FOR UPDATE OF asyncroute_namespaces]"""
     get_change = f"""
-        [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]
+        {_SQLITE_NEWEST}
         [postgresql:
             WITH newest AS MATERIALIZED ({_LAST_NUMBER})
             SELECT change, pg_advisory_xact_lock({LOCK_CLASS}, CAST(:ns AS INTEGER))
             FROM newest]"""
     get_assigned_change = f"""
-        [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]
+        {_SQLITE_NEWEST}
         [postgresql: {_LAST_NUMBER}]"""
     take_changes = f"""
         [sqlite: UPDATE asyncroute_namespaces SET change = {_HIGHEST} + :count WHERE key = :ns
