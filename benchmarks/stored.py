@@ -109,7 +109,7 @@ def _rows(
             "completed_change": number + 1 if is_over else None, "callback_json": None,
             "callback_state": None, "callback_attempts": 0, "sse_group": "/archive",
             "sse_url": None, "sse_result": 0,
-            "outlived_us": created + 100 * YEAR_US if is_over else None, "request": None,
+            "remove_after_us": created + 100 * YEAR_US if is_over else None, "request": None,
         }  # fmt: skip
         grant = None
         if group is not None:

@@ -124,7 +124,7 @@ class _Reporter(Loop):
         assert execution is not None, "only an execution wakes this thread"
         self._send_events(execution)
         now = time.monotonic()
-        due = execution.climb(now) or now + LONGEST_SLEEP
+        due = execution.advance_by_time(now) or now + LONGEST_SLEEP
         if execution.has_report and now < self._report_at:
             due = min(due, self._report_at)
         elif (report := execution.take_report()) is not None:

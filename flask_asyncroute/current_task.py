@@ -15,7 +15,7 @@ from werkzeug.local import LocalProxy
 
 from .encoding import encode_value
 from .errors import NoCurrentTask
-from .executors.execution import Climb, Execution
+from .executors.execution import Execution, TimedProgress
 from .validators import is_name, plain
 
 T = TypeVar("T")
@@ -159,8 +159,8 @@ class CurrentTask:
                 "progress_over() needs a duration of at least 0 s and an interval of more than 0 s."
             )
         base = self._execution.progress
-        climb = Climb(base, _top(max_progress), duration, interval)
-        self._execution.advance(base, climb=climb)
+        timed_progress = TimedProgress(base, _top(max_progress), duration, interval)
+        self._execution.advance(base, timed_progress=timed_progress)
 
     def send_event(self, data: Any, event: str = "message") -> None:
         """Send an event to the subscribers of the task.

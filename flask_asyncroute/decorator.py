@@ -177,7 +177,7 @@ def _start(
         headers.append(("Idempotency-Replayed", "true"))
     seconds = preferred_wait(current, config.max_wait)
     if seconds is None:
-        return task_answer(task, runner.dispatcher.pace, media_type, status, headers)
+        return task_answer(task, runner.dispatcher.run_times, media_type, status, headers)
     seconds = longest(current.environ, seconds)
     return _answer_later(runner, task, seconds, media_type, status, headers)
 
@@ -196,7 +196,7 @@ def _answer_later(
         now = found or task
         applied = [("Preference-Applied", f"wait={seconds:.0f}")] if is_applied else []
         return task_answer(
-            now, runner.dispatcher.pace, media_type, 200 if now.is_completed else status,
+            now, runner.dispatcher.run_times, media_type, 200 if now.is_completed else status,
             [*headers, *applied],
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The signals (blinker) of the package.
 
-The public signals (`FACTS`) report a stored change, at most once, in the process that stored it,
-with an app context. The sender is the Flask app; receivers take ``task`` (the record) and
+The public signals (`PUBLIC_SIGNALS`) report a stored change, at most once, with an app context, in
+the process that stored it. The sender is the Flask app; receivers take ``task`` (the record) and
 ``**extra``; those of `task_removed` take ``task_id`` and ``endpoint``. A receiver's error is
 logged, and the other receivers run. Other signals are internal.
 """
@@ -53,13 +53,13 @@ callback_pending = _namespace.signal(
 progress_reported = _namespace.signal("progress-reported", "A running task has progress to store.")
 events_written = _namespace.signal("events-written", "Events of a view have been stored.")
 
-FACTS = (
+PUBLIC_SIGNALS = (
     task_created, task_started, task_progressed, task_completed, task_failed, task_aborted,
     task_finished, task_removed, callback_sent, callback_failed,
 )  # fmt: skip
 
 
-def send_fact(signal: NamedSignal, app: Flask, **values: Any) -> None:
+def send_to_receivers(signal: NamedSignal, app: Flask, **values: Any) -> None:
     for receiver in signal.receivers_for(app):
         try:
             receiver(app, **values)

@@ -51,7 +51,7 @@ _FLASK_SIGNALS = (
     flask.got_request_exception, flask.message_flashed, flask.request_finished, flask.request_started,
     flask.request_tearing_down, flask.template_rendered,
 )  # fmt: skip
-_WATCHED = (*signals.FACTS, *_FLASK_SIGNALS)
+_WATCHED = (*signals.PUBLIC_SIGNALS, *_FLASK_SIGNALS)
 _OURS = "flask_asyncroute"
 _shared_apps: list[Flask] = []
 """Apps of all tests of a module. While there is one, threads may start and end."""

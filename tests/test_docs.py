@@ -70,7 +70,10 @@ def test_configuration_keys() -> None:
 
 def test_signals() -> None:
     assert (
-        missing((signal.name.replace("-", "_") for signal in part(".signals").FACTS), reference())
+        missing(
+            (signal.name.replace("-", "_") for signal in part(".signals").PUBLIC_SIGNALS),
+            reference(),
+        )
         == []
     )
 
@@ -190,6 +193,6 @@ def test_python_in_the_pages_runs(
             runtime = part(".runtime").runtime_of(app)
             runtime.prepare()
             runtime.close()
-            for signal in part(".signals").FACTS:
+            for signal in part(".signals").PUBLIC_SIGNALS:
                 for receiver in list(signal.receivers_for(app)):
                     signal.disconnect(receiver)

@@ -19,13 +19,13 @@ from ..permissions import Caller
 from ..request import idempotency
 from ..request.capture import body_refusal, capture, guard, restore_body
 from ..request.identity import IdentityLoader, identify
-from ..request.submission import Intake, permission_of
+from ..request.submission import StartRequest, permission_of
 from ..routes import Route
 from ..snapshot import encode
 from ..stores.base import StartKey, TaskStore
 from ..task import AsyncRouteTask, State
 from .lifecycle import Lifecycle, seconds_since_end
-from .retry_after import Pace
+from .retry_after import RunTimes
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -54,7 +54,7 @@ class Dispatcher:
     executor_of: Callable[[Route], TaskExecutor]
     routes: Mapping[str, Route]
     start_maintenance: Callable[[], None]
-    pace: Pace = field(default_factory=Pace)
+    run_times: RunTimes = field(default_factory=RunTimes)
     is_closing: bool = False  # whether this process starts no more tasks
     running: dict[str, tuple[Execution, TaskExecutor]] = field(default_factory=dict)
     """Runs whose outcome is not stored yet, by task id."""
@@ -93,11 +93,11 @@ class Dispatcher:
             except HTTPException as error:
                 raise body_refusal(current, error) from error
         captured, body = capture(current, arguments, config.max_body, config.snapshot_drop)
-        intake = Intake(route, current, caller, captured, body, permission)
+        incoming = StartRequest(route, current, caller, captured, body, permission)
         try:
             if key_name is not None:
-                return self._submit_once(executor, intake, key_name)
-            return Started(self._submit(executor, intake), is_replay=False)
+                return self._submit_once(executor, incoming, key_name)
+            return Started(self._submit(executor, incoming), is_replay=False)
         except BaseException:
             if body is not None:
                 body.close()
@@ -150,7 +150,7 @@ class Dispatcher:
         """
         if task.completed_us is not None and task.owner != self.lifecycle.owner:
             # Only tasks of other processes: `run_task` notes the durations of this process's runs.
-            self.pace.note(task, task.completed_us)
+            self.run_times.note(task, task.completed_us)
         run = self.running.get(task.id)
         if task.state is not State.ABORTED:
             if run is not None and not run[0].is_shutting_down and self._is_lost(run[0], task):
@@ -191,18 +191,18 @@ class Dispatcher:
             return 0 < execution.epoch <= task.epoch
         return task.owner != self.lifecycle.owner and task.epoch > execution.epoch
 
-    def _submit_once(self, executor: TaskExecutor, intake: Intake, name: str) -> Started:
+    def _submit_once(self, executor: TaskExecutor, incoming: StartRequest, name: str) -> Started:
         """Start a task; if an earlier request with this idempotency key did so, return its task."""
-        key = intake.take_key(name, self.store.secret())
+        key = incoming.take_key(name, self.store.secret())
         task = self._started_with(key)
         if task is None:
-            restore_body(intake.current, intake.captured, intake.body)
+            restore_body(incoming.current, incoming.captured, incoming.body)
             try:
-                intake.permission = permission_of(intake.route, intake.caller)
+                incoming.permission = permission_of(incoming.route, incoming.caller)
             except HTTPException as error:
-                raise body_refusal(intake.current, error) from error
+                raise body_refusal(incoming.current, error) from error
             try:
-                return Started(self._submit(executor, intake), is_replay=False)
+                return Started(self._submit(executor, incoming), is_replay=False)
             except (errors.KeyTaken, errors.QueueFull) as error:
                 # A concurrent request with this key started its task first, perhaps in the
                 # last slot of the queue.
@@ -213,8 +213,8 @@ class Dispatcher:
                     raise errors.QueueFull(
                         "The task of this Idempotency-Key was removed. Try again.", retry_after=1
                     ) from error
-        if intake.body is not None:
-            intake.body.close()
+        if incoming.body is not None:
+            incoming.body.close()
         return Started(task, is_replay=True)
 
     def _started_with(self, key: StartKey) -> AsyncRouteTask | None:
@@ -229,10 +229,10 @@ class Dispatcher:
             )
         return task
 
-    def _submit(self, executor: TaskExecutor, intake: Intake) -> AsyncRouteTask:
+    def _submit(self, executor: TaskExecutor, incoming: StartRequest) -> AsyncRouteTask:
         if self.is_closing:  # check again, because reading the request can take long
             raise _shutting_down()
-        route = intake.route
+        route = incoming.route
         if route.options.start_timeout is not None:
             # Otherwise, maintenance starts with the first run. But a busy Executor of the app may
             # start no task at all.
@@ -240,12 +240,14 @@ class Dispatcher:
         try:
             executor.reserve()
             try:
-                task = self._create(intake)
+                task = self._create(incoming)
             except BaseException:
                 executor.release()
                 raise
         except (errors.QueueFull, errors.TooManyTasks) as refusal:
-            refusal.retry_after = self.pace.until_free(route.endpoint, route.options.max_workers)
+            refusal.retry_after = self.run_times.until_free(
+                route.endpoint, route.options.max_workers
+            )
             raise
         try:
             executor.submit(task.id)
@@ -262,21 +264,21 @@ class Dispatcher:
             ) from error
         return task
 
-    def _create(self, intake: Intake) -> AsyncRouteTask:
-        data = encode(intake.captured)
-        callback = intake.route.options.callback
+    def _create(self, incoming: StartRequest) -> AsyncRouteTask:
+        data = encode(incoming.captured)
+        callback = incoming.route.options.callback
         if callback is not None:
             from ..request.callback import resolve  # needed only by apps with callbacks
 
             hosts = self.config.callback_allowed_hosts
-            intake.delivery = resolve(callback, intake, intake.name, hosts)
-        grants = () if intake.permission is None else intake.grants()
-        quota = None if intake.caller is None else self.config.max_tasks_per_user
+            incoming.delivery = resolve(callback, incoming, incoming.name, hosts)
+        grants = () if incoming.permission is None else incoming.grants()
+        quota = None if incoming.caller is None else self.config.max_tasks_per_user
         for _ in range(ID_TRIES):
-            task = intake.record(self.lifecycle.owner, self.config)
+            task = incoming.record(self.lifecycle.owner, self.config)
             try:
                 self.lifecycle.create(
-                    task, data, intake.body, grants, intake.key, quota, intake.delivery
+                    task, data, incoming.body, grants, incoming.key, quota, incoming.delivery
                 )
             except errors.IdTaken:
                 continue

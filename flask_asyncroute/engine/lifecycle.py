@@ -186,7 +186,7 @@ class Lifecycle:
         """Delete tasks whose retention has expired."""
         while True:
             ended_before = now_us() - int(NOTIFIED_SECONDS * 1_000_000)
-            expired = self._store.outlived(ended_before, PAGE)
+            expired = self._store.past_retention(ended_before, PAGE)
             for task_id in expired:
                 self.purge(task_id)
             if len(expired) < PAGE:
@@ -230,7 +230,7 @@ class Lifecycle:
                 execution.return_events(sent)
                 raise
         if changes is not None:
-            signals.send_fact(
+            signals.send_to_receivers(
                 signals.events_written, self._app, task_id=execution.task_id, changes=changes
             )
 
@@ -255,31 +255,31 @@ class Lifecycle:
         """Send the internal signals of a stored change; send ``signal`` to the app's receivers,
         with ``task`` and ``more`` as arguments.
         """
-        signals.send_fact(signals.task_changed, self._app, task=task)
+        signals.send_to_receivers(signals.task_changed, self._app, task=task)
         if logger.isEnabledFor(logging.INFO):
             with suppress(Exception):  # a log filter or handler of the app can fail
                 _log(signal, task)
         if task.callback_state in PENDING and task.state.is_terminal:
-            signals.send_fact(signals.callback_pending, self._app, task=task)
+            signals.send_to_receivers(signals.callback_pending, self._app, task=task)
         if signal is not None:
             is_end = signal in _FINISHED.values()
-            facts = (signal, signals.task_finished) if is_end else (signal,)
-            self._send(facts, task=task, **more)
+            sent_signals = (signal, signals.task_finished) if is_end else (signal,)
+            self._send(sent_signals, task=task, **more)
 
-    def _send(self, facts: Sequence[NamedSignal], **values: Any) -> None:
+    def _send(self, sent_signals: Sequence[NamedSignal], **values: Any) -> None:
         """Send public signals in an app context, if any of them has receivers."""
-        if not any(signal.receivers for signal in facts):
+        if not any(signal.receivers for signal in sent_signals):
             return
         try:
             with context.in_app(self._app):
-                for signal in facts:
-                    signals.send_fact(signal, self._app, **values)
+                for signal in sent_signals:
+                    signals.send_to_receivers(signal, self._app, **values)
         except Exception:
             # A teardown function of the app raised. The caller must still get the stored change.
             logger.exception(
                 "A teardown function raised an exception after the signal %s. The change of "
                 "the task is stored.",
-                facts[0].name,
+                sent_signals[0].name,
             )
 
     def _held_by(self, execution: Execution) -> Expect:

@@ -33,7 +33,7 @@ MAX_OWN = 10_000  # Maximum number of own change numbers to keep; more changes a
 SHUTDOWN_SEND_SECONDS = 0.5  # How long a client can take to receive a chunk during shutdown.
 
 
-class Follower:
+class Subscriber:
     """A wait or stream that needs the changes of tasks. Its thread repeats three steps: call
     ``clear``, read the store, call ``wait``.
 
@@ -70,7 +70,7 @@ class Follower:
             self._disconnect()
 
 
-class Waiter(Follower):
+class Waiter(Subscriber):
     """A subscriber that keeps the newest task record of its notifications."""
 
     __slots__ = ("task",)
@@ -110,7 +110,7 @@ class Notifier(Loop):
         self._on_change = on_change
         self._is_server_ending = is_server_ending
         self._waiting_lock = threading.Lock()
-        self._waiting: dict[str | None, set[Follower]] = {}
+        self._waiting: dict[str | None, set[Subscriber]] = {}
         self._changed: set[str] = set()  # The tasks whose streams must be woken.
         self._watching = 0  # The number of subscribers and runs.
         self._following = 0  # The number of subscribers.
@@ -178,14 +178,14 @@ class Notifier(Loop):
             self._is_notified_until = now + NOTIFIED_SECONDS
 
     @contextmanager
-    def telling(self, follower: Follower, task_id: str | None = None) -> Iterator[None]:
-        """Within the block, notify ``follower`` of changes of a task (None: of all tasks) and of
+    def subscribed(self, subscriber: Subscriber, task_id: str | None = None) -> Iterator[None]:
+        """Within the block, notify ``subscriber`` of changes of a task (None: of all tasks) and of
         :meth:`end_waits`.
 
         :raises StoreUnavailable: if the store cannot be read.
         """
         with self._waiting_lock:
-            self._waiting.setdefault(task_id, set()).add(follower)
+            self._waiting.setdefault(task_id, set()).add(subscriber)
         try:
             self._begin(is_follower=True)
             try:
@@ -195,7 +195,7 @@ class Notifier(Loop):
         finally:
             with self._waiting_lock:
                 followers = self._waiting[task_id]
-                followers.remove(follower)
+                followers.remove(subscriber)
                 if not followers:
                     del self._waiting[task_id]
 
@@ -211,7 +211,7 @@ class Notifier(Loop):
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         waiter = Waiter()
-        with self.telling(waiter, task_id):
+        with self.subscribed(waiter, task_id):
             waiter.clear()
             task = self._store.get(task_id)
             while task is not None and not is_enough(task) and not self.is_over:
@@ -228,8 +228,8 @@ class Notifier(Loop):
         self._over_at = min(self._over_at, time.monotonic())
         with self._waiting_lock:
             for followers in self._waiting.values():
-                for follower in followers:
-                    follower.set()
+                for subscriber in followers:
+                    subscriber.set()
 
     def close(self) -> None:
         """End the thread, all waits and all streams."""
@@ -274,9 +274,9 @@ class Notifier(Loop):
         if task_id in self._waiting or None in self._waiting:
             must_wake_streams = False
             with self._waiting_lock:
-                for follower in (*self._waiting.get(task_id, ()), *self._waiting.get(None, ())):
-                    if isinstance(follower, Waiter):
-                        follower.set(task)
+                for subscriber in (*self._waiting.get(task_id, ()), *self._waiting.get(None, ())):
+                    if isinstance(subscriber, Waiter):
+                        subscriber.set(task)
                     elif task_id not in self._changed:
                         must_wake_streams = must_wake_streams or not self._changed
                         self._changed.add(task_id)
@@ -293,9 +293,9 @@ class Notifier(Loop):
         self.shared_reads.read_ahead(changed)
         with self._waiting_lock:
             for task_id in (*changed, None):
-                for follower in self._waiting.get(task_id, ()):
-                    if not isinstance(follower, Waiter):
-                        follower.set()
+                for subscriber in self._waiting.get(task_id, ()):
+                    if not isinstance(subscriber, Waiter):
+                        subscriber.set()
 
     def _step(self) -> float:
         try:
@@ -350,7 +350,7 @@ class Notifier(Loop):
         if self._skip_own(newest):
             return
         reads_all = self._following > 0
-        changes = store.news(self._since, None if reads_all else self._worker)
+        changes = store.changes_since(self._since, None if reads_all else self._worker)
         with self._waiting_lock:
             if self._following and not reads_all:
                 # A subscriber has come meanwhile and needs changes that were not read.
@@ -381,5 +381,5 @@ class Notifier(Loop):
         limit = math.inf if now - self._over_at >= SHUTDOWN_SEND_SECONDS else now
         with self._waiting_lock:
             for followers in self._waiting.values():
-                for follower in followers:
-                    follower.disconnect_if_late(limit)
+                for subscriber in followers:
+                    subscriber.disconnect_if_late(limit)

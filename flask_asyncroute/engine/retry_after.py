@@ -11,7 +11,7 @@ LEAST_SECONDS = 1
 MOST_SECONDS = 60  # a client that polls less often notices a stop or failure too late
 
 
-class Pace:
+class RunTimes:
     """Keeps a running mean of task durations per endpoint. Estimates are 1 to 60 seconds; 1 if no
     task of the endpoint has ended.
 

@@ -106,7 +106,7 @@ class SharedReads(Loop):
             self._advance(feed, page, read)
 
     @contextmanager
-    def following(self, feed: Feed) -> Iterator[None]:
+    def reading(self, feed: Feed) -> Iterator[None]:
         """Let :meth:`read_ahead` read ``feed`` while a ``with following(feed)`` block is active."""
         with self._feeds_lock:
             self._feeds[feed] = self._feeds.get(feed, 0) + 1

@@ -57,7 +57,7 @@ class Execution:
         self._cancel: Callable[[], object] | None = None
         self._progress: float | None = None
         self._message: str | None = None
-        self._climb: Climb | None = None
+        self._timed_progress: TimedProgress | None = None
 
     def begin(
         self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False
@@ -85,7 +85,7 @@ class Execution:
                 return False
             self.stop.set()
             self._has_capacity.notify_all()
-            self._climb = None
+            self._timed_progress = None
             cancel = self._cancel
             if cancel is None and self._interrupt_after is not None:
                 seconds = max(min(self._interrupt_after, within) - ago, 0.0)
@@ -120,16 +120,19 @@ class Execution:
         return self._progress or 0.0
 
     def advance(
-        self, value: float | None, message: str | None = None, climb: Climb | None = None
+        self,
+        value: float | None,
+        message: str | None = None,
+        timed_progress: TimedProgress | None = None,
     ) -> None:
         """Set progress, clipped to 0–100 and rounded to two decimals. Ignore NaN and lower values.
 
-        :param climb: raises progress over time; None ends an earlier `Climb`.
+        :param timed_progress: raises progress over time; None ends an earlier `TimedProgress`.
         """
         with self._lock:
-            self._climb = climb
+            self._timed_progress = timed_progress
             self._set(value, message)
-        if self.has_report or climb is not None:
+        if self.has_report or timed_progress is not None:
             self._wake()
 
     def send_event(self, name: str, data: bytes) -> None:
@@ -162,19 +165,19 @@ class Execution:
         with self._lock:
             self._sent = [*sent, *self._sent]
 
-    def climb(self, now: float) -> float | None:
-        """Raise progress to the value of the current `Climb` at ``now``; return when to call this
-        again, or None.
+    def advance_by_time(self, now: float) -> float | None:
+        """Raise progress to the value of the `TimedProgress` at ``now``. Return when to call this
+        again; None: never.
         """
         with self._lock:
-            climb = self._climb
-            if climb is None or self.stop.is_set():
+            timed_progress = self._timed_progress
+            if timed_progress is None or self.stop.is_set():
                 return None
             had_report = self.has_report
-            value, due = climb.step(now)
+            value, due = timed_progress.step(now)
             self._set(value, None)
             if due is None:
-                self._climb = None
+                self._timed_progress = None
             is_new = self.has_report and not had_report
         if is_new:
             self._wake()
@@ -193,17 +196,19 @@ class Execution:
         self.has_report = True
 
     def end(self) -> None:
-        """Record that the view's code has ended; cancel the deadline, interruption and `Climb`."""
+        """Record that the view's code has ended. Cancel its deadline, interruption and
+        `TimedProgress`.
+        """
         with self._lock:
             self.is_over = True
-            self.deadline = self.interrupt_at = self._climb = None
+            self.deadline = self.interrupt_at = self._timed_progress = None
             self.has_report = False
 
     def final_report(self) -> tuple[float | None, str | None]:
-        """End the current `Climb`; return the last progress and message."""
+        """End the current `TimedProgress`; return the last progress and message."""
         with self._lock:
             self.has_report = False
-            self._climb = None
+            self._timed_progress = None
             return self._progress, self._message
 
     def _set(self, value: float | None, message: str | None) -> None:
@@ -221,7 +226,7 @@ class Execution:
 
 
 @dataclass
-class Climb:
+class TimedProgress:
     """Raises progress over time, from ``base`` to ``top`` in ``duration`` seconds."""
 
     base: float

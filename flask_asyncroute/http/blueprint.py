@@ -158,7 +158,7 @@ def result(runner: Runner, current: Request, task_id: str | None) -> Response:
         raise TaskUnfinished(
             f"The task has no result yet: its State is {task.state}.",
             task_id=task.id,
-            retry_after=runner.dispatcher.pace.rest(task, now_us()),
+            retry_after=runner.dispatcher.run_times.rest(task, now_us()),
         )
     if task.state is State.ABORTED:
         detail = f"The task was aborted and has no result: {task.error}."
@@ -180,7 +180,7 @@ def stop(runner: Runner, current: Request, task_id: str | None) -> Response:
     if not may_write(caller, task.user, task.granted, runner.config.admins):
         raise NotPermitted("You may read this task, but not stop it.", task_id=task.id)
     if not is_purge:
-        return task_answer(runner.dispatcher.stop(task), runner.dispatcher.pace, media_type)
+        return task_answer(runner.dispatcher.stop(task), runner.dispatcher.run_times, media_type)
     if not purge(runner.store, runner.lifecycle, task):
         raise unknown(task.id)
     return render(b"", media_type, "", 204)
@@ -246,7 +246,7 @@ def _answer(runner: Runner, current: Request, media_type: str, task: AsyncRouteT
     headers = [("ETag", f'"{etag}"')]
     if _matches_etag(current, etag):
         return render(b"", media_type, "", 304, headers)
-    return task_answer(task, runner.dispatcher.pace, media_type, 200, headers)
+    return task_answer(task, runner.dispatcher.run_times, media_type, 200, headers)
 
 
 def _matches_etag(current: Request, etag: str) -> bool:

@@ -15,7 +15,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.http import parse_list_header, parse_options_header
 
 from ..encoding import CONTENT_TYPES, clean_text, encode_json, encode_xml, encode_yaml
-from ..engine.retry_after import Pace
+from ..engine.retry_after import RunTimes
 from ..errors import CannotStart, NotAcceptable, RequestRefused
 from ..task import AsyncRouteTask, now_us
 
@@ -149,7 +149,7 @@ class _Answer(Response):
 
 def task_answer(
     task: AsyncRouteTask,
-    pace: Pace,
+    run_times: RunTimes,
     media_type: str,
     status: int = 200,
     headers: Sequence[tuple[str, str]] = (),
@@ -157,7 +157,7 @@ def task_answer(
     """Return a response with the task object, and Retry-After if the task has not ended."""
     fields = list(headers)
     if not task.state.is_terminal:
-        fields.append(("Retry-After", str(pace.rest(task, now_us()))))
+        fields.append(("Retry-After", str(run_times.rest(task, now_us()))))
     return render(document_of(task, media_type), media_type, "AsyncRouteTask", status, fields)
 
 

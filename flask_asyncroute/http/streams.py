@@ -14,7 +14,7 @@ from typing import Any
 
 from flask import Request, Response
 
-from ..engine.notifier import Follower
+from ..engine.notifier import Subscriber
 from ..errors import AsyncRouteError
 from ..permissions import Caller, may_list, may_read
 from ..request import context
@@ -148,25 +148,25 @@ class Stream:
 
     def _guarded(self) -> Iterator[bytes]:
         """Yield the events; end if the store fails. Disconnect a client that stops reading."""
-        follower = Follower(hanging_up(self.environ))
+        subscriber = Subscriber(hanging_up(self.environ))
         try:
             notifier, feed = self.runner.notifier, (self.task_id, self.group)
-            with notifier.telling(follower, self.task_id), notifier.shared_reads.following(feed):
+            with notifier.subscribed(subscriber, self.task_id), notifier.shared_reads.reading(feed):
                 try:
-                    for data in self._follow(follower):
+                    for data in self._follow(subscriber):
                         for start in range(0, len(data), PIECE):
-                            follower.must_be_sent_by = time.monotonic() + LATE_SECONDS
+                            subscriber.must_be_sent_by = time.monotonic() + LATE_SECONDS
                             yield data[start : start + PIECE]
-                            follower.must_be_sent_by = None
+                            subscriber.must_be_sent_by = None
                         del data  # free the memory: the next event can come much later
                 except AsyncRouteError as error:
-                    # Catch this inside `telling`, which disconnects a client that stops reading.
-                    follower.must_be_sent_by = time.monotonic() + LATE_SECONDS
+                    # Catch this inside `subscribed`, which disconnects a client that stops reading.
+                    subscriber.must_be_sent_by = time.monotonic() + LATE_SECONDS
                     yield _ended_early(error)
         except AsyncRouteError as error:
             yield _ended_early(error)
 
-    def _follow(self, follower: Follower) -> Iterator[bytes]:
+    def _follow(self, subscriber: Subscriber) -> Iterator[bytes]:
         """Yield past events, then new ones, until the task ends, the stream reaches its maximum age
         or the server shuts down.
         """
@@ -179,7 +179,7 @@ class Stream:
             self.beginning = b""
         since = self.since or 0
         while True:
-            follower.clear()
+            subscriber.clear()
             found = self._read(since)
             is_over = self.task_id is not None and any(event.is_end for event in found.events)
             has_more = len(found.events) == PAGE
@@ -214,7 +214,7 @@ class Stream:
                 yield HEARTBEAT
             if not has_more:
                 due = min(ends_at, identify_at, heartbeat_at)
-                follower.wait(max(due - time.monotonic(), 0.0))
+                subscriber.wait(max(due - time.monotonic(), 0.0))
 
     def _read(self, since: int) -> _Page:
         """Return the events after a change number. Streams share the result.

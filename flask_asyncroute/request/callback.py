@@ -30,7 +30,7 @@ from ..callbacks.validation import (
 )
 from ..encoding.json import is_deep
 from ..errors import CallbackRefused
-from .submission import Intake, url_of
+from .submission import StartRequest, url_of
 
 MAX_BODY = 1024 * 1024  # maximum bytes of a body that expressions can read
 MAX_DEPTH_OF_BODY = 200
@@ -42,7 +42,7 @@ _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
 def resolve(
-    callback: Callback, intake: Intake, name: str, allowed: AllowedHosts
+    callback: Callback, incoming: StartRequest, name: str, allowed: AllowedHosts
 ) -> Delivery | None:
     """Return the callback with its expressions resolved; None if the request has no callback URL.
 
@@ -50,11 +50,11 @@ def resolve(
     :raises CallbackRefused: for an invalid value, a URL host that is not public, an expression that
         reads a body over 1 MiB, or a chain of too many callbacks.
     """
-    source = _Source(intake)
+    source = _Source(incoming)
     url = _term("URL", callback.url, source, embedded=_in_url)
     if url is None:
         return None
-    depth = _depth_of(intake.current)
+    depth = _depth_of(incoming.current)
     try:
         address = parse_url(url)
         if not callback.is_trusted:
@@ -91,10 +91,10 @@ class _Source:
     ``ASYNCROUTE_SNAPSHOT_DROP``.
     """
 
-    def __init__(self, intake: Intake) -> None:
-        self._current = intake.current
-        self._environ = intake.captured.environ
-        self._intake = intake
+    def __init__(self, incoming: StartRequest) -> None:
+        self._current = incoming.current
+        self._environ = incoming.captured.environ
+        self._intake = incoming
 
     def __call__(self, kind: str, name: str) -> Any:
         value = self._value(kind, name)

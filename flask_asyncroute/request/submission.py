@@ -30,7 +30,7 @@ ID_PATTERN = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}\Z")
 
 
 @dataclass
-class Intake:
+class StartRequest:
     """A request that starts a task.
 
     A small body is in ``captured``; a large one is in ``body``, which the store closes.

@@ -91,7 +91,7 @@ class Events:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class Changes:
     change: int  # the ``since`` to pass to the next call
     tasks: Sequence[AsyncRouteTask]  # oldest change first
     sent: Collection[str] = ()  # ids of tasks with new view events
@@ -102,7 +102,7 @@ class Worker:
     """A worker process, as the store lists it."""
 
     name: str  # stored as ``owner`` of its tasks
-    place: str  # the name of its lock file, see `heartbeat`; empty: no file
+    lock_file: str  # the name of its lock file, see `heartbeat`; empty: no file
     number: int  # the byte that it locks in the lock file
     process: str  # from its `process_lock.this_process()`
     endpoints: frozenset[str]  # the endpoints whose tasks it can run
@@ -221,7 +221,7 @@ class TaskStore(ABC):
         """
 
     @abstractmethod
-    def outlived(self, now_us: int, limit: int) -> list[str]:
+    def past_retention(self, now_us: int, limit: int) -> list[str]:
         """Return up to ``limit`` ids of finished tasks whose retention has expired, whose code has
         ended, and whose callback is not pending.
         """
@@ -282,7 +282,7 @@ class SharedTaskStore(TaskStore):
         """
 
     @abstractmethod
-    def news(self, since: int, worker: str | None = None) -> News:
+    def changes_since(self, since: int, worker: str | None = None) -> Changes:
         """Return the changes after the change number ``since``.
 
         :param since: -1 to read only the newest number. If it exceeds the newest number, as after a
@@ -310,11 +310,11 @@ class SharedTaskStore(TaskStore):
 
         Return a listener to close, or None if the store sends no notifications.
 
-        Notifications are lost while the connection is down, so poll :meth:`news` as well.
+        Notifications are lost while the connection is down, so poll :meth:`changes_since` as well.
         """
         return None
 
-    def tend(self) -> None:  # noqa: B027 - optional
+    def maintain(self) -> None:  # noqa: B027 - optional
         """Maintain the storage. Called about once a second, never on a thread that serves a
         request.
         """

@@ -229,10 +229,10 @@ class MemoryTaskStore(TaskStore):
             found = (task for task in found if is_after(task, sort, position))
         return [_without_large_result(task) for task in islice(found, limit)]
 
-    def outlived(self, now_us: int, limit: int) -> list[str]:
+    def past_retention(self, now_us: int, limit: int) -> list[str]:
         with self._lock:
             tasks = [entry.task for entry in self._tasks.values()]
-        outlived = (
+        found = (
             task.id
             for task in tasks
             if task.completed_us is not None
@@ -240,7 +240,7 @@ class MemoryTaskStore(TaskStore):
             and not task.stopping
             and task.callback_state not in PENDING
         )
-        return list(islice(outlived, limit))
+        return list(islice(found, limit))
 
     def not_started_in_time(self, now_us: int, owner: str, limit: int) -> list[AsyncRouteTask]:
         with self._lock:
@@ -391,7 +391,7 @@ class MemoryOutbox(Outbox):
                     claimed.append(Due(task, callback.delivery, callback.attempts))
             return claimed
 
-    def settle(
+    def record_attempt(
         self, task_id: str, holder: str, state: str, due_us: int | None
     ) -> AsyncRouteTask | None:
         with self._store._lock:

@@ -57,7 +57,7 @@ class Outbox(ABC):
         """
 
     @abstractmethod
-    def settle(
+    def record_attempt(
         self, task_id: str, holder: str, state: str, due_us: int | None
     ) -> AsyncRouteTask | None:
         """Record and count a sending attempt, and release the callback; return the new task record.

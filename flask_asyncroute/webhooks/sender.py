@@ -146,7 +146,7 @@ class Sender:
         state, due_us = _next(due.attempts + 1, outcome, self._config.callback_attempts)
 
         def record() -> None:
-            task = self._outbox.settle(task_id, self._lifecycle.owner, state, due_us)
+            task = self._outbox.record_attempt(task_id, self._lifecycle.owner, state, due_us)
             if task is not None:
                 self._report(task, outcome)
 

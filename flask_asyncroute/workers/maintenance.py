@@ -175,7 +175,7 @@ class Timekeeper(Loop):
                 self._dispatcher.expire(execution)
                 return now
             due = min(due, deadline)
-        step = execution.climb(now)
+        step = execution.advance_by_time(now)
         return due if step is None else min(due, step)
 
 

@@ -112,7 +112,7 @@ class Recovery:
     def _is_alive(self, worker: Worker, now: float) -> bool | None:
         """Return whether another worker is alive; None if it is too early to decide."""
         lock_file = self.heartbeat.lock_file
-        if lock_file is not None and worker.place == lock_file.name:
+        if lock_file is not None and worker.lock_file == lock_file.name:
             if lock_file.is_held(worker.number):
                 self._free.pop(worker.name, None)
                 return True

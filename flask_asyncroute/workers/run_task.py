@@ -122,7 +122,7 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
                 interruption.leave(execution)
                 execution.end()
             completed_us = now_us()
-            dispatcher.pace.note(task, completed_us)
+            dispatcher.run_times.note(task, completed_us)
             if execution.is_expired:
                 outcome = Outcome(State.ABORTED, {"error": TIMED_OUT})
             values = {"completed_us": completed_us, **outcome.values}

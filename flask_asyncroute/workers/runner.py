@@ -39,7 +39,7 @@ from .recovery import Recovery
 logger = logging.getLogger("flask_asyncroute")
 
 LOOK_SECONDS = 0.5
-TEND_SECONDS = 1.0
+MAINTAIN_SECONDS = 1.0
 SEND_SECONDS = 0.5
 TAKEOVER_AFTER_US = 1_000_000  # Any process may run a task that has waited this long.
 
@@ -84,7 +84,7 @@ class Runner:
         jobs = [
             Job(interval, self.lifecycle.delete_expired),
             Job(SEND_SECONDS, self.sender.look),
-            Job(TEND_SECONDS, self.lifecycle.abort_expired),
+            Job(MAINTAIN_SECONDS, self.lifecycle.abort_expired),
         ]
         if isinstance(self.store, SharedTaskStore):
             self.heartbeat = Heartbeat(
@@ -94,7 +94,7 @@ class Runner:
             jobs += [
                 Job(LOOK_SECONDS, recovery.recover_tasks),
                 Job(LOOK_SECONDS, partial(self._take_over, self.store)),
-                Job(TEND_SECONDS, self.store.tend),
+                Job(MAINTAIN_SECONDS, self.store.maintain),
                 Job(interval, recovery.abort_unroutable),
             ]
         self.maintenance = Maintenance(app, self.lifecycle, self.dispatcher, jobs)

@@ -72,7 +72,7 @@ def test_a_delivered_callback_is_completed(store: TaskStore, add: Callable[..., 
     end(store)
     store.outbox.claim("me", NOW, 9)
     before = store.get("task")
-    task = store.outbox.settle("task", "me", "Completed", None)
+    task = store.outbox.record_attempt("task", "me", "Completed", None)
     assert task is not None and before is not None and task == store.get("task")
     assert info(store) == ("Completed", 1)
     assert (task.revision, task.change) == (before.revision + 1, store.newest())
@@ -85,7 +85,7 @@ def test_a_failed_attempt_is_due_again_later(store: TaskStore, add: Callable[...
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
-    store.outbox.settle("task", "me", "Running", NOW + 5)
+    store.outbox.record_attempt("task", "me", "Running", NOW + 5)
     assert info(store) == ("Running", 1)
     assert store.outbox.next_due(NOW) == NOW + 5 and store.outbox.claim("me", NOW, 9) == []
     [due] = store.outbox.claim("you", NOW + 5, 9)
@@ -99,7 +99,7 @@ def test_a_clock_set_back_does_not_delay_callbacks_for_long(
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
-    store.outbox.settle("task", "me", "Running", NOW)
+    store.outbox.record_attempt("task", "me", "Running", NOW)
     assert store.outbox.next_due(NOW - 2 * LONGEST_US) == AT_ONCE
     assert len(store.outbox.claim("me", NOW - 2 * LONGEST_US, 9)) == 1
 
@@ -116,7 +116,7 @@ def test_at_most_two_callbacks_to_one_host_are_claimed(
     assert sorted(due.delivery.host for due in taken) == ["other", *["victim"] * PER_HOST]
     assert store.outbox.claim("you", NOW, 9) == []
     first = next(due.task.id for due in taken if due.delivery.host == "victim")
-    store.outbox.settle(first, "me", "Completed", None)
+    store.outbox.record_attempt(first, "me", "Completed", None)
     assert len(store.outbox.claim("you", NOW, 9)) == 1
 
 
@@ -146,7 +146,7 @@ def test_only_the_holder_records_an_outcome(store: TaskStore, add: Callable[...,
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
-    assert store.outbox.settle("task", "you", "Failed", None) is None
+    assert store.outbox.record_attempt("task", "you", "Failed", None) is None
     assert info(store) == ("Running", 0)
 
 
@@ -162,7 +162,9 @@ def test_released_callbacks_can_be_claimed_by_others(
     assert store.outbox.claim("you", NOW, 9) == []
     store.outbox.release("me", keep={"two"})
     assert [due.task.id for due in store.outbox.claim("you", NOW, 9)] == ["one"]
-    assert store.outbox.settle("one", "me", "Failed", None) is None, "another worker holds it now"
+    assert store.outbox.record_attempt("one", "me", "Failed", None) is None, (
+        "another worker holds it now"
+    )
 
 
 @SHARED
@@ -186,7 +188,7 @@ def test_headers_are_deleted_after_the_last_attempt(
     add()
     end(store)
     store.outbox.claim("me", NOW, 9)
-    store.outbox.settle("task", "me", state, None)
+    store.outbox.record_attempt("task", "me", state, None)
     task = store.outbox.redeliver("task", {"X-B": "b"})
     assert task is not None and info(store) == ("NotStarted", 0)
     [due] = store.outbox.claim("me", NOW, 9)
@@ -204,7 +206,7 @@ def test_redelivery_of_a_pending_callback_keeps_its_headers(
     end(store)
     store.outbox.claim("me", NOW, 9)
     assert store.outbox.redeliver("task", {}) == store.get("task"), "an attempt is in progress"
-    store.outbox.settle("task", "me", "Running", NOW + 100)
+    store.outbox.record_attempt("task", "me", "Running", NOW + 100)
     store.outbox.redeliver("task", {})
     [due] = store.outbox.claim("me", NOW, 9)
     assert (due.delivery.headers, due.attempts) == ({"X-A": "secret"}, 0)
@@ -221,18 +223,18 @@ def test_redeliver_returns_none_without_a_callback_or_before_the_end(
     assert store.outbox.redeliver("unknown", {}) is None
 
 
-def test_a_task_with_a_pending_callback_is_not_outlived(
+def test_a_task_with_a_pending_callback_is_not_past_its_retention(
     store: TaskStore, add: Callable[..., None]
 ) -> None:
     add()
     end(store)
-    assert store.outlived(NOW + 10, 9) == []
+    assert store.past_retention(NOW + 10, 9) == []
     store.outbox.claim("me", NOW, 9)
-    store.outbox.settle("task", "me", "Running", NOW + 5)
-    assert store.outlived(NOW + 10, 9) == []
+    store.outbox.record_attempt("task", "me", "Running", NOW + 5)
+    assert store.past_retention(NOW + 10, 9) == []
     store.outbox.claim("me", NOW + 5, 9)
-    store.outbox.settle("task", "me", "Failed", None)
-    assert store.outlived(NOW + 10, 9) == ["task"]
+    store.outbox.record_attempt("task", "me", "Failed", None)
+    assert store.past_retention(NOW + 10, 9) == ["task"]
 
 
 def test_a_callback_is_deleted_with_its_task(store: TaskStore, add: Callable[..., None]) -> None:
@@ -249,7 +251,7 @@ def test_the_outcome_of_a_callback_does_not_change_its_task(
     end(store)
     before = store.get("task")
     store.outbox.claim("me", NOW, 9)
-    store.outbox.settle("task", "me", "Failed", None)
+    store.outbox.record_attempt("task", "me", "Failed", None)
     after = store.get("task")
     assert before is not None and after is not None
     assert (after.state, after.error, after.completed_us) == (

@@ -95,7 +95,7 @@ def test_a_callback_is_due_at_the_end_of_its_task_at_any_clock(
     assert due.task.revision == task.revision + 1
     assert due.task.change == change + 1
     if isinstance(store, SharedTaskStore):
-        assert [found.id for found in store.news(change).tasks] == ["a"], (
+        assert [found.id for found in store.changes_since(change).tasks] == ["a"], (
             "the claim is reported as a change"
         )
     assert (
@@ -122,14 +122,14 @@ def test_only_the_holder_records_the_outcome_and_releases(
     put("a", delivery())
     outbox.claim("me", T0, 8)
     before = store.get("a")
-    assert outbox.settle("a", "they", "Completed", None) is None
-    assert outbox.settle("nothing", "me", "Completed", None) is None
+    assert outbox.record_attempt("a", "they", "Completed", None) is None
+    assert outbox.record_attempt("nothing", "me", "Completed", None) is None
     assert store.get("a") == before
     outbox.release("they")
     assert outbox.next_due(T0) is None
     outbox.release("me")
     assert outbox.next_due(T0) == AT_ONCE
-    assert outbox.settle("a", "me", "Completed", None) is None, (
+    assert outbox.record_attempt("a", "me", "Completed", None) is None, (
         "it was released as if its holder were dead"
     )
     (due,) = outbox.claim("they", T0, 8)
@@ -156,7 +156,7 @@ def test_at_most_two_callbacks_to_one_host_are_claimed(
     assert len(first) == 3 and "other" in first, "many callbacks to one host do not delay others"
     victims = [name for name in first if name != "other"]
     assert outbox.claim("me", T0, 8) == []
-    assert outbox.settle(victims[0], "me", "Completed", None) is not None
+    assert outbox.record_attempt(victims[0], "me", "Completed", None) is not None
     assert len(outbox.claim("they", T0, 8)) == 1
     assert outbox.claim("me", T0, 8) == []
 
@@ -167,7 +167,7 @@ def test_claims_are_limited_and_ordered_by_due_time(
     for number in range(5):
         put(f"t{number}", delivery(number))
     for due in outbox.claim("me", T0, 8):
-        outbox.settle(
+        outbox.record_attempt(
             due.task.id, "me", "Running", T0 + int(due.task.id[1:]) % 3 * 10 + int(due.task.id[1:])
         )
     assert ids(outbox.claim("me", T0 + 100, 2)) == ["t0", "t3"]
@@ -205,8 +205,8 @@ def test_a_callback_is_deleted_with_its_task(
         assert store.delete(name, Expect((State.COMPLETED,)))
     assert outbox.next_due(T0) is None and outbox.claim("me", T0, 8) == []
     assert (
-        outbox.settle("a", "me", "Completed", None) is None
-        and outbox.settle("b", "me", "Completed", None) is None
+        outbox.record_attempt("a", "me", "Completed", None) is None
+        and outbox.record_attempt("b", "me", "Completed", None) is None
     )
     put("a", delivery())
     assert ids(outbox.claim("me", T0, 8)) == ["a"]
@@ -244,11 +244,11 @@ def test_redeliver(
     (due,) = outbox.claim("me", T0, 8)
     assert due.delivery.headers == {"X-Secret": "é"}, "a pending callback keeps its headers"
     assert outbox.redeliver("a", {}) == due.task, "an attempt is in progress"
-    outbox.settle("a", "me", "Running", T0 + SECOND)
+    outbox.record_attempt("a", "me", "Running", T0 + SECOND)
     assert outbox.redeliver("a", {}) is not None
     (due,) = outbox.claim("me", T0, 8)
     assert (due.attempts, due.task.callback_state) == (0, "Running")
-    outbox.settle("a", "me", "Failed", None)
+    outbox.record_attempt("a", "me", "Failed", None)
     task = outbox.redeliver("a", {"X": "again"})
     assert task == store.get("a") and task is not None
     assert (task.callback_state, task.callback_attempts, task.state) == (
@@ -280,4 +280,4 @@ def test_each_namespace_has_its_own_outbox(
     other.outbox.release("me")
     assert other.outbox.redeliver("a", {}) is None
     assert ids(one.outbox.claim("me", T0, 8)) == ["a"]
-    assert other.outbox.settle("a", "me", "Completed", None) is None
+    assert other.outbox.record_attempt("a", "me", "Completed", None) is None

@@ -250,7 +250,9 @@ def test_a_write_does_not_wait_for_the_commit_of_another_write(
 
 
 READS: dict[str, Callable[[SharedTaskStore, int], list[int]]] = {
-    "news": lambda store, since: [task.change for task in store.news(since).tasks],
+    "changes_since": lambda store, since: [
+        task.change for task in store.changes_since(since).tasks
+    ],
     "events": lambda store, since: [event.change for event in store.events(since, 9).events],
     "events of a task": lambda store, since: [
         event.change for event in store.events(since, 9, "high").events
@@ -289,7 +291,7 @@ def test_news_waits_for_every_kind_of_write(
     since = prepared.newest()
     with open_transaction() as write:
         assert WRITES[name](write.store)
-        read = Thread(lambda: prepared.news(since))
+        read = Thread(lambda: prepared.changes_since(since))
         eventually_true(lambda: waits_for_lock(postgresql_url) or not read.is_alive())
         assert read.is_alive(), "the read waits for the open transaction"
         write.commit()
@@ -317,7 +319,7 @@ def test_the_newest_number_is_returned_when_all_writes_up_to_it_have_ended(
     high = later.result()
     assert high is not None and high.change > low.change
     found = []
-    while (news := other.news(since)).tasks:
+    while (news := other.changes_since(since)).tasks:
         found += [task.id for task in news.tasks]
         since = news.change
     assert found == ["low", "high"]
@@ -332,7 +334,7 @@ def test_an_open_write_of_another_namespace_delays_no_read(
     add(other, "theirs")
     with open_transaction() as write:
         task = write.update("open")
-        news = Thread(lambda: other.news(0)).result(5)
+        news = Thread(lambda: other.changes_since(0)).result(5)
         assert news.change >= task.change
         assert [task.id for task in news.tasks] == ["theirs"]
 
@@ -423,8 +425,8 @@ class _Cursor:
 
 CALLBACK_WRITES: dict[str, Callable[[SharedTaskStore], Any]] = {
     "claim": lambda store: store.outbox.claim("sender", T0, 1),
-    "retry": lambda store: store.outbox.settle("task", "sender", "NotStarted", T0),
-    "finish": lambda store: store.outbox.settle("task", "sender", "Completed", None),
+    "retry": lambda store: store.outbox.record_attempt("task", "sender", "NotStarted", T0),
+    "finish": lambda store: store.outbox.record_attempt("task", "sender", "Completed", None),
     "redeliver": lambda store: store.outbox.redeliver("task", {}),
 }
 
@@ -546,7 +548,7 @@ class Writer:
         for due in claimed:
             state = self._random.choice(["Completed", "NotStarted"])
             due_us = T0 if state == "NotStarted" else None
-            self._store.outbox.settle(due.task.id, self._name, state, due_us)
+            self._store.outbox.record_attempt(due.task.id, self._name, state, due_us)
         return bool(claimed)
 
     def redeliver(self) -> bool:
@@ -577,7 +579,7 @@ class Reader:
     def read_news(self) -> None:
         since = 0
         while self.end is None or since < self.end:
-            news = self._store.news(since)
+            news = self._store.changes_since(since)
             changes = [task.change for task in news.tasks]
             assert changes == sorted(set(changes)) and news.change >= since
             assert all(since < change <= news.change for change in changes)
@@ -684,10 +686,10 @@ def test_the_first_change_of_a_database_is_read(new_database: str) -> None:
     """The sequence has no last number before its first use."""
     with open_store(new_database) as store:
         newest = store.newest()
-        assert (newest, store.last_assigned(), store.news(-1).change) == (0, 0, 0)
+        assert (newest, store.last_assigned(), store.changes_since(-1).change) == (0, 0, 0)
         add(store, "first")
         assert (store.newest(), store.last_assigned()) == (1, 1)
-        assert [task.id for task in store.news(newest).tasks] == ["first"]
+        assert [task.id for task in store.changes_since(newest).tasks] == ["first"]
         assert [event.task.id for event in store.events(newest, 9).events] == ["first"]
 
 
@@ -701,11 +703,11 @@ def test_all_tasks_are_read_after_the_database_was_restored(new_database: str) -
         with engine_of(new_database).begin() as connection:
             connection.execute(text(f"DELETE FROM asyncroute_tasks WHERE change > {copied}"))
             connection.execute(text(f"SELECT setval('asyncroute_namespaces_change_seq', {copied})"))
-        news = store.news(since)
+        news = store.changes_since(since)
         assert [task.id for task in news.tasks] == ["one", "two"]
         assert news.change == store.newest() == store.last_assigned() == copied
         add(store, "new")
-        assert [task.id for task in store.news(news.change).tasks] == ["new"]
+        assert [task.id for task in store.changes_since(news.change).tasks] == ["new"]
 
 
 def test_a_transaction_of_a_frozen_process_ends(

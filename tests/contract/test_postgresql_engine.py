@@ -81,7 +81,7 @@ def test_all_calls_leave_the_connection_as_it_was(
         lambda: store.update("plain", RUNNING, END),
         lambda: store.update("shared", RUNNING, END),
         lambda: store.query((), NEWEST_FIRST, 9, None, None),
-        lambda: store.news(0),
+        lambda: store.changes_since(0),
         lambda: store.events(0, 9),
         lambda: store.keep_notifying(1),
         lambda: store.write_value("key", b"1", None),
@@ -106,7 +106,7 @@ def test_a_taken_id_leaves_the_connection_as_it_was(
     with pytest.raises(IdTaken):
         store.add(make_task("task", **fields), b"{}", None, grants)
     assert state(engine) == before
-    assert not store.news(newest).tasks, "the failed statement reports no change"
+    assert not store.changes_since(newest).tasks, "the failed statement reports no change"
 
 
 @pytest.mark.parametrize("method", ["fetch_one", "fetch_all", "write_one"])

@@ -258,9 +258,9 @@ def test_news_lists_tasks_with_new_view_events(
     store.claim("task", "me", 1)
     since = store.newest()
     store.add_events("task", RUNNING, sent("a", "b"))
-    news = store.news(since)
+    news = store.changes_since(since)
     assert (list(news.sent), list(news.tasks), news.change) == (["task"], [], since + 2)
-    assert list(store.news(news.change).sent) == []
+    assert list(store.changes_since(news.change).sent) == []
 
 
 @SHARED
@@ -291,11 +291,11 @@ def test_events_written_while_news_are_read_are_reported(
             return fetch_all(*statement)
 
         monkeypatch.setattr(store._database, "fetch_all", between)
-        news = store.news(since)
+        news = store.changes_since(since)
         monkeypatch.undo()
         if calls <= write_before:
             break
-        notified = [*news.sent, *store.news(news.change).sent]
+        notified = [*news.sent, *store.changes_since(news.change).sent]
         assert "task" in notified
     assert write_before == 2, "there were two statements"
 

@@ -1,4 +1,4 @@
-"""What background threads read from every store: waiting tasks, outlived tasks and changes."""
+"""What background threads read from every store: waiting tasks, tasks past their retention and changes."""
 
 from __future__ import annotations
 
@@ -73,26 +73,28 @@ def test_retention_counts_from_the_end(store: TaskStore, make_task: NewTask, sta
     store.add(make_task(retention_us=SECOND), b"", None, ())
     store.claim("task", "me", T0 + 100 * SECOND)
     finish(store, "task", state, T0 + 200 * SECOND)
-    assert store.outlived(T0 + 201 * SECOND, ALL) == []
-    assert store.outlived(T0 + 201 * SECOND + 1, ALL) == ["task"]
+    assert store.past_retention(T0 + 201 * SECOND, ALL) == []
+    assert store.past_retention(T0 + 201 * SECOND + 1, ALL) == ["task"]
 
 
 @pytest.mark.covers("F34")
-def test_an_unfinished_task_is_never_outlived(store: TaskStore, make_task: NewTask) -> None:
+def test_an_unfinished_task_is_never_past_its_retention(
+    store: TaskStore, make_task: NewTask
+) -> None:
     for name in ("waits", "runs"):
         store.add(make_task(name, retention_us=0), b"", None, ())
     store.claim("runs", "me", T0)
     store.update("runs", Expect((State.RUNNING,)), {"progress": 1.0})
-    assert store.outlived(ALL * ALL, ALL) == []
+    assert store.past_retention(ALL * ALL, ALL) == []
 
 
-def test_outlived_omits_tasks_that_are_stopping(store: TaskStore, make_task: NewTask) -> None:
+def test_past_retention_omits_tasks_that_are_stopping(store: TaskStore, make_task: NewTask) -> None:
     store.add(make_task(retention_us=0), b"", None, ())
     store.claim("task", "me", T0)
     finish(store, "task", State.ABORTED, T0, stopping=True)
-    assert store.outlived(ALL * ALL, ALL) == []
+    assert store.past_retention(ALL * ALL, ALL) == []
     store.update("task", Expect((State.ABORTED,)), {"stopping": False})
-    assert store.outlived(ALL * ALL, ALL) == ["task"]
+    assert store.past_retention(ALL * ALL, ALL) == ["task"]
 
 
 def test_retention_counts_from_the_corrected_end_time(store: TaskStore, make_task: NewTask) -> None:
@@ -100,8 +102,8 @@ def test_retention_counts_from_the_corrected_end_time(store: TaskStore, make_tas
     store.add(make_task(retention_us=SECOND), b"", None, ())
     store.claim("task", "me", T0 + 100 * SECOND)
     finish(store, "task", State.COMPLETED, T0)
-    assert store.outlived(T0 + 101 * SECOND, ALL) == []
-    assert store.outlived(T0 + 101 * SECOND + 1, ALL) == ["task"]
+    assert store.past_retention(T0 + 101 * SECOND, ALL) == []
+    assert store.past_retention(T0 + 101 * SECOND + 1, ALL) == ["task"]
 
 
 def late(store: TaskStore, now_us: int, limit: int = ALL, owner: str = "me") -> list[str]:
@@ -177,12 +179,12 @@ def test_late_tasks_of_other_namespaces_are_not_returned(
     assert late(two, T0) == []
 
 
-def test_outlived_is_paged(store: TaskStore, make_task: NewTask) -> None:
+def test_past_retention_is_paged(store: TaskStore, make_task: NewTask) -> None:
     for number in range(5):
         store.add(make_task(f"t{number}", retention_us=0), b"", None, ())
         finish(store, f"t{number}", State.ABORTED, T0 + number)
     found = []
-    while page := store.outlived(ALL * ALL, 2):
+    while page := store.past_retention(ALL * ALL, 2):
         found += page
         assert len(page) <= 2
         for task_id in page:
@@ -197,25 +199,25 @@ def test_news_returns_everything_if_the_change_number_went_back(
     """As after the restore of a database, or a failover to an outdated replica."""
     store.add(make_task("one"), b"", None, ())
     newest = store.newest()
-    news = store.news(newest + 50)
+    news = store.changes_since(newest + 50)
     assert ([task.id for task in news.tasks], news.change) == (["one"], newest)
-    assert list(store.news(news.change).tasks) == []
+    assert list(store.changes_since(news.change).tasks) == []
 
 
 @SHARED
 def test_news_returns_later_changes(store: SharedTaskStore, make_task: NewTask) -> None:
     store.add(make_task("before"), b"", None, ())
     since = store.newest()
-    assert list(store.news(since).tasks) == []
-    assert store.news(since).change == since
+    assert list(store.changes_since(since).tasks) == []
+    assert store.changes_since(since).change == since
     store.add(make_task("one"), b"", None, ())
     store.add(make_task("two"), b"", None, ())
     store.claim("one", "me", T0)
-    news = store.news(since)
+    news = store.changes_since(since)
     assert [task.id for task in news.tasks] == ["two", "one"], "oldest change first, each task once"
     assert news.tasks[-1] == store.get("one")
     assert news.change == since + 3 == news.tasks[-1].change
-    later = store.news(news.change)
+    later = store.changes_since(news.change)
     assert (later.change, list(later.tasks)) == (news.change, [])
 
 
@@ -225,7 +227,7 @@ def test_a_first_news_returns_only_the_change_number(
 ) -> None:
     """As when polling begins. Earlier changes are not reported, however many there are."""
     store.add(make_task(), b"", None, ())
-    news = store.news(-1)
+    news = store.changes_since(-1)
     assert (news.change, list(news.tasks)) == (store.newest(), [])
 
 
@@ -240,7 +242,7 @@ def test_news_can_be_repeated_with_an_older_number(
     for name in ("one", "two"):
         store.add(make_task(name), b"", None, ())
     for since in (0, 1, 2, 1, 0):
-        news = store.news(before + since)
+        news = store.changes_since(before + since)
         assert news.change == before + 2, since
         assert [task.id for task in news.tasks] == ["one", "two"][since:], since
 
@@ -253,7 +255,7 @@ def test_a_deleted_task_increases_the_change_number_only(
     store.add(make_task("goes"), b"", None, ())
     since = store.newest()
     store.delete("goes", Expect(tuple(State)))
-    news = store.news(since)
+    news = store.changes_since(since)
     assert (news.change, list(news.tasks)) == (since + 1, [])
 
 
@@ -266,7 +268,7 @@ def test_changes_of_many_tasks_are_complete(store: SharedTaskStore, make_task: N
         store.add(make_task(f"t{number}"), b"", None, ())
     found: list[str] = []
     for _ in range(count):
-        news = store.news(since)
+        news = store.changes_since(since)
         assert all(task.change > since for task in news.tasks)
         if not news.tasks:
             break
@@ -277,9 +279,9 @@ def test_changes_of_many_tasks_are_complete(store: SharedTaskStore, make_task: N
 
 @SHARED
 def test_tend_can_be_called_at_any_time(store: SharedTaskStore, make_task: NewTask) -> None:
-    store.tend()
+    store.maintain()
     store.add(make_task(), b"", None, ())
-    store.tend()
+    store.maintain()
     assert store.get("task") is not None
 
 

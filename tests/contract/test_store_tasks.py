@@ -446,7 +446,7 @@ def test_each_write_increases_the_change_number(store: TaskStore, make_task: New
     with pytest.raises(IdTaken):
         store.add(make_task(), b"", None, ())
     if isinstance(store, SharedTaskStore):
-        assert not store.news(start + 4).tasks
+        assert not store.changes_since(start + 4).tasks
     before = store.newest()
     assert before >= start + 4
     assert store.delete("task", FINISHED) == "work"

@@ -140,7 +140,7 @@ def test_another_store_object_sees_every_write(
     assert one.update("task", Expect((State.RUNNING,), owner="two"), {"progress": 5.0}) == two.get(
         "task"
     )
-    assert [task.progress for task in two.news(since).tasks] == [5.0]
+    assert [task.progress for task in two.changes_since(since).tasks] == [5.0]
     assert one.write_value("k", b"1", 0)
     assert two.write_value("k", b"2", 0) is False
     assert held(two, "k") == b"1"
@@ -157,11 +157,11 @@ def test_news_includes_changes_of_another_store_object(
     since = two.newest()
     for number in range(5):
         one.add(make_task(f"t{number}"), b"", None, ())
-        news = two.news(since)
+        news = two.changes_since(since)
         assert [task.id for task in news.tasks] == [f"t{number}"]
         assert news.change > since
         since = news.change
-        assert list(two.news(since).tasks) == []
+        assert list(two.changes_since(since).tasks) == []
 
 
 @pytest.mark.parametrize("other_name", ["other", "TEST", "test ", "tést", "te\u0301st"])
@@ -171,7 +171,7 @@ def test_namespaces_of_one_file_are_isolated(
     one, two = make_sqlite_store("test"), make_sqlite_store(other_name)
     one.open()
     two.open()
-    before = two.news(-1)
+    before = two.changes_since(-1)
     one.add(make_task(user="anna", retention_us=0), b"one", None, [("groups", "g")])
     one.write_value("k", b"1", None)
     anybody = Readers("anna", (("groups", "g"),), True)
@@ -181,7 +181,7 @@ def test_namespaces_of_one_file_are_isolated(
             two.get("task"), two.claim("task", "me", T0), two.update("task", Expect(tuple(State)), {"error": "x"}),
             two.delete("task", Expect(tuple(State))), two.query((), NEWEST_FIRST, 9, None, None),
             two.query((), NEWEST_FIRST, 9, None, anybody), two.waiting({"work": 9}, 2 * T0),
-            two.outlived(2 * T0, 9), two.body("task").size, list(two.news(before.change).tasks), two.newest(),
+            two.past_retention(2 * T0, 9), two.body("task").size, list(two.changes_since(before.change).tasks), two.newest(),
             two.read_value("k"), list(two.value_keys()), two.write_value("k", None, None),
         ]  # fmt: skip
 

@@ -93,7 +93,7 @@ def test_news_for_a_worker_contains(pair: Pair, name: str) -> None:
     mine, yours = pair
     since = mine.newest()
     assert change(yours)
-    news = mine.news(since, "me")
+    news = mine.changes_since(since, "me")
     assert list(news.tasks) == [mine.get(task_id)]
     assert (news.change, list(news.sent)) == (mine.newest(), [])
 
@@ -103,10 +103,10 @@ def test_news_for_a_worker_omits(pair: Pair, name: str) -> None:
     mine, yours = pair
     since = mine.newest()
     assert NOT_NEEDED[name](yours)
-    news = mine.news(since, "me")
+    news = mine.changes_since(since, "me")
     assert (list(news.tasks), list(news.sent)) == ([], [])
     assert news.change == mine.newest() > since, "omitted changes are not read again"
-    all_news = mine.news(since)
+    all_news = mine.changes_since(since)
     assert all_news.tasks or all_news.sent, "without the worker, the change is included"
 
 
@@ -114,8 +114,8 @@ def test_news_for_a_worker_omits_new_tasks(pair: Pair, make_task: NewTask) -> No
     mine, yours = pair
     since = mine.newest()
     yours.add(make_task("new"), b"", None, ())
-    assert list(mine.news(since, "me").tasks) == []
-    assert [task.id for task in mine.news(since).tasks] == ["new"]
+    assert list(mine.changes_since(since, "me").tasks) == []
+    assert [task.id for task in mine.changes_since(since).tasks] == ["new"]
 
 
 def test_news_for_a_worker_contains_only_later_changes_in_order(
@@ -125,11 +125,11 @@ def test_news_for_a_worker_contains_only_later_changes_in_order(
     NEEDED["a run of another worker that completed"][1](yours)
     yours.add(make_task("between"), b"", None, ())
     NEEDED["a stop of its run"][1](yours)
-    news = mine.news(0, "me")
+    news = mine.changes_since(0, "me")
     assert [task.id for task in news.tasks] == ["of-you", "of-me"]
-    assert list(mine.news(news.change, "me").tasks) == []
+    assert list(mine.changes_since(news.change, "me").tasks) == []
     first = news.tasks[0].change
-    assert [task.id for task in mine.news(first, "me").tasks] == ["of-me"]
+    assert [task.id for task in mine.changes_since(first, "me").tasks] == ["of-me"]
 
 
 def test_news_for_a_worker_are_paged(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_news_for_a_worker_are_paged(pair: Pair, monkeypatch: pytest.MonkeyPatch
     NEEDED["a run of another worker that completed"][1](yours)
     NEEDED["a stop of its run"][1](yours)
     found: list[str] = []
-    while (news := mine.news(since, "me")).tasks:
+    while (news := mine.changes_since(since, "me")).tasks:
         found += [task.id for task in news.tasks]
         assert news.change > since
         since = news.change
@@ -150,6 +150,6 @@ def test_news_for_a_worker_contains_everything_needed_after_a_restore(pair: Pair
     """The newest change number is lower than one that this process has already read."""
     mine, yours = pair
     NEEDED["a stop of its run"][1](yours)
-    news = mine.news(mine.newest() + 50, "me")
+    news = mine.changes_since(mine.newest() + 50, "me")
     assert [task.id for task in news.tasks] == ["of-me"]
     assert news.change == mine.newest()

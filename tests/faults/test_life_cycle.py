@@ -277,7 +277,7 @@ class LifeCycle(RuleBasedStateMachine):
     def read_changes(self) -> None:
         if not isinstance(self.store, SharedTaskStore):
             return
-        found = self.store.news(self.seen)
+        found = self.store.changes_since(self.seen)
         assert found.change >= self.seen
         assert [task.id for task in found.tasks] == self.changed, (
             "each changed task once, in the order of its last change"

@@ -18,7 +18,7 @@ from flask_asyncroute.errors import CommitUnknown, StoreUnavailable
 from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.webhooks import sender
 
-WRITES = ("claim", "settle", "release")
+WRITES = ("claim", "record_attempt", "release")
 
 
 class FaultyOutbox:

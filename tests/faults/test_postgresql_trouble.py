@@ -329,10 +329,10 @@ def test_a_connection_that_breaks_in_a_read(store: TaskStore, proxy: Proxy, how:
     reads: list[Callable[[], Any]] = [
         lambda: store.get("waiting"),
         lambda: store.query((), NEWEST_FIRST, 9, None, None),
-        lambda: store.news(0),
+        lambda: store.changes_since(0),
         lambda: store.body("waiting").close(),
         lambda: store.waiting({"work": 9}, 2 * T0),
-        lambda: store.outlived(2 * T0, 9),
+        lambda: store.past_retention(2 * T0, 9),
         lambda: store.read_value("key"),
         lambda: list(store.value_keys()),
     ]
@@ -450,7 +450,7 @@ def test_reads_succeed_after_all_idle_connections_were_lost(
         lambda: pooled.get("waiting"),
         lambda: pooled.query((), NEWEST_FIRST, 9, None, None),
         lambda: pooled.newest(),  # type: ignore[attr-defined]
-        lambda: pooled.news(0),  # type: ignore[attr-defined]
+        lambda: pooled.changes_since(0),  # type: ignore[attr-defined]
         lambda: pooled.read_value("key"),
     ]
     expected = [read() for read in reads]

@@ -14,7 +14,7 @@ import pytest
 from flask import Flask, abort, request
 
 from flask_asyncroute import Access, AsyncRoute, Permission, Sse, State, current_task
-from flask_asyncroute.engine.notifier import Follower
+from flask_asyncroute.engine.notifier import Subscriber
 from flask_asyncroute.http import streams, waits
 from flask_asyncroute.http.sse_format import EventIds
 from flask_asyncroute.runtime import runtime_of
@@ -580,18 +580,18 @@ def test_a_waiting_stream_keeps_no_sent_data(
     served.running(task_id)
     answer = opened(served.client, f"/task/{task_id}/events")
     kept: set[str] = set()
-    wait = Follower.wait
+    wait = Subscriber.wait
 
-    def check_frames(follower: Follower, seconds: float | None) -> bool:
+    def check_frames(subscriber: Subscriber, seconds: float | None) -> bool:
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             if frame.f_code.co_filename == streams.__file__:
                 kept.update(name for name in ("data", "piece", "found") if name in frame.f_locals)
             frame = frame.f_back
         served.gate.set()
-        return wait(follower, seconds)
+        return wait(subscriber, seconds)
 
-    monkeypatch.setattr(Follower, "wait", check_frames)
+    monkeypatch.setattr(Subscriber, "wait", check_frames)
     assert len(list(messages(answer.iter_encoded()))) > 4
     assert served.gate.is_set()
     assert not kept
@@ -647,10 +647,10 @@ def test_the_last_block_of_a_stream_must_be_sent_in_time(
 
     monkeypatch.setattr(runner.store, "events", fail)
     assert next(chunks) == b"retry: 1000\n\n"
-    (follower,) = (
-        follower for followers in runner.notifier._waiting.values() for follower in followers
+    (subscriber,) = (
+        subscriber for followers in runner.notifier._waiting.values() for subscriber in followers
     )
-    assert follower.must_be_sent_by is not None
+    assert subscriber.must_be_sent_by is not None
     answer.close()
 
 

@@ -96,8 +96,8 @@ def test_retry_after_follows_the_duration_of_tasks(
 
     unknown = flow.request("POST", "/work")
     assert unknown.headers["Retry-After"] == "1"
-    pace = runtime_of(flow.app).runner.dispatcher.pace
-    pace._means_us["work"] = 30_500_000
+    run_times = runtime_of(flow.app).runner.dispatcher.run_times
+    run_times._means_us["work"] = 30_500_000
     queued = flow.request("POST", "/work")
     assert queued.headers["Retry-After"] == "31"
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_the_mean_duration_is_measured(flow: Flow) -> None:
         current_task.sleep(0.05)
 
     flow.run()
-    assert 40_000 < runtime_of(flow.app).runner.dispatcher.pace._means_us["work"] < 5_000_000
+    assert 40_000 < runtime_of(flow.app).runner.dispatcher.run_times._means_us["work"] < 5_000_000
 
 
 class HoldingExecutor(Executor):

@@ -225,7 +225,7 @@ def test_events_of_a_child_are_stored_in_order(child: Flow) -> None:
 
 
 def test_progress_over_updates_progress_of_a_child(child: Flow) -> None:
-    task = child.start("/climb")
+    task = child.start("/timed_progress")
     eventually_true(lambda: child.get(task).get("Progress") == 80)
     assert child.get(task)["State"] == "Running"
     assert child.ended(task)["Progress"] == 100

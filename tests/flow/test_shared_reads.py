@@ -80,17 +80,17 @@ class Served:
             return found
 
         monkeypatch.setattr(self.runner.store, "events", events)
-        self._waiting: set[notifier.Follower] = set()
-        wait = notifier.Follower.wait
+        self._waiting: set[notifier.Subscriber] = set()
+        wait = notifier.Subscriber.wait
 
-        def waiting(follower: notifier.Follower, seconds: float) -> Any:
-            self._waiting.add(follower)
+        def waiting(subscriber: notifier.Subscriber, seconds: float) -> Any:
+            self._waiting.add(subscriber)
             try:
-                return wait(follower, seconds)
+                return wait(subscriber, seconds)
             finally:
-                self._waiting.discard(follower)
+                self._waiting.discard(subscriber)
 
-        monkeypatch.setattr(notifier.Follower, "wait", waiting)
+        monkeypatch.setattr(notifier.Subscriber, "wait", waiting)
 
     def create(self, task_id: str, **fields: Any) -> None:
         """Store a task, which is one change."""
@@ -111,7 +111,7 @@ class Served:
     @property
     def waiting(self) -> int:
         """The number of streams that wait for a change."""
-        return sum(follower._changed.locked() for follower in self._waiting.copy())
+        return sum(subscriber._changed.locked() for subscriber in self._waiting.copy())
 
     def close(self) -> None:
         self.may_return.set()

@@ -41,7 +41,7 @@ def test_signals_of_a_completed_task(flow: Flow, executor: Any, hear: Any, event
     def work() -> int:
         return 5
 
-    sent_signals: SentSignals = hear(*signals.FACTS)
+    sent_signals: SentSignals = hear(*signals.PUBLIC_SIGNALS)
     task = flow.run()
     eventually(lambda: len(sent_signals) == 4)
     assert names(sent_signals) == [
@@ -74,7 +74,7 @@ def test_signals_of_a_failed_task(
             abort(404)
         raise ValueError
 
-    sent_signals: SentSignals = hear(*signals.FACTS)
+    sent_signals: SentSignals = hear(*signals.PUBLIC_SIGNALS)
     flow.run()
     eventually(lambda: len(sent_signals) == 4)
     assert names(sent_signals) == ["task-created", "task-started", "task-failed", "task-finished"]
@@ -89,7 +89,7 @@ def test_signals_of_a_stopped_running_task(flow: Flow, hear: Any) -> None:
         current_task.sleep(10)
         return "late"
 
-    sent_signals: SentSignals = hear(*signals.FACTS)
+    sent_signals: SentSignals = hear(*signals.PUBLIC_SIGNALS)
     task = flow.start()
     assert begun.wait(5)
     flow.stop(task)
@@ -106,7 +106,7 @@ def test_signals_of_a_stopped_waiting_task(flow: Flow, hear: Any, gate: threadin
     first = flow.start()
     flow.became(first, "Running")
     second = flow.start()
-    sent_signals: SentSignals = hear(*signals.FACTS)
+    sent_signals: SentSignals = hear(*signals.PUBLIC_SIGNALS)
     flow.stop(second)
     assert names(sent_signals) == ["task-aborted", "task-finished"]
     assert not sent_signals[0][1].stopping
@@ -119,7 +119,7 @@ def test_signals_of_a_task_that_times_out(flow: Flow, hear: Any, eventually: Any
     def work() -> None:
         current_task.sleep(10)
 
-    sent_signals: SentSignals = hear(*signals.FACTS)
+    sent_signals: SentSignals = hear(*signals.PUBLIC_SIGNALS)
     flow.start()
     eventually(lambda: len(sent_signals) == 4)
     assert names(sent_signals) == ["task-created", "task-started", "task-aborted", "task-finished"]
@@ -363,7 +363,7 @@ def test_a_refused_start_sends_no_signal(flow: Flow, hear: Any) -> None:
     @flow.route(id_generator=lambda: "")
     def work() -> None: ...
 
-    sent_signals: SentSignals = hear(*signals.FACTS)
+    sent_signals: SentSignals = hear(*signals.PUBLIC_SIGNALS)
     flow.start(status=500)
     assert not sent_signals
 
@@ -389,7 +389,7 @@ def test_a_purge_sends_task_removed(flow: Flow, removed: list[dict[str, Any]]) -
 
 def test_a_purge_sends_only_task_removed(flow: Flow, hear: Any, eventually: Any) -> None:
     flow.route()(lambda: 1)
-    sent_signals: SentSignals = hear(*signals.FACTS)
+    sent_signals: SentSignals = hear(*signals.PUBLIC_SIGNALS)
     task = flow.run()
     eventually(lambda: len(sent_signals) == 4)
     flow.purge(task)

@@ -131,7 +131,7 @@ def test_an_expired_task_sends_the_signals_and_log_message_of_an_abort(
 ) -> None:
     Busy(flow, gate, start_timeout=0.1)
     caplog.set_level(logging.INFO, "flask_asyncroute")
-    received = hear(*signals.FACTS, sender=flow.app)
+    received = hear(*signals.PUBLIC_SIGNALS, sender=flow.app)
     task = flow.start()
     flow.ended(task)
     gate.set()

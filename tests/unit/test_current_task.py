@@ -273,20 +273,20 @@ def test_progress_over_starts_at_the_current_progress_and_returns_at_once(
     task.progress_over(1000, interval=1, max_progress=100)
     execution = task._execution
     assert task.progress == 20
-    assert execution.climb(before + 500.5) is not None
+    assert execution.advance_by_time(before + 500.5) is not None
     assert task.progress == pytest.approx(60, abs=0.1)
-    assert execution.climb(before + 1001) is None
+    assert execution.advance_by_time(before + 1001) is None
     assert task.progress == 100
 
 
 def test_setting_progress_ends_progress_over(task: CurrentTask) -> None:
     task.progress_over(1000, interval=1)
     task.set_progress(1)
-    assert task._execution.climb(time.monotonic() + 900) is None
+    assert task._execution.advance_by_time(time.monotonic() + 900) is None
     task.progress_over(1000, interval=1)
     for _ in task.track("a", max_progress=2):
         pass
-    assert task._execution.climb(time.monotonic() + 900) is None
+    assert task._execution.advance_by_time(time.monotonic() + 900) is None
     assert task.progress == 2
 
 

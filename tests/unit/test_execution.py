@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flask_asyncroute.errors import TaskAborted
 from flask_asyncroute.executors import execution as module
-from flask_asyncroute.executors.execution import Climb, Execution
+from flask_asyncroute.executors.execution import Execution, TimedProgress
 from flask_asyncroute.task import MAX_MESSAGE
 
 
@@ -222,20 +222,20 @@ def test_a_message_is_cut_and_invalid_characters_are_replaced(
 
 
 def test_the_final_report_ends_timed_progress(clock: Clock, execution: Execution) -> None:
-    execution.advance(0, climb=Climb(0, 100, 10, 1))
+    execution.advance(0, timed_progress=TimedProgress(0, 100, 10, 1))
     assert execution.final_report() == (0.0, None)
-    assert execution.climb(clock.now + 5) is None
+    assert execution.advance_by_time(clock.now + 5) is None
     assert execution.progress == 0.0
 
 
 def steps(execution: Execution, clock: Clock, limit: int = 100) -> list[tuple[float, float]]:
     """Follow timed progress as the maintenance thread does; return (time, progress) of each step."""
     found: list[tuple[float, float]] = []
-    due = execution.climb(clock.now)
+    due = execution.advance_by_time(clock.now)
     while due is not None and len(found) < limit:
         assert due > clock.now, "the next step is in the future"
         clock.now = due
-        due = execution.climb(clock.now)
+        due = execution.advance_by_time(clock.now)
         found.append((clock.now - 1000.0, execution.progress))
     return found
 
@@ -262,36 +262,36 @@ def test_timed_progress_advances_every_interval(
     expected_steps: list[tuple[float, float]],
 ) -> None:
     execution = Execution("task")
-    execution.advance(base, climb=Climb(base, top, duration, interval))
+    execution.advance(base, timed_progress=TimedProgress(base, top, duration, interval))
     assert steps(execution, clock) == expected_steps
-    assert execution.climb(clock.now + 100) is None
+    assert execution.advance_by_time(clock.now + 100) is None
     if duration == 0:
         assert execution.progress == top
 
 
 def test_timed_progress_catches_up_after_a_delay(clock: Clock) -> None:
     execution = Execution("task")
-    execution.advance(0, climb=Climb(0, 100, 10, 1))
+    execution.advance(0, timed_progress=TimedProgress(0, 100, 10, 1))
     clock.now += 3.7
-    assert execution.climb(clock.now) == pytest.approx(1004)
+    assert execution.advance_by_time(clock.now) == pytest.approx(1004)
     assert execution.progress == 30
     clock.now += 100
-    assert execution.climb(clock.now) is None
+    assert execution.advance_by_time(clock.now) is None
     assert execution.progress == 100
 
 
 def test_setting_progress_ends_timed_progress(clock: Clock) -> None:
     execution = Execution("task")
-    execution.advance(0, climb=Climb(0, 100, 10, 1))
+    execution.advance(0, timed_progress=TimedProgress(0, 100, 10, 1))
     execution.advance(5)
-    assert execution.climb(clock.now + 5) is None
+    assert execution.advance_by_time(clock.now + 5) is None
     assert execution.progress == 5
 
 
 def test_a_stop_ends_timed_progress(clock: Clock, execution: Execution) -> None:
-    execution.advance(0, climb=Climb(0, 100, 10, 1))
+    execution.advance(0, timed_progress=TimedProgress(0, 100, 10, 1))
     execution.ask_to_stop()
-    assert execution.climb(clock.now + 5) is None
+    assert execution.advance_by_time(clock.now + 5) is None
     assert execution.progress == 0
 
 
@@ -309,12 +309,12 @@ def test_timed_progress_accepts_every_number(
     base: float, top: float, duration: float, interval: float, passed: list[float]
 ) -> None:
     """Includes tiny, huge and infinite numbers, which must not raise in the maintenance thread."""
-    climb = Climb(base, top, duration, interval)
+    timed_progress = TimedProgress(base, top, duration, interval)
     execution = Execution("task")
-    execution.advance(base, climb=climb)
+    execution.advance(base, timed_progress=timed_progress)
     for seconds in passed:
-        now = climb.began + seconds
-        due = execution.climb(now)
+        now = timed_progress.began + seconds
+        due = execution.advance_by_time(now)
         assert 0 <= execution.progress <= 100
         assert due is None or due >= now
 
@@ -322,7 +322,7 @@ def test_timed_progress_accepts_every_number(
 @pytest.mark.covers("A71")
 def test_timed_progress_in_tiny_intervals_has_few_steps(clock: Clock) -> None:
     execution = Execution("task")
-    execution.advance(0, climb=Climb(0, 100, 10, 1e-9))
+    execution.advance(0, timed_progress=TimedProgress(0, 100, 10, 1e-9))
     assert len(steps(execution, clock, 1000)) <= 200
 
 

@@ -41,7 +41,7 @@ def lifecycle(app: Flask, store: TaskStore) -> Lifecycle:
 
 @pytest.fixture
 def received(app: Flask, hear: Hear) -> list[tuple[str, AsyncRouteTask]]:
-    return hear(*signals.FACTS, sender=app)
+    return hear(*signals.PUBLIC_SIGNALS, sender=app)
 
 
 def run(lifecycle: Lifecycle, make_task: NewTask, task_id: str = "task") -> Execution:
@@ -382,8 +382,8 @@ def test_a_receiver_may_abort_and_create_tasks(
 def test_the_sender_of_a_signal_is_the_app(
     app: Flask, make_app: MakeApp, lifecycle: Lifecycle, make_task: NewTask, hear: Hear
 ) -> None:
-    other_sender = hear(*signals.FACTS, sender=make_app("other"))
-    any_sender = hear(*signals.FACTS)
+    other_sender = hear(*signals.PUBLIC_SIGNALS, sender=make_app("other"))
+    any_sender = hear(*signals.PUBLIC_SIGNALS)
     execution = run(lifecycle, make_task)
     lifecycle.finish(execution, State.COMPLETED, {})
     assert other_sender == []
@@ -402,10 +402,10 @@ def test_an_error_of_a_receiver_is_logged_and_changes_nothing(
     def fail(sender: Flask, **values: Any) -> None:
         raise RuntimeError("receiver broke")
 
-    failing = (*signals.FACTS, signals.task_changed)
+    failing = (*signals.PUBLIC_SIGNALS, signals.task_changed)
     for signal in failing:
         signal.connect(fail, app)
-    received = hear(*signals.FACTS, sender=app)
+    received = hear(*signals.PUBLIC_SIGNALS, sender=app)
     try:
         execution = run(lifecycle, make_task)
         execution.advance(5)
@@ -449,7 +449,7 @@ def test_an_error_of_a_teardown_function_is_logged_and_changes_nothing(
     def fail(error: BaseException | None) -> None:
         raise RuntimeError("teardown broke")
 
-    received = hear(*signals.FACTS, sender=app)
+    received = hear(*signals.PUBLIC_SIGNALS, sender=app)
     execution = run(lifecycle, make_task)
     assert lifecycle.finish(execution, State.COMPLETED, {}) is not None
     assert names(received) == ["task-created", "task-started", "task-completed", "task-finished"]

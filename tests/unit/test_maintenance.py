@@ -21,7 +21,7 @@ from flask_asyncroute import task_removed
 from flask_asyncroute.engine.lifecycle import PAGE, Lifecycle
 from flask_asyncroute.errors import StoreUnavailable
 from flask_asyncroute.executors.base import PoolSettings, TaskExecutor
-from flask_asyncroute.executors.execution import Climb, Execution
+from flask_asyncroute.executors.execution import Execution, TimedProgress
 from flask_asyncroute.stores.base import Expect, TaskStore
 from flask_asyncroute.stores.memory import MemoryTaskStore
 from flask_asyncroute.task import AsyncRouteTask, State, now_us
@@ -330,7 +330,7 @@ def test_timed_progress_is_written(
     process = make_process(interval=3600)
     execution = Execution("task")
     dispatcher.begin(execution)
-    execution.advance(0, climb=Climb(0, 80, 10, 5))
+    execution.advance(0, timed_progress=TimedProgress(0, 80, 10, 5))
     waits = []
     for _ in range(3):
         waits.append(process._step())
@@ -346,7 +346,7 @@ def test_timed_progress_in_tiny_intervals_causes_few_steps(
     process = make_process(interval=3600)
     execution = Execution("task")
     dispatcher.begin(execution)
-    execution.advance(0, climb=Climb(0, 100, 10, 1e-9))
+    execution.advance(0, timed_progress=TimedProgress(0, 100, 10, 1e-9))
     steps = 0
     while clock.now < 1010 and steps < 10_000:
         clock.now += max(process._step(), 1e-6)
@@ -388,7 +388,7 @@ def test_more_than_one_page_is_deleted(make_process: MakeProcess, make_task: New
     for number in range(PAGE + 3):
         finished(store, make_task, f"t{number}", 2 * HOUR)
     make_process(store).lifecycle.delete_expired()
-    assert store.outlived(now_us(), 10) == []
+    assert store.past_retention(now_us(), 10) == []
 
 
 @pytest.mark.parametrize("has_receiver", [False, True])
@@ -411,7 +411,7 @@ def test_retention_reads_no_task_that_it_removes(
             task_removed.connect(receive, app)
         process.lifecycle.delete_expired()
         task_removed.disconnect(receive)
-    assert faults.calls == ["outlived", "delete", "delete", "delete"]
+    assert faults.calls == ["past_retention", "delete", "delete", "delete"]
     assert removed == ["work"] * (3 if has_receiver else 0)
     assert len(pushed) == len(removed)
 
@@ -511,7 +511,7 @@ def test_a_failed_deletion_is_logged_and_retried(
         raise StoreUnavailable("not now")
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "outlived", fail)
+        patched.setattr(store, "past_retention", fail)
         clock.now += 1
         assert process._step() == 1.0
         clock.now += 1

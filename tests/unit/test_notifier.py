@@ -21,9 +21,9 @@ from flask import Flask
 from flask_asyncroute import signals
 from flask_asyncroute.engine import notifier as module
 from flask_asyncroute.engine.lifecycle import Lifecycle
-from flask_asyncroute.engine.notifier import Follower, Notifier
+from flask_asyncroute.engine.notifier import Notifier, Subscriber
 from flask_asyncroute.errors import StoreUnavailable
-from flask_asyncroute.stores.base import Expect, News, SharedTaskStore, TaskStore, ViewEvent
+from flask_asyncroute.stores.base import Changes, Expect, SharedTaskStore, TaskStore, ViewEvent
 from flask_asyncroute.stores.memory import MemoryTaskStore
 from flask_asyncroute.task import AsyncRouteTask, State
 
@@ -302,7 +302,9 @@ def test_every_change_drops_shared_reads_even_without_subscribers(
     lifecycle = Lifecycle(app, store, "owner")
     for change in (
         lambda: lifecycle.create(make_task(), b"", None, ()),
-        lambda: signals.send_fact(signals.events_written, app, task_id="task", changes=range(2, 3)),
+        lambda: signals.send_to_receivers(
+            signals.events_written, app, task_id="task", changes=range(2, 3)
+        ),
     ):
         assert reads.get("key", lambda: "before") == "before"
         change()
@@ -317,11 +319,11 @@ def test_shared_reads_are_dropped_before_streams_are_woken(
     notifier = make_notifier(store)
     kept: list[list[object]] = []
 
-    class Subscriber(Follower):
+    class Recorder(Subscriber):
         def set(self, task: AsyncRouteTask | None = None) -> None:
             kept.append(list(notifier.shared_reads._reads))
 
-    with notifier.telling(Subscriber(), "task"):
+    with notifier.subscribed(Recorder(), "task"):
         assert notifier.shared_reads.get("key", lambda: "before") == "before"
         Lifecycle(app, store, "owner").create(make_task(), b"", None, ())
         eventually(lambda: kept)
@@ -332,13 +334,13 @@ def test_streams_of_one_task_are_woken_with_those_of_all_tasks(
     app: Flask, store: TaskStore, make_notifier: MakeNotifier, make_task: NewTask
 ) -> None:
     notifier = make_notifier(store)
-    of_task, of_all, of_other = Follower(), Follower(), Follower()
-    for follower in (of_task, of_all, of_other):
-        follower.clear()
+    of_task, of_all, of_other = Subscriber(), Subscriber(), Subscriber()
+    for subscriber in (of_task, of_all, of_other):
+        subscriber.clear()
     with (
-        notifier.telling(of_task, "task"),
-        notifier.telling(of_all),
-        notifier.telling(of_other, "other"),
+        notifier.subscribed(of_task, "task"),
+        notifier.subscribed(of_all),
+        notifier.subscribed(of_other, "other"),
     ):
         Lifecycle(app, store, "owner").create(make_task(), b"", None, ())
         assert of_task.wait(5) and of_all.wait(5)
@@ -350,9 +352,9 @@ def test_streams_are_woken_even_if_no_thread_can_be_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     notifier = make_notifier(store)
-    follower = Follower()
-    follower.clear()
-    with notifier.telling(follower, "task"):
+    subscriber = Subscriber()
+    subscriber.clear()
+    with notifier.subscribed(subscriber, "task"):
 
         def fail() -> None:
             raise RuntimeError("can't start new thread")
@@ -360,9 +362,9 @@ def test_streams_are_woken_even_if_no_thread_can_be_started(
         monkeypatch.setattr(notifier.shared_reads, "start", fail)
         lifecycle = Lifecycle(app, store, "owner")
         lifecycle.create(make_task(), b"", None, ())
-        assert follower.wait(0)
+        assert subscriber.wait(0)
         lifecycle.claim("task")
-        assert follower.wait(0)
+        assert subscriber.wait(0)
 
 
 def test_shared_reads_are_dropped_when_polling_begins(
@@ -372,7 +374,7 @@ def test_shared_reads_are_dropped_when_polling_begins(
     notifier = make_notifier(two_stores[0])
     assert notifier.shared_reads.get("key", two_stores[0].newest) == 0
     two_stores[1].add(make_task(), b"", None, ())
-    with notifier.telling(Follower(), "task"):
+    with notifier.subscribed(Subscriber(), "task"):
         assert notifier.shared_reads.get("key", two_stores[0].newest) == 1
 
 
@@ -381,7 +383,7 @@ def test_shared_reads_are_dropped_soon_without_changes(
 ) -> None:
     """They use memory, and later streams rarely need them."""
     notifier = make_notifier(store)
-    with notifier.telling(Follower(), "task"):
+    with notifier.subscribed(Subscriber(), "task"):
         assert notifier.shared_reads.get("key", lambda: "read") == "read"
         eventually(lambda: not notifier.shared_reads._reads)
 
@@ -445,7 +447,7 @@ def test_the_listener_receives_every_change_while_a_subscriber_waits(
     theirs.add(make_task("before"), b"", None, ())
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
-    with notifier.telling(Follower(), "other"):
+    with notifier.subscribed(Subscriber(), "other"):
         for number in range(20):
             theirs.add(make_task(f"t{number}"), b"", None, ())
         eventually(lambda: len(received) >= 20)
@@ -464,7 +466,7 @@ def test_polling_resumes_after_a_pause(
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
     for round in range(3):
-        with notifier.telling(Follower(), "other"):
+        with notifier.subscribed(Subscriber(), "other"):
             theirs.add(make_task(f"watched-{round}"), b"", None, ())
             eventually(lambda round=round: f"watched-{round}" in received)
         eventually(lambda: not notifier._is_polling)
@@ -474,7 +476,7 @@ def test_polling_resumes_after_a_pause(
 
 
 @pytest.mark.covers("F21")
-@pytest.mark.parametrize("method", ["last_assigned", "news"])
+@pytest.mark.parametrize("method", ["last_assigned", "changes_since"])
 def test_polling_continues_after_the_store_was_unavailable(
     two_stores: tuple[TaskStore, TaskStore], make_notifier: MakeNotifier, make_task: NewTask, eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str,
@@ -544,11 +546,13 @@ def test_an_error_of_the_listener_does_not_affect_notifications(
     notifier = make_notifier(ours, listen)
     waiter = Waiter(notifier, timeout=3)
     eventually(lambda: notifier._is_polling)
-    pause, news = threading.Event(), ours.news
+    pause, news = threading.Event(), ours.changes_since
     with pytest.MonkeyPatch.context() as patched:
         # Let one poll return all three.
         patched.setattr(
-            ours, "news", lambda *which: news(*which) if pause.is_set() else News(which[0], ())
+            ours,
+            "changes_since",
+            lambda *which: news(*which) if pause.is_set() else Changes(which[0], ()),
         )
         for name in ("one", "two", "task"):
             abort(theirs, name)
@@ -742,7 +746,7 @@ def test_listening_to_the_store_is_retried(
 
     monkeypatch.setattr(two_stores[0], "listen", listen)
     notifier = make_notifier(two_stores[0])
-    with notifier.telling(Follower(), "task"):
+    with notifier.subscribed(Subscriber(), "task"):
         eventually(lambda: len(requested) == 2)
 
 
@@ -760,25 +764,25 @@ def pair(request: pytest.FixtureRequest) -> tuple[SharedTaskStore, SharedTaskSto
 
 
 class Polls:
-    """Blocks the polls of a notifier inside a ``with`` block, and records the calls of ``news``."""
+    """Blocks the polls of a notifier inside a ``with`` block, and records the calls of `changes_since`."""
 
     def __init__(
         self, notifier: Notifier, store: SharedTaskStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.calls: list[tuple[int, str | None]] = []
         self._lock = threading.Lock()
-        poll, news = notifier._poll, store.news
+        poll, news = notifier._poll, store.changes_since
 
         def poll_later(store: SharedTaskStore) -> None:
             with self._lock:
                 poll(store)
 
-        def read(since: int, worker: str | None = None) -> News:
+        def read(since: int, worker: str | None = None) -> Changes:
             self.calls.append((since, worker))
             return news(since, worker)
 
         monkeypatch.setattr(notifier, "_poll", poll_later)
-        monkeypatch.setattr(store, "news", read)
+        monkeypatch.setattr(store, "changes_since", read)
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -805,13 +809,13 @@ def test_own_changes_are_not_read(
     before = store.newest()
     notifier = make_notifier(store)
     polls = Polls(notifier, store, monkeypatch)
-    with notifier.telling(Follower(), "other"):
+    with notifier.subscribed(Subscriber(), "other"):
         with polls:
             claim_and_abort(app, store, "one")
             assert Lifecycle(app, store, "worker").claim("two") is not None
             sent = [ViewEvent("step", b"1", number) for number in (1, 2, 3)]
             changes = store.add_events("two", Expect((State.RUNNING,), epoch=1), sent)
-            signals.send_fact(signals.events_written, app, task_id="two", changes=changes)
+            signals.send_to_receivers(signals.events_written, app, task_id="two", changes=changes)
         assert store.newest() == before + 6
         eventually(lambda: notifier._since == before + 6)
     assert polls.calls == []
@@ -827,7 +831,7 @@ def test_own_new_tasks_are_not_read_once_this_process_has_claimed_them(
     before = store.newest()
     notifier = make_notifier(store)
     polls = Polls(notifier, store, monkeypatch)
-    with notifier.telling(Follower(), "other"):
+    with notifier.subscribed(Subscriber(), "other"):
         with polls:
             lifecycle = Lifecycle(app, store, "worker")
             lifecycle.create(make_task(), b"", None, ())
@@ -848,7 +852,7 @@ def test_a_change_of_another_process_between_own_changes_is_read(
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
     polls = Polls(notifier, ours, monkeypatch)
-    with notifier.telling(Follower(), "other"):
+    with notifier.subscribed(Subscriber(), "other"):
         with polls:
             claim_and_abort(app, ours, "one")
             theirs.add(make_task("theirs"), b"", None, ())
@@ -869,7 +873,7 @@ def test_a_change_of_another_process_after_own_changes_is_read(
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
     polls = Polls(notifier, ours, monkeypatch)
-    with notifier.telling(Follower(), "other"):
+    with notifier.subscribed(Subscriber(), "other"):
         with polls:
             claim_and_abort(app, ours, "one")
             theirs.add(make_task("theirs"), b"", None, ())
@@ -890,11 +894,11 @@ def test_a_change_that_was_read_before_its_signal_is_not_missed(
     ours, theirs = pair
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
-    with notifier.telling(Follower(), "other"):
+    with notifier.subscribed(Subscriber(), "other"):
         ours.add(make_task("a"), b"", None, ())
         eventually(lambda: received == ["a"])
         task = ours.get("a")
-        signals.send_fact(signals.task_changed, app, task=task)
+        signals.send_to_receivers(signals.task_changed, app, task=task)
         theirs.add(make_task("b"), b"", None, ())
         eventually(lambda: received == ["a", "a", "b"])
         eventually(lambda: notifier._own == set())
@@ -909,7 +913,7 @@ def test_own_change_numbers_are_forgotten_if_the_database_was_restored(
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
     polls = Polls(notifier, ours, monkeypatch)
-    with notifier.telling(Follower(), "other"):
+    with notifier.subscribed(Subscriber(), "other"):
         ours.add(make_task("before"), b"", None, ())
         eventually(lambda: notifier._since == 1)
         with polls:
@@ -956,24 +960,24 @@ def test_a_subscriber_that_comes_during_a_poll_for_runs_receives_its_changes(
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
     was_read, may_return = threading.Event(), threading.Event()
-    news = ours.news
+    news = ours.changes_since
 
-    def read(since: int, worker: str | None = None) -> News:
+    def read(since: int, worker: str | None = None) -> Changes:
         found = news(since, worker)
         if worker is not None:
             was_read.set()
             assert may_return.wait(10)
         return found
 
-    monkeypatch.setattr(ours, "news", read)
+    monkeypatch.setattr(ours, "changes_since", read)
     notifier.watch()
     theirs.add(make_task(), b"", None, ())
     assert was_read.wait(5)
-    follower = Follower()
-    follower.clear()
-    with notifier.telling(follower, "task"):
+    subscriber = Subscriber()
+    subscriber.clear()
+    with notifier.subscribed(subscriber, "task"):
         may_return.set()
-        assert follower.wait(3)
+        assert subscriber.wait(3)
     notifier.unwatch()
     assert received == ["task"]
 
@@ -991,14 +995,14 @@ def test_shared_reads_lack_no_change_that_was_not_read_without_subscribers(
     reads = notifier.shared_reads
     if has_run:
         notifier.watch()
-    with notifier.telling(Follower(), "task"):
+    with notifier.subscribed(Subscriber(), "task"):
         eventually(lambda: math.isfinite(notifier._check_late_at) and notifier._check_late_at > 0)
         notifier._check_late_at = math.inf  # reads are also dropped regularly, but later than this
         eventually(lambda: not reads._reads)
         assert reads.get("key", ours.newest) == before
     theirs.add(make_task(), b"", None, ())
     eventually(lambda: notifier._since == before + 1)
-    with notifier.telling(Follower(), "task"):
+    with notifier.subscribed(Subscriber(), "task"):
         assert reads.get("key", ours.newest) == before + 1
     if has_run:
         notifier.unwatch()
@@ -1011,7 +1015,7 @@ def test_a_memory_store_keeps_no_change_numbers(
     store = MemoryTaskStore()
     store.add(make_task(), b"", None, ())
     notifier = make_notifier(store)
-    with notifier.telling(Follower(), "task"):
+    with notifier.subscribed(Subscriber(), "task"):
         assert Lifecycle(app, store, "worker").claim("task") is not None
     assert notifier._own == set()
 
@@ -1045,7 +1049,7 @@ def test_subscribers_ask_for_notifications_and_runs_do_not(
     eventually(lambda: notifier._since == before + 1)
     assert calls == []
     for _ in range(5):
-        with notifier.telling(Follower(), "task"):
+        with notifier.subscribed(Subscriber(), "task"):
             assert calls, "asked before the subscriber reads the task"
     notifier.unwatch()
     assert calls in (  # the thread of the notifier may ask at the same time
@@ -1061,7 +1065,7 @@ def test_notifications_are_asked_for_again_while_there_are_subscribers(
     monkeypatch.setattr(module, "NOTIFIED_SECONDS", 0.2)
     calls = record_requests(two_stores[0], monkeypatch)
     notifier = make_notifier(two_stores[0])
-    with notifier.telling(Follower(), "task"):
+    with notifier.subscribed(Subscriber(), "task"):
         began = time.monotonic()
         eventually(lambda: len(calls) == 4)
         assert time.monotonic() - began > 0.25, "not before half of the time has passed"
@@ -1111,7 +1115,7 @@ def test_a_notification_wakes_the_poll(
     monkeypatch.setattr(ours, "listen", listen_and_report)
     if kind == "subscriber":
         values: dict[str, Any] = {"progress": 5.0}
-        subscription: Any = notifier.telling(Follower(), "task")
+        subscription: Any = notifier.subscribed(Subscriber(), "task")
         subscription.__enter__()
     else:
         values = {"state": State.ABORTED, "completed_us": 5, "stopping": True}
@@ -1139,7 +1143,7 @@ def test_a_backlog_of_changes_is_read_without_pauses(
     ours, theirs = two_stores
     received: list[str] = []
     notifier = make_notifier(ours, lambda task: received.append(task.id))
-    with notifier.telling(Follower()):
+    with notifier.subscribed(Subscriber()):
         eventually(lambda: notifier._poll_after > 0)
         names = [f"t{number}" for number in range(7)]
         for name in names:

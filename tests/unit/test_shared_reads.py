@@ -182,7 +182,7 @@ def test_a_page_that_was_read_ahead_is_not_read_again(reads: SharedReads, stack:
 
     of_task, of_other, of_all = ("task", None), ("other", None), (None, "group")
     for feed in (of_task, of_other, of_all):
-        stack.enter_context(reads.following(feed))
+        stack.enter_context(reads.reading(feed))
     for feed in (of_task, of_other, of_all):
         assert reads.page(feed, 5, reader(str(feed[0]))).change == 6
     calls.clear()
@@ -211,7 +211,7 @@ def test_streams_read_for_themselves_if_the_read_ahead_fails(
         return Read(since + 1)
 
     for name in ("one", "two"):
-        stack.enter_context(reads.following((name, None)))
+        stack.enter_context(reads.reading((name, None)))
         reads.page((name, None), 0, read if name == "one" else lambda since: Read(since + 1))
     reads.forget()
     reads.read_ahead({"one", "two"})
@@ -234,7 +234,7 @@ def test_a_feed_is_read_ahead_while_it_has_streams(reads: SharedReads) -> None:
     assert not reads._heads, "no stream follows it"
     first, second = ExitStack(), ExitStack()
     for stack in (first, second):
-        stack.enter_context(reads.following(feed))
+        stack.enter_context(reads.reading(feed))
     reads.page(feed, 1, read)
     first.close()
     reads.read_ahead({"task"})

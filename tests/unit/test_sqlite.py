@@ -407,7 +407,7 @@ def test_a_file_that_becomes_corrupt_is_unavailable(
         lambda: store.get("t1"),
         lambda: store.query((), NEWEST_FIRST, 9, None, None),
         lambda: store.add(make_task("new"), b"", None, ()),
-        lambda: store.news(0),
+        lambda: store.changes_since(0),
         lambda: store.waiting({"work": 9}, 2 * T0),
     ]
     for call in calls:
@@ -431,11 +431,11 @@ def test_an_error_of_the_polling_connection_is_unavailable(
             pass
 
     assert isinstance(store, SQLTaskStore)
-    store.news(-1)
+    store.changes_since(-1)
     store.close()
     monkeypatch.setattr(store._database, "_readers", [Broken(), Broken()])
     with pytest.raises(StoreUnavailable):
-        store.news(0)
+        store.changes_since(0)
     assert "disk I/O error" in caplog.text and "ASYNCROUTE_STORE" in caplog.text
     assert store.newest() == 0
 
@@ -481,7 +481,7 @@ def test_a_deleted_or_replaced_file_is_refused_until_the_restart(
     assert isinstance(store, SQLTaskStore)
     store.open()
     store.add(make_task(), b"", None, ())
-    store.news(0)
+    store.changes_since(0)
     store.workers.beat("me")
     if how == "replaced":
         put_backup(sqlite_path, make_task)
@@ -497,12 +497,12 @@ def test_a_deleted_or_replaced_file_is_refused_until_the_restart(
         lambda: store.update("task", anything, {"error": "x"}),
         lambda: store.delete("task", anything),
         lambda: store.query((), NEWEST_FIRST, 9, None, None),
-        lambda: store.news(0),
+        lambda: store.changes_since(0),
         lambda: store.read_value("key"),
         lambda: store.write_value("key", b"1", None),
         lambda: store.outbox.claim("me", T0, 9),
         lambda: store.workers.beat("me"),
-        lambda: store.tend(),
+        lambda: store.maintain(),
     ]
     for call in calls * 2:
         with pytest.raises(StoreUnavailable) as refused:
@@ -727,7 +727,7 @@ def test_a_locked_file_is_unavailable_only_for_writes(
     assert store.get("before") is not None
     assert store.get("after") is None
     assert len(store.query((), NEWEST_FIRST, 9, None, None)) == 1
-    store.tend()
+    store.maintain()
     holder.execute("ROLLBACK")
     store.add(make_task("after"), b"", None, ())
     assert store.get("after") is not None
@@ -1046,7 +1046,7 @@ def test_tend_checkpoints_the_write_ahead_log(
     for number in range(100):
         store.add(make_task(f"t{number}", error="x" * 500), b"", None, ())
     assert sqlite_path.stat().st_size == before, "the data is in the log"
-    store.tend()
+    store.maintain()
     assert sqlite_path.stat().st_size > before
     assert caplog.text == ""
 

@@ -76,7 +76,7 @@ def test_postgresql_statements_use_the_parameter_style_of_the_driver() -> None:
     [
         ("owners", {"task_state", "task_stopping", "callback_holder"}),
         ("held_tasks", {"task_state", "task_stopping"}),
-        ("outlived_tasks", {"task_outlived"}),
+        ("tasks_past_retention", {"task_remove_after"}),
         ("not_started_in_time", {"task_start_by"}),
         ("first_and_last_due", {"callback_due"}),
         ("due_callbacks", {"callback_due", "callback_holder"}),

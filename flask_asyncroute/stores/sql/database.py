@@ -119,7 +119,7 @@ class Database(ABC):
     def has_table(self, cursor: Cursor, name: str) -> bool:
         """Return whether a table with this name exists."""
 
-    def tend(self) -> None:  # noqa: B027 - optional
+    def maintain(self) -> None:  # noqa: B027 - optional
         """Run maintenance. This is never called on a thread that serves a request."""
 
     @abstractmethod

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...encoding import encode_json
 from ...task import AsyncRouteTask, State
-from ..base import PROGRESS, STATE, Event, Events, News, ViewEvent
+from ..base import PROGRESS, STATE, Changes, Event, Events, ViewEvent
 from .database import Cursor, Database
 from .migrations import Namespace
 from .rows import record_of
@@ -80,15 +80,15 @@ class EventLog:
         last = found[-1].change if found else 0
         return Events(last if len(found) == most else change, found)
 
-    def news(self, since: int, worker: str | None) -> News:
-        """See `SharedTaskStore.news`."""
+    def changes_since(self, since: int, worker: str | None) -> Changes:
+        """See `SharedTaskStore.changes_since`."""
         change = self.newest()
         if change < since:
             # The database was restored or failed over to an older copy, so its change numbers went
             # back.
             since = 0
         if not 0 <= since < change:
-            return News(change, ())
+            return Changes(change, ())
         values = {
             "ns": self._namespace.key, "since": since, "newest": change, "limit": CHANGES_PAGE,
             "worker": worker,
@@ -100,8 +100,8 @@ class EventLog:
             rows = self._database.fetch_all(self._sql.tasks_with_events, values)
             sent = {row.task_id for row in rows}
         if len(tasks) == CHANGES_PAGE:
-            return News(tasks[-1].change, tasks, sent)
-        return News(change, tasks, sent)
+            return Changes(tasks[-1].change, tasks, sent)
+        return Changes(change, tasks, sent)
 
     def newest(self) -> int:
         """See `TaskStore.newest`."""

@@ -74,14 +74,14 @@ class SQLOutbox(Outbox):
             task = record_of(cursor.execute(self._sql.begin_sending, which).fetchone())
         return Due(task, _delivery_of(row), row.attempts)
 
-    def settle(
+    def record_attempt(
         self, task_id: str, holder: str, state: str, due_us: int | None
     ) -> AsyncRouteTask | None:
         values = {**self._which(task_id), "holder": holder, "state": state, "due_us": due_us}
         values["headers"] = b"{}"
         statement = self._sql.retry_callback if state in PENDING else self._sql.finish_callback
 
-        def settle(cursor: Cursor) -> AsyncRouteTask | None:
+        def record_attempt(cursor: Cursor) -> AsyncRouteTask | None:
             cursor.execute(self._sql.lock_namespace, values)
             if cursor.execute(statement, values).rowcount == 0:
                 return None
@@ -94,7 +94,7 @@ class SQLOutbox(Outbox):
             found = self._database.fetch_one(self._sql.get_task, values)
             return None if found is None else record_of(found)
 
-        return ensure_written(lambda: self._database.write(settle), find)
+        return ensure_written(lambda: self._database.write(record_attempt), find)
 
     def release(self, holder: str, keep: Collection[str] = ()) -> None:
         self._database.write(lambda cursor: self.release_held(cursor, holder, keep))

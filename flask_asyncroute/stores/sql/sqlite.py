@@ -169,7 +169,7 @@ class SQLiteDatabase(Database):
         found = cursor.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,))
         return found.fetchone() is not None
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """Run a checkpoint of the write-ahead log without waiting for readers."""
         self.fetch_all("PRAGMA wal_checkpoint(PASSIVE)", {})
 

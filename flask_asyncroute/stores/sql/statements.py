@@ -215,7 +215,7 @@ class Statements:
     # --- Tasks
 
     _new_task = _insert(
-        tables.tasks, "waiting_change", "started_change", "completed_change", "outlived_us"
+        tables.tasks, "waiting_change", "started_change", "completed_change", "remove_after_us"
     )
     add_task = f"{_counter()} {_new_task.replace(':change', _NEXT)}"
     get_task = f"SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
@@ -223,11 +223,11 @@ class Statements:
     get_locked_task = _lock_task(RECORD, _IS_TASK)
     claim_task = _claim(_CAN_START)
     claim_plain_task = _claim(f"{_CAN_START} AND {_IS_PLAIN}")
-    outlived_tasks = f"""
+    tasks_past_retention = f"""
         SELECT id FROM asyncroute_tasks
-        WHERE namespace = :ns AND outlived_us < :now AND stopping = 0
+        WHERE namespace = :ns AND remove_after_us < :now AND stopping = 0
             AND (callback_state IS NULL OR callback_state NOT IN ({_literals(PENDING)}))
-        ORDER BY outlived_us LIMIT :limit"""
+        ORDER BY remove_after_us LIMIT :limit"""
     not_started_in_time = f"""
         SELECT {RECORD} FROM asyncroute_tasks
         WHERE namespace = :ns AND state = 'NotStarted' AND start_by_us <= :now
@@ -453,7 +453,7 @@ def _update_task(dialect_name: str, fields: tuple[str, ...], where: str) -> str:
         completed = _later("coalesce(started_us, created_us)", ":completed_us")
         values.update(
             completed_us=completed,
-            outlived_us=f"{completed} + retention_us",
+            remove_after_us=f"{completed} + retention_us",
             request="NULL",
             waiting_change="coalesce(waiting_change, change)",
             completed_change=_NEXT,

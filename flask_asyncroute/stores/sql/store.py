@@ -274,18 +274,18 @@ class SQLTaskStore(SharedTaskStore):
         rows.sort(key=lambda row: row.created_us)
         return base.oldest(((row.id, row.endpoint) for row in rows), most)
 
-    def outlived(self, now_us: int, limit: int) -> list[str]:
+    def past_retention(self, now_us: int, limit: int) -> list[str]:
         values = {"ns": self._ns, "now": now_us, "limit": limit}
-        return [row.id for row in self._database.fetch_all(self._sql.outlived_tasks, values)]
+        return [row.id for row in self._database.fetch_all(self._sql.tasks_past_retention, values)]
 
     def not_started_in_time(self, now_us: int, owner: str, limit: int) -> list[AsyncRouteTask]:
         values = {"ns": self._ns, "now": now_us, "owner": owner, "limit": limit}
         rows = self._database.fetch_all(self._sql.not_started_in_time, values)
         return [record_of(row) for row in rows]
 
-    def news(self, since: int, worker: str | None = None) -> base.News:
+    def changes_since(self, since: int, worker: str | None = None) -> base.Changes:
         self.open()
-        return self._events.news(since, worker)
+        return self._events.changes_since(since, worker)
 
     def newest(self) -> int:
         self.open()
@@ -339,9 +339,9 @@ class SQLTaskStore(SharedTaskStore):
         rows = self._database.fetch_all(self._sql.value_keys, {"ns": self._ns})
         return [row.key for row in rows]
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         self.open()
-        self._database.tend()
+        self._database.maintain()
 
     def forget(self) -> None:
         self._database.forget()

@@ -106,7 +106,7 @@ tasks = Table(
     Column("sse_group", _text(255)),
     Column("sse_url", _text()),
     Column("sse_result", Integer, nullable=False, server_default="0"),
-    Column("outlived_us", BigInteger),
+    Column("remove_after_us", BigInteger),
     Column("request", LargeBinary),
     PrimaryKeyConstraint("id", "namespace"),
 )
@@ -116,7 +116,9 @@ _index("asyncroute_task_state", tasks, "state", "created_us")
 _index("asyncroute_task_waiting", tasks, "endpoint", "created_us", where="state = 'NotStarted'")
 _index("asyncroute_task_user", tasks, "user", "state", "created_us")
 _index("asyncroute_task_change", tasks, "change")
-_index("asyncroute_task_outlived", tasks, "outlived_us", where="outlived_us IS NOT NULL")
+_index(
+    "asyncroute_task_remove_after", tasks, "remove_after_us", where="remove_after_us IS NOT NULL"
+)
 _index(
     "asyncroute_task_start_by", tasks, "start_by_us",
     where="state = 'NotStarted' AND start_by_us IS NOT NULL",
@@ -220,7 +222,7 @@ workers = Table(
     metadata,
     Column("namespace", Integer, primary_key=True, autoincrement=False),
     Column("name", _text(64), primary_key=True),
-    Column("place", _text(64), nullable=False),
+    Column("lock_file", _text(64), nullable=False),
     Column("number", BigInteger, nullable=False),
     Column("process", _text(64), nullable=False),
     Column("beat", BigInteger, nullable=False),
@@ -228,6 +230,8 @@ workers = Table(
 )
 
 RECORD = [
-    column for column in tasks.columns if column.name not in ("namespace", "outlived_us", "request")
+    column
+    for column in tasks.columns
+    if column.name not in ("namespace", "remove_after_us", "request")
 ]
 """The columns of a record, in field order."""

@@ -71,4 +71,6 @@ class SQLWorkers(Workers):
 def _worker_of(row: Any) -> Worker:
     held = json.loads(row.endpoints)
     views = held if isinstance(held, dict) else {}
-    return Worker(row.name, row.place, row.number, row.process, frozenset(held), row.beat, views)
+    return Worker(
+        row.name, row.lock_file, row.number, row.process, frozenset(held), row.beat, views
+    )

@@ -233,8 +233,8 @@ def create_app(**config: Any) -> Flask:
             current_task.set_progress(number / 1000, f"step {number}")
         return current_task.progress
 
-    @route("/climb")
-    def climb() -> Any:
+    @route("/timed_progress")
+    def timed_progress() -> Any:
         current_task.progress_over(0.3, 0.1, 80)
         time.sleep(0.8)
         return "climbed"
