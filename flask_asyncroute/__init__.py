@@ -32,10 +32,12 @@ from .errors import (
     QueueFull,
     RequestRefused,
     ResultError,
+    RetryRequested,
     ShuttingDown,
     StateValueError,
     StoreUnavailable,
     TaskAborted,
+    TaskExists,
     TaskFailed,
     TaskFinished,
     TaskNotFound,
@@ -46,6 +48,7 @@ from .errors import (
 from .extension import AsyncRoute
 from .options import Sse
 from .permissions import Access, Permission
+from .retries import Retry
 from .signals import (
     callback_failed,
     callback_sent,
@@ -56,6 +59,7 @@ from .signals import (
     task_finished,
     task_progressed,
     task_removed,
+    task_retried,
     task_started,
 )
 from .task import AsyncRouteTask, State
@@ -68,12 +72,13 @@ __all__ = [
     "CallbackRefused", "CannotStart", "ConfigurationError", "InvalidQuery", "InvalidRequest",
     "KeyReused", "LengthRequired", "MethodNotAllowed", "NoCurrentTask", "NotAcceptable",
     "NotAuthenticated", "NotCancellable", "NotPermitted", "Permission", "QueueFull",
-    "RequestRefused", "ResultError", "ShuttingDown", "Sse", "State", "StateValueError",
-    "StoreUnavailable", "TaskAborted", "TaskFailed", "TaskFinished", "TaskNotFound",
-    "TaskUnfinished", "TooManyTasks", "UnsupportedMediaType",
+    "RequestRefused", "ResultError", "Retry", "RetryRequested", "ShuttingDown", "Sse", "State",
+    "StateValueError", "StoreUnavailable", "TaskAborted", "TaskExists", "TaskFailed",
+    "TaskFinished", "TaskNotFound", "TaskUnfinished", "TooManyTasks", "UnsupportedMediaType",
     "current_task", "metadata",
     "callback_failed", "callback_sent", "task_aborted", "task_completed", "task_created",
-    "task_failed", "task_finished", "task_progressed", "task_removed", "task_started",
+    "task_failed", "task_finished", "task_progressed", "task_removed", "task_retried",
+    "task_started",
 ]  # fmt: skip
 
 

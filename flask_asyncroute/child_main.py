@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import msgspec
 
@@ -54,7 +55,8 @@ def main(channel: socket.socket) -> None:
         runner = runtime.become_child()
     except BaseException as error:
         logger.exception("A child process could not load the app.")
-        reporter.end(failed(error, settings.values.get("ASYNCROUTE_EXPOSE_ERRORS", True)))
+        outcome = failed(error, settings.values.get("ASYNCROUTE_EXPOSE_ERRORS", True))
+        reporter.end(replace(outcome, can_retry=True))
         return
     reporter.send(protocol.READY, str(os.getpid()).encode())
     second = next(incoming, None)
@@ -63,7 +65,9 @@ def main(channel: socket.socket) -> None:
     job = msgspec.json.decode(second[1], type=protocol.Job)
     execution = reporter.execution = Execution(job.task_id, wake=reporter.wake)
     seconds = None if job.deadline is None else job.deadline - time.monotonic()
-    execution.begin(job.user, job.epoch, seconds)
+    execution.begin(
+        job.user, job.epoch, seconds, attempt=job.attempt, retries_left=job.retries_left
+    )
     body = snapshot.Body(_pieces(incoming, job.body_size)) if job.body_size else None
     pid = os.getpid()
     outcome = execute(runner, job.endpoint, bytes(job.request), body, execution)
@@ -114,8 +118,9 @@ class _Reporter(Loop):
         values = outcome.values
         result = msgspec.Raw(values.get("result_json", b"null"))
         ending = protocol.Ending(
-            outcome.state, report, result, values.get("error"), values.get("error_status")
-        )
+            outcome.state, report, result, values.get("error"), values.get("error_status"),
+            outcome.can_retry, outcome.retry_after,
+        )  # fmt: skip
         self.send(protocol.OUTCOME, msgspec.json.encode(ending))
         self._is_closed = True
 

@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar, cast
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar, cast
 
 from flask import Request
 from werkzeug.local import LocalProxy
 
 from .encoding import encode_value
-from .errors import NoCurrentTask
+from .errors import NoCurrentTask, RetryRequested
 from .executors.execution import Execution, TimedProgress
-from .validators import is_name, plain
+from .validators import is_name, plain, seconds
 
 T = TypeVar("T")
 
@@ -85,6 +86,27 @@ class CurrentTask:
     def user(self) -> str | None:
         """The id of the caller that started the task, or None if the caller is unknown."""
         return self._execution.user
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt, from 1; see the option ``retry``."""
+        return self._execution.attempt
+
+    def retry(self, after: float | timedelta | None = None, reason: str | None = None) -> NoReturn:
+        """End this attempt, and run the task again. This uses one of its retries; if none is left,
+        the task fails.
+
+        :param after: seconds or timedelta until the next attempt; None: as in the option ``retry``.
+        :param reason: becomes a part of the ``LastError`` or ``Error``.
+        :raises RetryRequested: always. It is a BaseException, so ``except Exception`` does not
+            catch it.
+        :raises ConfigurationError: if ``after`` is invalid.
+        :raises TypeError: if ``reason`` is not a string.
+        """
+        if reason is not None and not isinstance(reason, str):
+            raise TypeError(f"A reason must be a string, not {type(reason).__name__}.")
+        delay = None if after is None else seconds("after", after)
+        raise RetryRequested(reason or "", delay)
 
     @property
     def progress(self) -> float:

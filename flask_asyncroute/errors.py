@@ -35,6 +35,10 @@ class IdTaken(AsyncRouteError):
     """The store already has a task with this id."""
 
 
+class UniqueTaken(AsyncRouteError):
+    """The store already has an unfinished task with this ``unique`` key."""
+
+
 class KeyTaken(AsyncRouteError):
     """The store already has a task with this ``Idempotency-Key``."""
 
@@ -45,6 +49,20 @@ class TaskAborted(BaseException):
     Derives from :exc:`BaseException`, so ``except Exception`` does not catch it. Clean up in
     ``finally``; do not suppress it.
     """
+
+
+class RetryRequested(BaseException):
+    """Raised by ``current_task.retry()`` to end the attempt.
+
+    Derives from :exc:`BaseException`, so ``except Exception`` does not catch it. Do not suppress
+    it.
+
+    :param after: seconds until the next attempt; None: as in the route's ``retry``.
+    """
+
+    def __init__(self, reason: str = "", after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
 
 
 class RequestRefused(AsyncRouteError):
@@ -142,6 +160,10 @@ class NotAcceptable(RequestRefused, status=406):
 
 class TaskUnfinished(_TaskRefused, Conflict, status=409):
     """The operation needs a finished task."""
+
+
+class TaskExists(RequestRefused, status=409):
+    """Another caller has an unfinished task with the same ``unique`` key."""
 
 
 class TaskFinished(_TaskRefused, Gone, status=410):

@@ -10,12 +10,13 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from . import validators
+from . import retries, validators
 from .callbacks.model import Callback
 from .encoding import MEDIA_TYPES
 from .errors import ConfigurationError
 from .executors import registry
 from .permissions import Permission
+from .retries import Retry
 from .validators import Check, boolean, instance_of, optional, refuse, setting, short_name, text
 
 
@@ -53,6 +54,14 @@ def _sse(label: str, value: Any) -> Sse | None:
     return value
 
 
+def _unique(label: str, value: Any) -> bool | Callable[[], Any]:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if not callable(value):
+        raise refuse(label, "True, or a function that returns a key or None", value)
+    return validators.function(label, value)
+
+
 def _new_id() -> str:
     return str(uuid.uuid4())
 
@@ -63,6 +72,8 @@ class DefaultedOptions:
 
     timeout: int | None = setting(validators.time_limit, 36_000_000_000)
     start_timeout: int | None = setting(validators.wait_limit, None)
+    retry: Retry | None = setting(retries.checked, None)
+    unique: bool | Callable[[], Any] = setting(_unique, False)
     cancellable: bool = setting(boolean, True)
     executor: str | Executor = setting(registry.checked, "thread")
     min_workers: int = setting(optional(validators.whole(0)), None)

@@ -130,7 +130,7 @@ class Runtime:
                 app, config = self._get_app(), self.prepare()
                 self._runner = Runner(
                     app, config, self._early.take(app, config), self.routes, self._before_task,
-                    self._identity_loader, shutdown.is_server_ending,
+                    self._identity_loader, shutdown.is_server_ending, self.is_inline,
                 )  # fmt: skip
                 shutdown.runners.add(self._runner)
             return self._runner

@@ -25,6 +25,9 @@ task_started = _namespace.signal(
 task_progressed = _namespace.signal(
     "task-progressed", "New progress has been stored; one signal may cover several steps."
 )
+task_retried = _namespace.signal(
+    "task-retried", "An attempt has failed; the task waits for its next attempt."
+)
 task_completed = _namespace.signal(
     "task-completed", "The view has returned and its result has been stored."
 )
@@ -54,8 +57,8 @@ progress_reported = _namespace.signal("progress-reported", "A running task has p
 events_written = _namespace.signal("events-written", "Events of a view have been stored.")
 
 PUBLIC_SIGNALS = (
-    task_created, task_started, task_progressed, task_completed, task_failed, task_aborted,
-    task_finished, task_removed, callback_sent, callback_failed,
+    task_created, task_started, task_progressed, task_retried, task_completed, task_failed,
+    task_aborted, task_finished, task_removed, callback_sent, callback_failed,
 )  # fmt: skip
 
 

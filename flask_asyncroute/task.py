@@ -12,6 +12,7 @@ import msgspec
 
 from .callbacks.model import NOT_STARTED, Shown
 from .permissions import Permission
+from .retries import Schedule
 
 
 class State(StrEnum):
@@ -55,7 +56,11 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
     ``waiting_change`` is None, and ``change`` is the number of that transition.
 
     ``start_by_us`` is the time before which the first run must start. None: there is no limit, or
-    the task has been restarted.
+    the task has been restarted. ``start_at_us`` is the time before which no run, or no retry, may
+    start.
+
+    ``attempt`` is None before the first run, and in tasks without retries. While a task waits for a
+    retry, it is the number of the next attempt.
     """
 
     id: str
@@ -79,8 +84,13 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
     permission_json: bytes | None = None
     timeout_us: int | None = None
     start_by_us: int | None = None
+    start_at_us: int | None = None
     retention_us: int = 0
     on_loss: str = "abort"
+    retry_json: bytes | None = None
+    attempt: int | None = None
+    last_error: str | None = None
+    unique_key: str | None = None
     body_size: int = 0
     callback_json: bytes | None = None
     callback_state: str | None = None
@@ -123,6 +133,27 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
         return None if self.expires_us is None else moment(self.expires_us)
 
     @property
+    def next_attempt_time(self) -> datetime | None:
+        """When the next attempt starts at the earliest; None unless the task waits for a retry."""
+        return moment(self.start_at_us) if self._waits_for_retry and self.start_at_us else None
+
+    @property
+    def retry(self) -> Schedule | None:
+        """When failed attempts run again; None if they do not."""
+        if self.retry_json is None:
+            return None
+        return msgspec.json.decode(self.retry_json, type=Schedule)
+
+    @property
+    def retries_left(self) -> int:
+        """How often the task runs again if its next attempts fail."""
+        return 0 if self.retry is None else self.retry.times + 1 - (self.attempt or 1)
+
+    @property
+    def _waits_for_retry(self) -> bool:
+        return self.state is State.NOT_STARTED and self.attempt is not None
+
+    @property
     def result(self) -> Any:
         """The return value of the view as JSON values; None if there is no result."""
         return None if self.result_json is None else msgspec.json.decode(self.result_json)
@@ -155,6 +186,8 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
         if state is self.state and state is not State.RUNNING:
             return self
         earlier = _AT_THE_START if state is State.RUNNING else _AT_THE_CREATION
+        if state is State.NOT_STARTED and self.last_error is None:
+            earlier = {**earlier, "attempt": None}  # the task had not started yet
         callback_state = None if self.callback_json is None else NOT_STARTED
         return msgspec.structs.replace(self, state=state, callback_state=callback_state, **earlier)
 
@@ -185,6 +218,12 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
             wire["CompletedTime"] = rfc3339(self.completed_us)
         if self.expires_us is not None:
             wire["ExpireTime"] = rfc3339(self.expires_us)
+        if self.attempt is not None:
+            wire["Attempt"] = self.attempt
+            if self.last_error is not None:
+                wire["LastError"] = self.last_error
+            if self.start_at_us is not None and self._waits_for_retry:
+                wire["NextAttemptTime"] = rfc3339(self.start_at_us)
         if self.user is not None:
             wire["User"] = self.user
         if self.progress is not None:

@@ -15,21 +15,22 @@ from .. import errors
 from ..config import Config
 from ..executors.base import TaskExecutor
 from ..executors.execution import Execution
-from ..permissions import Caller
+from ..permissions import Caller, may_read
 from ..request import idempotency
 from ..request.capture import body_refusal, capture, guard, restore_body
 from ..request.identity import IdentityLoader, identify
-from ..request.submission import StartRequest, permission_of
+from ..request.submission import StartRequest, permission_of, take_unique_key
 from ..routes import Route
 from ..snapshot import encode
 from ..stores.base import StartKey, TaskStore
-from ..task import AsyncRouteTask, State
+from ..task import AsyncRouteTask, State, now_us
 from .lifecycle import Lifecycle, seconds_since_end
 from .retry_after import RunTimes
 
 logger = logging.getLogger("flask_asyncroute")
 
 ID_TRIES = 4  # attempts to generate an unused id
+UNIQUE_TRIES = 10  # attempts to find or start the task with a unique key
 STOPPED = "Aborted by the user"
 TIMED_OUT = "Timeout"
 
@@ -97,7 +98,7 @@ class Dispatcher:
         try:
             if key_name is not None:
                 return self._submit_once(executor, incoming, key_name)
-            return Started(self._submit(executor, incoming), is_replay=False)
+            return Started(self._submit_unique(executor, incoming), is_replay=False)
         except BaseException:
             if body is not None:
                 body.close()
@@ -153,7 +154,8 @@ class Dispatcher:
             self.run_times.note(task, task.completed_us)
         run = self.running.get(task.id)
         if task.state is not State.ABORTED:
-            if run is not None and not run[0].is_shutting_down and self._is_lost(run[0], task):
+            is_ending = run is not None and (run[0].is_over or run[0].is_shutting_down)
+            if run is not None and not is_ending and self._is_lost(run[0], task):
                 logger.warning(
                     "Another worker has taken over task %s, because this process appeared to be "
                     "dead. Stopping the run in this process.",
@@ -202,7 +204,7 @@ class Dispatcher:
             except HTTPException as error:
                 raise body_refusal(incoming.current, error) from error
             try:
-                return Started(self._submit(executor, incoming), is_replay=False)
+                return Started(self._submit_unique(executor, incoming), is_replay=False)
             except (errors.KeyTaken, errors.QueueFull) as error:
                 # A concurrent request with this key started its task first, perhaps in the
                 # last slot of the queue.
@@ -228,6 +230,43 @@ class Dispatcher:
                 "key."
             )
         return task
+
+    def _submit_unique(self, executor: TaskExecutor, incoming: StartRequest) -> AsyncRouteTask:
+        """Start a task; if an unfinished task has the same ``unique`` key, return that task."""
+        if incoming.route.options.unique is not False:
+            take_unique_key(incoming, self.store.secret())
+        if incoming.unique_key is None:
+            return self._submit(executor, incoming)
+        for _ in range(UNIQUE_TRIES):
+            found = self.store.started_with(incoming.unique_key)
+            if found is not None:
+                self._check_unique(incoming, found[0])
+                if incoming.body is not None:
+                    incoming.body.close()
+                return found[0]
+            try:
+                return self._submit(executor, incoming)
+            except errors.UniqueTaken:
+                continue  # the other task has just been created, and perhaps has already ended
+        raise errors.QueueFull(
+            "Tasks with the unique key of this one start and end at the moment. Try again.",
+            retry_after=1,
+        )
+
+    def _check_unique(self, incoming: StartRequest, task: AsyncRouteTask) -> None:
+        """Raise TaskExists unless the caller may learn the id of the task with its unique key."""
+        caller = incoming.caller
+        if caller is None:
+            # The key contains the credentials of unknown callers, if they have any.
+            is_allowed = idempotency.has_credentials(incoming.current)
+        else:
+            is_allowed = task.user is not None or caller.is_in(self.config.admins)
+            is_allowed &= may_read(caller, task.user, task.granted, self.config.admins)
+        if not is_allowed:
+            raise errors.TaskExists(
+                "An unfinished task has the same unique key. Try again when it has ended.",
+                retry_after=self.run_times.rest(task, now_us()),
+            )
 
     def _submit(self, executor: TaskExecutor, incoming: StartRequest) -> AsyncRouteTask:
         if self.is_closing:  # check again, because reading the request can take long

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -55,6 +55,8 @@ class Lifecycle:
         self._store = store
         self.owner = owner  # The worker name of this process.
         self.pending_writes = PendingWrites()
+        self.call_at: Callable[[int], None] = lambda time_us: None
+        """Called with the start time of each task that waits for a retry."""
         # Signals hold weak references, so they do not keep this object alive.
         signals.progress_reported.connect(self.on_progress_reported, sender=app)
 
@@ -116,6 +118,26 @@ class Lifecycle:
             self.release(execution)
         return task
 
+    def retry(
+        self, execution: Execution, error: str, start_at_us: int, is_bound: bool
+    ) -> AsyncRouteTask | None:
+        """Schedule the next attempt of a task whose attempt has failed. If the task was already
+        aborted, only clear its Stopping flag.
+
+        :param is_bound: whether only this process can run the task.
+        """
+        self.write_events(execution)
+        task = self._requeue(
+            execution.task_id, self._held_by(execution), signals.task_retried,
+            attempt=execution.attempt + 1, last_error=error, start_at_us=start_at_us,
+            owner=self.owner if is_bound else None,
+        )  # fmt: skip
+        if task is None:
+            self.release(execution)
+        else:
+            self.call_at(start_at_us)
+        return task
+
     def abort(self, task: AsyncRouteTask, error: str) -> AsyncRouteTask | None:
         """Abort a task unless its state, owner or epoch (run number) has changed. If it was
         Running, set its Stopping flag: its code is still running.
@@ -137,7 +159,7 @@ class Lifecycle:
         if task.state is not State.RUNNING:
             return self._change(task.id, _unchanged(task, stopping=True), stopping=False)
         if task.on_loss == "restart" and task.restarts < MAX_RESTARTS:
-            return self._requeue(task.id, _unchanged(task), restarts=task.restarts + 1)
+            return self._requeue(task.id, _unchanged(task), None, restarts=task.restarts + 1)
         return self._abort(task.id, _unchanged(task), LOST, stopping=False)
 
     def cut_short(self, execution: Execution, is_over: bool) -> None:
@@ -152,7 +174,7 @@ class Lifecycle:
         if not execution.restarts_on_loss:
             task = self._abort(execution.task_id, expect, SHUT_DOWN, stopping=not is_over)
         elif is_over:
-            task = self._requeue(execution.task_id, expect)
+            task = self._requeue(execution.task_id, expect, None)
         if task is None and is_over:
             self.release(execution)
 
@@ -303,15 +325,20 @@ class Lifecycle:
     ) -> AsyncRouteTask | None:
         return self._finish(task_id, expect, State.ABORTED, {"error": error, **values})
 
-    def _requeue(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
+    def _requeue(
+        self, task_id: str, expect: Expect, signal: NamedSignal | None, **values: Any
+    ) -> AsyncRouteTask | None:
         # `start_timeout` limits only the wait for the first start, so forget it.
-        empty = dict.fromkeys((*_SET_BY_RUN, "start_by_us"))
-        return self._change(task_id, expect, **{**empty, "state": State.NOT_STARTED, **values})
+        empty = dict.fromkeys((*_SET_BY_RUN, "start_by_us", "start_at_us"))
+        values = {**empty, "state": State.NOT_STARTED, **values}
+        return self._change(task_id, expect, signal, **values)
 
-    def _change(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
+    def _change(
+        self, task_id: str, expect: Expect, signal: NamedSignal | None = None, **values: Any
+    ) -> AsyncRouteTask | None:
         task = self._store.update(task_id, expect, values)
         if task is not None:
-            self.notify(None, task)
+            self.notify(signal, task)
         return task
 
     def _undo_create(self, task: AsyncRouteTask) -> None:
@@ -322,9 +349,10 @@ class Lifecycle:
     def _undo_claim(self, task_id: str, claimed_us: int) -> None:
         task = self._store.get(task_id)
         if task is not None and task.started_us == max(claimed_us, task.created_us):
-            # The task has not run, so the limit of its wait still applies.
+            # The task has not run, so the limits of its wait still apply.
             expect = Expect((State.RUNNING,), self.owner, task.epoch)
-            self._requeue(task_id, expect, start_by_us=task.start_by_us)
+            same = {"start_by_us": task.start_by_us, "start_at_us": task.start_at_us}
+            self._requeue(task_id, expect, None, **same)
 
 
 def _log(signal: NamedSignal | None, task: AsyncRouteTask) -> None:

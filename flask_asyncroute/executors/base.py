@@ -64,6 +64,7 @@ class TaskExecutor(ABC):
 
     def __init__(self, settings: PoolSettings) -> None:
         self.is_bound = settings.is_bound
+        self.runs_inline = False
         self._run = settings.run
         self._max_workers = settings.max_workers
         self._queue_size = settings.queue_size

@@ -44,6 +44,8 @@ class Execution:
         self.is_over = False  # the view's code has ended; its outcome is perhaps not yet stored
         self.is_shutting_down = False  # stopped by a shutdown; see `Lifecycle.cut_short`
         self.restarts_on_loss = False
+        self.attempt = 1
+        self.retries_left = 0
         self.is_interrupted = False  # `interrupt` raised an exception in the thread
         self.reported_at = -math.inf
         self.has_report = False  # progress or message changed since `take_report`
@@ -60,14 +62,17 @@ class Execution:
         self._timed_progress: TimedProgress | None = None
 
     def begin(
-        self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False
-    ) -> None:
+        self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False,
+        attempt: int = 1, retries_left: int = 0,
+    ) -> None:  # fmt: skip
         """Set the values known after the claim.
 
         :param seconds: the time limit; None: no limit.
         :param restarts_on_loss: whether the task runs again if this process cannot finish it.
         """
         self.restarts_on_loss = restarts_on_loss
+        self.attempt = attempt
+        self.retries_left = retries_left
         self.user = user
         self.epoch = epoch
         self.deadline = None if seconds is None else time.monotonic() + seconds

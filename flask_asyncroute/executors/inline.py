@@ -52,6 +52,10 @@ def _run_here(number: int, task_id: str) -> None:
 class ImmediateTaskExecutor(TaskExecutor):
     """Runs each task inside :meth:`submit`, on the request's thread. No task waits."""
 
+    def __init__(self, settings: PoolSettings) -> None:
+        super().__init__(settings)
+        self.runs_inline = True
+
     def reserve(self) -> None: ...
 
     def release(self) -> None: ...

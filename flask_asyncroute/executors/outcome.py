@@ -12,8 +12,11 @@ from typing import Any, TypeGuard
 from werkzeug.exceptions import BadRequestKeyError, HTTPException
 
 from ..encoding import clean_text
-from ..errors import AsyncRouteError
+from ..errors import AsyncRouteError, ResultError, RetryRequested, TaskAborted
 from ..task import MAX_ERROR, State
+
+TEMPORARY = (408, 425, 429)
+"""The statuses below 500 after which a task can run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class Outcome:
 
     state: State
     values: dict[str, Any] = field(default_factory=dict)
+    can_retry: bool = False  # whether the task runs again if it has retries left
+    retry_after: float | None = None  # seconds until then; None: as scheduled
 
 
 def is_http_error(error: BaseException) -> TypeGuard[HTTPException]:
@@ -33,6 +38,25 @@ def is_http_error(error: BaseException) -> TypeGuard[HTTPException]:
     return isinstance(error, HTTPException) and not isinstance(error, AsyncRouteError)
 
 
+def can_retry(error: BaseException, on: tuple[type[BaseException], ...]) -> bool:
+    """Return whether a task can run again after an error of its view.
+
+    :param on: the exceptions of the route's ``retry``.
+    """
+    if isinstance(error, RetryRequested):
+        return True
+    if isinstance(error, (TaskAborted, ResultError)):
+        return False
+    if is_http_error(error) and 400 <= (_status_of(error) or 500) < 500:
+        return _status_of(error) in TEMPORARY and isinstance(error, on)
+    return isinstance(error, on)
+
+
+def _status_of(error: HTTPException) -> int | None:
+    # abort(response) raises an exception without code and name.
+    return error.code or getattr(getattr(error, "response", None), "status_code", None)
+
+
 def failed(error: BaseException, expose: bool) -> Outcome:
     """Return the outcome of a run that raised ``error``.
 
@@ -41,8 +65,7 @@ def failed(error: BaseException, expose: bool) -> Outcome:
     """
     name = type(error).__name__
     if is_http_error(error):
-        # abort(response) raises an exception without code and name.
-        status: Any = error.code or getattr(getattr(error, "response", None), "status_code", None)
+        status: Any = _status_of(error)
 
         def describe() -> str:
             phrase = error.name if error.code else responses.get(status, error.name)
@@ -84,7 +107,7 @@ def _json(value: Any) -> str:
 
 def died(cause: str) -> Outcome:
     """Return the outcome of a run whose child process ended without reporting one."""
-    return Outcome(State.FAILED, {"error": f"Process died: {cause}"})
+    return Outcome(State.FAILED, {"error": f"Process died: {cause}"}, can_retry=True)
 
 
 def cause_of(status: int | None) -> str:

@@ -75,6 +75,7 @@ FIELDS: dict[str, Field] = {
         Field("Url", "string", "url", ALL),
         Field("Method", "string", "method", ALL, upper=True),
         Field("Progress", "number", "progress", ORDER),
+        Field("Attempt", "number", "attempt", ORDER),
     )
 }
 

@@ -39,8 +39,8 @@ def key_name(current: Request, caller: Caller | None, secret: bytes) -> str:
     if caller is not None:
         scope = ["user", caller.id]
     else:
-        credentials = [current.environ.get(f"HTTP_{k}", "") for k in ("AUTHORIZATION", "COOKIE")]
-        if any(credentials):
+        credentials = _credentials(current)
+        if credentials:
             scope = ["sent", *credentials]
         elif len(key) >= _RANDOM_LENGTH:
             scope = ["key"]
@@ -52,6 +52,28 @@ def key_name(current: Request, caller: Caller | None, secret: bytes) -> str:
             )
     # The first item differs between users, credentials and neither, so their keys never match.
     return _digest(secret, [*scope, current.endpoint or "", key]).hexdigest()
+
+
+def unique_name(
+    current: Request, endpoint: str, caller: Caller | None, key: str, secret: bytes
+) -> str:
+    """Return the hash under which a task's ``unique`` key is stored.
+
+    Known callers, and callers without credentials, share the keys of a route. Unknown callers with
+    credentials have their own keys, because they must not learn the ids of each other's tasks.
+    """
+    scope = [] if caller is not None else _credentials(current)
+    return _digest(secret, ["unique", *scope, endpoint, key]).hexdigest()
+
+
+def has_credentials(current: Request) -> bool:
+    """Return whether a request contains an Authorization or Cookie header."""
+    return bool(_credentials(current))
+
+
+def _credentials(current: Request) -> list[str]:
+    values = [current.environ.get(f"HTTP_{name}", "") for name in ("AUTHORIZATION", "COOKIE")]
+    return values if any(values) else []
 
 
 def fingerprint(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 import msgspec
@@ -21,8 +24,9 @@ from ..routes import Route
 from ..snapshot import Body, Snapshot
 from ..stores.base import StartKey
 from ..task import AsyncRouteTask, State, now_us
-from ..validators import MAX_NAME, plain
+from ..validators import MAX_NAME, name_of, plain
 from . import idempotency
+from .capture import restore_body
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -43,6 +47,7 @@ class StartRequest:
     body: Body | None
     permission: Permission | None = None
     key: StartKey | None = None
+    unique_key: str | None = None
     delivery: Delivery | None = None
 
     def __post_init__(self) -> None:
@@ -83,7 +88,7 @@ class StartRequest:
                 sse_url = events_path(config, current.root_path, task_id)
         if delivery is not None and options.callback is not None:
             callback_json = _shown(options.callback, delivery)
-        created, start_timeout = now_us(), options.start_timeout
+        created, start_timeout, retry = now_us(), options.start_timeout, options.retry
         return AsyncRouteTask(
             id=task_id,
             async_route_id=self.name,
@@ -99,6 +104,8 @@ class StartRequest:
             start_by_us=None if start_timeout is None else created + start_timeout,
             retention_us=options.retention,
             on_loss=options.on_loss,
+            retry_json=None if retry is None else msgspec.json.encode(retry.schedule),
+            unique_key=self.unique_key,
             body_size=0 if self.body is None else self.body.size,
             owner=worker if options.is_bound else None,
             sse_group=group,
@@ -154,6 +161,39 @@ def permission_of(route: Route, caller: Caller | None) -> Permission | None:
         )  # fmt: skip
         raise NotPermitted("The permission for this task could not be determined.")
     return permission
+
+
+def take_unique_key(incoming: StartRequest, secret: bytes) -> None:
+    """Set the ``unique_key`` of a start request.
+
+    :raises CannotStart: if the route's function raises an exception or returns neither a key nor
+        None.
+    """
+    option, key = incoming.route.options.unique, None
+    if option is True:
+        key = json.dumps(incoming.current.view_args or {}, sort_keys=True, default=str)
+    elif callable(option):
+        restore_body(incoming.current, incoming.captured, incoming.body)
+        key = _unique_key(option, incoming)
+    if key is not None:
+        incoming.unique_key = idempotency.unique_name(
+            incoming.current, incoming.route.endpoint, incoming.caller, key, secret
+        )
+
+
+def _unique_key(function: Callable[[], Any], incoming: StartRequest) -> str | None:
+    try:
+        key = function()
+        return None if key is None else name_of(key)
+    except (RequestRefused, ClientDisconnected, RequestEntityTooLarge):
+        raise
+    except Exception as error:
+        logger.exception(
+            "The unique function of endpoint %s raised an exception, or returned neither a string "
+            "nor None. The request got 500.",
+            incoming.route.endpoint,
+        )
+        raise CannotStart("The unique key of this task could not be determined.") from error
 
 
 def url_of(current: Request) -> str:

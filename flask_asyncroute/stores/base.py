@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from ..callbacks.model import Delivery
 from ..query import Condition, Position, Sort
@@ -59,6 +59,14 @@ class StartKey:
 
     name: str  # hash of the caller, route and key: 64 characters
     fingerprint: str  # hash of the method, URL and body: 64 characters
+
+
+class Waiting(NamedTuple):
+    """A NotStarted task."""
+
+    id: str
+    endpoint: str
+    due_us: int  # its start time, or else its creation time
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +154,7 @@ class TaskStore(ABC):
         :param key: the idempotency key, stored until the task is removed.
         :param quota: maximum unfinished tasks of the user, including this one; None: no limit.
         :param delivery: the callback to send when the task ends.
+        :raises UniqueTaken: if an unfinished task has the task's ``unique_key``.
         :raises KeyTaken: if another task has a key with this name.
         :raises TooManyTasks: if the user would exceed the quota.
         :raises IdTaken: if another task has this id.
@@ -155,6 +164,9 @@ class TaskStore(ABC):
     def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
         """Return the task that was started with a key, and the fingerprint of its request; None if
         the key is unknown.
+
+        :param key_name: the name of a `StartKey`, or the ``unique_key`` of an unfinished task,
+            which has an empty fingerprint.
         """
 
     @abstractmethod
@@ -164,10 +176,11 @@ class TaskStore(ABC):
     @abstractmethod
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         """Move a task from NotStarted to Running, with this ``owner`` and a new epoch. Return None
-        if the task is not NotStarted, or if ``now_us`` has reached its ``start_by_us``.
+        if the task is not NotStarted, or if ``now_us`` is not between its ``start_at_us`` and its
+        ``start_by_us``.
 
-        StartingTime is the later of ``now_us`` and CreationTime. ExpireTime is StartingTime plus
-        the timeout.
+        A task with retries that has no attempt yet gets the attempt 1. StartingTime is the later of
+        ``now_us`` and CreationTime. ExpireTime is StartingTime plus the timeout.
         """
 
     @abstractmethod
@@ -179,9 +192,10 @@ class TaskStore(ABC):
         """If the task matches ``expect``, write ``values`` (by record field) and increment the
         revision.
 
-        Writing a terminal state removes the request and body, and makes the callback due. Then also
-        pass ``completed_us``; if it is before StartingTime, StartingTime is stored. Writing
-        NotStarted begins a new run; the previous run's states remain as events.
+        Writing a terminal state removes the request and body, releases the ``unique_key``, and
+        makes the callback due. Then also pass ``completed_us``; if it is before StartingTime,
+        StartingTime is stored. Writing NotStarted begins a new run; the previous run's states
+        remain as events.
 
         :return: the new record; None, with nothing written, if the task does not match.
         """
@@ -236,6 +250,21 @@ class TaskStore(ABC):
         """
 
     @abstractmethod
+    def waiting(
+        self, most: Mapping[str, int], before_us: int, start_before_us: int | None = None,
+        owner: str = "",
+    ) -> list[Waiting]:  # fmt: skip
+        """Return NotStarted tasks, the earliest due first: those created before ``before_us``, and
+        those with a start time before ``start_before_us`` (None: ``before_us``). Omit tasks that
+        only another process than ``owner`` can run.
+
+        Tasks created over :data:`AHEAD_US` after ``before_us`` are included: the clock was set back
+        after their creation. A store of a single process may omit all tasks without a start time.
+
+        :param most: the maximum number of tasks per endpoint. Tasks of other endpoints are omitted.
+        """
+
+    @abstractmethod
     def newest(self) -> int:
         """Return the newest change number."""
 
@@ -269,17 +298,6 @@ class SharedTaskStore(TaskStore):
 
     is_shared = True
     workers: Workers
-
-    @abstractmethod
-    def waiting(self, most: Mapping[str, int], before_us: int) -> list[tuple[str, str]]:
-        """Return the (id, endpoint) pairs of NotStarted tasks created before ``before_us``, oldest
-        first.
-
-        Tasks created over :data:`AHEAD_US` after ``before_us`` are included: the clock was set back
-        after their creation.
-
-        :param most: the maximum number of tasks per endpoint. Tasks of other endpoints are omitted.
-        """
 
     @abstractmethod
     def changes_since(self, since: int, worker: str | None = None) -> Changes:
@@ -375,12 +393,23 @@ class Workers(ABC):
         """Return the distinct endpoints of the NotStarted tasks."""
 
 
-def oldest(waiting: Iterable[tuple[str, str]], most: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return the (id, endpoint) pairs in order, at most ``most[endpoint]`` of each endpoint."""
+def first_due(waiting: Iterable[Waiting], most: Mapping[str, int]) -> list[Waiting]:
+    """Return the tasks with the earliest ``due_us`` first, at most ``most[endpoint]`` of each
+    endpoint.
+    """
     left = dict(most)
     found = []
-    for task_id, endpoint in waiting:
-        if left.get(endpoint, 0) > 0:
-            left[endpoint] -= 1
-            found.append((task_id, endpoint))
+    for task in sorted(waiting, key=lambda task: task.due_us):
+        if left.get(task.endpoint, 0) > 0:
+            left[task.endpoint] -= 1
+            found.append(task)
     return found
+
+
+def can_start(task: AsyncRouteTask, now_us: int) -> bool:
+    """Return whether a task can be claimed at this time."""
+    if task.state is not State.NOT_STARTED:
+        return False
+    is_late = task.start_by_us is not None and task.start_by_us <= now_us
+    is_early = task.start_at_us is not None and task.start_at_us > now_us
+    return not (is_late or is_early)

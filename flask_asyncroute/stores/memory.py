@@ -15,12 +15,12 @@ from msgspec.structs import replace
 from ..background import when_gone
 from ..callbacks.model import NOT_STARTED, PENDING, RUNNING, Delivery
 from ..encoding import encode_json
-from ..errors import ConfigurationError, IdTaken, KeyTaken, TooManyTasks
+from ..errors import ConfigurationError, IdTaken, KeyTaken, TooManyTasks, UniqueTaken
 from ..query import Condition, Position, Sort, is_after, matches, ordered
 from ..snapshot import Body
 from ..task import AsyncRouteTask, State
 from . import base
-from .base import Claim, Event, Events, Expect, Readers, StartKey, TaskStore, ViewEvent
+from .base import Claim, Event, Events, Expect, Readers, StartKey, TaskStore, ViewEvent, Waiting
 from .outbox import AT_ONCE, LONGEST_US, PER_HOST, Due, Outbox
 
 
@@ -100,6 +100,7 @@ class MemoryTaskStore(TaskStore):
         """The `start_by_us` of each NotStarted task that has one, so that the check every second
         does not read all tasks.
         """
+        self._start_at: dict[str, int] = {}  # the same for `start_at_us`
         self._unfinished: Counter[str | None] = Counter()
         self._keys: dict[str, str] = {}
         self._values: dict[str, tuple[bytes, int]] = {}
@@ -124,6 +125,8 @@ class MemoryTaskStore(TaskStore):
         delivery: Delivery | None = None,
     ) -> None:  # fmt: skip
         with self._lock:
+            if task.unique_key in self._keys:
+                raise UniqueTaken("An unfinished task has this unique key.")
             if key is not None and key.name in self._keys:
                 raise KeyTaken("Another task has this Idempotency-Key.")
             if quota is not None and self._unfinished[task.user] >= quota:
@@ -133,8 +136,10 @@ class MemoryTaskStore(TaskStore):
             self._change += 1
             task = replace(task, change=self._change)
             entry = self._tasks[task.id] = _Entry(task, request, body, grants, key)
-            self._note_start_by(task)
+            self._note_waiting(task)
             self._unfinished[task.user] += 1
+            if task.unique_key is not None:
+                self._keys[task.unique_key] = task.id
             if key is not None:
                 self._keys[key.name] = task.id
             if delivery is not None:
@@ -147,24 +152,25 @@ class MemoryTaskStore(TaskStore):
     def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
         with self._lock:
             entry = self._tasks.get(self._keys.get(key_name, ""))
-            if entry is None or entry.key is None:
+            if entry is None:
                 return None
-            return entry.task, entry.key.fingerprint
+            is_key = entry.key is not None and entry.key.name == key_name
+            return entry.task, entry.key.fingerprint if is_key and entry.key is not None else ""
 
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         with self._lock:
             entry = self._tasks.get(task_id)
-            if entry is None or entry.task.state is not State.NOT_STARTED:
+            if entry is None or not base.can_start(entry.task, now_us):
                 return None
             task = entry.task
-            if task.start_by_us is not None and task.start_by_us <= now_us:
-                return None
             started = max(now_us, task.created_us)
             expires = None if task.timeout_us is None else started + task.timeout_us
             values = {
                 "state": State.RUNNING, "owner": owner, "epoch": task.epoch + 1,
                 "started_us": started, "expires_us": expires,
             }  # fmt: skip
+            if task.retry_json is not None:
+                values["attempt"] = task.attempt or 1
             return Claim(self._write(entry, values), entry.request)
 
     def body(self, task_id: str) -> Body:
@@ -210,7 +216,7 @@ class MemoryTaskStore(TaskStore):
             self._change += 1
             del self._tasks[task_id]
             self._callbacks.pop(task_id, None)
-            self._start_by.pop(task_id, None)
+            self._forget_waiting(entry.task)
             if not entry.task.state.is_terminal:
                 self._count_finished(entry.task)
             if entry.key is not None:
@@ -247,6 +253,22 @@ class MemoryTaskStore(TaskStore):
             expired = sorted((at, name) for name, at in self._start_by.items() if at <= now_us)
             tasks = (self._tasks[name].task for _, name in expired)
             return list(islice((task for task in tasks if task.owner in (None, owner)), limit))
+
+    def waiting(
+        self, most: Mapping[str, int], before_us: int, start_before_us: int | None = None,
+        owner: str = "",
+    ) -> list[Waiting]:  # fmt: skip
+        start_before_us = before_us if start_before_us is None else start_before_us
+        with self._lock:
+            due = [(at, self._tasks[name].task) for name, at in self._start_at.items()]
+        return base.first_due(
+            (
+                Waiting(task.id, task.endpoint, at)
+                for at, task in due
+                if at < start_before_us and task.owner in (None, owner)
+            ),
+            most,
+        )
 
     def newest(self) -> int:
         return self._change
@@ -317,7 +339,7 @@ class MemoryTaskStore(TaskStore):
             values = {**values, "waiting_change": waiting, change_name: self._change}
         entry.task = replace(task, **values, revision=task.revision + 1, change=self._change)
         if state is not None:
-            self._note_start_by(entry.task)
+            self._note_waiting(entry.task)
         if entry.task.state.is_terminal and not task.state.is_terminal:
             self._count_finished(task)
             entry.drop_request()
@@ -325,13 +347,20 @@ class MemoryTaskStore(TaskStore):
                 self._callbacks[task.id].due_us = AT_ONCE
         return entry.task
 
-    def _note_start_by(self, task: AsyncRouteTask) -> None:
+    def _note_waiting(self, task: AsyncRouteTask) -> None:
+        self._forget_waiting(task)
         if task.state is State.NOT_STARTED and task.start_by_us is not None:
             self._start_by[task.id] = task.start_by_us
-        else:
-            self._start_by.pop(task.id, None)
+        if task.state is State.NOT_STARTED and task.start_at_us is not None:
+            self._start_at[task.id] = task.start_at_us
+
+    def _forget_waiting(self, task: AsyncRouteTask) -> None:
+        self._start_by.pop(task.id, None)
+        self._start_at.pop(task.id, None)
 
     def _count_finished(self, task: AsyncRouteTask) -> None:
+        if task.unique_key is not None:
+            del self._keys[task.unique_key]
         self._unfinished[task.user] -= 1
         if not self._unfinished[task.user]:
             del self._unfinished[task.user]

@@ -40,11 +40,13 @@ class Job:
         self.work = work
         self.due = time.monotonic() + seconds
         self._is_waiting = False
+        self._lock = threading.Lock()
 
     def do(self) -> float:
         """Do the work if it is due; return when the work is due next."""
         if self.due > time.monotonic():
             return self.due
+        self.due = math.inf
         try:
             self.work()
             self._is_waiting = False
@@ -56,8 +58,14 @@ class Job:
             self._is_waiting = True
         except Exception:
             logger.exception("Background job %s failed; it will be retried.", _name(self.work))
-        self.due = time.monotonic() + self.seconds
+        # `hasten` can have set an earlier time meanwhile.
+        self.hasten(time.monotonic() + self.seconds)
         return self.due
+
+    def hasten(self, due: float) -> None:
+        """Do the work at this monotonic time at the latest. Thread-safe."""
+        with self._lock:
+            self.due = min(self.due, due)
 
 
 class Maintenance(Loop):

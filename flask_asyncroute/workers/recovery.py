@@ -24,6 +24,7 @@ CONFIRM_SECONDS = 0.4  # a lock can be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
 ROUTE_GONE = "Route gone"
 PAGE = 500
+FAR_FUTURE_US = 2**62
 
 
 @dataclass(eq=False)
@@ -103,9 +104,10 @@ class Recovery:
                 "waiting tasks are aborted.",
                 ", ".join(gone),
             )
-        while gone and (waiting := self.store.waiting(dict.fromkeys(gone, PAGE), now_us())):
-            for task_id, _ in waiting:
-                task = self.store.get(task_id)
+        limits = dict.fromkeys(gone, PAGE)
+        while gone and (waiting := self.store.waiting(limits, now_us(), FAR_FUTURE_US)):
+            for found in waiting:
+                task = self.store.get(found.id)
                 if task is not None and task.state is State.NOT_STARTED:
                     self.lifecycle.abort(task, ROUTE_GONE)
 

@@ -6,7 +6,9 @@ import asyncio
 import inspect
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,20 +26,24 @@ from ..errors import (
     AsyncRouteError,
     ConfigurationError,
     ResultError,
+    RetryRequested,
     StoreUnavailable,
     TaskAborted,
 )
 from ..executors import interruption
 from ..executors.base import TaskExecutor
 from ..executors.execution import Execution
-from ..executors.outcome import Outcome, failed, is_http_error
+from ..executors.outcome import Outcome, can_retry, failed, is_http_error
 from ..request import context
+from ..retries import Retry
 from ..routes import Route, View
 from ..stores.base import Claim, TaskStore
 from ..task import AsyncRouteTask, State, now_us
 from .maintenance import Timekeeper
 
 logger = logging.getLogger("flask_asyncroute")
+
+INLINE_WAIT_SECONDS = 0.5  # interval at which a retry inside a request checks for a shutdown
 
 
 class Worker(Protocol):
@@ -49,6 +55,7 @@ class Worker(Protocol):
     config: Config
     routes: Mapping[str, Route]
     before_task: Sequence[Callable[[], Any]]
+    is_inline: bool
 
     store: TaskStore
     lifecycle: Lifecycle
@@ -64,10 +71,20 @@ class Worker(Protocol):
 def run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
     """Run a waiting task on this thread; return at once if another process has claimed it.
 
-    Never raise an Exception. The task gets an outcome, whatever the view does.
+    If the task runs inside its request, also wait for its retries. Never raise an Exception. The
+    task gets an outcome, whatever the view does.
     """
+    next_us = _run_safely(runner, executor, task_id)
+    while executor.runs_inline and next_us is not None:
+        while not runner.dispatcher.is_closing and (wait_us := next_us - now_us()) > 0:
+            time.sleep(min(wait_us / 1_000_000, INLINE_WAIT_SECONDS))
+        next_us = _run_safely(runner, executor, task_id)
+
+
+def _run_safely(runner: Worker, executor: TaskExecutor, task_id: str) -> int | None:
+    """Run one attempt. Return the time of the next one in microseconds, if it is scheduled."""
     try:
-        _run(runner, executor, task_id)
+        return _run(runner, executor, task_id)
     except TaskAborted:
         logger.warning(
             "Task %s was interrupted after its view had ended. The result is stored, or another "
@@ -79,13 +96,14 @@ def run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
         logger.error("Task %s could not be run: %s", task_id, error, exc_info=not is_known)
         if executor.is_bound:
             runner.lifecycle.abort_later(task_id, LOST)
+    return None
 
 
-def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
+def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> int | None:
     dispatcher, lifecycle = runner.dispatcher, runner.lifecycle
     execution = Execution(task_id, executor.interrupt_after, runner.wake)
     if not dispatcher.begin(execution, executor):
-        return
+        return None
     is_ended = False
     try:
         runner.notifier.watch()
@@ -94,17 +112,20 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
                 # Another process will run the task, unless only this process can run it.
                 if executor.is_bound:
                     lifecycle.abort_later(task_id, SHUT_DOWN)
-                return
+                return None
             runner.enter()
             claim = lifecycle.claim(task_id)
             if claim is None:
                 if executor.is_bound:
                     # The check every second may belong to a later runner, with another name.
                     lifecycle.abort_if_expired(task_id)
-                return
+                return None
             task = claim.task
             seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000
-            execution.begin(task.user, task.epoch, seconds, task.on_loss == "restart")
+            execution.begin(
+                task.user, task.epoch, seconds, task.on_loss == "restart", task.attempt or 1,
+                task.retries_left,
+            )  # fmt: skip
             runner.timekeeper.begin(execution)
             pid = os.getpid()
             try:
@@ -127,19 +148,36 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
                 outcome = Outcome(State.ABORTED, {"error": TIMED_OUT})
             values = {"completed_us": completed_us, **outcome.values}
             write: Callable[[], object]
+            next_us: int | None = None
             if execution.is_shutting_down and not execution.is_expired:
                 # The shutdown has stopped the run, so ignore the view's return value.
                 write = partial(lifecycle.cut_short, execution, is_over=True)
+            elif outcome.can_retry and execution.retries_left and not execution.stop.is_set():
+                next_us = completed_us + _delay_us(runner, task, outcome)
+                error = outcome.values["error"]
+                write = partial(lifecycle.retry, execution, error, next_us, executor.is_bound)
             else:
                 write = partial(lifecycle.finish, execution, outcome.state, values)
             # Keep the run registered until its outcome is stored.
             lifecycle.pending_writes.write(task_id, write, partial(dispatcher.end, execution))
             is_ended = True
+            return next_us
         finally:
             runner.notifier.unwatch()
     finally:
         if not is_ended:
             dispatcher.end(execution)
+
+
+def _delay_us(runner: Worker, task: AsyncRouteTask, outcome: Outcome) -> int:
+    """Return the microseconds until the next attempt of a task."""
+    if runner.is_inline:
+        return 0
+    delay = outcome.retry_after
+    if delay is None:
+        assert task.retry is not None and task.attempt is not None
+        delay = task.retry.seconds_before(task.attempt)
+    return round(delay * 1_000_000)
 
 
 def _carry_out(
@@ -153,7 +191,7 @@ def _carry_out(
         outcome = executor.hand_over(claim, body, execution)
         return outcome or execute(runner, claim.task.endpoint, claim.request, body, execution)
     except BaseException as error:
-        return _failed(error, execution, runner.config.expose_errors)
+        return _failed(runner, claim.task.endpoint, error, execution)
     finally:
         if body is not None:
             body.close()
@@ -217,11 +255,11 @@ def execute(
                 # Read the error inside the request context, so that a lazy message is translated
                 # into the request's language.
                 _explain(error, app)
-                outcome = _failed(error, execution, runner.config.expose_errors)
-                _report(app, error, execution.task_id)
+                outcome = _failed(runner, endpoint, error, execution)
+                _report(app, error, execution, is_last=not outcome.can_retry)
                 raise
     except BaseException as error:
-        return outcome or _failed(error, execution, runner.config.expose_errors)
+        return outcome or _failed(runner, endpoint, error, execution)
 
 
 def _explain(error: BaseException, app: Flask) -> None:
@@ -237,11 +275,18 @@ def _explain(error: BaseException, app: Flask) -> None:
         )
 
 
-def _failed(error: BaseException, execution: Execution, expose: bool) -> Outcome:
+def _failed(runner: Worker, endpoint: str, error: BaseException, execution: Execution) -> Outcome:
     if execution.is_time_up and not execution.stop.is_set():
         # The view can have raised the error because of the timeout, before the timekeeper reacted.
         return Outcome(State.ABORTED, {"error": TIMED_OUT})
-    return failed(error, expose)
+    outcome = failed(error, runner.config.expose_errors)
+    route = runner.routes.get(endpoint)
+    # If this release of the app has no retries for the route, any Exception counts.
+    retry = Retry() if route is None or route.options.retry is None else route.options.retry
+    if not execution.retries_left or not can_retry(error, retry.classes):
+        return outcome
+    after = error.after if isinstance(error, RetryRequested) else None
+    return replace(outcome, can_retry=True, retry_after=after)
 
 
 def _call(route: Route, arguments: dict[str, Any], execution: Execution) -> Any:
@@ -273,16 +318,24 @@ def _await(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
         raise
 
 
-def _report(app: Flask, error: BaseException, task_id: str) -> None:
-    """Log an exception of a view, and send the signal got_request_exception. Errors of log handlers
-    and receivers are also logged.
+def _report(app: Flask, error: BaseException, execution: Execution, is_last: bool) -> None:
+    """Log an exception of a view, and send the signal got_request_exception. If the task runs
+    again, log a warning instead. Errors of log handlers and receivers are also logged.
 
-    An HTTPException of the view and TaskAborted are ignored: they are not errors of the app.
+    In the last attempt, an HTTPException of the view is ignored: it is not an error of the app.
+    TaskAborted is always ignored.
     """
-    if isinstance(error, TaskAborted) or is_http_error(error):
-        return
+    task_id = execution.task_id
     extra = {"task_id": task_id}
     try:
+        if not is_last:
+            app.logger.warning(
+                "Attempt %d of task %s failed; the task runs again.",
+                execution.attempt, task_id, exc_info=error, extra=extra,
+            )  # fmt: skip
+            return
+        if isinstance(error, (TaskAborted, RetryRequested)) or is_http_error(error):
+            return
         if isinstance(error, ResultError):
             app.logger.error(
                 "The result of task %s cannot be stored: %s", task_id, error, extra=extra

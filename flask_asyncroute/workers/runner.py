@@ -6,11 +6,11 @@ import logging
 import math
 import os
 import threading
+import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from flask import Flask
@@ -23,7 +23,7 @@ from ..engine.lifecycle import Lifecycle
 from ..engine.notifier import Notifier
 from ..errors import AsyncRouteError, QueueFull
 from ..executors.base import ChildSettings, PoolSettings, Run, TaskExecutor
-from ..executors.registry import make_executor
+from ..executors.registry import kind_of, make_executor
 from ..query import NEWEST_FIRST
 from ..request.identity import IdentityLoader
 from ..routes import Route
@@ -60,10 +60,11 @@ class Runner:
         self, app: Flask, config: Config, store: TaskStore, routes: Mapping[str, Route],
         before_task: Sequence[Callable[[], Any]],
         identity_loader: Callable[[], IdentityLoader | None],
-        is_ending: Callable[[], bool] = lambda: False,
+        is_ending: Callable[[], bool] = lambda: False, is_inline: bool = False,
     ) -> None:  # fmt: skip
         self.app = app
         self.config = config
+        self.is_inline = is_inline  # tasks ignore delays; see `testing.inline`
         self.routes = routes
         self.before_task = before_task
         self.store = store
@@ -81,7 +82,9 @@ class Runner:
             app, config, self.store.outbox, self.lifecycle, self.enter, self._send_callbacks
         )
         interval = config.housekeeping_interval
+        self._take_over_job = Job(LOOK_SECONDS, self._take_over)
         jobs = [
+            self._take_over_job,
             Job(interval, self.lifecycle.delete_expired),
             Job(SEND_SECONDS, self.sender.look),
             Job(MAINTAIN_SECONDS, self.lifecycle.abort_expired),
@@ -93,13 +96,13 @@ class Runner:
             recovery = Recovery(self.store, self.lifecycle, self.heartbeat)
             jobs += [
                 Job(LOOK_SECONDS, recovery.recover_tasks),
-                Job(LOOK_SECONDS, partial(self._take_over, self.store)),
                 Job(MAINTAIN_SECONDS, self.store.maintain),
                 Job(interval, recovery.abort_unroutable),
             ]
         self.maintenance = Maintenance(app, self.lifecycle, self.dispatcher, jobs)
         self.timekeeper = Timekeeper(self.dispatcher)
         self.lifecycle.pending_writes.wake = self.maintenance.wake
+        self.lifecycle.call_at = self._take_over_at
         self._lock = threading.Lock()
         self._has_warned = False
         self._is_open = False
@@ -212,19 +215,32 @@ class Runner:
         )  # fmt: skip
         return make_executor(settings)
 
-    def _take_over(self, store: SharedTaskStore) -> None:
-        """Submit tasks that have waited for over a second, up to the capacity of each executor."""
+    def _take_over(self) -> None:
+        """Submit tasks that have waited for over a second, and tasks whose start time has come, up
+        to the capacity of each executor.
+        """
         if self.dispatcher.is_closing or self.superseded_by() is not None:
             return
-        shared = {name: route for name, route in self.routes.items() if not route.options.is_bound}
-        pools = {route.pool for route in shared.values()}
-        capacity = {pool: self._takeover_capacity(pool) for pool in pools}
-        limits = {name: capacity[route.pool] for name, route in shared.items()}
+        waiting = {
+            name: route
+            for name, route in self.routes.items()
+            if not kind_of(route.options.executor).runs_inline
+        }
+        capacity = {
+            pool: self._takeover_capacity(pool) for pool in {r.pool for r in waiting.values()}
+        }
+        limits = {name: capacity[route.pool] for name, route in waiting.items()}
         limits = {name: limit for name, limit in limits.items() if limit}
         if not limits:
             return
-        for task_id, endpoint in store.waiting(limits, now_us() - TAKEOVER_AFTER_US):
-            route = shared[endpoint]
+        now = now_us()
+        soon = now + int(LOOK_SECONDS * 1_000_000)
+        found = self.store.waiting(limits, now - TAKEOVER_AFTER_US, soon, self.lifecycle.owner)
+        for task_id, endpoint, due_us in found:
+            if now < due_us < soon:
+                self._take_over_at(due_us)
+                continue
+            route = waiting[endpoint]
             executor = self.executor_of(route)
             if capacity[route.pool] and not executor.holds(task_id):
                 try:
@@ -233,6 +249,11 @@ class Runner:
                     continue
                 capacity[route.pool] -= 1
                 executor.submit(task_id)
+
+    def _take_over_at(self, time_us: int) -> None:
+        """Call :meth:`_take_over` at this time, or earlier."""
+        self._take_over_job.hasten(time.monotonic() + (time_us - now_us()) / 1_000_000)
+        self.maintenance.wake()
 
     def _takeover_capacity(self, pool: str) -> int:
         route = next(route for route in self.routes.values() if route.pool == pool)

@@ -32,6 +32,7 @@ END = ("state", "completed_us", "result_json", "progress", "progress_message")
 STOP = ("state", "completed_us", "error", "stopping")
 REQUEUE = (
     "state", "owner", "started_us", "expires_us", "progress", "progress_message", "start_by_us",
+    "start_at_us",
 )  # fmt: skip
 SQL = Statements("postgresql")
 STATEMENTS = {
@@ -63,7 +64,8 @@ VALUES: dict[str, Any] = {
     "started_us": None, "expires_us": None, "start_by_us": None, "result_json": "1", "progress": 5.0,
     "progress_message": "m", "error": "x", "stopping": 1, "is_owner": "me", "is_epoch": 1,
     "is_stopping": 0, "state": "Aborted", "state_0": "Running", "state_1": "Completed",
-    "state_2": "Failed",
+    "state_2": "Failed", "unique_key": "key-1000", "attempt": 2, "last_error": "x",
+    "start_at_us": T0,
 }  # fmt: skip
 INDEXES = {f"asyncroute_{name}" for name in (
     "tasks_pkey", "events_pkey", "grants_pkey", "keys_pkey", "callbacks_pkey", "bodies_pkey",
@@ -239,6 +241,6 @@ def test_the_statements_about_one_task_are_complete() -> None:
     names = {
         "get_task", "get_request", "get_locked_task", "claim_plain_task", "claim_task", "get_key", "get_task_of_key",
         "get_callback", "set_grant_state", "get_body_part", "get_last_event", "delete_events",
-        "delete_grants", "delete_key", "delete_callback", "delete_body", "begin_sending",
+        "delete_grants", "delete_keys", "release_unique_key", "delete_callback", "delete_body", "begin_sending",
     }  # fmt: skip
     assert names <= set(STATEMENTS)

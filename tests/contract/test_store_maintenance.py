@@ -11,6 +11,7 @@ from flask_asyncroute.stores.base import AHEAD_US, Expect, SharedTaskStore, Task
 from flask_asyncroute.stores.sql.store import SQLTaskStore
 from flask_asyncroute.task import TERMINAL, UNFINISHED, AsyncRouteTask, State
 from tests.support.databases import SHARED
+from tests.support.tasks import pairs
 
 NewTask = Callable[..., AsyncRouteTask]
 T0 = 1_700_000_000_000_000
@@ -30,10 +31,10 @@ def test_waiting_returns_the_oldest_tasks_first(store: SharedTaskStore, make_tas
     """By creation time. The order in which they were stored does not matter."""
     for number in (3, 1, 4, 2):
         store.add(make_task(f"t{number}", created_us=T0 + number), b"", None, ())
-    assert store.waiting({"work": ALL}, T0 + 10) == [
+    assert pairs(store.waiting({"work": ALL}, T0 + 10)) == [
         (f"t{number}", "work") for number in (1, 2, 3, 4)
     ]
-    assert store.waiting({"work": 2}, T0 + 10) == [("t1", "work"), ("t2", "work")]
+    assert pairs(store.waiting({"work": 2}, T0 + 10)) == [("t1", "work"), ("t2", "work")]
 
 
 @SHARED
@@ -41,8 +42,8 @@ def test_waiting_returns_only_tasks_created_before_the_given_time(
     store: SharedTaskStore, make_task: NewTask
 ) -> None:
     store.add(make_task(created_us=T0), b"", None, ())
-    assert store.waiting({"work": ALL}, T0) == []
-    assert store.waiting({"work": ALL}, T0 + 1) == [("task", "work")]
+    assert pairs(store.waiting({"work": ALL}, T0)) == []
+    assert pairs(store.waiting({"work": ALL}, T0 + 1)) == [("task", "work")]
 
 
 @SHARED
@@ -51,11 +52,11 @@ def test_waiting_returns_only_the_requested_endpoints(
 ) -> None:
     for number, endpoint in enumerate(["a", "b", "a", "c"]):
         store.add(make_task(f"t{number}", endpoint=endpoint, created_us=T0 + number), b"", None, ())
-    assert store.waiting({"a": ALL}, ALL * ALL) == [("t0", "a"), ("t2", "a")]
-    assert store.waiting({"b": ALL, "c": ALL}, ALL * ALL) == [("t1", "b"), ("t3", "c")]
-    assert store.waiting({}, ALL * ALL) == []
+    assert pairs(store.waiting({"a": ALL}, ALL * ALL)) == [("t0", "a"), ("t2", "a")]
+    assert pairs(store.waiting({"b": ALL, "c": ALL}, ALL * ALL)) == [("t1", "b"), ("t3", "c")]
+    assert pairs(store.waiting({}, ALL * ALL)) == []
     # The limit counts matching tasks, not rows that were read.
-    assert store.waiting({"c": 1}, ALL * ALL) == [("t3", "c")]
+    assert pairs(store.waiting({"c": 1}, ALL * ALL)) == [("t3", "c")]
 
 
 @SHARED
@@ -64,7 +65,7 @@ def test_waiting_omits_claimed_and_ended_tasks(store: SharedTaskStore, make_task
         store.add(make_task(name), b"", None, ())
     store.claim("runs", "me", T0)
     finish(store, "aborted", State.ABORTED, T0)
-    assert store.waiting({"work": ALL}, ALL * ALL) == [("waits", "work")]
+    assert pairs(store.waiting({"work": ALL}, ALL * ALL)) == [("waits", "work")]
 
 
 @pytest.mark.covers("F34")
@@ -295,7 +296,7 @@ def test_waiting_of_more_endpoints_than_one_statement_reads(
         )
     limits = {f"e{number}": 1 for number in reversed(range(250))}
     expected = [(f"t{number}", f"e{number}") for number in range(250)]
-    assert store.waiting(limits, T0 + 1000) == expected
+    assert pairs(store.waiting(limits, T0 + 1000)) == expected
 
 
 @SHARED
@@ -305,8 +306,8 @@ def test_waiting_includes_tasks_created_before_the_clock_was_set_back(
     store.add(make_task("far", created_us=T0 + AHEAD_US + 10), b"", None, ())
     store.add(make_task("soon", created_us=T0 + 10), b"", None, ())
     store.add(make_task("old", created_us=T0 - 10), b"", None, ())
-    assert store.waiting({"work": 9}, T0) == [("old", "work"), ("far", "work")]
-    assert store.waiting({"work": 1}, T0) == [("old", "work")]
+    assert pairs(store.waiting({"work": 9}, T0)) == [("old", "work"), ("far", "work")]
+    assert pairs(store.waiting({"work": 1}, T0)) == [("old", "work")]
 
 
 def test_a_poll_without_waiting_tasks_is_one_statement(
@@ -322,5 +323,5 @@ def test_a_poll_without_waiting_tasks_is_one_statement(
         return fetch(sql, values)
 
     monkeypatch.setattr(store._database, "fetch_all", fetch_all)
-    assert store.waiting({f"e{number}": 1 for number in range(500)}, T0) == []
+    assert pairs(store.waiting({f"e{number}": 1 for number in range(500)}, T0)) == []
     assert len(statements) == 1

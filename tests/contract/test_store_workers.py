@@ -11,6 +11,7 @@ import pytest
 from flask_asyncroute.stores.base import Expect, SharedTaskStore, Worker, Workers
 from flask_asyncroute.stores.memory import MemoryTaskStore
 from flask_asyncroute.task import AsyncRouteTask, State
+from tests.support.tasks import pairs
 
 NewTask = Callable[..., AsyncRouteTask]
 T0 = 1_700_000_000_000_000
@@ -129,7 +130,7 @@ def test_a_restarted_task_waits_like_a_new_task(store: SharedTaskStore, make_tas
         *[None] * 3,
         1,
     )
-    assert store.waiting({"work": 9}, 2 * T0) == [("task", "work")]
+    assert pairs(store.waiting({"work": 9}, 2 * T0)) == [("task", "work")]
     assert store.claim("task", "they", T0 + 5) is not None
     again = store.get("task")
     assert again is not None

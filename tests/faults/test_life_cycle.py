@@ -323,7 +323,7 @@ class LifeCycle(RuleBasedStateMachine):
     def waiting_tasks_are_those_not_started(self) -> None:
         if not isinstance(self.store, SharedTaskStore):
             return
-        waiting = {task_id for task_id, _ in self.store.waiting({"work": 99}, self.now + 1)}
+        waiting = {task.id for task in self.store.waiting({"work": 99}, self.now + 1)}
         assert waiting == {
             task_id for task_id, model in self.models.items() if model.state is State.NOT_STARTED
         }

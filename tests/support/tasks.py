@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from flask_asyncroute import AsyncRouteTask
+from flask_asyncroute.stores.base import Waiting
 from flask_asyncroute.task import State
 
 
@@ -23,3 +25,8 @@ def new_task(id: str = "task", **fields: Any) -> AsyncRouteTask:
         "retention_us": 86_400_000_000,
     }
     return AsyncRouteTask(**(defaults | fields))
+
+
+def pairs(waiting: Iterable[Waiting]) -> list[tuple[str, str]]:
+    """Return the ids and endpoints of waiting tasks."""
+    return [(task.id, task.endpoint) for task in waiting]

@@ -21,6 +21,7 @@ from flask_asyncroute import (
     options,
 )
 from flask_asyncroute.config import KEYS, Config
+from flask_asyncroute.retries import Retry
 from flask_asyncroute.runtime import runtime_of
 from tests.support.labels import label
 
@@ -118,6 +119,8 @@ BAD: dict[str, list[Any]] = {
     "SSE": ["False", "True", None, 0, 1, {}],
     "RESPONSE_TYPES": ["application/json", [], None, ["text/html"], ["application/json", "application/json"]],
     "RETENTION": [*NOT_SECONDS, None],
+    "RETRY": [None, True, -1, "3"],
+    "UNIQUE": ["key", 1],
     "ON_LOSS": [None, "", "Abort", True],
 }  # fmt: skip
 
@@ -167,6 +170,8 @@ GOOD: dict[str, list[Any]] = {
     "SSE": [True, False],
     "RESPONSE_TYPES": [["application/xml"], ("application/json", "application/yaml")],
     "RETENTION": [0, 5.5, timedelta(days=7)],
+    "RETRY": [0, 3, Retry(times=2)],
+    "UNIQUE": [None, False, True, lambda: "key"],
     "ON_LOSS": ["abort", "restart"],
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from flask_asyncroute import (
     config,
     options,
 )
+from flask_asyncroute.retries import Retry
 from flask_asyncroute.routes import Route
 from flask_asyncroute.runtime import runtime_of
 from tests.support.labels import label
@@ -79,6 +80,8 @@ BAD: dict[str, list[Any]] = {
         {"application/json"},
     ],
     "retention": [None, *NOT_SECONDS],
+    "retry": [None, True, -1, 1.5, "3", Retry, {"times": 3}, 1_000_001],
+    "unique": ["key", 1, Retry],
     "on_loss": [None, "Abort", "", True, ["abort"], "restart "],
     "pool": NOT_NAMES,
     "arguments": [*NOT_MAPPINGS, {5: 1}, {"a b": 1}, {"class": 1}, {"": 1}, {"1a": 1}, {None: 1}],
@@ -115,6 +118,8 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {
         (["application/yaml", "application/xml"], ("application/yaml", "application/xml"))
     ],
     "retention": [(0, 0), (1.5, 1_500_000), (timedelta(days=1), 86_400_000_000)],
+    "retry": [(0, None), (Retry(times=0), None), (3, Retry(times=3)), (Retry(2), Retry(times=2))],
+    "unique": [(None, False), (False, False), (True, True), (some_function, some_function)],
     "on_loss": [("abort", "abort"), ("restart", "restart")],
     "pool": [("p", "p"), ("x" * 255, "x" * 255), (None, None)],
     "arguments": [({"a": 1}, {"a": 1}), ({}, {})],

@@ -83,7 +83,7 @@ def test_postgresql_statements_use_the_parameter_style_of_the_driver() -> None:
         ("held_callbacks", {"callback_holder"}),
         ("changed_tasks", {"task_change"}),
         ("ended_tasks", {"task_change"}),
-        ("waiting_endpoints", {"task_waiting"}),
+        ("waiting_endpoints", {"task_waiting", "task_delayed"}),
         ("count_unfinished", {"task_user"}),
         ("tasks_with_events", {"event_change"}),
     ],
@@ -105,11 +105,13 @@ def test_the_check_of_start_timeouts_reads_one_range(connection: sqlite3.Connect
     )
 
 
-def test_the_poll_for_waiting_tasks_reads_ranges_of_one_index(
+def test_the_poll_for_waiting_tasks_reads_ranges_of_indexes(
     connection: sqlite3.Connection,
 ) -> None:
     steps = plan(connection, Statements("sqlite").waiting_tasks(3))
     used = re.findall(r"SEARCH asyncroute_tasks USING INDEX asyncroute_(\w+) \((.*)\)", steps)
     due, ahead = (f"namespace=? AND endpoint=? AND created_us{sign}?" for sign in "<>")
-    assert used == [("task_waiting", due), ("task_waiting", ahead)] * 3
+    started = "namespace=? AND endpoint=? AND start_at_us>? AND start_at_us<?"
+    ranges = [("task_waiting", due), ("task_waiting", ahead), ("task_delayed", started)]
+    assert used == ranges * 3
     assert "TEMP B-TREE" not in steps

@@ -81,7 +81,7 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         task = claim.task
         job = protocol.Job(
             task.id, task.endpoint, task.user, task.epoch, execution.deadline,
-            msgspec.Raw(claim.request), task.body_size,
+            msgspec.Raw(claim.request), task.body_size, execution.attempt, execution.retries_left,
         )  # fmt: skip
         child = self._children[task.id] = self.take_child()
         execution.cancel_with(child.kill)
@@ -153,4 +153,4 @@ def _outcome(ending: protocol.Ending) -> Outcome:
     values: dict[str, Any] = {"error": clean_text(ending.error, MAX_ERROR)}
     if ending.error_status is not None:
         values["error_status"] = ending.error_status
-    return Outcome(ending.state, values)
+    return Outcome(ending.state, values, ending.can_retry, ending.retry_after)

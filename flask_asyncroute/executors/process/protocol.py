@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -47,6 +47,8 @@ class Job(msgspec.Struct):
     deadline: float | None  # on the monotonic clock, which processes share; None: no limit
     request: msgspec.Raw
     body_size: int
+    attempt: int
+    retries_left: int
 
 
 class Ending(msgspec.Struct):
@@ -57,6 +59,8 @@ class Ending(msgspec.Struct):
     result: msgspec.Raw = msgspec.Raw(b"null")
     error: str | None = None
     error_status: int | None = None
+    can_retry: bool = False
+    retry_after: Annotated[float, msgspec.Meta(ge=0, le=4e9)] | None = None
 
 
 def send(sock: socket.socket, kind: bytes, payload: bytes = b"") -> None:

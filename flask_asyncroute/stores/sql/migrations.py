@@ -13,7 +13,7 @@ from .database import Cursor, Database, logger
 from .statements import Statements
 from .tables import metadata, schema
 
-VERSION = 2
+VERSION = 3
 """The schema version of `tables`. Increment it in each release that changes the schema. Tables of
 other versions are rejected; there are no upgrades.
 """

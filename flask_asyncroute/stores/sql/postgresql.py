@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
-from ...errors import ConfigurationError
+from ...errors import ConfigurationError, StoreUnavailable
 from ..base import Listener
 from .database import Cursor, Database, Duplicate, Rows, logger, read_url
 from .store import SQLTaskStore
@@ -38,6 +38,8 @@ CLOSE_SECONDS = 1.0
 RECONNECT_SECONDS = 1.0
 CLOSED_SECONDS = 0.2  # Interval at which a listener checks whether it was closed.
 SCHEMA_LOCK = 0x6173796E63  # Key of the advisory lock for creating tables.
+LOCK_NOT_AVAILABLE = "55P03"  # SQLSTATE after lock_timeout
+LOCKED = "Another transaction is starting a task with the same unique key. Try again."
 _ROLLED_BACK = ("40001", "40P01")  # SQLSTATEs to retry: serialization failure, deadlock.
 
 
@@ -262,6 +264,8 @@ class EngineDatabase(Database):
                 if is_lost and attempt.may_be_committed:
                     raise self.unknown(error) from error
                 sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
+                if sqlstate == LOCK_NOT_AVAILABLE:
+                    raise StoreUnavailable(LOCKED, retry_after=5) from error
                 if not tries_left or not (is_lost or sqlstate in _ROLLED_BACK):
                     raise self.unavailable(error) from error
         raise AssertionError("the last attempt returns or raises")

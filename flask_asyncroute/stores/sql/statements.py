@@ -63,15 +63,19 @@ _OF_TASK = f"task_id = :task_id AND {_IN_NAMESPACE}"
 _STATE = "state [postgresql: || '']"
 """The state beside a condition on the id. PostgreSQL cannot use an index of the state for it."""
 _CAN_START = (
-    f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND (start_by_us IS NULL OR start_by_us > :now)"
+    f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND (start_by_us IS NULL OR start_by_us > :now) "
+    "AND (start_at_us IS NULL OR start_at_us <= :now)"
 )
 _IS_VALUE = "namespace = :ns AND key = :key"
 _IS_STOPPING = "namespace = :ns AND stopping = 1 AND owner IS NOT NULL"
 _IS_BOUND = "namespace = :ns AND state = 'NotStarted' AND owner IS NOT NULL"
-# Without this index hint, newer SQLite versions can read all waiting tasks in order of creation.
+# Without these index hints, newer SQLite versions can read all waiting tasks in order of creation.
 _WAITING = "asyncroute_tasks [sqlite: INDEXED BY asyncroute_task_waiting]"
-_IS_WAITING = "namespace = :ns AND state = 'NotStarted'"
-_IS_PLAIN = "permission_json IS NULL AND callback_json IS NULL AND body_size = 0"
+_IS_WAITING = "namespace = :ns AND state = 'NotStarted' AND start_at_us IS NULL"
+_DELAYED = "asyncroute_tasks [sqlite: INDEXED BY asyncroute_task_delayed]"
+_IS_DELAYED = "namespace = :ns AND state = 'NotStarted' AND start_at_us IS NOT NULL"
+_IS_PLAIN = """permission_json IS NULL AND callback_json IS NULL AND body_size = 0
+    AND unique_key IS NULL"""
 """Matches tasks whose state one statement can change: no other table has rows that depend on it."""
 
 # Change numbers follow the commit order. SQLite allows one writer at a time, so the next number is
@@ -88,6 +92,8 @@ _SQLITE_NEWEST = f"""
     [sqlite: SELECT {_HIGHEST} AS change FROM asyncroute_namespaces WHERE key = :ns]"""
 LOCK_CLASS = 0x61737963
 """The first key of the namespaces' advisory locks."""
+UNIQUE_WAIT_MS = 5000
+"""Maximum milliseconds that a start waits for an open transaction with the same ``unique`` key."""
 FROZEN_MS = 10_000
 """Milliseconds after which PostgreSQL ends a transaction whose client sends nothing."""
 _LAST_NUMBER = """
@@ -142,9 +148,21 @@ def _claim(where: str) -> str:
         {_counter(where)}
         UPDATE asyncroute_tasks SET state = 'Running', owner = :owner, epoch = epoch + 1,
             started_us = {started}, expires_us = {started} + timeout_us,
+            attempt = CASE WHEN retry_json IS NOT NULL THEN coalesce(attempt, 1) END,
             revision = revision + 1, change = {_NEXT},
             waiting_change = coalesce(waiting_change, change), started_change = {_NEXT}
         WHERE {where} {_IF_LOCKED} RETURNING request, {RECORD}"""
+
+
+def _endpoints(name: str, table: str, where: str) -> str:
+    """Return a CTE of the endpoints in one index. It takes one step per endpoint; DISTINCT would
+    read the whole index.
+    """
+    return f"""{name} (endpoint) AS (
+        SELECT min(endpoint) FROM {table} WHERE {where}
+        UNION ALL SELECT (
+            SELECT min(endpoint) FROM {table} WHERE {where} AND endpoint > {name}.endpoint)
+        FROM {name} WHERE {name}.endpoint IS NOT NULL)"""
 
 
 def _set_callback(state: str, attempts: str) -> str:
@@ -261,7 +279,17 @@ class Statements:
         FROM asyncroute_keys AS keys JOIN asyncroute_tasks AS tasks
             ON tasks.id = keys.task_id AND tasks.{_IN_NAMESPACE}
         WHERE keys.name = :name AND keys.{_IN_NAMESPACE}"""
-    delete_key = f"DELETE FROM asyncroute_keys WHERE {_OF_TASK}"
+    delete_keys = f"DELETE FROM asyncroute_keys WHERE {_OF_TASK}"
+    # Waits for an open transaction with the same key, but not for long.
+    add_unique_key = f"""
+        [postgresql: WITH waiting AS MATERIALIZED (
+            SELECT set_config('lock_timeout', '{UNIQUE_WAIT_MS}', true))]
+        INSERT INTO asyncroute_keys (namespace, name, fingerprint, task_id)
+        SELECT CAST(:ns AS INTEGER), :unique_key, '', :id [postgresql: FROM waiting] WHERE true
+        ON CONFLICT DO NOTHING RETURNING task_id"""
+    release_unique_key = f"""
+        DELETE FROM asyncroute_keys
+        WHERE name = :unique_key AND {_IN_NAMESPACE} AND task_id = :task_id"""
     count_unfinished = f"""
         SELECT count(*) AS unfinished FROM (
             SELECT id FROM asyncroute_tasks
@@ -354,15 +382,11 @@ class Statements:
         WHERE namespace = :ns AND state = 'Running' AND owner = :owner
         UNION ALL SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_STOPPING} AND owner = :owner
         UNION ALL SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_BOUND} AND owner = :owner"""
-    # This takes one step per endpoint; DISTINCT would read all waiting tasks.
     waiting_endpoints = f"""
-        WITH RECURSIVE found (endpoint) AS (
-            SELECT min(endpoint) FROM {_WAITING} WHERE {_IS_WAITING}
-            UNION ALL SELECT (
-                SELECT min(endpoint) FROM {_WAITING}
-                WHERE {_IS_WAITING} AND endpoint > found.endpoint)
-            FROM found WHERE found.endpoint IS NOT NULL)
-        SELECT endpoint FROM found WHERE endpoint IS NOT NULL"""
+        WITH RECURSIVE {_endpoints("waiting", _WAITING, _IS_WAITING)},
+            {_endpoints("delayed", _DELAYED, _IS_DELAYED)}
+        SELECT endpoint FROM waiting WHERE endpoint IS NOT NULL
+        UNION SELECT endpoint FROM delayed WHERE endpoint IS NOT NULL"""
 
     def __init__(self, dialect_name: str) -> None:
         self._dialect_name = dialect_name
@@ -397,19 +421,26 @@ class Statements:
         return _in_dialect(self._dialect_name, _lock_task("id", _as_expected(expect)))
 
     def waiting_tasks(self, endpoints: int) -> str:
-        """Return the statement that finds the oldest waiting tasks of ``endpoints`` endpoints. The
-        statement is a UNION of two SELECTs for each endpoint. Each SELECT reads one range of an
+        """Return the statement that finds the next waiting tasks of ``endpoints`` endpoints. The
+        statement is a UNION of three SELECTs for each endpoint. Each SELECT reads one range of an
         index up to its limit, even if many tasks are waiting.
         """
-        parts: list[str] = []
-        for number in range(endpoints):
+        is_free = "(owner IS NULL OR owner = :owner)"
+        ranges = (
+            (_WAITING, f"{_IS_WAITING} AND created_us < :before", "created_us"),
             # Tasks from far in the future are due: the clock was set back after their creation.
-            for is_due in ("created_us < :before", f"created_us > :before + {AHEAD_US}"):
-                parts.append(f"""
-                    SELECT * FROM (
-                        SELECT id, endpoint, created_us FROM {_WAITING}
-                        WHERE {_IS_WAITING} AND endpoint = :endpoint_{number} AND {is_due}
-                        ORDER BY created_us LIMIT :limit_{number}) AS part_{len(parts)}""")
+            (_WAITING, f"{_IS_WAITING} AND created_us > :before + {AHEAD_US}", "created_us"),
+            (_DELAYED, f"{_IS_DELAYED} AND start_at_us < :start_before", "start_at_us"),
+        )
+        parts = [
+            f"""
+            SELECT * FROM (
+                SELECT id, endpoint, {due} AS due_us FROM {table}
+                WHERE {where} AND endpoint = :endpoint_{number} AND {is_free}
+                ORDER BY {due} LIMIT :limit_{number}) AS part_{number}_{part}"""
+            for number in range(endpoints)
+            for part, (table, where, due) in enumerate(ranges)
+        ]
         return _in_dialect(self._dialect_name, " UNION ALL ".join(parts))
 
     def events_since(self, of_task: bool, of_group: bool) -> str:

@@ -7,12 +7,12 @@ from secrets import randbits
 from typing import Any, TypeVar
 
 from ...callbacks.model import Delivery
-from ...errors import IdTaken
+from ...errors import IdTaken, UniqueTaken
 from ...query import Condition, Position, Sort
 from ...snapshot import Body
 from ...task import AsyncRouteTask, State
 from .. import base
-from ..base import Claim, Events, Expect, Readers, SharedTaskStore, StartKey, ViewEvent
+from ..base import Claim, Events, Expect, Readers, SharedTaskStore, StartKey, ViewEvent, Waiting
 from . import queries, side_tables
 from .database import Cursor, Database, Duplicate, ensure_written
 from .events import EventLog
@@ -25,7 +25,7 @@ from .workers import SQLWorkers
 
 T = TypeVar("T")
 
-WAITING_ENDPOINTS = 100  # Maximum per statement: each has two parts, and SQLite allows 500.
+WAITING_ENDPOINTS = 100  # Maximum per statement: each has three parts; SQLite allows 500.
 
 
 class _RollBack(Exception):
@@ -68,13 +68,20 @@ class SQLTaskStore(SharedTaskStore):
         row = row_of(task)
         row.update(ns=ns, request=request)
 
+        is_plain = task.unique_key is None and body is None and delivery is None
+
         def add() -> bool:
-            if body is None and not grants and key is None and quota is None and delivery is None:
+            if is_plain and not grants and key is None and quota is None:
                 self._database.write_one(sql.add_task, row)
                 return True
             return self._database.write(add_with_rows)
 
         def add_with_rows(cursor: Cursor) -> bool:
+            if task.unique_key is not None:
+                # This comes before other locks, because it can wait for a transaction of the app.
+                added = cursor.execute(sql.add_unique_key, row).fetchone()
+                if added is None:
+                    raise UniqueTaken("An unfinished task has this unique key.")
             if key is not None or quota is not None:
                 side_tables.add_key(cursor, sql, ns, task, key, quota)
             cursor.execute(sql.add_task, row)
@@ -129,9 +136,7 @@ class SQLTaskStore(SharedTaskStore):
             # Usually, another process has claimed the task. Checking this avoids waiting for a
             # lock.
             task = self.get(task_id)
-            if task is None or task.state is not State.NOT_STARTED:
-                return None
-            if task.start_by_us is not None and task.start_by_us <= now_us:
+            if task is None or not base.can_start(task, now_us):
                 return None
             return self._database.write(claim_with_grants)
 
@@ -189,6 +194,8 @@ class SQLTaskStore(SharedTaskStore):
                 raise _RollBack
             task = record_of(row)
             self._move_grants(cursor, task)
+            if task.unique_key is not None and task.state.is_terminal:
+                cursor.execute(sql.release_unique_key, {**which, "unique_key": task.unique_key})
             if task.body_size and task.state.is_terminal:
                 cursor.execute(sql.delete_body, which)
             if task.callback_json is not None and task.state.is_terminal:
@@ -222,7 +229,7 @@ class SQLTaskStore(SharedTaskStore):
             if row is None:
                 raise _RollBack
             for statement in (
-                sql.delete_grants, sql.delete_body, sql.delete_key, sql.delete_events,
+                sql.delete_grants, sql.delete_body, sql.delete_keys, sql.delete_events,
                 sql.delete_callback,
             ):  # fmt: skip
                 cursor.execute(statement, which)
@@ -256,23 +263,30 @@ class SQLTaskStore(SharedTaskStore):
 
         return self._database.read(read)
 
-    def waiting(self, most: Mapping[str, int], before_us: int) -> list[tuple[str, str]]:
+    def waiting(
+        self, most: Mapping[str, int], before_us: int, start_before_us: int | None = None,
+        owner: str = "",
+    ) -> list[Waiting]:  # fmt: skip
         self.open()
         values: dict[str, Any] = {"ns": self._ns}
         found = {
             row.endpoint for row in self._database.fetch_all(self._sql.waiting_endpoints, values)
         }
         endpoints = [endpoint for endpoint in most if endpoint in found]
-        rows: list[Any] = []
+        if start_before_us is None:
+            start_before_us = before_us
+        tasks: list[Waiting] = []
         for start in range(0, len(endpoints), WAITING_ENDPOINTS):
-            values = {"ns": self._ns, "before": before_us}
+            values = {
+                "ns": self._ns, "before": before_us, "start_before": start_before_us, "owner": owner
+            }  # fmt: skip
             page = endpoints[start : start + WAITING_ENDPOINTS]
             for number, endpoint in enumerate(page):
                 values[f"endpoint_{number}"] = endpoint
                 values[f"limit_{number}"] = most[endpoint]
-            rows += self._database.fetch_all(self._sql.waiting_tasks(len(page)), values)
-        rows.sort(key=lambda row: row.created_us)
-        return base.oldest(((row.id, row.endpoint) for row in rows), most)
+            rows = self._database.fetch_all(self._sql.waiting_tasks(len(page)), values)
+            tasks += [Waiting(row.id, row.endpoint, row.due_us) for row in rows]
+        return base.first_due(tasks, most)
 
     def past_retention(self, now_us: int, limit: int) -> list[str]:
         values = {"ns": self._ns, "now": now_us, "limit": limit}

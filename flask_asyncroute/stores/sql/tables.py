@@ -89,8 +89,13 @@ tasks = Table(
     Column("permission_json", LargeBinary),
     Column("timeout_us", BigInteger),
     Column("start_by_us", BigInteger),
+    Column("start_at_us", BigInteger),
     Column("retention_us", BigInteger, nullable=False),
     Column("on_loss", _text(16), nullable=False),
+    Column("retry_json", LargeBinary),
+    Column("attempt", Integer),
+    Column("last_error", _text()),
+    Column("unique_key", _text(64)),
     Column("body_size", BigInteger, nullable=False),
     Column("callback_json", LargeBinary),
     Column("callback_state", _text(16)),
@@ -113,7 +118,14 @@ tasks = Table(
 # For each index, storing a task adds a page to the log. So lists over all states have no index of
 # their own, but merge five ranges.
 _index("asyncroute_task_state", tasks, "state", "created_us")
-_index("asyncroute_task_waiting", tasks, "endpoint", "created_us", where="state = 'NotStarted'")
+_index(
+    "asyncroute_task_waiting", tasks, "endpoint", "created_us",
+    where="state = 'NotStarted' AND start_at_us IS NULL",
+)  # fmt: skip
+_index(
+    "asyncroute_task_delayed", tasks, "endpoint", "start_at_us",
+    where="state = 'NotStarted' AND start_at_us IS NOT NULL",
+)  # fmt: skip
 _index("asyncroute_task_user", tasks, "user", "state", "created_us")
 _index("asyncroute_task_change", tasks, "change")
 _index(
@@ -179,7 +191,7 @@ keys = Table(
     Column("task_id", _text(128), nullable=False),
     PrimaryKeyConstraint("name", "namespace"),
 )
-"""One row per task that was started with an ``Idempotency-Key``."""
+"""One row per ``Idempotency-Key`` of a task, and per unfinished task with a ``unique`` key."""
 Index("asyncroute_key_task", keys.c.task_id, keys.c.namespace)
 
 callbacks = Table(
