@@ -1,4 +1,4 @@
-"""Find the import path from which child processes (``executor="process"``) load the app."""
+"""Find and load the app by its import path, for child processes (``executor="process"``)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ _REMEDY = f"Set ASYNCROUTE_APP to the import path of the app, such as {_EXAMPLES
 
 
 def checked(label: str, value: Any) -> str:
-    """Check an import path: a module, then optionally ``:`` and an app or factory call."""
+    """Check the syntax of an import path, such as ``package.module:app`` or
+    ``package:create_app()``.
+
+    :param label: the configuration key, for error messages.
+    :raises ConfigurationError: if the syntax is invalid.
+    """
     pattern = r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*(\(.*\))?)?"
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
         raise refuse(label, _EXAMPLES, value)
@@ -30,10 +35,12 @@ def checked(label: str, value: Any) -> str:
 
 
 def found(app: Flask, given: str | None) -> str:
-    """Return the import path of ``app``: ``given`` if it is set, else ``app.import_name``.
+    """Return the import path from which a child process can load ``app``.
 
-    Neither module nor factory is executed here: the first child process reports errors.
+    The module is not imported, and no factory is called. The first child process reports such
+    errors.
 
+    :param given: the configured path; None: ``app.import_name``.
     :raises ConfigurationError: if the module or the app is not found.
     """
     path = given or app.import_name
@@ -55,9 +62,9 @@ def found(app: Flask, given: str | None) -> str:
 
 
 def load(path: str) -> Flask:
-    """Import the app at ``path``.
+    """Import and return the app at an import path.
 
-    :raises ConfigurationError: if the import fails; the message names ``ASYNCROUTE_APP`` and the
+    :raises ConfigurationError: if the import fails. The message names ``ASYNCROUTE_APP`` and the
         cause.
     """
     from flask.cli import locate_app
@@ -74,7 +81,9 @@ def load(path: str) -> Flask:
 
 @contextmanager
 def without_servers() -> Iterator[None]:
-    """Make ``app.run()`` in an imported module return at once, as under ``flask run``."""
+    """Within the block, make ``app.run()`` return without starting a server, as under ``flask
+    run``.
+    """
     before = os.environ.get("FLASK_RUN_FROM_CLI")
     os.environ["FLASK_RUN_FROM_CLI"] = "true"
     try:
@@ -86,7 +95,10 @@ def without_servers() -> Iterator[None]:
 
 
 def _name_of_script() -> str | None:
-    """Return the name by which a child can import the started script; None if no name works."""
+    """Return the module name with which a child process can import the script that was started.
+
+    :return: None if the script cannot be imported by a name.
+    """
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:  # started with python -m package.module
@@ -103,7 +115,11 @@ def _name_of_script() -> str | None:
 
 
 def _check_names(module: str, name: str, path: str) -> None:
-    """Raise if :func:`flask.cli.locate_app` would find no app in an imported module."""
+    """Raise ConfigurationError if an imported module has no app that `flask.cli.locate_app` would
+    find.
+
+    :param name: the app or the factory call in the import path; empty: a usual name.
+    """
     from flask import Flask
 
     names = vars(sys.modules[module])

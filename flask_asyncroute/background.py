@@ -1,4 +1,4 @@
-"""End a background thread, or run a cleanup function, when an object is garbage-collected."""
+"""Background threads and cleanup functions that end with the object that owns them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def when_gone(
 
 
 class Loop(ABC):
-    """Calls :meth:`_step` repeatedly on a daemon thread. Thread-safe."""
+    """A daemon thread that calls :meth:`_step` repeatedly. Thread-safe.
+
+    The thread also ends when this object is garbage-collected.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -37,14 +40,17 @@ class Loop(ABC):
 
     @abstractmethod
     def _step(self) -> float:
-        """Do the work that is due; return the seconds until the next step."""
+        """Do the work that is due. Return the number of seconds until the next call."""
 
     @property
     def is_running(self) -> bool:
         return self._thread is not None and not self._is_closed
 
     def start(self) -> None:
-        """Start the thread unless it is running. After a RuntimeError, a later call retries."""
+        """Start the thread unless it is running.
+
+        :raises RuntimeError: if the system cannot start a thread. Call this again to retry.
+        """
         if self._thread is not None:
             return
         with self._lock:
@@ -56,11 +62,11 @@ class Loop(ABC):
                 when_gone(self, self._wake.set)
 
     def wake(self) -> None:
-        """Make the thread run the next step now."""
+        """Make the thread call :meth:`_step` now instead of waiting."""
         self._wake.set()
 
     def close(self) -> None:
-        """End the thread; wait at most five seconds for it."""
+        """End the thread. Wait at most five seconds for its end."""
         with self._lock:
             self._is_closed = True
             thread = self._thread

@@ -1,5 +1,7 @@
-"""The store that ``async_routes.state`` uses until the runner (an app's threads and connections in
-this process) is created.
+"""The store that ``async_routes.state`` uses before the app's runner exists.
+
+The runner holds the threads and the store of an app in this process. It is created later, and takes
+over the store.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ from .stores.registry import MEMORY, make_store
 from .workers.runner import new_store
 
 left_behind: list[object] = []
-"""Stores and runners copied from the parent by a fork, kept alive because closing their connections
-would break the parent's.
+"""Stores and runners that a fork has copied from the parent process. They are kept alive, because
+closing their connections would break the parent's.
 """
 
 
 class EarlyStore:
     """Holds the store until the runner takes it over. Not thread-safe.
 
-    A copy of an in-memory store's values stays here for the next runner: after a fork, or in
-    `testing.inline`.
+    The runner also takes over an in-memory store. A copy of its values stays here for the next
+    runner, after a fork or in `testing.inline`.
     """
 
     def __init__(self) -> None:
@@ -35,7 +37,7 @@ class EarlyStore:
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def open(self, app: Flask, config: Config) -> TaskStore:
-        """Return the store named in ``config``; the first call opens it."""
+        """Return the store that ``config`` names. The first call opens the store."""
         if self._store is None:
             store = new_store(app, config)
             store.open()
@@ -51,7 +53,7 @@ class EarlyStore:
             )
 
     def take(self, app: Flask, config: Config) -> TaskStore:
-        """Return the open store or a new one. The runner must close it."""
+        """Return the open store, or a new store that is not open. The runner must close it."""
         store = self._store
         if store is None:
             return new_store(app, config)
@@ -61,8 +63,8 @@ class EarlyStore:
         return store
 
     def in_memory(self) -> EarlyStore:
-        """Return an early store for `testing.inline`, with a copy of an in-memory store's
-        values.
+        """Return a new `EarlyStore` for `testing.inline`, with a copy of the values of an in-memory
+        store.
         """
         copy = EarlyStore()
         if self._store is not None and not self._store.is_shared:
@@ -70,13 +72,15 @@ class EarlyStore:
         return copy
 
     def close(self) -> None:
-        """Close the store's connections; the next access reopens them."""
+        """Close the connections of the store. The next access reopens them."""
         if self._store is not None:
             self._store.close()
 
     def forget_process(self) -> None:
-        """Drop the parent's connections without closing them. Call this in the child after a
-        fork.
+        """Drop the connections that a fork has copied from the parent process, without closing
+        them.
+
+        Call this in the child process.
         """
         if isinstance(self._store, SharedTaskStore):
             self._store.forget()

@@ -1,4 +1,4 @@
-"""Permissions to read and write tasks, independent of Flask."""
+"""Permissions to read and write tasks."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ class Access(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Permission(msgspec.Struct, frozen=True, rename="pascal"):
-    """The callers that may read or stop a task, besides the user who started it. ``write``
-    includes reading.
+    """The callers that may read or stop a task, besides the user who started it.
+
+    :param read: the callers that may read the task.
+    :param write: the callers that may read and stop the task.
     """
 
     read: Access = Access()
@@ -59,7 +61,7 @@ class Permission(msgspec.Struct, frozen=True, rename="pascal"):
         }
 
     def with_owner(self, user: str) -> Permission:
-        """Return this permission with the task's user added to ``read`` and ``write``."""
+        """Return a copy in which the user who started the task may read and write."""
 
         def add(access: Access) -> Access:
             if user in access.users:
@@ -70,7 +72,7 @@ class Permission(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """The caller of a request, from the identity loader or Flask-Login."""
+    """The user or service that sent a request, as found by the identity loader or Flask-Login."""
 
     id: str
     groups: frozenset[str] = frozenset()
@@ -86,8 +88,10 @@ class Caller(msgspec.Struct, frozen=True):
         )
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Yield the caller's id, groups, roles and scopes as (kind, name) pairs; the id's kind is
-        users.
+        """Yield the caller's id, groups, roles and scopes as pairs, such as ``("groups",
+        "staff")``.
+
+        The id comes first, as ``("users", id)``.
         """
         yield "users", self.id
         for kind in KINDS[1:]:
@@ -98,9 +102,10 @@ class Caller(msgspec.Struct, frozen=True):
 def may_write(
     caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access
 ) -> bool:
-    """Return whether ``caller`` may stop or remove a task.
+    """Check whether ``caller`` may stop or remove a task.
 
-    If ``owner`` is None (an unknown caller started the task), everyone who knows its id may.
+    :param owner: the user who started the task. If None, every caller who knows the task's id may
+        stop or remove it.
     """
     if owner is None:
         return True
@@ -126,10 +131,11 @@ def may_list(
     admins: Access,
     with_anonymous: bool,
 ) -> bool:
-    """Return whether a task appears in lists for ``caller``.
+    """Check whether ``caller`` sees a task in lists.
 
-    :param with_anonymous: whether lists contain tasks without an owner. The lists of ``admins``
-        always do.
+    :param owner: the user who started the task; None: unknown.
+    :param with_anonymous: whether lists contain tasks without an owner. ``admins`` always see these
+        tasks.
     """
     if owner is None:
         return with_anonymous or (caller is not None and caller.is_in(admins))

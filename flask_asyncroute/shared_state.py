@@ -1,4 +1,4 @@
-"""The mapping behind ``async_routes.state``."""
+"""The mapping ``async_routes.state``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ MAX_KEY = 255
 class SharedState(MutableMapping[str, Any]):
     """A mapping in the store that all processes of the app share. Access needs an app context.
 
-    Keys are strings of 1 to 255 characters; values are JSON of at most 1 MiB. Each operation is one
-    transaction. Values are copies: assign the changed value, or use :meth:`apply` if other
-    processes may change the key too.
+    Keys are strings of 1 to 255 characters. Values are JSON of at most 1 MiB. Each operation is one
+    transaction.
+
+    Reading returns a copy of the value, so assign a changed value to its key. Use :meth:`apply` if
+    other processes may change the same key.
 
     :raises StateValueError: if a key or value is invalid.
     :raises StoreUnavailable: if the store cannot be used.
@@ -55,10 +57,10 @@ class SharedState(MutableMapping[str, Any]):
         return isinstance(key, str) and self._store().read_value(_checked(key)) is not None
 
     def apply(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
-        """Atomically replace a value with ``function(value)``; return the new value.
+        """Replace a value by ``function(value)`` and return the new value. The change is atomic.
 
-        :param function: must have no side effects: it is called again if the value has changed
-            meanwhile.
+        :param function: is called again if another process has changed the value meanwhile. So it
+            must have no side effects.
         :param default: passed to ``function`` if the key is missing.
         """
         store = self._store()

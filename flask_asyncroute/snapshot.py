@@ -20,11 +20,12 @@ from .errors import BodyTooLarge, InvalidRequest, RequestRefused
 
 CHUNK = 256 * 1024
 SMALL = 8 * 1024
-"""Maximum bytes of a body in the snapshot. Stores keep larger bodies separately."""
+"""Maximum bytes of a body that is stored inside the `Snapshot`. A larger body is stored separately.
+"""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """The stored part of a request, without a large body."""
+    """A request as it is stored, without its body if the body is large."""
 
     environ: dict[str, Any]  # the WSGI environ's plain values
     body: bytes | None = None  # a small body; None: no body, or it is stored separately
@@ -38,7 +39,10 @@ decode = msgspec.json.Decoder(Snapshot).decode
 
 
 class Body:
-    """A request body, for one reader at a time. Close the body, because it can use a file."""
+    """A request body, in memory or in a temporary file. Close it after use.
+
+    Only one thread at a time can read it.
+    """
 
     def __init__(self, pieces: Iterable[bytes] = ()) -> None:
         self._file: IO[bytes] = io.BytesIO()
@@ -55,7 +59,7 @@ class Body:
         self.size += len(piece)
 
     def open(self) -> IO[bytes]:
-        """Return the body as a file at its beginning. Do not close the file."""
+        """Return a file from which the body can be read. Do not close this file."""
         self._file.seek(0)
         return self._file
 
@@ -70,11 +74,12 @@ class Body:
 
 
 def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
-    """Read a request body of at most ``limit`` bytes to its end.
+    """Read a whole request body of at most ``limit`` bytes.
 
     :param announced: the Content-Length; None if the body is chunked.
-    :raises RequestRefused: if the body is too large or incomplete. Some servers check neither.
+    :raises RequestRefused: if the body is too large or incomplete.
     """
+    # Some servers check neither the size nor the completeness.
     check_announced(announced, limit)
     body = Body()
     try:
@@ -91,7 +96,9 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
 
 
 class LimitedInput(io.RawIOBase):
-    """A request's input stream, which raises BodyTooLarge after ``limit`` bytes."""
+    """The input stream of a request, with a limit. Reading more than ``limit`` bytes raises
+    BodyTooLarge.
+    """
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         self._stream = stream
@@ -137,7 +144,8 @@ def check_complete(arrived: int, announced: int | None) -> None:
 def form_body(
     mimetype: str, form: MultiDict[str, str], files: MultiDict[str, FileStorage]
 ) -> tuple[str, Body]:
-    """Encode a parsed form as a request body, fields first; return Content-Type and body."""
+    """Encode a parsed form as a request body again. Return its Content-Type and the body."""
+    # The fields come before the files.
     if mimetype != "multipart/form-data":
         return mimetype, Body([urlencode(list(form.items(multi=True))).encode("ascii")])
     body = Body()
@@ -167,11 +175,9 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
 
 
 def _parameter(key: str, text: str | None) -> str:
-    """Return a parameter of a Content-Disposition header, quoted as browsers do (WHATWG HTML).
-
-    Only text that quoting would change is encoded as in RFC 2231, because several versions of
-    Werkzeug strip outer quotation marks from RFC 2231 values.
-    """
+    """Return a parameter of a Content-Disposition header, quoted as browsers do (WHATWG HTML)."""
+    # Only text that quoting would change is encoded as in RFC 2231, because several versions of
+    # Werkzeug strip outer quotation marks from RFC 2231 values.
     if text is None:
         return ""
     if "%22" in text or not text.isprintable():

@@ -1,1 +1,1 @@
-"""Define and check callbacks, without Flask requests or stores."""
+"""Define and check callbacks: the HTTP requests that report a task's outcome to another server."""

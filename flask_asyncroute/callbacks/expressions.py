@@ -1,6 +1,7 @@
-"""Parse OpenAPI 3.1 runtime expressions (section 4.8.20.4) in the settings of a `Callback`.
+"""Parse OpenAPI 3.1 runtime expressions (section 4.8.20.4), such as ``$request.body#/callbackUrl``.
 
-They read the request that starts a task, so ``$response`` and ``$statusCode`` are refused.
+Expressions insert values of the request that starts a task into the settings of a `Callback`. At
+that time there is no response, so ``$response`` and ``$statusCode`` are refused.
 """
 
 from __future__ import annotations
@@ -22,23 +23,25 @@ _JSON_KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a l
 
 
 class BadExpression(ValueError):
-    """An expression is invalid. The message has the reason and the position, counted from 1."""
+    """An expression is invalid. The message gives the reason and the character position, from 1."""
 
 
 class NotText(ValueError):
-    """An expression's value is not a string."""
+    """The value of an expression is not a string."""
 
 
 Source: TypeAlias = Callable[[str, str], Any]
-"""Returns a value of the request, by an expression's kind and name; None if it is missing."""
+"""A function that reads a value of the request. Its arguments are an expression's kind and name. It
+returns None if the request lacks the value.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """A runtime expression.
+    """A runtime expression, which reads one value of a request.
 
     :param kind: ``url``, ``method``, ``query``, ``header``, ``path`` or ``body``.
-    :param name: of the parameter, header or path variable; for the body, a JSON pointer.
+    :param name: the name of the parameter, header or path variable. For the body, a JSON pointer.
     """
 
     text: str
@@ -48,7 +51,7 @@ class Expression:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The literal texts and expressions of a setting."""
+    """The text of a setting, parsed into literal texts and expressions."""
 
     parts: tuple[str | Expression, ...]
 
@@ -58,18 +61,19 @@ class Template:
 
     @property
     def is_alone(self) -> bool:
-        """Whether the template is one expression only."""
+        """Whether the template consists of one expression and no literal text."""
         return len(self.parts) == 1 and isinstance(self.parts[0], Expression)
 
     @property
     def beginning(self) -> str:
-        """The literal text before the first expression."""
+        """The literal text before the first expression; may be empty."""
         return self.parts[0] if self.parts and isinstance(self.parts[0], str) else ""
 
     def resolve(self, source: Source, embedded: Callable[[str], str] = str) -> str | None:
-        """Return the text for one request; None if an expression has no value.
+        """Replace the expressions by their values and return the text.
 
-        :param embedded: encodes values that are inserted into other text.
+        :param embedded: encodes each value that is inserted into literal text.
+        :return: None if the request lacks the value of an expression.
         :raises NotText: if a value is not a string.
         """
         pieces = []
@@ -89,7 +93,12 @@ class Template:
 
 @lru_cache(maxsize=512)
 def parse(text: str) -> Template:
-    """Parse a text that is one expression (begins with ``$``) or has expressions in braces."""
+    """Parse the text of a setting.
+
+    A text that begins with ``$`` is one expression. In other texts, expressions are in braces.
+
+    :raises BadExpression: if an expression or a brace is invalid.
+    """
     if text.startswith("$"):
         return Template((_expression(text, 1),))
     parts: list[str | Expression] = []
@@ -103,7 +112,10 @@ def parse(text: str) -> Template:
 
 
 def _literal(text: str, at: int) -> list[str]:
-    """Check literal text at position ``at`` of a setting; return [text], or [] if it is empty."""
+    """Check a literal text. Return a list with the text, or an empty list for an empty text.
+
+    :param at: the position of the text in the setting.
+    """
     checked, opened, _ = text.partition("{")
     if "}" in checked:
         raise BadExpression(f"the }} at character {at + text.index('}')} has no {{")
@@ -143,7 +155,7 @@ def _expression(text: str, at: int) -> Expression:
 
 
 def _pointer(text: str, at: int) -> str:
-    """Return the JSON pointer after ``$request.body``; empty for the whole body."""
+    """Return the JSON pointer that follows ``$request.body``, or "" for the whole body."""
     rest = text.removeprefix("$request.body")
     pointer = rest[1:]
     if rest and not rest.startswith("#") or pointer and not pointer.startswith("/"):
@@ -157,5 +169,5 @@ def _pointer(text: str, at: int) -> str:
 
 
 def is_token(text: str) -> bool:
-    """Return whether a text is an RFC 9110 token, such as a method or header name."""
+    """Check whether a text is a token as defined by RFC 9110, such as a method or a header name."""
     return _TOKEN.fullmatch(text) is not None

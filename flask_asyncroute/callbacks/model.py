@@ -1,4 +1,7 @@
-"""Callbacks as developers declare them, as the store keeps them, and as clients see them."""
+"""The data types of callbacks.
+
+A developer declares a `Callback`, a store keeps a `Delivery`, and clients see a `Shown`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ PENDING = (NOT_STARTED, RUNNING)  # the states of an unfinished callback
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """The request with which the server reports the outcome of an ended task.
+    """A request that the server sends to report the outcome of a task.
 
     The URL, method, content type and header values can be OpenAPI runtime expressions, or contain
     expressions in braces. Expressions are resolved when the task is created.
@@ -31,7 +34,7 @@ class Callback:
     :param content_type: the media type of the body: JSON, XML or YAML.
     :param headers: additional headers.
     :param send_result: whether the body contains the task's Result.
-    :param event_name: the body's ``EventName``; None: the ``AsyncRouteId``.
+    :param event_name: the body's ``EventName``. The default is the ``AsyncRouteId``.
     """
 
     url: str = "$request.body#/callbackUrl"
@@ -63,19 +66,22 @@ class Callback:
 
     @property
     def url_field(self) -> str:
-        """The declared URL without its query, which can contain a secret."""
+        """The declared URL without its query, because a query can contain a secret."""
         return self.url if expressions.parse(self.url).is_alone else self.url.partition("?")[0]
 
     @property
     def is_trusted(self) -> bool:
-        """Whether the developer chose the host: no expression comes before or inside the host."""
+        """Whether the developer, not the client, chose the host of the URL."""
+        # If an expression comes before or inside the host, the client can choose the host.
         template = expressions.parse(self.url)
         return template.is_literal or validation.has_authority(template)
 
     @property
     def literal_headers(self) -> dict[str, str]:
-        """The headers without expressions. Only these can be sent again, because stored headers are
-        deleted after the last attempt.
+        """The headers whose values contain no expressions.
+
+        The values of other headers are deleted after the last attempt, so they cannot be sent
+        again.
         """
         headers = self.headers.items()
         return {name: value for name, value in headers if expressions.parse(value).is_literal}
@@ -84,11 +90,13 @@ class Callback:
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """The callback of one task, with all expressions resolved.
 
-    :param webhook_id: the ``webhook-id`` header of all attempts.
-    :param url: the absolute URL, normalized by `parse_url`; ``host`` is its host.
-    :param is_trusted: whether the developer chose the host.
+    :param webhook_id: the ``webhook-id`` header. It is the same in all attempts.
+    :param url: the absolute URL, normalized by `parse_url`.
+    :param host: the host of ``url``.
+    :param is_trusted: whether the developer, not the client, chose the host.
     :param headers: deleted after the last attempt, because they can contain secrets.
-    :param depth: 1 plus the number of callbacks that led to the task's request.
+    :param depth: the length of the chain of callbacks, including this one. It is 1 if no callback
+        led to the task's request.
     """
 
     webhook_id: str
@@ -104,7 +112,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """The part of a callback that clients see.
+    """The parts of a callback that clients see in the task object.
 
     :param url_field: the declared URL, without its query.
     :param url: the resolved URL, without its query.
@@ -120,7 +128,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     url: str
 
     def settings(self) -> dict[str, Any]:
-        """Return the task object's ``CallbackSettings``."""
+        """Return the value of the ``CallbackSettings`` field in the task object."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         del found["Url"]
         return found

@@ -1,10 +1,12 @@
 """The SSRF guard: restricts callbacks to public addresses if the client chose the host.
 
-When a task is created, the guard checks the host without DNS. At each attempt, the guard resolves
-the name and checks every address; the webhook client connects only to checked addresses.
-``is_global`` is unsuitable: in Python 3.11 it is True for addresses that reach internal hosts
-(NAT64, 6to4, ``::127.0.0.1``, multicast).
+When a task is created, the guard checks the host without DNS. Before each attempt to send the
+callback, the guard resolves the name and checks every address. The webhook client connects only to
+checked addresses.
 """
+
+# `ipaddress` cannot be used: in Python 3.11, `is_global` is True for addresses that reach internal
+# hosts (NAT64, 6to4, ::127.0.0.1, multicast).
 
 from __future__ import annotations
 
@@ -28,13 +30,17 @@ _SPECIAL_4 = tuple(
         "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
     )
 )  # fmt: skip
-"""Non-public networks: IANA's special-purpose registry, multicast and reserved ones."""
+"""IPv4 networks that are not public: IANA's special-purpose registry, multicast, and reserved
+networks.
+"""
 _GLOBAL_6 = IPv6Network("2000::/3")  # excludes NAT64, IPv4-mapped, local and multicast addresses
 _SPECIAL_6 = tuple(
     IPv6Network(network)
     for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3ffe::/16", "3fff::/20")
 )
-"""Non-public networks in `_GLOBAL_6`: protocols (Teredo, ORCHID), documentation, 6to4, 6bone."""
+"""Networks inside `_GLOBAL_6` that are not public: protocols (Teredo, ORCHID), documentation, 6to4
+and 6bone.
+"""
 _LOCAL_NAMES = frozenset(
     {"localhost", "localhost.localdomain", "localhost6", "localhost6.localdomain6",
      "ip6-localhost", "ip6-loopback"}
@@ -46,7 +52,7 @@ class Inside(ValueError):
 
 
 class NotResolved(OSError):
-    """A host name could not be resolved."""
+    """DNS returned no address for a host name, or did not answer in time."""
 
 
 def is_public(ip: Address) -> bool:
@@ -56,7 +62,11 @@ def is_public(ip: Address) -> bool:
 
 
 def check_host(address: WebAddress, allowed: AllowedHosts) -> None:
-    """Raise Inside for a local host name or a non-public IP address. Does not use DNS."""
+    """Refuse a local host name or a non-public IP address, without using DNS.
+
+    :param allowed: hosts that are accepted although they are not public.
+    :raises Inside: if the host is refused.
+    """
     if address.host in allowed.names:
         return
     ip = address.ip
@@ -69,9 +79,12 @@ def check_host(address: WebAddress, allowed: AllowedHosts) -> None:
 def addresses_of(
     address: WebAddress, is_trusted: bool, allowed: AllowedHosts, seconds: float
 ) -> list[Address]:
-    """Return a host's IP addresses. Check each, unless the host is trusted or allowed.
+    """Return the IP addresses of a host, after checking that each is public.
 
-    :param is_trusted: whether the developer chose the host.
+    The addresses of a trusted or allowed host are not checked.
+
+    :param is_trusted: whether the developer, not the client, chose the host.
+    :param allowed: hosts that are accepted although they are not public.
     :param seconds: timeout of the DNS lookup.
     :raises Inside: if any address is neither public nor allowed.
     :raises NotResolved: if the host has no address, or DNS does not answer in time.
@@ -86,12 +99,19 @@ def addresses_of(
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Return a host name's addresses, or raise OSError. Can block for a long time."""
+    """Look up the IP addresses of a host name. Can block for a long time.
+
+    :raises OSError: if the lookup fails.
+    """
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 def _resolve_within(host: str, port: int, seconds: float) -> list[Address]:
-    """Resolve a name on a separate thread, because the system's resolver cannot be interrupted."""
+    """Look up a host name, and wait at most ``seconds`` for the answer.
+
+    :raises NotResolved: if the host has no address, or DNS does not answer in time.
+    """
+    # The system's resolver cannot be interrupted, so it runs on a separate thread.
     answers: list[list[Address]] = []
 
     def look_up() -> None:
@@ -120,8 +140,10 @@ def _check_ip(ip: Address, host: str, allowed: AllowedHosts) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AllowedHosts:
-    """Non-public hosts that may receive callbacks: networks, and names as in `WebAddress`,
-    without subdomains.
+    """The hosts that may receive callbacks although they are not public.
+
+    :param names: host names in the form of `WebAddress.host`. Subdomains are not included.
+    :param networks: networks whose addresses are allowed.
     """
 
     names: frozenset[str] = frozenset()
@@ -132,7 +154,11 @@ class AllowedHosts:
 
 
 def check_allowed_hosts(label: str, value: Any) -> AllowedHosts:
-    """Convert a list of host names, IP addresses and CIDR networks."""
+    """Convert a list of host names, IP addresses and CIDR networks from the configuration.
+
+    :param label: the configuration key, for error messages.
+    :raises ConfigurationError: if the value is invalid.
+    """
     if not isinstance(value, (list, tuple)):
         wanted = "a list of hosts and networks, such as ['hooks.internal', '10.1.0.0/16']"
         raise refuse(label, wanted, value)

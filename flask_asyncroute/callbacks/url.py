@@ -21,12 +21,12 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class BadAddress(ValueError):
-    """A URL or its host is invalid; the message says why."""
+    """A URL or its host is invalid. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class WebAddress:
-    """The parts of a URL.
+    """The parts of an absolute http or https URL.
 
     :param host: a lower-case ASCII name without a trailing dot, or an IP address without brackets.
     :param target: path and query, percent-encoded.
@@ -39,7 +39,7 @@ class WebAddress:
 
     @property
     def ip(self) -> IPv4Address | IPv6Address | None:
-        """The host, if it is an IP address."""
+        """The host as an IP address, or None if the host is a name."""
         try:
             return ipaddress.ip_address(self.host)
         except ValueError:
@@ -47,7 +47,9 @@ class WebAddress:
 
     @property
     def authority(self) -> str:
-        """The ``Host`` header: the host, and the port unless it is the default."""
+        """The value of the ``Host`` header. It contains the port unless the port is the scheme's
+        default.
+        """
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -57,7 +59,9 @@ class WebAddress:
 
 
 def parse_url(url: str) -> WebAddress:
-    """Parse an absolute URL; drop its fragment, and convert its host to ASCII (UTS 46).
+    """Parse an absolute http or https URL.
+
+    The fragment is dropped. The host is converted to ASCII (UTS 46).
 
     :raises BadAddress: for another scheme, a user name, an invalid port or host, IPv4 in another
         form than a.b.c.d, control characters, spaces, backslashes, or over 2,048 characters.
@@ -91,7 +95,10 @@ def parse_url(url: str) -> WebAddress:
 
 
 def host_of(text: str) -> str:
-    """Return a host in the form of `WebAddress.host`, or raise BadAddress."""
+    """Normalize a host to the form of `WebAddress.host`.
+
+    :raises BadAddress: if the host is invalid.
+    """
     shown = repr(text[:60])
     if text.startswith("["):
         if "%" in text:

@@ -28,8 +28,9 @@ _AUTHORITY = re.compile(r"https?://[^/?#]+/", re.IGNORECASE)
 
 
 def method_of(text: str) -> str:
-    """Return a method in upper case; raise ValueError if it is invalid or allows no request
-    body.
+    """Convert a request method to upper case.
+
+    :raises ValueError: if the method is invalid, or its requests have no body.
     """
     method = text.upper()
     if not is_token(text) or len(text) > MAX_METHOD:
@@ -40,7 +41,11 @@ def method_of(text: str) -> str:
 
 
 def content_type_of(text: str) -> str:
-    """Return the media type without parameters (the body is always UTF-8), or raise ValueError."""
+    """Return the media type of a content type, in lower case and without parameters.
+
+    :raises ValueError: if the media type is not supported.
+    """
+    # A charset parameter is not needed: bodies are always UTF-8.
     kind = text.partition(";")[0].strip().lower()
     if kind not in MEDIA_TYPES:
         raise ValueError(f"{text[:60]!r} is not one of {', '.join(MEDIA_TYPES)}")
@@ -48,10 +53,9 @@ def content_type_of(text: str) -> str:
 
 
 def header_value(text: str) -> str:
-    """Return a header's value without surrounding spaces and tabs.
+    """Return a header value without surrounding spaces and tabs.
 
-    :raises ValueError: if it is too long, or contains control characters, which could inject
-        another header.
+    :raises ValueError: if the value is too long or contains control characters.
     """
     refuse_control_characters(text)
     if len(text) > MAX_VALUE:
@@ -60,13 +64,19 @@ def header_value(text: str) -> str:
 
 
 def refuse_control_characters(text: str) -> None:
-    """Raise ValueError if a header value contains control characters other than TAB."""
+    """Raise ValueError if a header value contains control characters other than TAB.
+
+    A line break, for example, could inject another header.
+    """
     if _CONTROL.search(text):
         raise ValueError("it contains a line break or another control character")
 
 
 def check_header_name(label: str, value: Any) -> None:
-    """Raise ConfigurationError if a header name is invalid, or set by the library."""
+    """Check the name of a header that a developer adds to a callback.
+
+    :raises ConfigurationError: if the name is invalid, or the package sets this header itself.
+    """
     name = validators.text(label, value)
     if not is_token(name):
         raise ConfigurationError(f"{label} must be a valid header name, not {name[:60]!r}.")
@@ -76,7 +86,7 @@ def check_header_name(label: str, value: Any) -> None:
 
 
 def check_url(label: str, value: Any) -> None:
-    """Raise ConfigurationError if a callback URL would be invalid for every request."""
+    """Raise ConfigurationError if no request could make a callback URL valid."""
     template = _parsed(label, value)
     if template.is_alone:
         return
@@ -96,14 +106,17 @@ def check_url(label: str, value: Any) -> None:
 
 
 def has_authority(template: Template) -> bool:
-    """Return whether the authority and the next ``/`` come before the first expression."""
+    """Check whether host and port, with the ``/`` after them, are literal text."""
+    # If the "/" were missing, an expression could extend the host.
     return _AUTHORITY.match(template.beginning) is not None
 
 
 def check_term(label: str, value: Any, check: Callable[[str], str]) -> None:
-    """Raise ConfigurationError if a method, content type or header value is invalid.
+    """Check the declared method, content type or header value of a callback.
 
-    :param check: raises ValueError; called only for a value without expressions.
+    :param check: raises ValueError for an invalid value. It is not called for a value with
+        expressions.
+    :raises ConfigurationError: if the value is invalid.
     """
     template = _parsed(label, value)
     try:

@@ -13,7 +13,9 @@ CONTENT_TYPES = {
     "application/problem+json": "application/problem+json",
     "application/problem+xml": "application/problem+xml; charset=utf-8",
 }
-"""The ``Content-Type`` of each media type. JSON needs no charset: it is always UTF-8."""
+"""The ``Content-Type`` header for each media type. JSON needs no charset, because it is always
+UTF-8.
+"""
 
 __all__ = ["CONTENT_TYPES", "MEDIA_TYPES", "clean_text", "decode_json", "encode_json"]
 __all__ += ["encode_result", "encode_value", "encode_xml", "encode_yaml", "json_default"]

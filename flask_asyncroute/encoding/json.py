@@ -15,25 +15,30 @@ MAX_BODY_DEPTH = 64
 MAX_BODY_DIGITS = 300  # a longer integer cannot be compared with a float
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+# An unterminated string matches to the end of the text. Searching inside it would be slow.
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
-"""Matches strings and brackets. An unterminated string matches to the end: a search
-inside it would be slow.
-"""
+"""Matches strings and brackets in JSON."""
 
 encode_json = msgspec.json.Encoder().encode
-"""Encode a document as UTF-8 JSON; it may contain :class:`msgspec.Raw`.
+"""Encode a document as UTF-8 JSON. The document may contain :class:`msgspec.Raw` values.
 
-For views' results, use :func:`~flask_asyncroute.encoding.encode_result`.
+Use :func:`~flask_asyncroute.encoding.encode_result` for the return values of views.
 """
 
 
 def clean_text(text: str, limit: int) -> str:
-    """Return the first ``limit`` characters; replace NUL and lone surrogates by U+FFFD."""
+    """Return the first ``limit`` characters of a text that any store can hold.
+
+    NUL and lone surrogates are replaced by U+FFFD.
+    """
     return without_surrogates(text[:limit]).replace("\0", "\ufffd")
 
 
 def without_surrogates(text: str) -> str:
-    """Return valid Unicode: a surrogate pair becomes its character, a lone surrogate U+FFFD."""
+    """Convert a string to valid Unicode.
+
+    A surrogate pair becomes the character that it stands for. A lone surrogate becomes U+FFFD.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -42,9 +47,9 @@ def without_surrogates(text: str) -> str:
 
 
 def decode_json(data: bytes, what: str) -> Any:
-    """Decode a JSON request body strictly (RFC 8259, UTF-8, no duplicate names).
+    """Decode the JSON body of a request strictly: RFC 8259, UTF-8, and no duplicate names.
 
-    :param data: the body; the caller has checked its size.
+    :param data: the body. The caller must have limited its size.
     :param what: the subject of error messages, such as ``The query``.
     :raises InvalidQuery: for invalid JSON, nesting over 64 levels, NUL, lone surrogates, numbers
         that are not finite, and integers of over 300 digits.
@@ -112,10 +117,9 @@ def decode_json(data: bytes, what: str) -> Any:
 
 
 def is_deep(data: bytes, most: int = MAX_BODY_DEPTH) -> bool:
-    """Return whether JSON is nested more than ``most`` levels deep, without parsing it.
-
-    The parser recurses in C and would crash on a small stack (128 KiB for threads on Alpine).
-    """
+    """Check whether JSON is nested more than ``most`` levels deep, without parsing it."""
+    # The parser is recursive C code. It would crash on a small stack, such as the 128 KiB of
+    # threads on Alpine.
     if data.count(b"[") + data.count(b"{") <= most:
         return False
     depth = 0

@@ -1,4 +1,4 @@
-"""Explain why a result cannot be stored. Messages name keys and types, never values."""
+"""Explain why a value cannot be stored as JSON. Messages name keys and types, never values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from werkzeug.local import LocalProxy
 _MAX_STEP, _MAX_PATH = 40, 240
 _RESPONSES = ("Response", "HTTPException")
 BELOW = "Put decorators that create responses above task()"
-"""Advice if a view returned a response, perhaps created by a decorator below ``task()``."""
+"""Advice for a view that returned a response. A decorator below ``task()`` may have created the
+response.
+"""
 
 
 class NotStorable(Exception):
-    """A value cannot be stored as JSON. Enclosing containers add their key or index to the path."""
+    """A value cannot be stored as JSON.
+
+    The error has a path to the value. Each container around the value adds its key or index with
+    :meth:`add_step`.
+    """
 
     def __init__(self, found: str, advice: str, *, has_path: bool = True) -> None:
         super().__init__(found)
@@ -26,8 +32,10 @@ class NotStorable(Exception):
         self.steps: list[tuple[int, str]] = []
 
     def add_step(self, holder: object, step: str | int | None) -> None:
-        """Add a key or index of ``holder`` to the path; None after a conversion of ``holder``.
-        Call this for inner containers first.
+        """Put a key or an index before the path to the value. Call this for inner containers first.
+
+        :param holder: the container with this key or index.
+        :param step: the key or index; None if ``holder`` is not a container but was converted.
         """
         if isinstance(step, int):
             shown = f"[{step}]"
@@ -40,9 +48,8 @@ class NotStorable(Exception):
         self.steps.append((id(holder), shown))
 
     def message(self, where: str) -> str:
-        """Return the message, beginning with ``where``. A container that occurs twice in
-        the path contains itself: the message says so.
-        """
+        """Return the text of the error: ``where``, the reason, the path and the advice."""
+        # A container that occurs twice in the path contains itself.
         found, advice = self.found, self.advice
         if not self.has_path:
             return f"{where} {found}: {advice}."
@@ -60,7 +67,10 @@ class NotStorable(Exception):
 
 
 def too_large(max_bytes: int, key: str | None) -> NotStorable:
-    """Return the error for a value over the limit that the configuration key ``key`` sets."""
+    """Create the error for a value that exceeds ``max_bytes``.
+
+    :param key: the configuration key that sets the limit; None if the limit is fixed.
+    """
     if key is None:
         found = f"more than {max_bytes:,} bytes"
         advice = "store the data elsewhere, and only its location here"
@@ -71,9 +81,10 @@ def too_large(max_bytes: int, key: str | None) -> NotStorable:
 
 
 def refuse(value: Any) -> None:
-    """Raise NotStorable for values that the JSON provider or msgspec would wrongly accept, or that
-    need specific advice.
+    """Raise NotStorable, with advice, for types that views return by mistake, such as sets and
+    responses.
     """
+    # The JSON provider or msgspec would accept some of these types.
     if issubclass(type(value), LocalProxy):  # isinstance() would check the proxied object
         raise NotStorable(_a(value), "return the data that you need from the object")
     if isinstance(value, (set, frozenset)):
@@ -117,7 +128,7 @@ def _a(value: object) -> str:
 
 
 def type_name(value: object) -> str:
-    """Return a type's name, with its module unless it is builtins."""
+    """Return the name of a value's type. The module is included unless it is ``builtins``."""
     kind = type(value)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"

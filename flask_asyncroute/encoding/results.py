@@ -1,4 +1,4 @@
-"""Convert a view's return value to JSON, or explain why it cannot be stored.
+"""Convert return values, shared values and event data to JSON, or explain why that is impossible.
 
 Values far over the size limit are refused before they are encoded.
 """
@@ -38,24 +38,32 @@ def json_default(provider: JSONProvider) -> Default:
 
 
 def encode_value(value: Any, default: Default, max_bytes: int) -> bytes:
-    """Encode a shared value or an event like :func:`encode_result`, but allow tuples as arrays."""
+    """Encode a shared value or the data of an event as UTF-8 JSON.
+
+    Values are converted as by :func:`encode_result`. A tuple becomes an array.
+    """
     return _encoded(value, default, max_bytes, "the value contains", None)
 
 
 def encode_result(value: Any, default: Default, max_bytes: int) -> bytes:
     """Encode the return value of a view as UTF-8 JSON.
 
-    Besides the JSON types, convert datetime (RFC 3339; UTC if it has no time zone), date, time,
-    UUID, Decimal (a string), Enum (its value), dataclasses and msgspec Structs (objects; a Struct's
-    object has its tag first, and encoded field names). Other values are passed to ``default``. A
-    Mapping that ``default`` cannot convert becomes an object. NaN and infinities, also of Decimal,
-    become null. Nested tuples become arrays. Keys that are int, float, bool or None become strings
-    as in :mod:`json` (``1`` → ``"1"``, ``True`` → ``"true"``). A lone surrogate becomes U+FFFD.
+    The following values are converted. All other values are passed to ``default``.
 
-    :param default: from :func:`json_default`; raises :exc:`TypeError` if it cannot convert a value.
+    - datetime, date and time become strings in the formats of RFC 3339. A datetime without a time
+      zone is UTC.
+    - UUID and Decimal become strings. Enum members become their values.
+    - Dataclasses and msgspec Structs become objects. A Struct's object uses its encoded names, and
+      its tag comes first.
+    - Nested tuples become arrays. A Mapping becomes an object if ``default`` cannot convert it.
+    - NaN and infinities, also of Decimal, become null. A lone surrogate becomes U+FFFD.
+    - Keys that are int, float, bool or None become strings as in :mod:`json`, such as ``"true"``.
+
+    :param default: from :func:`json_default`. It raises :exc:`TypeError` if it cannot convert a
+        value.
     :param max_bytes: limit of the encoded result.
-    :raises ResultError: if a value cannot be converted or is too large; the message contains its
-        path and a remedy.
+    :raises ResultError: if a value cannot be converted or is too large. The message contains the
+        path to the value and a remedy.
     """
     if isinstance(value, tuple):
         raise ResultError(
@@ -81,12 +89,11 @@ def _encoded(value: Any, default: Default, max_bytes: int, where: str, key: str 
 
 
 class _Walk:
-    """Converts one value and its members.
+    """Converts one value and its members to types that msgspec can encode."""
 
-    ``remaining`` is the size limit minus the minimum encoded size of the members so far. For speed
-    (up to twofold), containers are copied only if a member changes, and plain members are checked
-    without a call.
-    """
+    # `remaining` is the size limit minus the minimum encoded size of the members so far. For speed
+    # (up to twofold), containers are copied only if a member changes, and plain members are checked
+    # without a call.
 
     def __init__(self, default: Default, max_bytes: int, key: str | None) -> None:
         self.default = default

@@ -11,24 +11,25 @@ from xml.parsers import expat
 
 _ASCII_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*")
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# Keys with these characters are not passed to expat, which could read them as markup with entities.
 _MARKUP = re.compile(r"[<>&!/=?;'\"\s]")
-"""Matches characters that XML names cannot contain. Keys with them are not passed to expat, which
-could read them as markup with entities.
-"""
+"""Matches characters that XML names cannot contain."""
 _MAX_NAME = 255
 
 
 def encode_xml(document: Any, root: str) -> bytes:
     """Encode a document of plain JSON values as UTF-8 XML with the root element ``root``.
 
-    Each field is an element. List members are ``<item>``. A key that is not an XML name, or is
-    ``item``, becomes ``<item name="…">``. null is ``nil="true"``. ``Result`` and all values inside
-    it have a type attribute (``type="number"``, ``boolean``, ``array`` or ``object``), except
-    strings and nulls. A string with characters that XML forbids becomes base64 of its UTF-8, with
-    ``encoding="base64"``; so does such a key, with ``name-encoding="base64"``. A carriage return is
-    ``&#13;``.
+    - Each field becomes an element, and each member of a list an ``<item>`` element.
+    - A key that is not an XML name, or is ``item``, becomes ``<item name="…">``.
+    - null becomes the attribute ``nil="true"``.
+    - ``Result`` and the values inside it have the attribute ``type``: ``number``, ``boolean``,
+      ``array`` or ``object``. Strings and nulls have no ``type``.
+    - A string with characters that XML forbids becomes base64 of its UTF-8, with the attribute
+      ``encoding="base64"``. Such a key gets ``name-encoding="base64"``.
+    - A carriage return becomes ``&#13;``.
 
-    :raises TypeError: for a value that is not plain JSON, :class:`msgspec.Raw` included.
+    :raises TypeError: for a value that is not plain JSON, such as :class:`msgspec.Raw`.
     """
     element = ElementTree.Element(root)
     _fill(element, document, root == "Result")
@@ -87,11 +88,8 @@ def _is_name(key: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _is_expat_name(key: str) -> bool:
-    """Return whether expat accepts an XML name.
-
-    expat follows the fourth edition of XML 1.0. Parsers of the fifth edition also accept these
-    names.
-    """
+    # expat follows the fourth edition of XML 1.0. Parsers of the fifth edition also accept these
+    # names.
     found: list[str] = []
     parser = expat.ParserCreate("utf-8")
     parser.StartElementHandler = lambda name, attributes: found.append(name)

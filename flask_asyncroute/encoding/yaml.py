@@ -11,13 +11,15 @@ _ALSO_TYPED = (
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("bool", r"[yYnN]", "yYnN"),
 )
-"""Unquoted text that PyYAML reads as a string, but YAML 1.2 or stricter 1.1 parsers do not."""
+"""Patterns of text that must be quoted: YAML 1.2 and strict 1.1 parsers do not read it as a string,
+although PyYAML does.
+"""
 
 _ONE_LINE = 2**31 - 1  # maximum line width; the C emitter does not accept infinity
 
 
 def encode_yaml(document: Any) -> bytes:
-    """Encode plain JSON values as UTF-8 YAML, without anchors or sorted keys.
+    """Encode plain JSON values as UTF-8 YAML. Keys keep their order, and no anchors are used.
 
     Strings that a YAML 1.1 or 1.2 parser would read as another type are quoted.
     """

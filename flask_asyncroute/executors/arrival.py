@@ -1,6 +1,7 @@
-"""Checks whether an exception raised in a thread could skip the end of a `with` or `try` block.
+"""Check whether an exception that another thread raises could skip the end of a `with` or `try`
+block.
 
-An exception set by another thread is raised only at certain instructions. Two are harmful:
+CPython raises such a pending exception only at certain instructions. Two of them are harmful:
 
 - Since Python 3.14, `with` calls ``__enter__`` like any function. An exception at the end of that
   call leaves a lock held, because the block that releases it was never entered (CPython issue
@@ -19,31 +20,40 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 LOADS_ENTER = "LOAD_SPECIAL"
-"""The instruction that loads ``__enter__`` for the next call (Python 3.14 and newer)."""
+"""The instruction with which `with` loads ``__enter__`` before calling it (Python 3.14 and newer).
+"""
+# In Python 3.14, CALL_KW does not raise pending exceptions.
 CHECKS = {"CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD"}
-"""Instructions that raise a pending exception. In Python 3.14, CALL_KW does not."""
+"""The instructions at which CPython raises a pending exception."""
 EXITS = {"RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "RAISE_VARARGS", "RERAISE"}
 IS_UNAFFECTED = sys.version_info < (3, 12)
 RAISES_AT_ONCE = sys.version_info < (3, 13)
-"""Whether a thread raises a pending exception as soon as it gets the GIL. Newer versions do so at
-the thread's next check, or when its current C function returns.
+"""Whether a thread raises a pending exception as soon as it gets the GIL.
+
+In newer versions, the thread raises it at the next instruction in `CHECKS`, or when the current C
+function returns.
 """
 CODE_UNIT = 2
+# Reading the instructions takes long enough for the checked thread to continue.
 CACHE_SIZE = 100
-"""Number of functions whose instructions are cached. The thread runs while they are read."""
+"""Maximum number of functions whose instructions are cached."""
 
 
 class _Code(NamedTuple):
     instructions: Sequence[dis.Instruction]
     indexes: Mapping[int, int]
-    """Maps offsets to indexes in ``instructions``. In Python 3.12, a thread's offset may be that of
-    a cache entry after an instruction.
+    """Maps the offset of each instruction to its index in ``instructions``.
+
+    In Python 3.12, a thread's offset can be that of a cache entry after an instruction, so these
+    offsets are included.
     """
     harmful: frozenset[int]
-    """Indexes of instructions where an exception would skip the end of a block."""
+    """The indexes of instructions where an exception would skip the end of a block."""
 
     def after(self, index: int) -> list[int]:
-        """Return the indexes of the possible next instructions; empty if the function exits."""
+        """Return the indexes of the instructions that can follow; an empty list if the function
+        exits.
+        """
         instruction = self.instructions[index]
         is_jump = instruction.opcode in dis.hasjrel
         jumps = [self.indexes[instruction.argval]] if is_jump else []
@@ -52,8 +62,8 @@ class _Code(NamedTuple):
 
 
 def may_skip_a_block(frame: FrameType | None) -> bool:
-    """Return whether an exception raised now could skip the end of a block in ``frame`` or a
-    caller.
+    """Check whether an exception raised now could skip the end of a block in ``frame`` or its
+    callers.
     """
     if IS_UNAFFECTED:
         return False
@@ -67,8 +77,10 @@ def may_skip_a_block(frame: FrameType | None) -> bool:
 
 
 def _ahead(code: _Code, offset: int) -> bool | None:
-    """Return whether a function could raise an exception at a harmful instruction; None if it can
-    exit first.
+    """Check whether a function could raise a pending exception at a harmful instruction.
+
+    :param offset: the offset of the function's current instruction.
+    :return: None if the function can exit before it raises the exception.
     """
     start = code.indexes[offset]
     name = code.instructions[start].opname
@@ -113,7 +125,9 @@ def _read(code: CodeType) -> _Code:
 
 
 def _offsets(instructions: Sequence[dis.Instruction], end: int) -> Iterator[tuple[int, int]]:
-    """Yield each instruction's index with each offset up to the next instruction."""
+    """Yield pairs of index and offset: for each instruction, every offset up to the next
+    instruction.
+    """
     ends = [instruction.offset for instruction in instructions[1:]] + [end]
     for index, (instruction, next_offset) in enumerate(zip(instructions, ends, strict=True)):
         for offset in range(instruction.offset, next_offset, CODE_UNIT):

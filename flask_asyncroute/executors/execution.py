@@ -1,5 +1,8 @@
-"""One run of a task, in memory. `run_task` creates an `Execution`, the dispatcher stops it,
-`maintenance` stores its progress and events, and the view uses it as `current_task`.
+"""The state of a running task in memory.
+
+Here, a run is one execution of a task's view. Each run has an `Execution`, which `run_task`
+creates. The dispatcher stops it, `maintenance` stores its progress and events, and the view uses it
+as `current_task`.
 """
 
 from __future__ import annotations
@@ -16,17 +19,18 @@ from ..stores.base import ViewEvent
 from ..task import MAX_MESSAGE
 
 MAX_UNWRITTEN = 1000
-"""Maximum unstored events of a run. Sending more blocks."""
+"""Maximum number of events of one run that are not stored yet. Beyond it, `send_event` blocks."""
 
 
 class Execution:
-    """One run of a task: its progress, events and stop request. The object is created before the
-    claim, so that an immediate stop has an effect. Thread-safe.
+    """The progress, events and stop request of one run of a task. Thread-safe.
 
-    :param interrupt_after: seconds between a stop request and the interruption; None: never.
-    :param wake: called when progress, events or a stop request must be handled; must return at
-        once.
+    :param interrupt_after: seconds from a stop request until the view is interrupted; None: never.
+    :param wake: called when progress, events or a stop request must be handled. Must not block.
     """
+
+    # The object is created before the process claims the task in the store, so that an immediate
+    # stop request has an effect.
 
     def __init__(
         self, task_id: str, interrupt_after: float | None = None,
@@ -65,8 +69,9 @@ class Execution:
         self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False,
         attempt: int = 1, retries_left: int = 0,
     ) -> None:  # fmt: skip
-        """Set the values known after the claim.
+        """Set the values that are known only after this process has claimed the task in the store.
 
+        :param epoch: the number of this run of the task.
         :param seconds: the time limit; None: no limit.
         :param restarts_on_loss: whether the task runs again if this process cannot finish it.
         """
@@ -78,11 +83,16 @@ class Execution:
         self.deadline = None if seconds is None else time.monotonic() + seconds
 
     def ask_to_stop(self, within: float = math.inf, ago: float = 0.0) -> bool:
-        """Ask the view to stop: cancel its coroutine or child process, or schedule the interruption
-        of its thread. After an earlier call, only apply ``within``, and return False.
+        """Ask the view to stop.
 
-        :param within: maximum seconds until the interruption; lowers ``interrupt_after``.
-        :param ago: seconds since the stop request; the interruption is that much earlier.
+        A coroutine or child process is cancelled. For a view on a thread, an interruption is
+        scheduled.
+
+        :param within: maximum seconds until the interruption, even if ``interrupt_after`` is
+            longer.
+        :param ago: seconds since the client requested the stop. The interruption is that much
+            earlier.
+        :return: False if the view was already asked to stop. Such a call can only shorten the wait.
         """
         with self._lock:
             is_first = not self.stop.is_set()
@@ -101,7 +111,10 @@ class Execution:
         return is_first
 
     def cancel_with(self, cancel: Callable[[], object] | None) -> None:
-        """Set the function that cancels the running coroutine or child; None after its end."""
+        """Set the function that cancels the view's coroutine or child process; None after its end.
+
+        If a stop was already requested, the function is called now.
+        """
         with self._lock:
             self._cancel = cancel
             self.interrupt_at = None
@@ -114,7 +127,7 @@ class Execution:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def check(self) -> None:
-        """Raise TaskAborted if a stop was requested or the deadline has passed."""
+        """Raise TaskAborted if a stop was requested or the time limit has passed."""
         if self.stop.is_set():
             raise TaskAborted("A stop was requested.")
         if self.is_time_up:
@@ -130,9 +143,10 @@ class Execution:
         message: str | None = None,
         timed_progress: TimedProgress | None = None,
     ) -> None:
-        """Set progress, clipped to 0–100 and rounded to two decimals. Ignore NaN and lower values.
+        """Set the progress, limited to 0–100 and rounded to two decimals. NaN and lower values are
+        ignored.
 
-        :param timed_progress: raises progress over time; None ends an earlier `TimedProgress`.
+        :param timed_progress: raises the progress over time. An earlier `TimedProgress` ends.
         """
         with self._lock:
             self._timed_progress = timed_progress
@@ -141,10 +155,10 @@ class Execution:
             self._wake()
 
     def send_event(self, name: str, data: bytes) -> None:
-        """Queue a view's event to be stored; block while the queue is full.
+        """Queue an event of the view until it is stored. Block while the queue is full.
 
         :param data: JSON on one line.
-        :raises TaskAborted: if the task is stopped or times out while this blocks.
+        :raises TaskAborted: if the task is stopped or times out while this method blocks.
         """
         with self._lock:
             while len(self._sent) >= MAX_UNWRITTEN:
@@ -159,20 +173,23 @@ class Execution:
         return bool(self._sent)
 
     def take_events(self) -> Sequence[ViewEvent]:
-        """Remove and return the unstored events, in order."""
+        """Remove the events from the queue and return them in order."""
         with self._lock:
             sent, self._sent = self._sent, []
             self._has_capacity.notify_all()
         return sent
 
     def return_events(self, sent: Sequence[ViewEvent]) -> None:
-        """Undo :meth:`take_events` after a failed write."""
+        """Put events from :meth:`take_events` back into the queue, because they could not be
+        stored.
+        """
         with self._lock:
             self._sent = [*sent, *self._sent]
 
     def advance_by_time(self, now: float) -> float | None:
-        """Raise progress to the value of the `TimedProgress` at ``now``. Return when to call this
-        again; None: never.
+        """Raise the progress to the value that the current `TimedProgress` has at ``now``.
+
+        :return: the time of the next step; None if there is no further step.
         """
         with self._lock:
             timed_progress = self._timed_progress
@@ -189,7 +206,7 @@ class Execution:
         return due
 
     def take_report(self) -> tuple[float | None, str | None] | None:
-        """Return progress and message if changed since the last call, else None."""
+        """Return progress and message. Return None if neither has changed since the last call."""
         with self._lock:
             if not self.has_report:
                 return None
@@ -197,12 +214,12 @@ class Execution:
             return self._progress, self._message
 
     def return_report(self) -> None:
-        """Undo :meth:`take_report` after a failed write."""
+        """Make :meth:`take_report` return the same values again after they could not be stored."""
         self.has_report = True
 
     def end(self) -> None:
-        """Record that the view's code has ended. Cancel its deadline, interruption and
-        `TimedProgress`.
+        """Record that the view's code has ended. The time limit and a planned interruption are
+        cancelled.
         """
         with self._lock:
             self.is_over = True
@@ -210,7 +227,7 @@ class Execution:
             self.has_report = False
 
     def final_report(self) -> tuple[float | None, str | None]:
-        """End the current `TimedProgress`; return the last progress and message."""
+        """Stop raising the progress over time. Return the last progress and message."""
         with self._lock:
             self.has_report = False
             self._timed_progress = None
@@ -232,7 +249,10 @@ class Execution:
 
 @dataclass
 class TimedProgress:
-    """Raises progress over time, from ``base`` to ``top`` in ``duration`` seconds."""
+    """Raises the progress in equal steps from ``base`` to ``top`` within ``duration`` seconds.
+
+    :param interval: seconds between two steps; at least 0.1.
+    """
 
     base: float
     top: float
@@ -244,7 +264,9 @@ class TimedProgress:
         self.began = time.monotonic()
 
     def step(self, now: float) -> tuple[float, float | None]:
-        """Return the progress at ``now``, and when the next step is due, if any."""
+        """Return the progress at ``now`` and the time of the next step, or None after the last
+        step.
+        """
         passed = now - self.began
         if passed >= self.duration:
             return self.top, None

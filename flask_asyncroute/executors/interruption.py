@@ -1,7 +1,7 @@
-"""Raises `TaskAborted`, when it is safe, in a thread whose view does not stop by itself.
+"""Raise `TaskAborted` in the thread of a view that does not stop by itself.
 
-CPython can raise an asynchronous exception at any point. This module raises it only in the task's
-view, and not inside modules that could leave a lock held.
+CPython can raise such an asynchronous exception at any point. This module raises it only in the
+task's view, and not inside modules that could leave a lock held.
 """
 
 from __future__ import annotations
@@ -33,22 +33,25 @@ PAUSE_SECONDS = 2e-5
 _set_in = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)(
     ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
 )
-"""Sets a thread's pending exception. Takes the thread id and the address (in CPython, the ``id``)
-of an exception class; None withdraws it.
+"""Sets the exception that CPython will raise in another thread.
+
+Takes the thread id and the address (in CPython, the ``id``) of an exception class. None as the
+address withdraws the exception.
 """
 
 _interrupting = threading.Lock()
 
 
 def allow_within(function: Any) -> None:
-    """Allow interruptions inside a function of this package, because views call other async routes
-    through it. The function must hold no lock.
+    """Allow interruptions inside a function of this package.
+
+    Views call other async routes through such a function. It must hold no lock.
     """
     _transparent.add(function.__code__)
 
 
 def call(view: Callable[..., Any], arguments: dict[str, Any], execution: Execution) -> Any:
-    """Call a view. Until this function returns, :func:`interrupt` can interrupt the view."""
+    """Call a view on this thread. Until the view returns, :func:`interrupt` can interrupt it."""
     with execution.thread_lock:
         execution.thread_id = threading.get_ident()
     try:
@@ -58,7 +61,7 @@ def call(view: Callable[..., Any], arguments: dict[str, Any], execution: Executi
 
 
 def leave(execution: Execution) -> None:
-    """Prevent further interruptions of this thread for ``execution``. Idempotent."""
+    """Prevent further interruptions of this thread for ``execution``. Can be called repeatedly."""
     while True:
         try:
             with execution.thread_lock:
@@ -78,9 +81,10 @@ def leave(execution: Execution) -> None:
 
 
 def interrupt(execution: Execution) -> bool:
-    """Raise `TaskAborted` in the thread that runs ``execution``, unless the view has ended.
+    """Raise `TaskAborted` in the thread that runs the view of ``execution``.
 
-    :return: False if no moment within a few milliseconds was safe; then call again soon.
+    :return: False if no moment within a few milliseconds was safe. Then call this again soon. True
+        if the exception was set or the view has ended.
     """
     with _interrupting:
         if _try(execution):
@@ -131,12 +135,11 @@ def _try(execution: Execution) -> bool:
 
 
 def _withdraw_from(thread_id: int) -> None:
-    """Withdraw an exception that was set for a thread but is not raised yet.
-
-    A withdrawal alone would leave CPython searching for a pending exception at every instruction,
-    in all threads, and a tracer would hang. Raising another exception ends the search. So this sets
-    one for the calling thread, within the same C call, in which the interpreter does not search.
-    """
+    """Withdraw an exception that was set for a thread and is not raised yet."""
+    # A withdrawal alone would leave CPython searching for a pending exception at every instruction,
+    # in all threads, and a tracer would hang. Raising another exception ends the search. So this
+    # function also sets an exception for the calling thread, within the same C call, in which the
+    # interpreter does not search.
     try:
         list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))
         for _ in range(100):
@@ -150,7 +153,9 @@ class _Nothing(BaseException):
 
 
 def _is_safe(frame: FrameType | None, execution: Execution) -> bool:
-    """Return whether the view of ``execution`` runs at ``frame`` and can safely be interrupted."""
+    """Check whether a thread at ``frame`` runs the view of ``execution`` and can be interrupted
+    safely.
+    """
     is_inside = False
     innermost = frame
     while frame is not None:

@@ -1,4 +1,4 @@
-"""The outcome of a run, and the text of the task's Error."""
+"""How a task ended: its final State, its Error text, and whether it can be retried."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from ..errors import AsyncRouteError, ResultError, RetryRequested, TaskAborted
 from ..task import MAX_ERROR, State
 
 TEMPORARY = (408, 425, 429)
-"""The statuses below 500 after which a task can run again."""
+"""HTTP statuses from 400 to 499 after which a task can be retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The terminal State of a run, and the further record fields to store with the State."""
+    """How one run (execution) of a task ended.
+
+    :param state: a final State.
+    :param values: the other fields of the task record to store with the State.
+    """
 
     state: State
     values: dict[str, Any] = field(default_factory=dict)
@@ -30,18 +34,18 @@ class Outcome:
 
 
 def is_http_error(error: BaseException) -> TypeGuard[HTTPException]:
-    """Return whether the view answered with an HTTP status, as by ``abort(404)``.
-
-    The package's own HTTPExceptions, such as TaskNotFound, do not count: they are about another
-    task.
+    """Check whether an exception means that the view answered with an HTTP status, as by
+    ``abort(404)``.
     """
+    # The package's own HTTPExceptions, such as TaskNotFound, do not count: they are about another
+    # task.
     return isinstance(error, HTTPException) and not isinstance(error, AsyncRouteError)
 
 
 def can_retry(error: BaseException, on: tuple[type[BaseException], ...]) -> bool:
-    """Return whether a task can run again after an error of its view.
+    """Check whether a task can run again after its view has raised ``error``.
 
-    :param on: the exceptions of the route's ``retry``.
+    :param on: the exception classes in the ``retry`` option of the route.
     """
     if isinstance(error, RetryRequested):
         return True
@@ -58,10 +62,10 @@ def _status_of(error: HTTPException) -> int | None:
 
 
 def failed(error: BaseException, expose: bool) -> Outcome:
-    """Return the outcome of a run that raised ``error``.
+    """Create the outcome for a view that raised ``error``.
 
     :param expose: whether clients see the message of ``error``. Clients always see the message of
-        an HTTPException of the view.
+        an HTTPException, such as that of ``abort()``.
     """
     name = type(error).__name__
     if is_http_error(error):
@@ -83,12 +87,11 @@ def failed(error: BaseException, expose: bool) -> Outcome:
 
 
 def _reason(error: HTTPException) -> str:
-    """Return an HTTPException's custom description, else an extension's message, else the status's
-    standard description.
-
-    Flask-RESTX, Flask-RESTful and webargs put their message into the attribute ``data``;
-    ``abort(response)`` puts it into the response.
+    """Return the description that a view or an extension has set; otherwise the status's standard
+    text.
     """
+    # Flask-RESTX, Flask-RESTful and webargs put their message into the attribute `data`;
+    # abort(response) puts it into the response.
     data: Any = getattr(error, "data", None)
     if error.description is not type(error).description:
         data = error.description
@@ -106,12 +109,15 @@ def _json(value: Any) -> str:
 
 
 def died(cause: str) -> Outcome:
-    """Return the outcome of a run whose child process ended without reporting one."""
+    """Create the outcome for a child process that ended without reporting an outcome."""
     return Outcome(State.FAILED, {"error": f"Process died: {cause}"}, can_retry=True)
 
 
 def cause_of(status: int | None) -> str:
-    """Describe an exit status from :func:`os.waitstatus_to_exitcode`; None means unknown."""
+    """Describe an exit status, such as "exit code 1" or "SIGKILL", for an error message.
+
+    :param status: from :func:`os.waitstatus_to_exitcode`; None: unknown.
+    """
     if status is None:
         return "exit status unknown"
     if status >= 0:

@@ -1,5 +1,7 @@
-"""An elastic thread pool, and the executors that use it. Unlike `ThreadPoolExecutor`, the pool ends
-idle threads above a minimum, replaces threads that hang, and does not delay the interpreter's exit.
+"""An elastic thread pool, and the executors that run tasks on it.
+
+Unlike `ThreadPoolExecutor`, the pool ends idle threads above a minimum, replaces threads that hang,
+and does not delay the interpreter's exit.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ IDLE_SECONDS = 10.0
 
 
 class ElasticThreadPool(Executor):
-    """Calls functions on daemon threads, each in an empty context.
+    """Calls functions on daemon threads, each in an empty context (:mod:`contextvars`).
 
-    :param min_workers: threads that stay alive once they have been started.
-    :param max_workers: maximum number of threads. As many further threads can be running abandoned
-        calls.
+    :param min_workers: number of threads that do not end when they are idle.
+    :param max_workers: maximum number of threads. Threads that :meth:`abandon` has replaced are not
+        counted. There can be as many of these.
     :param idle_seconds: seconds after which an idle thread above the minimum ends.
     """
 
@@ -73,8 +75,12 @@ class ElasticThreadPool(Executor):
         return future
 
     def abandon(self, future: Future[Any]) -> bool:
-        """Replace the thread that is running a call. Return False if no thread is running the call,
-        or if too many calls are already abandoned.
+        """Start a replacement for the thread that is running a call. The thread ends after that
+        call.
+
+        :param future: the call, as :meth:`submit` returned it.
+        :return: False if no thread is running the call, or too many threads have already been
+            replaced.
         """
         with self._changed:
             thread = self._busy.get(future)
@@ -108,7 +114,7 @@ class ElasticThreadPool(Executor):
         return len(self._threads) - len(self._lingering)
 
     def _serve_waiting(self) -> None:
-        """Wake or start a thread for the newest call. The caller holds the lock."""
+        """Wake or start a thread if a call is waiting. The caller holds the lock."""
         if self._idle >= len(self._calls):
             self._changed.notify()
         elif self._calls and self._counted() < self._max_workers:
@@ -136,15 +142,17 @@ class ElasticThreadPool(Executor):
                 self._retire(thread)
 
     def _retire(self, thread: threading.Thread) -> bool:
-        """Stop counting a thread that will end. Keep the lock between the decision that it ends and
-        this call; otherwise a new call could wait for the thread.
+        """Stop counting a thread that is about to end.
+
+        The caller holds the lock, and must not release it after deciding that the thread ends.
+        Otherwise a new call could wait for this thread.
         """
         self._threads.discard(thread)
         self._lingering.discard(thread)
         return False
 
     def _work_once(self, thread: threading.Thread) -> bool:
-        """Run one call; return whether the thread is still needed."""
+        """Wait for a call and run it. Return whether the thread is still needed."""
         with self._changed:
             if self._counted() > self._max_workers:
                 return self._retire(thread)
@@ -176,7 +184,10 @@ class ElasticThreadPool(Executor):
 
 
 class PooledTaskExecutor(TaskExecutor):
-    """Runs tasks on an elastic thread pool that keeps at least ``min_threads`` threads."""
+    """Runs tasks on an elastic thread pool.
+
+    :param min_threads: number of threads that do not end when they are idle.
+    """
 
     def __init__(self, settings: PoolSettings, min_threads: int) -> None:
         super().__init__(settings)
@@ -191,7 +202,9 @@ class PooledTaskExecutor(TaskExecutor):
 
 
 class ThreadTaskExecutor(PooledTaskExecutor):
-    """Runs views on threads. Interrupts views that do not stop, and replaces threads that hang."""
+    """Runs views on threads. Views that do not stop are interrupted, and threads that hang are
+    replaced.
+    """
 
     def __init__(self, settings: PoolSettings) -> None:
         super().__init__(settings, settings.min_workers)

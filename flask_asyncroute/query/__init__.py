@@ -1,4 +1,4 @@
-"""Conditions and order of list requests, without Flask or stores."""
+"""Parse and apply the conditions and the sort order of requests that list tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The cursor: the position of a page's last task, signed for one query and caller."""
+"""Create and verify cursors, with which a client requests the next page of a list of tasks.
+
+A cursor contains the position of the previous page's last task. It is valid for one query and one
+caller.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,20 @@ _SALT = "flask-asyncroute cursor 2 "  # version: increase it if the content chan
 
 
 def seal_cursor(position: Position, query: Query, caller_id: str | None, key: bytes) -> str:
-    """Return the cursor for the page after ``position``. The cursor is signed, not encrypted.
+    """Create the cursor for the page that follows ``position``. The cursor is signed, not
+    encrypted.
 
-    :param query: the signature covers its conditions and sort, not its limit and cursor.
-    :param key: a secret shared by all processes.
+    :param query: the signature covers the conditions and the sort order, but not the limit.
+    :param key: a secret that all processes share.
     """
     content = msgspec.json.encode((position.value, position.created_us, position.id))
     return _signer(query, caller_id, key).sign(base64_encode(content)).decode()
 
 
 def open_cursor(cursor: str, query: Query, caller_id: str | None, key: bytes) -> Position:
-    """Return a cursor's position.
+    """Verify a cursor and return the position in it.
 
-    :raises InvalidQuery: if the cursor was altered, or was signed for another query, caller or
+    :raises InvalidQuery: if the cursor was altered, or was created for another query, caller or
         key.
     """
     if not cursor.isascii():
@@ -44,7 +49,8 @@ def open_cursor(cursor: str, query: Query, caller_id: str | None, key: bytes) ->
 
 
 def invalid_cursor() -> InvalidQuery:
-    """Return the error for an invalid cursor, without its cause: the cause would help a forger."""
+    """Create the error for an invalid cursor."""
+    # The message does not contain the reason, because the reason would help a forger.
     return InvalidQuery(
         "The cursor was altered, or belongs to another query, sort or caller. Follow the Link of "
         "the previous page unchanged, or start again without a cursor."

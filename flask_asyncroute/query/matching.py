@@ -1,4 +1,4 @@
-"""Applies conditions and sort orders in memory, and creates LIKE patterns for SQL."""
+"""Apply conditions and sort orders in memory, and create LIKE patterns for SQL."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ESCAPE = "!"
 
 
 def sql_like(text: str) -> str:
-    """Return the lower-case pattern for SQL's LIKE, with the escape character :data:`ESCAPE`.
+    """Convert a LIKE pattern of a client (with ``*`` and ``?``) to a pattern for SQL's LIKE.
 
-    Only A–Z become lower case. Apply ``lower()`` to the column too; in PostgreSQL, with ``COLLATE
-    "C"``.
+    The escape character is :data:`ESCAPE`. The letters A–Z become lower case, so apply ``lower()``
+    to the column too. In PostgreSQL, ``lower()`` needs ``COLLATE "C"`` to convert only A–Z.
     """
     escaped = re.sub(r"([%_!])", r"!\1", text.translate(ASCII_LOWER))
     return re.sub(r"\*+", "%", f"*{escaped}*").replace("?", "_")
@@ -37,10 +37,8 @@ def is_like(text: str, pattern: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _finders(pattern: str) -> list[re.Pattern[str]]:
-    """Return a regular expression for each part of the pattern between ``*``.
-
-    The expressions have no quantifiers, so a search does not backtrack.
-    """
+    """Compile each part of the pattern between ``*`` to a regular expression."""
+    # The expressions have no quantifiers, so a search does not backtrack.
     parts = filter(None, pattern.translate(ASCII_LOWER).split("*"))
     return [re.compile(".".join(map(re.escape, part.split("?"))), re.DOTALL) for part in parts]
 
@@ -57,7 +55,7 @@ def matches(task: AsyncRouteTask, conditions: Iterable[Condition]) -> bool:
 
 
 def holds(condition: Condition, value: Any) -> bool:
-    """Return whether the condition is true for a value; False if the value is None."""
+    """Check whether a value satisfies a condition. None satisfies no condition."""
     return value is not None and _COMPARE[condition.operator](value, condition.value)
 
 

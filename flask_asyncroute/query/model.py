@@ -1,4 +1,4 @@
-"""The fields and operators of list requests, and the parsed query."""
+"""The fields and operators of requests that list tasks, and the parsed request."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from ..errors import InvalidQuery
 MAX_LIMIT = 500
 MAX_SHOWN = 80
 
+# Unlike str.upper() and str.lower(), these tables leave other letters, such as a dotless i.
 ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 ASCII_UPPER = {lower: upper for upper, lower in ASCII_LOWER.items()}
-"""Tables that convert only A–Z. str.upper() also changes other letters, such as a dotless i."""
+"""A table for `str.translate` that converts a–z to upper case; ``ASCII_LOWER`` is the reverse."""
 
 
 class Operator(StrEnum):
-    """The operators of conditions, by their names in requests."""
+    """The comparison operators that a request can use in a condition."""
 
     EQ = "EQ"
     NE = "NE"
@@ -36,12 +37,13 @@ EQUALITY = (Operator.EQ, Operator.NE)
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field of tasks that conditions can compare.
+    """A field of the task object that a condition can compare.
 
-    :param name: its name in requests.
-    :param kind: the type of its values. A "state" is one of the five states, ordered by name.
-    :param attribute: its attribute in `AsyncRouteTask`.
-    :param upper: whether values are upper case; requests can use any letter case.
+    :param name: the name in requests.
+    :param kind: the type of the values. A "state" is one of the five states, ordered by name.
+    :param attribute: the name of the attribute in `AsyncRouteTask`.
+    :param operators: the operators that conditions on this field can use.
+    :param upper: whether stored values are upper case. Requests can use any letter case.
     """
 
     name: str
@@ -85,7 +87,11 @@ _FIELDS = {name.translate(ASCII_LOWER): field for name, field in FIELDS.items()}
 
 
 def find_field(name: str, hint: str = "") -> Field:
-    """Return the field with this name, in any letter case. Error messages end with ``hint``."""
+    """Return the field with this name, in any letter case.
+
+    :param hint: added to the end of the error message.
+    :raises InvalidQuery: if no field has this name.
+    """
     field = _FIELDS.get(name.translate(ASCII_LOWER))
     if field is None:
         known = ", ".join(FIELDS)
@@ -94,8 +100,9 @@ def find_field(name: str, hint: str = "") -> Field:
 
 
 def find_operator(name: str, field: Field) -> Operator:
-    """Return the operator with this name, in any letter case; refuse operators that ``field`` does
-    not support.
+    """Return the operator with this name, in any letter case.
+
+    :raises InvalidQuery: if the operator does not exist or ``field`` does not support it.
     """
     operator = Operator.__members__.get(name.translate(ASCII_UPPER))
     if operator not in field.operators:
@@ -106,7 +113,9 @@ def find_operator(name: str, field: Field) -> Operator:
 
 
 def shown(text: str) -> str:
-    """Quote ``text`` in printable ASCII for an error message, truncated to about 80 characters."""
+    """Quote ``text`` in printable ASCII for an error message. Longer text is cut at about 80
+    characters.
+    """
     quoted = ascii(text[:MAX_SHOWN])
     if len(text) <= MAX_SHOWN and len(quoted) <= MAX_SHOWN:
         return quoted
@@ -115,10 +124,10 @@ def shown(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A comparison of a field. The condition is false if the task has no value in the field.
+    """A comparison of a field with a value. A task without a value in the field does not match.
 
-    :param value: of the field's kind: a time in microseconds since the epoch (UTC), a number as a
-        float, a state by its name, a method in upper case; for LIKE and NOTLIKE, the text as sent.
+    :param value: a time is in microseconds since the epoch (UTC), a number is a float, a state is
+        its name, and a method is in upper case. For LIKE and NOTLIKE, this is the pattern as sent.
     """
 
     field: Field
@@ -128,10 +137,10 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Sort:
-    """Sorts a list by a time field. Tasks without that time come last in both directions.
+    """A sort order of tasks by one time field.
 
-    Tasks with equal times are sorted by creation time, then by id (by code point), in the same
-    direction.
+    Tasks without that time come last in both directions. Tasks with equal times are sorted by
+    creation time, then by id (by code point), in the same direction.
     """
 
     field: Field
@@ -140,7 +149,10 @@ class Sort:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A task's position in a list. ``value`` is its time in the sort field."""
+    """The position of a task in a sorted list.
+
+    :param value: the task's time in the field of the sort order; None if the task has no such time.
+    """
 
     value: int | None
     created_us: int
@@ -152,10 +164,10 @@ NEWEST_FIRST = Sort(CREATION_TIME, descending=True)
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A list request: conditions, order and maximum number of tasks.
+    """A parsed request for a list of tasks.
 
-    :param limit: 1 to 500.
-    :param cursor: not verified yet; never empty.
+    :param limit: maximum number of tasks, from 1 to 500.
+    :param cursor: not verified yet. It is not empty.
     """
 
     conditions: tuple[Condition, ...] = ()

@@ -1,4 +1,9 @@
-"""Parse list requests with conditions in one of three styles: JSON, deepObject or Simple."""
+"""Parse requests that list tasks. Conditions have one of three styles.
+
+- JSON, in a request body: ``{"State": {"op": "EQ", "value": "Failed"}}``.
+- deepObject, in a query string: ``filter[State][EQ]=Failed``.
+- Simple, in a query string: ``State=Failed``.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +45,9 @@ _SORTS = {
 
 
 def parse_get(query_string: str) -> Query:
-    """Parse a query string: deepObject or Simple conditions, ``limit``, ``sort`` and ``cursor``.
+    """Parse a query string with conditions, ``limit``, ``sort`` and ``cursor``.
 
-    :param query_string: as in WSGI: not decoded, one character for each byte (PEP 3333).
+    :param query_string: as in WSGI: not decoded, with one character for each byte (PEP 3333).
     :raises InvalidQuery: if a part is unknown, malformed, repeated or over a limit.
     """
     paging, others = _parameters(query_string)
@@ -57,10 +62,12 @@ def parse_get(query_string: str) -> Query:
 
 
 def parse_post(query_string: str, document: Any) -> Query:
-    """Parse a JSON query, and ``limit``, ``sort`` and ``cursor`` in the query string.
+    """Parse a JSON body with conditions, and a query string with ``limit``, ``sort`` and
+    ``cursor``.
 
-    :param query_string: as for :func:`parse_get`, without conditions.
-    :param document: the decoded body, without duplicate names.
+    :param query_string: as for :func:`parse_get`, but without conditions.
+    :param document: the decoded body. The caller must have refused duplicate names.
+    :raises InvalidQuery: if a part is unknown, malformed, repeated or over a limit.
     """
     paging, others = _parameters(query_string)
     for name in others:
@@ -72,19 +79,23 @@ def parse_post(query_string: str, document: Any) -> Query:
 
 
 def parse_mapping(mapping: Any) -> tuple[Condition, ...]:
-    """Parse conditions in the JSON style: each field has ``{"op": …, "value": …}`` or a list of
-    these. ``op`` defaults to EQ.
+    """Parse conditions in the JSON style.
+
+    Each field name maps to ``{"op": …, "value": …}`` or to a list of these. ``op`` defaults to EQ.
+
+    :raises InvalidQuery: if a condition is invalid.
     """
     return _counted(_json(_items(mapping)))
 
 
 def parse_python(mapping: Any, keywords: Mapping[str, Any]) -> tuple[Condition, ...]:
-    """Parse conditions of the app's code: a mapping like :func:`parse_mapping`, and keyword
-    arguments.
+    """Parse conditions that the app's code passes as a mapping and as keyword arguments.
 
-    A value without ``{"value": …}`` is compared with EQ. Values may also be datetimes or States.
+    The mapping is like that of :func:`parse_mapping`. In addition, a field can map directly to a
+    value, which is compared with EQ. Values can also be datetimes or States.
 
-    :raises InvalidQuery: also if a field occurs in both.
+    :raises InvalidQuery: if a condition is invalid, or a field occurs in the mapping and in
+        ``keywords``.
     """
     items = _items(mapping)
     given = {find_field(name) for name, _ in items if isinstance(name, str)}
@@ -105,9 +116,9 @@ def _items(mapping: Any) -> list[tuple[Any, Any]]:
 
 
 def _json(items: Iterable[tuple[Any, Any]], takes_values: bool = False) -> Iterator[Condition]:
-    """Yield the conditions of the JSON style.
+    """Yield the conditions of a mapping in the JSON style.
 
-    :param takes_values: accept a value without ``{"value": …}`` as a condition with EQ.
+    :param takes_values: whether a field can map directly to a value, which is compared with EQ.
     """
     seen: set[Field] = set()
     for name, given in items:
@@ -192,9 +203,10 @@ def _simple(parameters: Mapping[str, str]) -> Iterator[Condition]:
 
 
 def _split_at_commas(first: str, raw: str) -> Iterator[tuple[str, str, str]]:
-    """Yield the name, raw value and error hint of each condition in one parameter.
+    """Split a parameter such as ``State=Failed,Method=PUT`` into conditions.
 
-    A comma starts a condition if a name and ``=`` follow; ``%2C`` always belongs to the value.
+    Yields the name, the raw value and a hint for error messages. A comma begins a new condition if
+    a name and ``=`` follow. ``%2C`` is always part of the value.
     """
     name, hint = first, ""
     value: list[str] = []
@@ -210,7 +222,7 @@ def _split_at_commas(first: str, raw: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _parameters(query_string: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the decoded paging parameters, and the other parameters with raw values."""
+    """Split a query string into paging parameters (decoded) and other parameters (not decoded)."""
     if len(query_string) > MAX_QUERY_STRING:
         raise InvalidQuery(f"The query string has over {MAX_QUERY_STRING} characters; shorten it.")
     paging: dict[str, str] = {}

@@ -27,7 +27,11 @@ _KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a list",
 
 
 def condition_from_text(field: Field, operator: Operator, text: str) -> Condition:
-    """Return the condition for a decoded value, of at most 256 characters, from a query string."""
+    """Create a condition from a value in a query string.
+
+    :param text: the decoded value.
+    :raises InvalidQuery: if the value is invalid or has over 256 characters.
+    """
     _check_text(field, text)
     value: Any = text
     if field.kind == "boolean":
@@ -42,9 +46,11 @@ def condition_from_text(field: Field, operator: Operator, text: str) -> Conditio
 
 
 def condition_from_value(field: Field, operator: Operator, value: Any) -> Condition:
-    """Return the condition for a value from JSON or Python, including a datetime or a State.
+    """Create a condition from a value in JSON, or from a datetime or State in Python.
 
     A datetime without a time zone is UTC. Values are not converted to other types.
+
+    :raises InvalidQuery: if the value is invalid.
     """
     if field.kind == "boolean":
         if not isinstance(value, bool):
@@ -70,13 +76,13 @@ def condition_from_value(field: Field, operator: Operator, value: Any) -> Condit
 
 
 def microseconds(text: str) -> int:
-    """Convert an RFC 3339 time to microseconds since the epoch; drop smaller fractions.
+    """Convert an RFC 3339 time to microseconds since the epoch. Smaller fractions are dropped.
 
-    A time without an offset is UTC. A space before the offset is read as ``+``, because URL
-    decoding turns ``+`` into a space. Leap seconds (``:60``) are refused.
+    A time without an offset is UTC. A leap second (``:60``) is invalid.
 
     :raises ValueError: if the time is invalid.
     """
+    # URL decoding turns "+" into a space, so a space before the offset is read as "+".
     found = _TIME.fullmatch(text)
     if found is None:
         raise ValueError(text)

@@ -1,1 +1,1 @@
-"""Sends callbacks to their URLs."""
+"""Send callbacks to their URLs."""

@@ -1,7 +1,7 @@
-"""Makes one attempt to send a callback: one HTTP/1.1 request to a checked IP address.
+"""Make one attempt to send a callback: one HTTP/1.1 request to a checked IP address.
 
-Follows no redirects, uses no proxy or ``.netrc``, always verifies certificates, and ends after at
-most 15 seconds.
+The client follows no redirects, uses no proxy or ``.netrc``, and always verifies certificates. An
+attempt ends after at most 15 seconds.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ MAX_ADDRESSES = 4
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of an attempt.
+    """The outcome of one attempt to send a callback.
 
     :param is_sent: whether the receiver responded with 2xx.
-    :param is_gone: whether it responded with 410; then no attempt follows.
+    :param is_gone: whether the receiver responded with 410. Then the callback is not sent again.
     :param status: the response status; None without a response.
     :param reason: why the attempt failed.
     :param retry_after: the response's ``Retry-After`` in seconds, at most an hour.
@@ -47,7 +47,7 @@ class Outcome:
 
 
 class _ResponseTooLarge(OSError):
-    """The response exceeds `MAX_RESPONSE`."""
+    """The header of a response exceeds `MAX_RESPONSE` bytes."""
 
 
 def post(
@@ -58,9 +58,12 @@ def post(
     is_trusted: bool,
     allowed: AllowedHosts,
 ) -> Outcome:
-    """Send one request. Receiver and network errors are returned, not raised.
+    """Send one HTTP request and return its outcome. Errors of the receiver or network are not
+    raised.
 
     :param headers: without ``Host``, ``Content-Length`` and ``Connection``.
+    :param is_trusted: whether the developer, not the client, chose the host.
+    :param allowed: hosts that are accepted although they are not public.
     """
     deadline = time.monotonic() + ATTEMPT_SECONDS
     try:
@@ -83,13 +86,16 @@ def post(
 
 
 def connect(ip: Address, port: int, seconds: float) -> socket.socket:
-    """Open a TCP connection to this address only."""
+    """Open a TCP connection to this address, without DNS or a proxy.
+
+    :param seconds: timeout.
+    """
     return socket.create_connection((str(ip), port), seconds)
 
 
 @cache
 def tls_context() -> ssl.SSLContext:
-    """Return a TLS context with the trusted authorities of the system or ``SSL_CERT_FILE``."""
+    """Return a TLS context that trusts the authorities of the system or of ``SSL_CERT_FILE``."""
     return ssl.create_default_context()
 
 
@@ -139,7 +145,7 @@ def _exchange(
 
 
 class _Stream(io.RawIOBase):
-    """A connection for `http.client`, with a deadline and a limit of 64 KiB read."""
+    """A connection for `http.client`, with a deadline. At most 64 KiB can be read."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection = connection
@@ -170,7 +176,10 @@ class _Stream(io.RawIOBase):
 
 
 def retry_after(text: str | None, now: datetime) -> float:
-    """Parse a ``Retry-After`` header (RFC 9110, section 10.2.3); return 0 to 3,600 seconds."""
+    """Parse a ``Retry-After`` header (RFC 9110, section 10.2.3).
+
+    :return: seconds, at most 3,600; 0 if the header is missing or invalid.
+    """
     text = (text or "").strip()
     if text.isascii() and text.isdigit():
         return min(float(text[:9]), MAX_RETRY_AFTER)

@@ -1,4 +1,6 @@
-"""Sends due callbacks, each attempt on its own thread. Attempts do not change a task's State."""
+"""Send the callbacks that are due, each on its own thread. A failure does not change a task's
+State.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,13 @@ JITTER = 0.2  # random part of a delay, to spread retries
 
 
 class Sender:
-    """Claims due callbacks in the outbox, sends them, and records the outcomes. Thread-safe.
+    """Sends the callbacks that are due, and records in the store which attempts succeeded.
+    Thread-safe.
 
-    :param enter: registers this process as a worker; called before each claim.
-    :param schedule: schedules :meth:`look` on a background thread.
+    :param outbox: stores the callbacks and assigns each to one process.
+    :param enter: registers this process as a worker. It is called before this process takes
+        callbacks.
+    :param schedule: makes a background thread call :meth:`look`.
     """
 
     def __init__(
@@ -67,10 +72,11 @@ class Sender:
             self._schedule()
 
     def redeliver(self, task: AsyncRouteTask, callback: Callback | None) -> AsyncRouteTask | None:
-        """Send a finished task's callback again, in the background. Return the task, or None if the
-        task was removed.
+        """Send the callback of a finished task again, in the background.
 
-        :param callback: the callback of the task's route, if the route still exists.
+        :param callback: the callback of the task's route; None if the route no longer exists or has
+            no callback.
+        :return: the task; None if it was removed.
         :raises TaskUnfinished: if the task has not ended, or its callback is being sent.
         :raises CallbackRefused: if the task has no callback.
         """
@@ -95,15 +101,17 @@ class Sender:
         return renewed
 
     def close(self) -> None:
-        """Start no more attempts and record no more outcomes. Other processes repeat unrecorded
-        attempts.
+        """Start no more attempts, and record no more outcomes.
+
+        If an attempt is running, another process will send its callback again.
         """
         self.is_closing = True
         self._is_closed = True
 
     def look(self) -> None:
-        """Start attempts to send due callbacks, up to MOST_THREADS at once. Can raise
-        StoreUnavailable.
+        """Start to send the callbacks that are due, at most MOST_THREADS at the same time.
+
+        :raises StoreUnavailable: if the store cannot be used.
         """
         with self._lock:
             capacity = MOST_THREADS - len(self._active)
@@ -201,7 +209,10 @@ class Sender:
 
 
 def _next(attempts: int, outcome: Outcome, most: int) -> tuple[str, int | None]:
-    """Return a callback's state after an attempt, and when the next attempt is due."""
+    """Return a callback's state after an attempt, and the time of the next attempt; None: no more.
+
+    :param most: maximum number of attempts.
+    """
     if outcome.is_sent:
         return COMPLETED, None
     if outcome.is_gone or attempts >= most:
@@ -211,7 +222,10 @@ def _next(attempts: int, outcome: Outcome, most: int) -> tuple[str, int | None]:
 
 
 def delay(attempts: int) -> float:
-    """Return the mean seconds before the next attempt."""
+    """Return the mean number of seconds to wait before the next attempt.
+
+    :param attempts: the number of attempts so far.
+    """
     if attempts < len(DELAYS):
         return DELAYS[attempts]
     return min(DELAYS[-1] * 2.0 ** (attempts - len(DELAYS) + 1), MAX_DELAY)
@@ -249,11 +263,11 @@ def headers_of(delivery: Delivery, body: bytes, secrets: Sequence[str]) -> dict[
 def signature_headers(
     secrets: Sequence[str], webhook_id: str, at: int, body: bytes
 ) -> dict[str, str]:
-    """Return the Standard Webhooks headers that identify and sign a message.
+    """Return the headers that identify and sign a message, as defined by Standard Webhooks.
 
-    :param secrets: each adds a signature, so that secrets can be rotated. Without any, the message
-        is unsigned.
-    :param webhook_id: the same for every attempt; contains no ``.``.
+    :param secrets: each secret adds a signature, so that secrets can be rotated. Without secrets,
+        the message is not signed.
+    :param webhook_id: the same for every attempt. It contains no ``.``.
     :param at: the time of this attempt, in seconds since the epoch.
     """
     fields = {"webhook-id": webhook_id, "webhook-timestamp": str(at)}

@@ -1,1 +1,1 @@
-"""Runs each task in its own child process. Linux only."""
+"""Run each task in its own child process. Linux only."""

@@ -1,4 +1,4 @@
-"""The executor behind ``executor="process"``."""
+"""The executor that runs tasks in child processes (``executor="process"``)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ from .supervisor import Child, ForkServer
 logger = logging.getLogger("flask_asyncroute")
 
 LEAVE_SECONDS = 2.0
-"""Time limit for a child's exit functions and non-daemon threads after its view."""
+"""Seconds that a child process has, after its view, for exit functions and non-daemon threads."""
 
 _fork_servers: WeakKeyDictionary[Host, ForkServer] = WeakKeyDictionary()
 
 
 def fork_server_of(host: Host) -> ForkServer:
-    """Return the fork server that all process pools of ``host`` share."""
+    """Return the process that forks the child processes of ``host``. All pools of ``host`` share
+    it.
+    """
     server = _fork_servers.get(host)
     if server is None:
         server = _fork_servers[host] = ForkServer(host.child_settings())
@@ -40,11 +42,10 @@ def fork_server_of(host: Host) -> ForkServer:
 
 
 class ProcessTaskExecutor(PooledTaskExecutor):
-    """Runs each task in its own child process, supervised by a thread. A stop kills the child's
-    process group.
+    """Runs each task in its own child process. A stop kills the child and its process group.
 
-    After the first task, ``min_workers`` spare children are kept ready, because loading the app
-    takes time.
+    A thread of this process supervises each child. After the first task, ``min_workers`` spare
+    children are kept ready, because loading the app takes time.
     """
 
     def __init__(self, settings: PoolSettings) -> None:
@@ -59,7 +60,8 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         when_gone(self, _drop_all, self._spares)
 
     def take_child(self) -> Child:
-        """Return a spare or new child. The caller must end it with `Child.leave`.
+        """Return a spare child process, or start a new one. The caller must end it with
+        `Child.leave`.
 
         :raises OSError: if no child can be started.
         """
@@ -116,7 +118,9 @@ def _drop_all(children: deque[Child]) -> None:
 
 
 def _follow(child: Child, execution: Execution) -> Outcome:
-    """Handle a child's progress and events until the view ends; return the outcome."""
+    """Pass a child's progress and events to ``execution`` until the child reports the view's
+    outcome.
+    """
     try:
         for kind, payload in child.listen():
             if kind == protocol.PROGRESS:

@@ -1,8 +1,7 @@
-"""The fork server: a process that imports the app's module and forks children. This program must
-not use the app.
+"""The fork server: a program that imports the app's module once and then forks child processes.
 
 It runs in a new interpreter with one thread, so that children inherit no locks, connections or
-signal handlers of the web server.
+signal handlers of the web server. It must not use the app.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ PROGRAM = (
     "from flask_asyncroute.executors.process.forkserver import main; "
     "main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 )
-"""Code for ``python -c``, so that children have no ``__main__`` module to import again."""
+"""The program text for ``python -c``. Without a script file, children import no ``__main__`` again.
+"""
 
 DESCRIPTORS = 3  # received with each request for a child
 STATUS = struct.Struct("!i")
@@ -43,16 +43,17 @@ _poll, _fork, _recv_fds = select.poll, os.fork, socket.recv_fds
 
 
 def command(modules: str, control: int, kill_end: int) -> list[str]:
-    """Return the interpreter arguments that call :func:`main`."""
+    """Return the arguments with which a new Python interpreter calls :func:`main`."""
     return ["-c", PROGRAM, modules, str(control), str(kill_end), *sys.path]
 
 
 def main(modules: str, control: int, kill_end: int) -> None:
-    """Serve the parent process until it closes the connection.
+    """Fork child processes for the parent process until it closes the connection.
 
-    :param modules: comma-separated modules to import first; the last is the app's, or empty.
+    :param modules: comma-separated modules to import first. The last is the app's module, or empty.
     :param control: the descriptor on which the parent requests children.
-    :param kill_end: the read end of this process's kill pipe.
+    :param kill_end: the read end of the pipe with which the parent kills this process; see
+        `kill_pipe`.
     """
     kill_pipe.attach(kill_end, os.getpid())
     for descriptor in (control, kill_end):
@@ -91,9 +92,8 @@ def _descriptors() -> set[int]:
 
 
 def _is_unsafe(descriptor: int) -> bool:
-    """Return whether an open file can do harm if children share it: True except for log files and
-    devices.
-    """
+    """Check whether child processes could do harm by sharing an open file, such as a connection."""
+    # Log files and devices are harmless.
     kind = os.fstat(descriptor).st_mode
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     is_log = stat.S_ISREG(kind) and access == os.O_WRONLY
@@ -101,11 +101,9 @@ def _is_unsafe(descriptor: int) -> bool:
 
 
 def _restart_without_app(ours: str, control: int, kill_end: int) -> None:
-    """Execute this program again without importing the app.
-
-    A fork of a process with threads can copy a lock that is never released. Children with a shared
-    connection would read each other's responses.
-    """
+    """Replace this process by a new fork server that does not import the app."""
+    # A fork of a process with threads can copy a lock that is never released. Children with a
+    # shared connection would read each other's responses.
     logger.warning(
         "The app starts threads or opens files or connections at import, so each child process "
         "must import the app again, and tasks start more slowly."
@@ -116,7 +114,7 @@ def _restart_without_app(ours: str, control: int, kill_end: int) -> None:
 
 
 class _Server:
-    """Forks and reaps child processes.
+    """Forks child processes and reports their exit statuses to the parent process.
 
     For each child, the parent sends three descriptors to ``control``: the child's socket, the read
     end of its kill pipe, and a socket for its exit status.
@@ -128,7 +126,7 @@ class _Server:
         self._children: dict[int, list[int]] = {}
 
     def serve(self) -> None:
-        """Fork children until the parent closes ``control``; return after the last child's end."""
+        """Fork children until the parent closes ``control``. Return after the last child's end."""
         woken, wake = os.pipe()
         for end in (woken, wake):
             os.set_blocking(end, False)
@@ -195,7 +193,9 @@ class _Server:
             os._exit(code)
 
     def _reap(self) -> None:
-        """Report the exit status of ended children, and kill the rest of their process groups."""
+        """Report the exit status of each child that has ended, and kill the rest of its process
+        group.
+        """
         while self._children:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:

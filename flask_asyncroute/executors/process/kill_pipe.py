@@ -1,8 +1,9 @@
-"""A pipe that kills a process group when data is written to the pipe, or when the process with the
-write end exits. Linux only.
+"""A pipe that kills a process or process group. Linux only.
 
-The kernel sends SIGKILL instead of SIGIO, and never kills a later group with the same id.
+It kills when data is written to the pipe, or when the process with the write end exits.
 """
+
+# The kernel sends SIGKILL instead of SIGIO. It never kills a later group with the same id.
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ _open: weakref.WeakSet[KillPipe] = weakref.WeakSet()
 
 
 class KillPipe:
-    """The write end of the pipe. The caller sends ``read_end`` to another process, then closes it.
-    Thread-safe.
+    """The write end of a new pipe, with which this process kills another. Thread-safe.
+
+    The caller must send ``read_end`` to the other process, and then close ``read_end`` here.
     """
 
     def __init__(self) -> None:
@@ -30,14 +32,14 @@ class KillPipe:
         _open.add(self)
 
     def kill(self) -> None:
-        """Kill the attached process or process group, if it is running."""
+        """Kill the process or process group that was passed to :func:`attach`, if it is running."""
         with self._lock:
             if self._is_open:
                 with suppress(BrokenPipeError):
                     os.write(self._write_end, b"!")
 
     def close(self) -> None:
-        """Close the write end; this also kills the attached process or group."""
+        """Close the write end. This also kills the process or process group."""
         with self._lock:
             if self._is_open:
                 self._is_open = False
@@ -45,8 +47,9 @@ class KillPipe:
 
 
 def attach(read_end: int, owner: int) -> None:
-    """Have the pipe kill ``owner``, a process id or the negative id of a process group (F_SETOWN in
-    `fcntl(2)`). The effect lasts while any process has ``read_end`` open.
+    """Make the pipe kill a process. This lasts while any process has ``read_end`` open.
+
+    :param owner: a process id, or the negative id of a process group (F_SETOWN in `fcntl(2)`).
     """
     fcntl.fcntl(read_end, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(read_end, fcntl.F_SETOWN, owner)
@@ -56,9 +59,10 @@ def attach(read_end: int, owner: int) -> None:
 
 
 def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
-    """Wait for descriptors that have data or whose other end is closed; return them.
+    """Wait until at least one descriptor has data or its other end is closed. Return these
+    descriptors.
 
-    :param seconds: timeout (the list can then be empty); None: no limit.
+    :param seconds: timeout, after which the list is empty; None: no limit.
     """
     poll = select.poll()
     for descriptor in descriptors:
@@ -67,9 +71,7 @@ def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
 
 
 def _close_in_fork() -> None:
-    """Close the write ends in a fork of this process. Otherwise the fork would keep the children
-    alive after this process has exited.
-    """
+    # Otherwise a fork of this process would keep the children alive after this process has exited.
     for pipe in list(_open):
         pipe._lock = threading.Lock()
         with suppress(OSError):

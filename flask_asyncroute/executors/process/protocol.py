@@ -1,7 +1,7 @@
-"""The protocol between the app (the parent) and a child process.
+"""The protocol between the app (the parent) and a child process that runs one task.
 
-A frame has a kind, a length and a payload. Unknown kinds and excessive lengths are refused before
-memory is allocated.
+Messages are sent in frames. A frame has a kind, a length and a payload. Unknown kinds and excessive
+lengths are refused before memory is allocated.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ HEADER = struct.Struct("!cQ")
 PIECE = 256 * 1024
 SMALL = 64 * 1024
 TO_CHILD = {SETTINGS: 16 * 1024 * 1024, JOB: 16 * 1024 * 1024, BODY: PIECE}
-"""Maximum payload bytes by kind of frame."""
+"""Maximum payload of a frame to a child process in bytes, by kind of frame."""
+# The maximum size of a result is added to the limit of an outcome.
 TO_PARENT = {READY: SMALL, PROGRESS: SMALL, EVENT: 2 * SMALL, OUTCOME: SMALL}
-"""Like `TO_CHILD`. An outcome may exceed its limit by the maximum size of a result."""
+"""Maximum payload of a frame from a child process in bytes, by kind of frame."""
 
 Report: TypeAlias = tuple[float | None, str | None]
-"""A child's progress and message, as :meth:`Execution.take_report` returns them."""
+"""The progress and message of a task in a child process; None if not set."""
 Event: TypeAlias = tuple[str, msgspec.Raw]  # name and data
 
 
 class FrameError(Exception):
-    """The received bytes are not a valid frame."""
+    """The received bytes do not follow the protocol."""
 
 
 class Job(msgspec.Struct):
-    """The task that a child must run, sent after its `ChildSettings`. A large body follows in
-    frames.
+    """The task that a child process must run. It is sent after the child's settings.
+
+    A large request body follows in BODY frames.
+
+    :param epoch: the number of this run of the task.
     """
 
     task_id: str
@@ -52,7 +56,7 @@ class Job(msgspec.Struct):
 
 
 class Ending(msgspec.Struct):
-    """A child's last message: its view's outcome and last progress."""
+    """A child's last message: how its view ended, and the last progress."""
 
     state: State
     report: Report
@@ -64,12 +68,15 @@ class Ending(msgspec.Struct):
 
 
 def send(sock: socket.socket, kind: bytes, payload: bytes = b"") -> None:
-    """Send one frame; raise OSError if the other process has exited."""
+    """Send one message of the protocol.
+
+    :raises OSError: if the other process has exited.
+    """
     sock.sendall(HEADER.pack(kind, len(payload)) + payload)
 
 
 def receive(sock: socket.socket) -> bytes:
-    """Return the next bytes; empty if the other process has exited."""
+    """Wait for data and return the next bytes. Returns b"" if the other process has exited."""
     try:
         return sock.recv(PIECE)
     except OSError:
@@ -77,9 +84,10 @@ def receive(sock: socket.socket) -> bytes:
 
 
 def frames(pieces: Iterable[bytes], limits: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the kind and payload of each complete frame.
+    """Yield the kind and the payload of each complete frame in the received data.
 
-    :param limits: maximum payload bytes by kind of frame.
+    :param pieces: the received data, divided anywhere.
+    :param limits: maximum payload in bytes, by kind of frame.
     :raises FrameError: if a frame has an unknown kind or exceeds its limit.
     """
     buffer = bytearray()

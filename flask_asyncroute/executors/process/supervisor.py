@@ -1,4 +1,4 @@
-"""Child processes, started by a fork server.
+"""Start child processes through a fork server, and supervise them.
 
 Each child has its own sockets and kill pipe, so it cannot harm other children.
 """
@@ -25,12 +25,12 @@ from . import forkserver, protocol
 from .kill_pipe import KillPipe, attach, readable
 
 LOST_SECONDS = 2.0
-"""Seconds to wait for the exit status of a killed child that has sent nothing."""
+"""Seconds to wait for the exit status of a child that was killed before it sent anything."""
 
 
 @dataclass(eq=False)
 class Child:
-    """A child process of the fork server. Only :meth:`kill` is thread-safe."""
+    """A child process that runs one task. Only :meth:`kill` is thread-safe."""
 
     channel: socket.socket
     exit_socket: socket.socket
@@ -41,16 +41,17 @@ class Child:
     has_ended: bool = False
 
     def send(self, job: protocol.Job, body: Body | None) -> None:
-        """Send the task to run. If the child has ended, :meth:`listen` reports that."""
+        """Send the task that the child must run. Raises no error if the child has ended."""
+        # listen() reports the end of the child.
         with suppress(OSError):
             protocol.send(self.channel, protocol.JOB, msgspec.json.encode(job))
             for piece in () if body is None else body.pieces():
                 protocol.send(self.channel, protocol.BODY, piece)
 
     def listen(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the kind and payload of each frame until the child's end.
+        """Yield the kind and the payload of each message from the child until the child ends.
 
-        :raises FrameError: if a frame is invalid.
+        :raises FrameError: if the child sends invalid data.
         """
         has_begun = False
         for frame in protocol.frames(self._pieces(), self.limits):
@@ -75,27 +76,30 @@ class Child:
             yield data
 
     def kill(self) -> None:
-        """Kill the child and its process group; receive no more frames."""
+        """Kill the child and its process group. Messages that were not read yet are lost."""
         self.kill_pipe.kill()
         with suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)
 
     def is_gone(self, seconds: float | None = 0) -> bool:
-        """Return whether the child has ended, after waiting up to ``seconds`` (None: no limit)."""
+        """Wait until the child has ended; return False if it is still running after ``seconds``.
+
+        :param seconds: timeout; None: no limit.
+        """
         if not self.has_ended and readable([self.exit_socket.fileno()], seconds):
             self._read_status()
             self.has_ended = True
         return self.has_ended
 
     def leave(self, seconds: float) -> None:
-        """Wait up to ``seconds`` for the child's end; kill it if needed; close its resources."""
+        """Wait up to ``seconds`` for the child's end, then kill it. Close its sockets and pipe."""
         if not self.is_gone(seconds):
             self.kill()
             self.is_gone(None)
         self.drop()
 
     def drop(self) -> None:
-        """Kill the child if it is running; close the sockets and the pipe."""
+        """Kill the child if it is still running. Close its sockets and pipe."""
         self.resources.close()
 
     def _read_status(self) -> bool:
@@ -106,10 +110,10 @@ class Child:
 
 
 class ForkServer:
-    """Starts children through a server process. Thread-safe.
+    """Starts child processes by requests to a fork server process. Thread-safe.
 
-    The server starts before the first child. It exits after its last child if this object
-    is closed or garbage-collected, and is killed if this process exits.
+    The server process starts before the first child. It exits after its last child if this object
+    is closed or garbage-collected. It is killed if this process exits.
     """
 
     def __init__(self, settings: ChildSettings) -> None:
@@ -123,8 +127,7 @@ class ForkServer:
         self.pid = 0
 
     def start(self) -> Child:
-        """Start a child, which loads the app and waits for a job; return without waiting for the
-        child.
+        """Start a child process. Return at once, before the child has loaded the app.
 
         :raises OSError: if the system lacks processes or descriptors.
         """
@@ -139,7 +142,9 @@ class ForkServer:
             return Child(channel, exit_socket, kill_pipe, self._limits, ours.pop_all())
 
     def close(self) -> None:
-        """Let the server exit after its last child. A later start creates a new server."""
+        """Make the server process exit after its last child. A later :meth:`start` creates a new
+        server.
+        """
         with self._lock:
             self._control = None
             if self._end is not None:
@@ -160,7 +165,11 @@ class ForkServer:
 
 
 def _start_server(modules: str) -> tuple[socket.socket, int, ExitStack]:
-    """Start the program `forkserver`; return its socket, pid, and resources to close."""
+    """Start the fork server program. Return its socket, its pid, and the resources to close at its
+    end.
+
+    :param modules: the first argument of `forkserver.main`.
+    """
     with ExitStack() as ours, ExitStack() as theirs:
         control, their_control = _socket_pair(ours, theirs, socket.SOCK_SEQPACKET)
         ends = (their_control.fileno(), _kill_pipe(ours, theirs).read_end)
@@ -207,11 +216,9 @@ def _kill_pipe(ours: ExitStack, theirs: ExitStack) -> KillPipe:
 
 
 def _python() -> str:
-    """Return this environment's Python interpreter.
-
-    In servers that embed Python, such as uWSGI, get_executable() returns the server, or an
-    interpreter outside the virtual environment.
-    """
+    """Return the path of the Python interpreter of this environment."""
+    # In servers that embed Python, such as uWSGI, get_executable() returns the server, or an
+    # interpreter outside the virtual environment.
     named = os.fsdecode(get_executable())
     found = Path(sys.prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     return str(found) if found.exists() and Path(named).parent != found.parent else named
