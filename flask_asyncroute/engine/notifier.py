@@ -1,4 +1,8 @@
-"""Notifies streams and long-polling requests when any process changes a task."""
+"""Notify event streams and waiting requests when any process changes a task.
+
+In this module, a subscriber is an event stream or a waiting request. The store gives every change
+of a task an increasing number.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +27,31 @@ logger = logging.getLogger("flask_asyncroute")
 
 POLL_SECONDS = 0.05  # Poll interval if the store sends no notifications.
 REREAD_SECONDS = 0.25
-"""Poll interval if the store sends notifications, and interval of the check for server shutdown."""
+"""Seconds between two polls of a store that sends notifications.
+
+The notifier also checks at this interval whether the server is shutting down.
+"""
 REST_SECONDS = 0.005  # Pause after a poll, so that the next poll reads many changes.
 LINGER_SECONDS = 2.0  # How long polling continues after the last subscriber has left.
 IDLE_SECONDS = 60.0
 NOTIFIED_SECONDS = 60.0
-"""How long the store is asked for notifications at a time, while there are subscribers."""
+"""Seconds for which a store is asked to send notifications. The request is renewed while there are
+subscribers.
+"""
 MAX_OWN = 10_000  # Maximum number of own change numbers to keep; more changes are read instead.
 SHUTDOWN_SEND_SECONDS = 0.5  # How long a client can take to receive a chunk during shutdown.
 
 
 class Subscriber:
-    """A wait or stream that needs the changes of tasks. Its thread repeats three steps: call
-    ``clear``, read the store, call ``wait``.
+    """Wakes the thread of an event stream or a waiting request after a task has changed.
 
-    ``wait`` acquires a lock that a change releases. A `threading.Event` would use a kilobyte more
-    per stream.
+    The thread repeats three steps: call :meth:`clear`, read the store, call :meth:`wait`.
+
+    :param disconnect: disconnects the client; None: not possible.
     """
+
+    # `wait` acquires a lock that a change releases. A `threading.Event` would use a kilobyte more
+    # per stream.
 
     __slots__ = ("_changed", "_disconnect", "must_be_sent_by")
 
@@ -49,29 +61,30 @@ class Subscriber:
         self.must_be_sent_by: float | None = None  # Deadline of the current chunk (monotonic).
 
     def clear(self) -> None:
-        """Forget earlier changes."""
+        """Make the next call of :meth:`wait` ignore changes before this call."""
         self._changed.acquire(blocking=False)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for a change; return False after ``seconds`` without a change."""
+        """Block until a task changes. Return False after ``seconds`` without a change."""
         return self._changed.acquire(timeout=min(max(seconds, 0.0), threading.TIMEOUT_MAX))
 
     def set(self, task: AsyncRouteTask | None = None) -> None:
-        """Wake the subscriber. Call from one thread at a time."""
+        """End a call of :meth:`wait`, because ``task`` has changed. Call this from one thread at a
+        time.
+        """
         if self._changed.locked():
             self._changed.release()
 
     def disconnect_if_late(self, now: float) -> None:
-        """Disconnect the client if it has not received a chunk in time, because it blocks a server
-        thread.
-        """
+        """Disconnect a client that has not received the current piece of data in time."""
+        # Such a client blocks a thread of the server.
         deadline = self.must_be_sent_by  # read once: the sending thread can reset it
         if self._disconnect is not None and deadline is not None and now >= deadline:
             self._disconnect()
 
 
 class Waiter(Subscriber):
-    """A subscriber that keeps the newest task record of its notifications."""
+    """A subscriber that keeps the newest record of the task from its notifications."""
 
     __slots__ = ("task",)
 
@@ -87,12 +100,14 @@ class Waiter(Subscriber):
 
 
 class Notifier(Loop):
-    """Calls ``on_change`` for each changed task, then notifies subscribers. Thread-safe.
+    """Calls ``on_change`` for each changed task, then wakes the subscribers of the task.
+    Thread-safe.
 
-    Polls a shared store on its own thread, while there are subscribers. Between :meth:`watch` and
-    :meth:`unwatch`, it also polls for changes that the runs of this process need.
+    If several processes share the store, a thread polls it for their changes while there are
+    subscribers, and between :meth:`watch` and :meth:`unwatch`.
 
     :param worker: the name of this process in the store.
+    :param is_server_ending: whether the server is shutting down. Then all waits and streams end.
     """
 
     def __init__(
@@ -131,8 +146,9 @@ class Notifier(Loop):
         signals.events_written.connect(self._on_events_written, sender=app)
 
     def watch(self) -> None:
-        """Call ``on_change`` for stops by other processes until :meth:`unwatch`. Can raise
-        StoreUnavailable.
+        """From now on, call ``on_change`` if another process stops a task that this process runs.
+
+        :raises StoreUnavailable: if the store cannot be read.
         """
         if self._store.is_shared:
             self._begin()
@@ -179,9 +195,10 @@ class Notifier(Loop):
 
     @contextmanager
     def subscribed(self, subscriber: Subscriber, task_id: str | None = None) -> Iterator[None]:
-        """Within the block, notify ``subscriber`` of changes of a task (None: of all tasks) and of
+        """Within the block, wake ``subscriber`` after each change of a task and by
         :meth:`end_waits`.
 
+        :param task_id: the task; None: all tasks.
         :raises StoreUnavailable: if the store cannot be read.
         """
         with self._waiting_lock:
@@ -202,12 +219,14 @@ class Notifier(Loop):
     def wait(
         self, task_id: str, is_enough: Callable[[AsyncRouteTask], bool], timeout: float | None
     ) -> AsyncRouteTask | None:
-        """Wait until a task satisfies ``is_enough``, the timeout expires or this process shuts
-        down; return the record, or None if the task does not exist.
+        """Wait until a task satisfies ``is_enough``. Return the task record, or None if no such
+        task exists.
 
-        Holds no lock and no connection while waiting.
+        The wait also ends after the timeout, and when this process shuts down. It holds no lock and
+        no connection meanwhile.
 
         :param timeout: seconds; None: no limit.
+        :raises StoreUnavailable: if the store cannot be read.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         waiter = Waiter()
@@ -223,7 +242,7 @@ class Notifier(Loop):
             return task
 
     def end_waits(self) -> None:
-        """End all current and later waits and streams."""
+        """End all waits and streams of this process. Later waits and streams end at once."""
         self.is_over = True
         self._over_at = min(self._over_at, time.monotonic())
         with self._waiting_lock:
@@ -287,7 +306,9 @@ class Notifier(Loop):
                     self._wake_streams()
 
     def _wake_streams(self) -> None:
-        """Read the events that streams of the changed tasks need, then wake these streams."""
+        """Read the new events once for all streams of the changed tasks, then wake these
+        streams.
+        """
         with self._waiting_lock:
             changed, self._changed = self._changed, set()
         self.shared_reads.read_ahead(changed)
@@ -366,8 +387,11 @@ class Notifier(Loop):
             self.wake()  # there are more changes than one call returns
 
     def _skip_own(self, newest: int) -> bool:
-        """Skip changes that this process has made, up to the first change of another process.
-        Return whether all changes up to ``newest`` are skipped.
+        """Advance the position to before the first change of another process.
+
+        :param newest: the number of the newest change in the store.
+        :return: whether this process has made all changes up to ``newest``, so that a poll reads
+            nothing.
         """
         if newest < self._since:
             self._own.clear()  # the database was restored, and assigns these numbers again

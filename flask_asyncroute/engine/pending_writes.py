@@ -1,6 +1,7 @@
-"""Keeps writes in memory and retries them until the store is available.
+"""Keep writes in memory and retry them until the store is available.
 
-Each write is a compare-and-set, so a late write has no effect if the task has changed meanwhile.
+Each write checks that the task has not changed meanwhile (compare-and-set). A late write then has
+no effect.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class _Pending:
 
 
 class PendingWrites:
-    """Queues writes. Thread-safe. Only the number of tasks that ran limits the queue's length."""
+    """A queue of writes that are retried until they succeed. Thread-safe.
+
+    The length of the queue has no limit except the number of tasks that ran.
+    """
 
     def __init__(self) -> None:
         self._pending: deque[_Pending] = deque()
@@ -50,8 +54,10 @@ class PendingWrites:
         self.wake: Callable[[], None] = lambda: None  # called after a write was added
 
     def write(self, task_id: str, write: Write, then: Write = lambda: None) -> None:
-        """Call ``write``, then ``then``. If ``write`` raises StoreUnavailable, :meth:`retry` calls
-        both later.
+        """Call ``write``, then ``then``.
+
+        If ``write`` raises StoreUnavailable, this method returns, and :meth:`retry` calls both
+        later.
         """
         pending = _Pending(task_id, write, then)
         try:
@@ -63,7 +69,7 @@ class PendingWrites:
             then()
 
     def keep(self, task_id: str, write: Write) -> None:
-        """Queue ``write`` for :meth:`retry`; return immediately."""
+        """Queue ``write`` for :meth:`retry` without calling it now."""
         self._add(_Pending(task_id, write, lambda: None))
 
     @property
@@ -71,7 +77,10 @@ class PendingWrites:
         return not self._pending
 
     def retry(self, now: float) -> float:
-        """Call the writes that are due at ``now`` (monotonic); return when to call this again."""
+        """Call the queued writes that are due. Return the time of the next retry.
+
+        :param now: the current time of the monotonic clock; `math.inf` makes all writes due.
+        """
         if now < self._retry_at:
             return self._retry_at
         if not self._pending:

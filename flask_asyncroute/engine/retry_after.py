@@ -1,4 +1,4 @@
-"""Estimates ``Retry-After`` from the durations of each route's recent tasks."""
+"""Estimate the ``Retry-After`` header from the durations of each route's recent tasks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ MOST_SECONDS = 60  # a client that polls less often notices a stop or failure to
 
 
 class RunTimes:
-    """Keeps a running mean of task durations per endpoint. Estimates are 1 to 60 seconds; 1 if no
-    task of the endpoint has ended.
+    """Keeps a running mean of the task durations of each endpoint. Thread-safe.
 
-    Thread-safe, but one of two simultaneous durations can be lost.
+    All estimates are from 1 to 60 seconds. The estimate is 1 if no task of the endpoint has ended.
     """
+
+    # If two tasks end at the same time, one of the durations can be lost.
 
     def __init__(self) -> None:
         self._means_us: dict[str, float] = {}
 
     def note(self, task: AsyncRouteTask, completed_us: int | None) -> None:
-        """Add the duration of a task if its code has started and ended."""
+        """Include the duration of a task in the mean, unless the task was stopped or never started.
+
+        :param completed_us: when the view ended, in microseconds since the epoch; None: it has not
+            ended.
+        """
         if completed_us is None or task.started_us is None or task.stopping:
             return
         took = completed_us - task.started_us
@@ -35,7 +40,7 @@ class RunTimes:
         return _seconds(self._means_us.get(task.endpoint, 0) - elapsed)
 
     def until_free(self, endpoint: str, workers: int) -> int:
-        """Estimate the seconds until one of ``workers`` busy workers is free."""
+        """Estimate the seconds until the first of ``workers`` busy workers is free."""
         return _seconds(self._means_us.get(endpoint, 0) / workers)
 
 

@@ -1,4 +1,8 @@
-"""Reads data from the store once for all event streams that need it."""
+"""Read data from the store once for all event streams that need it.
+
+Here, a feed is a selection of events that several streams can send, such as the events of one task.
+The store numbers all changes in increasing order.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from ..errors import StoreUnavailable
 
 T = TypeVar("T")
 Feed = tuple[str | None, str | None]
-"""Selects events: a task id (None: all tasks) and an `Sse` group (None: all groups)."""
+"""A selection of events: a task id and the name of an `Sse` group; None: all tasks or groups."""
 
 
 class Page(Protocol):
@@ -28,11 +32,10 @@ IDLE_SECONDS = 60.0
 
 
 class SharedReads(Loop):
-    """Reads on one thread, and caches the results until the next change. Thread-safe.
+    """Calls functions that read the store, and caches the results until a change. Thread-safe."""
 
-    All streams share the thread, because a thread per stream would need one connection per stream
-    after a change, and 15 KiB of malloc's cache.
-    """
+    # All streams share one thread, because a thread per stream would need one connection per stream
+    # after a change, and 15 KiB of malloc's cache.
 
     def __init__(self) -> None:
         super().__init__("asyncroute-reader")
@@ -40,15 +43,18 @@ class SharedReads(Loop):
         self._feeds: dict[Feed, int] = {}  # number of open streams per feed
         self._feeds_lock = threading.Lock()
         self._heads: dict[Feed, tuple[int, Callable[[int], Page]]] = {}
-        """Per feed, the change number read up to, and the function that reads later events."""
+        """For each feed, the number of the last change that was read, and the function that reads
+        later events.
+        """
         self._queue: deque[tuple[Future[Any] | None, Callable[[], Any]]] = deque()
-        """Functions for the thread to call, each with the future for its result, if any."""
+        """The functions that the thread must call. The future, if any, receives the result."""
 
     def get(self, key: Hashable, read: Callable[[], T]) -> T:
-        """Return the result of ``read``, or raise its error.
+        """Return the result of ``read``, from the cache if possible.
 
         Calls with an equal key share one result until :meth:`forget` or :meth:`drop`. The next call
-        then starts a new read, even if the earlier read still runs. Errors are not cached.
+        then starts a new read, even if the earlier read still runs. An error of ``read`` is raised
+        and is not cached.
         """
         self.start()
         reads = self._reads
@@ -69,10 +75,11 @@ class SharedReads(Loop):
         return result
 
     def page(self, feed: Feed, since: int, read: Callable[[int], P]) -> P:
-        """Return ``read(since)``, shared as by :meth:`get`; remember the feed's newest position for
-        :meth:`read_ahead`.
+        """Return the events of a feed after a change number, from the cache if possible.
 
-        :param read: returns the events after a change number; must not reference a stream.
+        :param since: a change number, passed to ``read``.
+        :param read: reads the events. It must not reference a stream. :meth:`read_ahead` calls it
+            later.
         """
         page = self.get((feed, since), partial(read, since))
         self._advance(feed, page, read)
@@ -86,9 +93,8 @@ class SharedReads(Loop):
                     self._heads[feed] = page.change, read
 
     def read_ahead(self, task_ids: Collection[str]) -> None:
-        """Read the next page of each feed with events of one of these tasks. Call this before
-        waking the streams, so that they do not wait a second time, for the read.
-        """
+        """Read and cache the new events of the given tasks. Call this before waking the streams."""
+        # Otherwise the woken streams would wait again, for the read.
         for feed, (since, read) in list(self._heads.items()):
             if feed[0] is not None and feed[0] not in task_ids:
                 continue
@@ -107,7 +113,7 @@ class SharedReads(Loop):
 
     @contextmanager
     def reading(self, feed: Feed) -> Iterator[None]:
-        """Let :meth:`read_ahead` read ``feed`` while a ``with following(feed)`` block is active."""
+        """Within the block, let :meth:`read_ahead` read the new events of ``feed``."""
         with self._feeds_lock:
             self._feeds[feed] = self._feeds.get(feed, 0) + 1
         try:
@@ -120,7 +126,7 @@ class SharedReads(Loop):
                     self._heads.pop(feed, None)
 
     def call(self, function: Callable[[], object]) -> None:
-        """Call ``function``, which must not raise, on this object's thread."""
+        """Call ``function`` later on the thread of this object. It must not raise exceptions."""
         self.start()
         self._queue.append((None, function))
         self.wake()
@@ -131,9 +137,8 @@ class SharedReads(Loop):
         self._reads.pop(key, None)
 
     def forget(self) -> None:
-        """Drop all results. Call this after each commit, before streams wake: older results lack
-        the change.
-        """
+        """Clear the cache. Call this after each commit, before waking streams."""
+        # Cached results lack the committed change.
         self._reads = {}
 
     def close(self) -> None:

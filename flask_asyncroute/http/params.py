@@ -1,4 +1,4 @@
-"""Parses the request parameters of an operation: task id, query, wait and purge."""
+"""Parse the parameters of requests for the task endpoints: task id, query, wait and purge."""
 
 from __future__ import annotations
 
@@ -37,10 +37,13 @@ def arguments(request: Request) -> MultiDict[str, str]:
 
 
 def task_id(request: Request, config: Config, in_path: str | None) -> str:
-    """Return the request's task id, from the first location in ASYNCROUTE_TASK_ID_IN with an id.
+    """Return the task id that a request contains.
 
-    :raises InvalidRequest: if there is no id, or the query string contains two.
-    :raises TaskNotFound: if the text found is not a valid id.
+    The locations in ASYNCROUTE_TASK_ID_IN are searched in order.
+
+    :param in_path: the task id in the URL path, if any.
+    :raises InvalidRequest: if no location contains a task id, or the query string contains two.
+    :raises TaskNotFound: if the text in the first location with a text is not a valid task id.
     """
     name = config.task_id_name
     for location in config.task_id_in:
@@ -64,7 +67,10 @@ def task_id(request: Request, config: Config, in_path: str | None) -> str:
 
 
 def is_purge(request: Request) -> bool:
-    """Return whether a stop request has ``?purge=true``; refuse an invalid value."""
+    """Return whether a request to stop a task has the parameter ``purge=true``.
+
+    :raises InvalidRequest: if the value is invalid.
+    """
     values = [value.lower() for value in arguments(request).getlist("purge")]
     if values not in ([], ["true"], ["false"]):
         raise InvalidRequest("purge: the value is invalid; send it once, as true or false.")
@@ -72,9 +78,10 @@ def is_purge(request: Request) -> bool:
 
 
 def query(request: Request) -> Query:
-    """Parse a list request: its query string and, for POST, its JSON body.
+    """Parse a request that lists tasks: its query string and, for POST, its JSON body.
 
     :raises InvalidQuery: if the query is invalid.
+    :raises InvalidRequest: if the body cannot be read or is incomplete.
     :raises UnsupportedMediaType: if the body is not JSON in UTF-8.
     :raises BodyTooLarge: if the body exceeds 1 MiB.
     """
@@ -118,9 +125,11 @@ def _document(request: Request) -> Any:
 
 
 def refuse_cross_site(request: Request, config: Config) -> None:
-    """Raise NotPermitted if a page of another site sent the request with this site's cookies:
-    ``Sec-Fetch-Site`` is ``cross-site`` (Fetch Metadata), and the Origin is not trusted.
+    """Raise NotPermitted if a page of another site sent the request with the user's cookies.
+
+    Origins in ASYNCROUTE_TRUSTED_ORIGINS are accepted.
     """
+    # Browsers report another site with "Sec-Fetch-Site: cross-site" (Fetch Metadata).
     headers = request.headers
     if headers.get("Sec-Fetch-Site", "").lower() != "cross-site" or "Cookie" not in headers:
         return
@@ -141,7 +150,7 @@ def next_link(request: Request, cursor: str) -> tuple[str, str]:
 
 
 def requested_wait(request: Request, longest: float) -> float:
-    """Return the seconds in ``?wait=``, at most ``longest``; 0 without this parameter.
+    """Return the seconds in the parameter ``wait``, at most ``longest``; 0 without the parameter.
 
     :raises InvalidRequest: if the value is not a number of seconds.
     """
@@ -157,10 +166,8 @@ def requested_wait(request: Request, longest: float) -> float:
 
 
 def preferred_wait(request: Request, longest: float) -> float | None:
-    """Return the seconds in ``Prefer: wait=``, at most ``longest``; None without this preference.
-
-    The first valid preference counts (RFC 7240).
-    """
+    """Return the seconds in the header ``Prefer: wait=…``, at most ``longest``; None without it."""
+    # The first valid preference counts (RFC 7240).
     if "HTTP_PREFER" not in request.environ:
         return None
     for preference in parse_list_header(", ".join(request.headers.getlist("Prefer"))):

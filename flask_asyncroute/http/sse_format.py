@@ -1,7 +1,8 @@
-"""Encodes server-sent events and their ids.
+"""Encode server-sent events and their ids.
 
-An id contains a change number and a hash of the task id. The id is encrypted, so that clients
-cannot see how busy the app is. With a synthetic IV (RFC 5297), an event always has the same id.
+An id contains the number that the store has given to a change, and a hash of the task id. The id is
+encrypted, so that clients cannot see how busy the app is. With a synthetic IV (RFC 5297), an event
+always has the same id.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ HEARTBEAT = b":\n\n"
 
 
 class EventIds:
-    """Encrypts and decrypts ids with a key that all processes share."""
+    """Encrypts and decrypts the ids of server-sent events.
+
+    :param key: a secret that all processes share.
+    """
 
     def __init__(self, key: bytes) -> None:
         self.key = key
@@ -38,9 +42,10 @@ class EventIds:
         return urlsafe_b64encode(tag + self._masked(content, tag)).decode()
 
     def open(self, event_id: str, task_id: str | None = None) -> int | None:
-        """Return an id's change number; None if the id is invalid or from another task.
+        """Decrypt an event id and return the number of the change in the store.
 
-        :param task_id: the expected task; None: any.
+        :param task_id: the task to which the id must belong; None: any task.
+        :return: None if the id is invalid or belongs to another task.
         """
         if len(event_id) != _LENGTH or not event_id.isascii():
             return None
@@ -67,7 +72,9 @@ class EventIds:
 
 
 def frame(event: Event, ids: EventIds) -> bytes:
-    """Encode an event. Progress has no id, because clients do not need all of it."""
+    """Encode an event. Progress events have no id, because a client does not need every one of
+    them.
+    """
     if event.name == PROGRESS:
         wire = event.task.to_wire()
         names = ("Id", "Progress", "ProgressMessage")
@@ -80,22 +87,23 @@ def frame(event: Event, ids: EventIds) -> bytes:
 
 
 def present(task: AsyncRouteTask) -> bytes:
-    """Encode a stream's first event: the task without its result. It has no id."""
+    """Encode the first event of a stream: the task without its result. This event has no id."""
     wire = task.to_wire()
     wire.pop("Result", None)
     return _frame(STATE, encode_json(wire))
 
 
 def position(change: int, ids: EventIds) -> bytes:
-    """Encode a block with only an id, from which a client can resume.
+    """Encode a block that contains only an id. A client can resume the stream from this id.
 
-    The id contains a random task id, because equal ids would reveal that no task has changed.
+    :param change: the number of the last change that the client need not receive.
     """
+    # The id contains a random task id, because equal ids would reveal that no task has changed.
     return b"id: %s\n\n" % ids.seal(change, secrets.token_hex(8)).encode()
 
 
 def retry(milliseconds: int) -> bytes:
-    """Encode how long a client waits before it reconnects."""
+    """Encode how long the client waits before it reconnects."""
     return b"retry: %d\n\n" % milliseconds
 
 

@@ -1,4 +1,4 @@
-"""Event streams: which events a client receives, and when the stream ends."""
+"""Event streams: which events a client receives, and when its stream ends."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ logger = logging.getLogger("flask_asyncroute")
 
 HEARTBEAT_SECONDS = 10.0
 LOOK_AGAIN_SECONDS = 30.0
-"""Interval after which a stream identifies its caller again."""
+"""Seconds after which a stream identifies its caller again."""
 LATE_SECONDS = 2 * HEARTBEAT_SECONDS
-"""A client that takes more time to receive a piece is disconnected."""
+"""Seconds that a client has to receive a piece of data. After that, it is disconnected."""
 PAGE = 100
-"""Maximum events per read, of up to 64 KiB each."""
+"""Maximum number of events per read of the store. Each event has up to 64 KiB."""
 PIECE = 64 * 1024
-"""Maximum bytes per piece."""
+"""Maximum number of bytes that are sent at once."""
 RETRY_MS = 1000
-"""Delay before a client reconnects after the maximum stream age or a shutdown."""
+"""Milliseconds before a client reconnects after a shutdown or a stream's maximum age."""
 FULL_RETRY_MS = 3000
-"""Delay before a client reconnects if the process has too many streams."""
+"""Milliseconds before a client reconnects if this process has too many streams."""
 
 CONTENT_TYPE = "text/event-stream"
 HEADERS = {
@@ -51,12 +51,13 @@ HEADERS = {
 
 
 def hanging_up(environ: Mapping[str, Any]) -> Callable[[], None] | None:
-    """Return a function with which another thread disconnects a request's client, so that a thread
-    blocked while sending gets an error at once.
+    """Return a function that disconnects a request's client, for use by another thread.
 
-    Return None if the server does not expose its sockets. waitress and uWSGI have timeouts
-    instead.
+    A thread that is blocked while sending to the client then gets an error.
+
+    :return: None if the server does not expose its sockets.
     """
+    # waitress and uWSGI do not expose their sockets, but have timeouts.
     connection = environ.get("gunicorn.socket", environ.get("werkzeug.socket"))
     return None if connection is None else partial(_disconnect, connection)
 
@@ -75,7 +76,11 @@ def _disconnect(connection: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """An event with its encoding, shared by all streams."""
+    """An encoded event. All streams share it.
+
+    :param change: the number that the store has given to the change.
+    :param is_end: whether the event reports the task's end.
+    """
 
     change: int
     name: str
@@ -86,7 +91,10 @@ class _Rendered:
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """Like `stores.base.Events`, but with encoded events."""
+    """Encoded events that were read together.
+
+    :param change: the number of the last change that was read.
+    """
 
     change: int
     events: Sequence[_Rendered]
@@ -95,16 +103,17 @@ class _Page:
 class Stream:
     """The events that one client receives. Not thread-safe.
 
-    A process can have hundreds of streams, so each keeps little data.
-
-    :param caller: the caller of ``current``, the request for the stream.
-    :param task_id: the task of the stream; None: all tasks of `group` (None: of all groups).
+    :param current: the request for the stream.
+    :param caller: the caller that sent the request.
+    :param task_id: the only task of the stream; None: all tasks of `group`.
     """
+
+    # A process can have hundreds of streams, so each keeps little data.
 
     __slots__ = ("runner", "environ", "caller", "task_id", "ids", "since", "beginning")
     group: str | None = None
     has_ended = False
-    """Whether the task had ended when the stream began, so that no new events follow."""
+    """Whether the task had already ended when the client requested the stream."""
     beginning: bytes
 
     def __init__(
@@ -119,21 +128,23 @@ class Stream:
         since = None if last_id is None else self.ids.open(last_id, task_id)
         # An id of a replaced store could be higher than all later ids.
         self.since = None if since is None or since > runner.store.newest() else since
-        """Change number of the last event that the client received; None: a new stream."""
+        """The number of the last change that the client has received; None: the stream is new."""
 
     def may_read(self, task: AsyncRouteTask) -> bool:
         raise NotImplementedError
 
     def is_known(self, event: _Rendered) -> bool:
-        """Return whether `beginning` already contains the change that the event reports."""
+        """Check whether the start of the stream already contains what an event reports."""
         return False
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the encoded events, or only `beginning` if the process has too many streams.
+        """Yield the encoded events until the stream ends.
 
-        The slot (capacity for one stream) is acquired when the server begins to send. Otherwise,
-        an ``after_request`` function that fails or replaces the response would leak it.
+        If this process has too many streams, only `beginning` is sent, and the client reconnects
+        later.
         """
+        # Count the stream only when the server begins to send. Otherwise, an `after_request`
+        # function that fails or replaces the response would leave it counted.
         if self.has_ended:
             yield from self._guarded()
             return
@@ -147,7 +158,9 @@ class Stream:
             self.runner.stream_slots.release()
 
     def _guarded(self) -> Iterator[bytes]:
-        """Yield the events; end if the store fails. Disconnect a client that stops reading."""
+        """Yield the encoded events. If the store fails, end the stream without an error."""
+        # `subscribed` disconnects a client that stops reading.
+        # `subscribed` disconnects a client that stops reading.
         subscriber = Subscriber(hanging_up(self.environ))
         try:
             notifier, feed = self.runner.notifier, (self.task_id, self.group)
@@ -167,8 +180,9 @@ class Stream:
             yield _ended_early(error)
 
     def _follow(self, subscriber: Subscriber) -> Iterator[bytes]:
-        """Yield past events, then new ones, until the task ends, the stream reaches its maximum age
-        or the server shuts down.
+        """Yield past events, then new events.
+
+        The stream ends with the task, at its maximum age, or when the server shuts down.
         """
         now = time.monotonic()
         ends_at = now + longest(self.environ, self.runner.config.stream_age)
@@ -217,10 +231,8 @@ class Stream:
                 subscriber.wait(max(due - time.monotonic(), 0.0))
 
     def _read(self, since: int) -> _Page:
-        """Return the events after a change number. Streams share the result.
-
-        Each stream skips the events that its caller may not read.
-        """
+        """Return the next events after the change with the number ``since``."""
+        # Streams share the result. Each stream skips the events that its caller may not read.
 
         read = partial(_read_page, self.runner.store, self.ids, self.task_id, self.group)
         if self.has_ended:
@@ -270,7 +282,7 @@ def _read_page(
 
 
 class TaskStream(Stream):
-    """The stream of one task. Unless the client resumes, it begins with the task's record."""
+    """The event stream of one task. A new stream begins with the task's record."""
 
     __slots__ = ("known", "has_ended")
 
@@ -292,11 +304,10 @@ class TaskStream(Stream):
 
 
 class GroupStream(Stream):
-    """The events of the tasks that the caller may list, of one group or of all groups.
+    """The events of all tasks that the caller may list, of one group or of all groups."""
 
-    The stream begins with an id, so a client that is disconnected or refused before the first event
-    misses no event.
-    """
+    # The stream begins with an id, so a client that is disconnected or refused before the first
+    # event misses no event.
 
     __slots__ = ("group",)
 
@@ -316,13 +327,13 @@ class GroupStream(Stream):
 
 
 def stream_response(current: Request, stream: Stream) -> Response:
-    """Return the response with a stream; for HEAD, only its headers."""
+    """Create the response that sends a stream. For a HEAD request, it has only the headers."""
     body = () if current.method == "HEAD" else stream.pieces()
     return Response(body, 200, HEADERS, content_type=CONTENT_TYPE)
 
 
 def _ended_early(error: Exception) -> bytes:
-    """Log the error; return a block that makes the client reconnect."""
+    """Log an error that ends a stream. Return the data that makes the client reconnect."""
     logger.warning(
         "An event stream was interrupted. The client will reconnect and miss no event: %s", error
     )

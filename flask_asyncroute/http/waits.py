@@ -1,4 +1,4 @@
-"""Responses that wait until a task ends or changes, and the longest wait."""
+"""Responses that are sent when a task ends or changes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from ..workers.runner import Runner
 
 IDENTITY = "identity"
 BLOCKING_SECONDS = 5.0
-"""Longest wait in seconds if it blocks all other requests."""
+"""Maximum wait in seconds if a waiting request blocks all other requests of the process."""
 
 
 def longest(environ: Mapping[str, Any], seconds: float) -> float:
-    """Return ``seconds``, or less if a waiting request blocks all others."""
+    """Return the maximum wait for a request: ``seconds``, or less if the wait blocks all other
+    requests.
+    """
     if not _blocks_others(environ):
         return seconds
     # gunicorn kills a sync worker and its tasks if a request exceeds gunicorn's timeout.
@@ -39,9 +41,8 @@ def _blocks_others(environ: Mapping[str, Any]) -> bool:
 
 
 def is_asgiref(environ: Mapping[str, Any]) -> bool:
-    """Return whether a request came through asgiref's WsgiToAsgi, which reports several threads,
-    but runs all requests of a process on one.
-    """
+    """Check whether a request came through asgiref's WsgiToAsgi."""
+    # WsgiToAsgi reports several threads, but runs all requests of a process on one thread.
     # Only asgiref passes a SpooledTemporaryFile as the body.
     body = environ.get("wsgi.input")
     return "asgiref.wsgi" in sys.modules and isinstance(body, SpooledTemporaryFile)
@@ -56,17 +57,17 @@ def held(
     answer: Callable[[AsyncRouteTask | None, bool], Response],
     failed: Callable[[Exception], Response],
 ) -> Response:
-    """Return a response that is sent when a task satisfies ``is_enough``, or after ``seconds``; at
-    once if the process has too many streams and waits.
+    """Return a response that is sent when a task satisfies ``is_enough``, or after ``seconds``.
 
-    The wait begins after Flask has torn down the request context (except on Granian), so that a
-    waiting request keeps no resources. The final status and headers are known after the wait.
+    If this process has too many streams and waits, the response is sent at once.
 
     :param announced: the response that ``after_request`` functions see before the wait.
-    :param answer: called with the task (None: it was deleted), and whether the process has capacity
-        for the wait. Can be called outside the request context.
-    :param failed: called with an exception raised by the wait.
+    :param answer: returns the final response. Its arguments are the task (None: it was deleted) and
+        whether the process had capacity for the wait. It can be called outside the request context.
+    :param failed: returns the final response if the wait raises an exception.
     """
+    # The wait begins after Flask has torn down the request context (except on Granian), so that a
+    # waiting request keeps no resources. The final status and headers are known after the wait.
     if seconds <= 0 or is_enough(task):
         return answer(task, True)
     slots = runner.stream_slots
@@ -106,8 +107,7 @@ def _body(wait: Callable[[], Response], final: list[Response]) -> Iterator[bytes
 
 
 class _Held(Response):
-    """A response whose body, an iterator, waits for the task. Status and headers are sent with the
-    first piece of the body.
+    """A response whose body waits for the task. The server sends the status after the wait.
 
     The app can wrap the body, as compressors do. Code that reads the body waits too.
     """
@@ -115,7 +115,7 @@ class _Held(Response):
     announced: Response
     body: Iterator[bytes]
     final: list[Response]
-    """Empty during the wait; then contains the final response."""
+    """A list that contains the final response after the wait. It is empty before."""
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         pieces = ClosingIterator(self._pieces(environ, start_response), self.close)
@@ -147,7 +147,7 @@ class _Held(Response):
         yield from pieces
 
     def _complete(self, final: Response) -> None:
-        """Set the final status and headers, except those that the app has set."""
+        """Copy the status and headers of the final response, except those that the app has set."""
         if self.status == self.announced.status:
             self.status = final.status
         if final.mimetype != self.announced.mimetype:  # the final document is a problem
@@ -165,8 +165,6 @@ class _Held(Response):
 
 @lru_cache
 def _held_class(base: type[Response]) -> Any:
-    """Return a subclass of `_Held` and ``base``, the app's response class.
-
-    Flask would convert any other response to ``base``, and so remove the wait.
-    """
+    """Return a subclass of `_Held` and of the app's response class ``base``."""
+    # Flask would convert any other response to `base`, and so remove the wait.
     return type("HeldResponse", (_Held, base), {})

@@ -44,9 +44,11 @@ _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 def resolve(
     callback: Callback, incoming: StartRequest, name: str, allowed: AllowedHosts
 ) -> Delivery | None:
-    """Return the callback with its expressions resolved; None if the request has no callback URL.
+    """Replace the expressions in a callback by values of the request that starts the task.
 
     :param name: the default ``EventName``.
+    :param allowed: hosts that are accepted although they are not public.
+    :return: None if the request has no callback URL.
     :raises CallbackRefused: for an invalid value, a URL host that is not public, an expression that
         reads a body over 1 MiB, or a chain of too many callbacks.
     """
@@ -87,8 +89,9 @@ def resolve(
 
 
 class _Source:
-    """Reads values from the captured request, except headers and cookies in
-    ``ASYNCROUTE_SNAPSHOT_DROP``.
+    """Reads the values of expressions from the request.
+
+    Headers and cookies in ``ASYNCROUTE_SNAPSHOT_DROP`` cannot be read.
     """
 
     def __init__(self, incoming: StartRequest) -> None:
@@ -146,7 +149,7 @@ class _Source:
 
     @cached_property
     def _document(self) -> Any:
-        """The decoded JSON body, or a form body as a dict of strings; None for other bodies."""
+        """The decoded JSON body, or a form body as a dict of strings. None for other bodies."""
         kind, parameters = parse_options_header(self._environ.get("CONTENT_TYPE", ""))
         kind = kind.lower()
         is_json = kind == "application/json" or kind.endswith("+json")
@@ -180,7 +183,12 @@ class _Source:
 def _term(
     what: str, text: str, source: _Source, check: Convert = str, embedded: Convert = str
 ) -> str | None:
-    """Resolve and check ``text``; return None if the request lacks the value of an expression."""
+    """Resolve and check one setting of a callback.
+
+    :param what: the name of the setting in error messages.
+    :param embedded: encodes each value that is inserted into other text.
+    :return: None if the request lacks the value of an expression.
+    """
     try:
         found = expressions.parse(text).resolve(source, embedded)
         return None if found is None else check(found)

@@ -1,4 +1,4 @@
-"""The only module that pushes Flask's app contexts and request contexts."""
+"""Push Flask's app contexts and request contexts. No other module pushes them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = logging.getLogger("flask_asyncroute")
 
 _tagged = TaggedJSONSerializer()
 _warned: weakref.WeakKeyDictionary[Flask, set[tuple[str | None, str]]] = weakref.WeakKeyDictionary()
-"""The endpoint and subject of each warning already logged, by app."""
+"""For each app, the endpoint and the subject of each warning that was already logged."""
 MOST_WARNINGS = 1000
 
 
 @contextmanager
 def in_app(app: Flask) -> Iterator[None]:
-    """Push an app context of ``app`` unless it is current."""
+    """Within the block, an app context of ``app`` is active. A new one is pushed only if needed."""
     if has_app_context() and current_app._get_current_object() is app:  # type: ignore[attr-defined]
         yield
         return
@@ -38,16 +38,18 @@ def in_app(app: Flask) -> Iterator[None]:
 
 @contextmanager
 def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
-    """Push an earlier request's context, without its body, to identify the caller again."""
+    """Within the block, the context of an earlier request without its body is active."""
+    # It serves to identify the caller again.
     with app.request_context({**environ, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr}):
         yield
 
 
 @contextmanager
 def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[str, Any]]:
-    """Push the request context of ``snapshot``; yield the arguments of the view.
+    """Within the block, the request context of a stored request is active. Yield the view's
+    arguments.
 
-    Teardown functions run at the end; `before_request` and `after_request` functions do not run.
+    Teardown functions run at the end. `before_request` and `after_request` functions do not run.
 
     :raises HTTPException: if the app no longer has the URL.
     """
@@ -89,7 +91,8 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
 
 
 def _with_session(app: Flask, environ: dict[str, Any], session: SecureCookieSession) -> Any:
-    """Return a request context with ``session``, so that Flask does not open another session."""
+    """Create a request context that has the given session."""
+    # Otherwise Flask would open another session.
     # Flask.request_context() takes no session. Creating a second context from its request would
     # bind the URL map twice.
     rebuilt_request = app.request_class(environ)
@@ -105,9 +108,8 @@ def _load_session(data: str | None) -> dict[str, Any]:
 
 
 def _warn_of_writes(session: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
-    """Warn about the session keys that a task has written, once per route, set of keys and
-    process.
-    """
+    """Log a warning if a task has changed its session."""
+    # Each combination of route and keys is logged once per process.
     names = [name for name in {**saved, **session} if _text(session, name) != _text(saved, name)]
     if not names:
         return
@@ -129,7 +131,8 @@ def _warn_once(subject: str, message: str, *arguments: Any) -> None:
 
 
 def _text(values: Mapping[Any, Any], name: Any) -> str | None:
-    """Return a value's stored form. Stored forms are compared, because comparing arrays fails."""
+    """Return the stored form of a value. Returns None if the value is missing."""
+    # Stored forms are compared, because comparing the values themselves fails for arrays.
     if name not in values:
         return None
     try:
@@ -141,8 +144,8 @@ def _text(values: Mapping[Any, Any], name: Any) -> str | None:
 def process_url(arguments: Mapping[str, Any]) -> None:
     """Call the app's `url_value_preprocessor` functions, as Flask does before a view.
 
-    The functions can store values for `url_for`. Their changes to the view's ``arguments`` in
-    `request.view_args` are undone.
+    The functions can store values for `url_for`. If they change `request.view_args`, the values in
+    ``arguments`` are restored.
     """
     processors = current_app.url_value_preprocessors
     if not processors:

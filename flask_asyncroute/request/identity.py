@@ -1,4 +1,4 @@
-"""Identifies callers with the app's identity loader or Flask-Login."""
+"""Identify callers with the app's identity loader or Flask-Login."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ IdentityLoader: TypeAlias = Callable[[], Any]
 def identify(
     app: Flask, loader: IdentityLoader | None, id_field: str, is_start: bool = False
 ) -> Caller | None:
-    """Return the caller of the current request; without a loader, Flask-Login's user.
+    """Return the caller of the current request, or None if the caller is unknown.
 
-    :param is_start: the request starts a task. In other requests, a caller with an invalid id is
-        None.
-    :raises CannotStart: if the identity's groups, roles or scopes are invalid, or, with
-        ``is_start``, its id.
+    The app's identity loader finds the caller. Without a loader, the caller is Flask-Login's user.
+
+    :param is_start: whether the request starts a task. In other requests, a caller with an invalid
+        id is unknown.
+    :raises CannotStart: if the identity's groups, roles or scopes are invalid. If the request
+        starts a task, also for an invalid id.
     """
     if loader is not None:
         identity = loader()
@@ -78,7 +80,9 @@ def _names(identity: Any, kind: str) -> frozenset[str]:
 
 
 def _name(value: Any) -> str:
-    """Return the name of a group, role or scope; for a model object, its ``name``."""
+    """Return the name of a group, role or scope, given as a string, an Enum member or a model
+    object.
+    """
     writes_text: Any = type(value).__str__
     if not isinstance(value, Enum) and writes_text is object.__str__:
         name = getattr(value, "name", None)

@@ -1,9 +1,12 @@
-"""The interface of the outbox, which stores callbacks and assigns them to processes.
+"""The outbox: stores callbacks, and assigns each to one process, which sends it.
 
-A callback is stored and removed with its task. The transaction that ends the task makes the
-callback due. A claim does not expire. It ends when it is released, or when its process shuts down
-or is detected as dead. Methods raise the errors of `base.TaskStore`.
+A callback is a request that reports the end of a task to another server. A process claims a
+callback before sending it, so that no other process sends it too. A claim does not expire. It ends
+when the process releases the callback, shuts down, or is found dead.
 """
+
+# A callback is stored and removed with its task. The transaction that ends the task makes the
+# callback due.
 
 from __future__ import annotations
 
@@ -16,19 +19,19 @@ from ..task import AsyncRouteTask
 
 AT_ONCE = 0
 """The due time of a callback that must be sent immediately, whatever the clock says."""
+# No retry waits this long, so the clock was set back.
 LONGEST_US = 7_200_000_000
-"""A callback due more than this after now is due now: no retry waits this long, so the clock was
-set back.
-"""
+"""A callback that is due later than this, in microseconds from now, is sent now."""
 PER_HOST = 2
-"""Maximum simultaneous callbacks to one host from all processes together."""
+"""Maximum number of callbacks that all processes together send to one host at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A callback that a process has claimed.
+    """A callback that this process has claimed and must send.
 
-    :param attempts: the number of attempts so far; a redelivery restarts the count.
+    :param attempts: the number of attempts so far. It starts again at 0 if a client requests that
+        the callback is sent again.
     """
 
     task: AsyncRouteTask
@@ -37,49 +40,57 @@ class Due:
 
 
 class Outbox(ABC):
-    """Stores the callbacks of one namespace; processes claim and send them.
-
-    A transaction that changes ``callback_state`` or ``callback_attempts`` of a task also increments
-    the task's revision and the change number.
+    """Stores the callbacks of the tasks in one namespace of a store. Methods can raise
+    StoreUnavailable.
     """
+
+    # A transaction that changes `callback_state` or `callback_attempts` of a task also increments
+    # the task's revision and the change number. Methods raise the errors of `base.TaskStore`.
 
     @abstractmethod
     def next_due(self, now_us: int) -> int | None:
-        """Return the time when the first unclaimed callback is due: :data:`AT_ONCE` if it is due
-        already; None if no callback has a due time.
+        """Return the time when the next unclaimed callback is due, in microseconds since the epoch.
+
+        :return: :data:`AT_ONCE` if a callback is due now; None if no callback has a due time.
         """
 
     @abstractmethod
     def claim(self, holder: str, now_us: int, limit: int) -> list[Due]:
-        """Claim up to ``limit`` due callbacks for the process ``holder``, earliest due first.
+        """Claim callbacks that are due, so that only the process ``holder`` sends them.
 
-        The limit :data:`PER_HOST` applies. NotStarted callbacks become Running.
+        Those due earliest come first. At most :data:`PER_HOST` callbacks to one host are claimed at
+        a time. The state of a new callback changes from NotStarted to Running.
+
+        :param limit: maximum number of callbacks to claim.
         """
 
     @abstractmethod
     def record_attempt(
         self, task_id: str, holder: str, state: str, due_us: int | None
     ) -> AsyncRouteTask | None:
-        """Record and count a sending attempt, and release the callback; return the new task record.
+        """Store the outcome of an attempt to send a callback, and release the callback.
 
+        :param holder: the process that has claimed the callback.
         :param state: the callback's new state. A final state removes the stored headers.
         :param due_us: when the next attempt is due; None: never.
-        :return: None if the task was removed, or the claim of ``holder`` has ended.
+        :return: the new task record; None if the task was removed or ``holder`` has lost its claim.
         """
 
     @abstractmethod
     def release(self, holder: str, keep: Collection[str] = ()) -> None:
-        """Release the callbacks that ``holder`` has claimed, except those of the tasks in
-        ``keep``.
+        """Release the callbacks that the process ``holder`` has claimed, so that other processes
+        send them.
+
+        :param keep: ids of tasks whose callbacks are not released.
         """
 
     @abstractmethod
     def redeliver(self, task_id: str, headers: Mapping[str, str]) -> AsyncRouteTask | None:
-        """Make a finished task's callback due now, and reset its attempts; return the new task
-        record. The ``webhook_id`` does not change.
+        """Make a finished task's callback due now, and restart the count of attempts.
 
-        A callback that is being sent is left unchanged.
+        The ``webhook_id`` does not change. A callback that is being sent now is left unchanged.
 
-        :param headers: to send if the stored headers were removed.
-        :return: None if the task does not exist, has not ended or has no callback.
+        :param headers: the headers to send if the stored headers were removed.
+        :return: the new task record; None if the task does not exist, has not ended or has no
+            callback.
         """

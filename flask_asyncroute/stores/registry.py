@@ -30,17 +30,17 @@ _EXAMPLES = (
 
 @dataclass(frozen=True, slots=True)
 class StoreKind:
-    """A kind of store.
+    """A kind of store, such as SQLite or PostgreSQL.
 
-    :param name: its name in messages.
-    :param schemes: its URL schemes, without ``://``.
+    :param name: the name in messages.
+    :param schemes: the URL schemes, without ``://``.
     :param module: the implementation, imported only if used. It defines ``check_setting(label,
         setting)``, which raises ConfigurationError for an invalid setting, and
         ``make_store(setting, folder, namespace, create_tables)``, which returns an unopened store.
     :param is_shared: whether several processes can use one store.
-    :param is_file: whether its URL names a file; relative paths start at the instance folder.
+    :param is_file: whether the URL names a file. Relative paths start at the instance folder.
     :param takes_engine: whether the setting can be an Engine, or a function that returns one.
-    :param driver: the driver module, which the pip extra ``extra`` installs.
+    :param driver: the driver module. The pip extra ``extra`` installs it.
     :param preload: further modules to import. Importing them opens no connections or files.
     """
 
@@ -69,9 +69,9 @@ KINDS = (
 
 
 def kind_of(setting: StoreSetting, label: str = _KEY) -> StoreKind:
-    """Return the kind of store that a setting names.
+    """Return the kind of store that a value of ``ASYNCROUTE_STORE`` names.
 
-    :raises ConfigurationError: if the store is not supported; the message shows no password.
+    :raises ConfigurationError: if the store is not supported. The message shows no password.
     """
     if not isinstance(setting, str):
         return next(kind for kind in KINDS if kind.takes_engine)
@@ -89,9 +89,9 @@ def kind_of(setting: StoreSetting, label: str = _KEY) -> StoreKind:
 
 
 def checked(label: str, value: Any) -> StoreSetting:
-    """Validate and return a value of ``ASYNCROUTE_STORE``.
+    """Validate a value of ``ASYNCROUTE_STORE`` and return it.
 
-    :raises ConfigurationError: if the value is invalid; the message shows no password.
+    :raises ConfigurationError: if the value is invalid. The message shows no password.
     """
     if not isinstance(value, str):
         from sqlalchemy.engine import Engine
@@ -114,7 +114,7 @@ def checked(label: str, value: Any) -> StoreSetting:
 def make_store(
     setting: StoreSetting, folder: str, namespace: str, create_tables: bool
 ) -> TaskStore:
-    """Return an unopened store for a validated setting.
+    """Create the store that a validated setting names, without opening it.
 
     :param folder: the base of relative file paths.
     :raises ConfigurationError: if the setting is a function that does not return a supported
@@ -127,7 +127,7 @@ def make_store(
 
 
 def absolute(setting: str, folder: str) -> str:
-    """Return a store URL with an absolute file path, for other processes.
+    """Make the file path in a store URL absolute, so that other processes can use the URL.
 
     :param folder: the base of relative file paths.
     """
@@ -141,6 +141,6 @@ def absolute(setting: str, folder: str) -> str:
 
 
 def modules_of(setting: StoreSetting) -> tuple[str, ...]:
-    """Return the modules that a store needs; see :class:`StoreKind`."""
+    """Return the names of the modules that a store needs, so that they can be imported early."""
     kind = kind_of(setting)
     return (kind.module, *kind.preload)

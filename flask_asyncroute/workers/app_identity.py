@@ -1,8 +1,8 @@
-"""Detects different apps that use the same namespace of a store, because they would run each
-other's tasks.
+"""Detect different apps that use the same namespace of a store. They would run each other's tasks.
 
-In one process, using the older app raises an error. In different processes, `recovery` only logs a
-warning, because the apps can be two releases of one app.
+A runner holds the threads and the store of one app in one process. If two apps in one process
+conflict, the older app raises an error. If the apps are in different processes, `recovery` only
+logs a warning, because the apps can be two releases of one app.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from ..routes import Route
 from ..stores.base import TaskStore
 
 Views = Mapping[str, Sequence[str]]
-"""Maps each endpoint to the app's import name and root path, and the view's full name."""
+"""Describes an app: for each endpoint, the app's import name, its root path and the view's full
+name.
+"""
 
 
 class Runner(Protocol):
-    """The attributes of `runner.Runner` used here. Importing that class would be circular."""
+    """The attributes of `runner.Runner` that this module uses."""
+
+    # Importing that class would be circular.
 
     app: Flask
     config: Config
@@ -34,11 +38,11 @@ class Runner(Protocol):
 
 
 _opened: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
-"""This process's runners with an open store."""
+"""The runners in this process whose store is open."""
 
 
 def views_of(app: Flask, routes: Mapping[str, Route]) -> Views:
-    """Return a description of an app, by which other worker processes recognize it."""
+    """Describe an app, so that other processes can compare it with theirs."""
     return {
         endpoint: [
             app.import_name,
@@ -50,9 +54,9 @@ def views_of(app: Flask, routes: Mapping[str, Route]) -> Views:
 
 
 def difference(ours: Views, theirs: Views) -> str | None:
-    """Describe the first difference between two apps; return None if they seem to be the same app.
+    """Describe the first difference between two apps. Return None if they seem to be the same app.
 
-    Endpoints that only one app has are ignored.
+    Endpoints that only one of the apps has are ignored.
     """
     if not ours or not theirs:
         return None
@@ -71,9 +75,10 @@ def difference(ours: Views, theirs: Views) -> str | None:
 
 
 def supersede_others(runner: Runner) -> None:
-    """Register a runner whose store is open. Until :func:`leave` is called for this runner,
-    :func:`refuse_superseded` raises an error for older runners of other apps with the same store
-    and namespace.
+    """Register a runner whose store has been opened.
+
+    From now on, :func:`refuse_superseded` raises an error for older runners of other apps that use
+    the same namespace of the same store. This lasts until :func:`leave` is called for ``runner``.
     """
     # Register first: if two runners register at once, both are then refused.
     _opened[id(runner)] = runner
@@ -85,12 +90,12 @@ def supersede_others(runner: Runner) -> None:
 
 
 def refuse_superseded(runner: Runner) -> None:
-    """Raise ConfigurationError if another app has opened the same namespace after this runner; the
-    message names both apps and the key to change.
+    """Raise ConfigurationError if another app in this process has since opened the same namespace.
 
-    Only the older app is refused, so a test suite can use several apps in turn, even if older ones
-    stay alive.
+    The message names both apps and the key to change.
     """
+    # Only the older app is refused, so a test suite can use several apps in turn, even if older
+    # ones stay alive.
     if _successor(runner) is not None:
         # Free a newer app that only a reference cycle keeps alive.
         gc.collect()
@@ -104,7 +109,7 @@ def refuse_superseded(runner: Runner) -> None:
 
 
 def leave(runner: Runner) -> None:
-    """Unregister a runner that was closed, or copied from the parent by a fork."""
+    """Unregister a runner. Call this when it is closed, and in a child process after a fork."""
     _opened.pop(id(runner), None)
 
 

@@ -1,4 +1,7 @@
-"""Registers this process as a worker, with a row in the store, a file lock and a heartbeat."""
+"""Register this process as a worker, with a row in the store, a file lock and a heartbeat.
+
+A heartbeat is a regular write to the row. It shows other processes that this process is alive.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ ASSERT_SECONDS = 0.2  # interval of `assert_lock`; less than `recovery.CONFIRM_S
 BEAT_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 LEASE_SECONDS = 30.0
-"""A worker on another host is considered dead after this many seconds without a heartbeat."""
+"""Seconds without a heartbeat after which a worker on another host is considered dead."""
 
 
 class Heartbeat(Loop):
-    """Registers this process for one app, until :meth:`leave`. Thread-safe.
+    """Registers this process as a worker of one app, until :meth:`leave`. Thread-safe.
 
     After :meth:`close`, the process stays registered and keeps its lock, because tasks can still be
     running.
@@ -47,7 +50,10 @@ class Heartbeat(Loop):
         self._has_warned = False
 
     def enter(self) -> None:
-        """Register this process if necessary. Can raise StoreUnavailable."""
+        """Register this process unless it is registered.
+
+        :raises StoreUnavailable: if the store cannot be used.
+        """
         if self._is_listed:
             return
         with self._listing:
@@ -60,7 +66,10 @@ class Heartbeat(Loop):
             self.start()
 
     def leave(self) -> None:
-        """Unregister this process. Release its lock even if this raises StoreUnavailable."""
+        """Unregister this process and release its lock.
+
+        :raises StoreUnavailable: if the row could not be removed. The lock is released anyway.
+        """
         self.close()
         try:
             if self._is_listed:
@@ -71,14 +80,13 @@ class Heartbeat(Loop):
                 self.lock_file.release(self._number)
 
     def send_soon(self) -> None:
-        """Send a heartbeat now, which also restores a missing row of this worker."""
+        """Send a heartbeat now. If the row of this process is missing, it is created again."""
         self._next_beat_at = 0.0
         self.wake()
 
     def assert_lock(self) -> None:
-        """Lock the file again, because the lock is lost if other code of this process closes the
-        file.
-        """
+        """Lock the file again if the lock was lost."""
+        # The lock is lost if other code of this process closes the file.
         if self.lock_file is not None:
             # Locking fails while another process tests the byte. The next attempt follows soon.
             with suppress(OSError):

@@ -1,7 +1,7 @@
-"""Detects which workers of this host are running: each worker locks one byte of a shared file.
+"""Detect which workers of this host are running: each worker locks one byte of a shared file.
 
 The kernel releases such a lock when its process ends, and child processes do not inherit it.
-`heartbeat` holds this process's lock; `recovery` tests the locks of others.
+`heartbeat` holds this process's lock. `recovery` tests the locks of others.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _files_lock = threading.Lock()
 
 
 class LockFile:
-    """A lock file that is never closed, because closing any descriptor of a file releases all locks
-    on it (POSIX). Thread-safe.
-    """
+    """A file in which each worker of this host locks one byte. Thread-safe."""
+
+    # The file is never closed, because closing any descriptor of a file releases all locks on it
+    # (POSIX).
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.name = name  # differs between two hosts with a file at the same path
@@ -36,7 +37,10 @@ class LockFile:
         self._held: set[int] = set()
 
     def hold(self, number: int) -> None:
-        """Lock a byte. Idempotent. Raises OSError if another process has locked it."""
+        """Lock the byte with this number. Locking it again has no effect.
+
+        :raises OSError: if another process has locked the byte.
+        """
         with self._lock:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
             self._held.add(number)
@@ -47,7 +51,7 @@ class LockFile:
             fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, number)
 
     def is_held(self, number: int) -> bool:
-        """Return whether a process of this host has locked a byte."""
+        """Check whether any process of this host has locked the byte with this number."""
         with self._lock:
             if number in self._held:
                 return True
@@ -60,12 +64,13 @@ class LockFile:
 
 
 def new_number() -> int:
-    """Return a random byte offset, from a range so large that no two workers get the same."""
+    """Choose a random byte for :meth:`LockFile.hold`."""
+    # The range is so large that no two workers get the same number.
     return secrets.randbits(61) + 1
 
 
 def lock_file(path: Path) -> LockFile | None:
-    """Return the lock file at ``path``; create a missing file. Return None on Windows.
+    """Open the lock file at ``path``, and create it if it is missing. Returns None on Windows.
 
     :raises OSError: if the file cannot be created, or if another user owns it.
     """
@@ -77,7 +82,9 @@ def lock_file(path: Path) -> LockFile | None:
 
 
 def _opened_elsewhere(path: Path) -> LockFile | None:
-    """Return the LockFile if this process has opened the file under another path, else None."""
+    """Return the LockFile if this process has opened the same file under another path, else
+    None.
+    """
     try:
         wanted = path.stat()
     except FileNotFoundError:
@@ -87,7 +94,9 @@ def _opened_elsewhere(path: Path) -> LockFile | None:
 
 
 def this_process() -> str:
-    """Return this process's PID namespace, PID and start time; empty if this is not Linux."""
+    """Identify this process by its PID namespace, PID and start time. Returns "" if this is not
+    Linux.
+    """
     try:
         return f"{os.readlink(_NAMESPACE)}/{os.getpid()}/{_state_of(os.getpid())[1]}"
     except OSError:
@@ -95,9 +104,9 @@ def this_process() -> str:
 
 
 def is_running(process: str) -> bool | None:
-    """Return whether a process is running; None if that cannot be detected here.
+    """Check whether a process of this host is running. Returns None if that cannot be detected.
 
-    :param process: the value of :func:`this_process` in that process.
+    :param process: the value that :func:`this_process` returned in that process.
     """
     namespace, _, rest = process.partition("/")
     pid, _, began = rest.partition("/")
@@ -121,7 +130,7 @@ def _boot() -> str:
 
 
 def _state_of(pid: int) -> tuple[str, str]:
-    """Return a process's state letter and start time; see proc(5)."""
+    """Return the state letter and the start time of a process, as in proc(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
     return fields[0], fields[19]
 

@@ -1,4 +1,4 @@
-"""Detects dead workers and recovers their tasks. Several processes can do this concurrently."""
+"""Detect dead workers and recover their tasks. Several processes can do this concurrently."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from .heartbeat import LEASE_SECONDS, Heartbeat
 
 logger = logging.getLogger("flask_asyncroute")
 
+# The gap is longer than a check of a slow store takes. It is shorter than the lease (LEASE_SECONDS
+# of `heartbeat`) by more than a heartbeat interval.
 GAP_SECONDS = 15.0
-"""After a gap this long between two checks, this process or the store was stalled, so missing
-heartbeats prove nothing. The gap is longer than a check of a slow store takes, and shorter than the
-lease (``LEASE_SECONDS`` of `heartbeat`) by more than a heartbeat interval.
+"""Seconds between two checks after which missing heartbeats prove nothing.
+
+After such a gap, this process or the store was stalled.
 """
 CONFIRM_SECONDS = 0.4  # a lock can be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
@@ -29,20 +31,24 @@ FAR_FUTURE_US = 2**62
 
 @dataclass(eq=False)
 class Recovery:
-    """Detects dead workers of one app, and recovers their tasks. Not thread-safe."""
+    """Detects worker processes of an app that have died, and recovers their tasks. Not
+    thread-safe.
+    """
 
     store: SharedTaskStore
     lifecycle: Lifecycle
     heartbeat: Heartbeat
     _beats: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Each worker's last heartbeat, and the monotonic time when that heartbeat was first seen."""
+    """The last heartbeat of each worker, and the monotonic time when this process first saw it."""
     _free: dict[str, float] = field(default_factory=dict)
-    """For each worker, the monotonic time since which every check found its lock free."""
+    """For each worker whose lock is free: the monotonic time of the first check that found it
+    free.
+    """
     _differences: set[str] = field(default_factory=set)
-    """Differences between apps already logged."""
+    """The differences between apps that were already logged."""
     _checked_at: float = field(default_factory=lambda: time.monotonic())
     _unlisted: dict[str, float] = field(default_factory=dict)
-    """For each endpoint that no worker has, the monotonic time when this was first seen."""
+    """For each endpoint that no worker has: the monotonic time when this was first seen."""
 
     def recover_tasks(self) -> None:
         self.heartbeat.enter()
@@ -79,7 +85,9 @@ class Recovery:
                 )  # fmt: skip
 
     def _compare(self, worker: Worker) -> None:
-        """Log a warning, once for each difference, if another worker seems to run another app."""
+        """Log a warning if another worker seems to run another app. Each difference is logged
+        once.
+        """
         found = difference(self.heartbeat.views, worker.views)
         if found is not None and found not in self._differences:
             self._differences.add(found)
@@ -91,7 +99,7 @@ class Recovery:
             )  # fmt: skip
 
     def abort_unroutable(self) -> None:
-        """Abort waiting tasks whose endpoint no worker has had for an hour."""
+        """Abort the waiting tasks of endpoints that no worker has had for an hour."""
         workers = self.store.workers
         listed = {endpoint for worker in workers.listed() for endpoint in worker.endpoints}
         unlisted = [endpoint for endpoint in workers.wanted() if endpoint not in listed]
@@ -112,7 +120,7 @@ class Recovery:
                     self.lifecycle.abort(task, ROUTE_GONE)
 
     def _is_alive(self, worker: Worker, now: float) -> bool | None:
-        """Return whether another worker is alive; None if it is too early to decide."""
+        """Check whether another worker is alive. Returns None if it is too early to decide."""
         lock_file = self.heartbeat.lock_file
         if lock_file is not None and worker.lock_file == lock_file.name:
             if lock_file.is_held(worker.number):

@@ -1,9 +1,11 @@
-"""Graceful shutdown: detects that the server stops this process, and ends the tasks of this process
-in time.
+"""Shut down gracefully: end the tasks of this process in time when the server stops it.
 
-Servers run exit hooks only after open requests have ended. So this module ends waits and streams
-earlier: when gunicorn or uvicorn receives a signal, or else before Python joins threads.
+A runner holds the threads and the store of one app in this process. ``ASYNCROUTE_DRAIN`` is the
+time that running tasks have after the shutdown has begun.
 """
+
+# Servers run exit hooks only after open requests have ended. So this module ends waits and streams
+# earlier: when gunicorn or uvicorn receives a signal, or else before Python joins threads.
 
 from __future__ import annotations
 
@@ -47,18 +49,20 @@ _SIGNALS = [
     for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGABRT")
     if (number := getattr(signal, name, None)) is not None
 ]
+# They are remembered because a server is found through its signal handlers, which `_chained`
+# replaces and uvicorn uninstalls.
 _servers: list[weakref.ref[Any]] = []
-"""The servers found so far, remembered because a server is found through its signal handlers, which
-`_chained` replaces and uvicorn uninstalls.
-"""
+"""The gunicorn workers and uvicorn servers that were found in this process."""
 runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # to shut down when this process exits
 _began_at: float | None = None  # when the shutdown was first noticed (monotonic)
 
 
 def is_server_ending() -> bool:
-    """Return whether gunicorn (after a signal or ``max_requests``) or uvicorn is stopping this
-    process. The time ``ASYNCROUTE_DRAIN`` begins at the first True.
+    """Check whether gunicorn or uvicorn is stopping this process.
+
+    The time ``ASYNCROUTE_DRAIN`` begins when this function first returns True.
     """
+    # gunicorn stops a process after a signal or after `max_requests`.
     is_ending = any(
         not getattr(server, "alive", True) or getattr(server, "should_exit", False)
         for server in _known_servers()
@@ -69,9 +73,9 @@ def is_server_ending() -> bool:
 
 
 def restart_gunicorn_timeout() -> float:
-    """Restart the timeout after which gunicorn kills a busy sync worker; return it in seconds.
+    """Restart the timeout after which gunicorn kills a busy sync worker.
 
-    Returns infinity under other servers.
+    :return: the timeout in seconds; infinity under other servers.
     """
     for server in _known_servers():
         settings = getattr(server, "cfg", None)
@@ -82,9 +86,8 @@ def restart_gunicorn_timeout() -> float:
 
 
 def _known_servers() -> list[Any]:
-    """Find the gunicorn worker or uvicorn server whose methods are signal handlers of this process.
-    Return all servers found so far that still exist.
-    """
+    """Return the gunicorn workers and uvicorn servers of this process."""
+    # A server is found if a signal handler of this process is its method.
     for number in _SIGNALS:
         server = getattr(signal.getsignal(number), "__self__", None)
         is_server = hasattr(server, "alive") or hasattr(server, "should_exit")
@@ -127,13 +130,14 @@ def _chained(
     then: Callable[[], None],
     handled: list[Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """Return a signal handler that runs ``then`` on a new thread and calls ``handler``.
+    """Return a signal handler that starts ``then`` on a new thread and then calls ``handler``.
 
-    A gunicorn worker's handler is called only once. Ctrl-C sends the worker SIGINT from the
-    terminal and SIGQUIT from the arbiter: a second call would wait for a lock that the first holds,
-    or end the graceful shutdown. uvicorn's handler is called each time: a second Ctrl-C makes
-    uvicorn end open requests.
+    :param handled: the handlers that must not be called again.
     """
+    # A gunicorn worker's handler is called only once. Ctrl-C sends the worker SIGINT from the
+    # terminal and SIGQUIT from the arbiter: a second call would wait for a lock that the first
+    # holds, or end the graceful shutdown. uvicorn's handler is called each time: a second Ctrl-C
+    # makes uvicorn end open requests.
     server = getattr(handler, "__self__", None)
     # uvicorn runs exit hooks after SIGINT, but not after SIGTERM. So pass it SIGINT.
     is_uvicorn = hasattr(server, "should_exit")
@@ -153,12 +157,14 @@ def _chained(
 
 
 def shut_down(seconds: Mapping[Runner, float]) -> None:
-    """Start no more tasks. Let running tasks continue for ``seconds``, then abort or requeue them.
+    """Start no more tasks. Give running tasks time to end, then abort or requeue them.
 
-    Waiting tasks stay in the store for other processes. The runners shut down concurrently. Returns
-    at most 1.5 seconds after the longest limit, because only maintenance threads wait for
-    stores.
+    Tasks that have not started stay in the store for other processes. This function returns at most
+    1.5 seconds after the longest time limit.
+
+    :param seconds: how long the running tasks of each runner can continue.
     """
+    # The runners shut down concurrently. Only maintenance threads wait for stores.
     began = time.monotonic()
     running = sum(len(runner.dispatcher.running) for runner in seconds)
     if running:
@@ -224,7 +230,10 @@ def _abort(runner: Runner) -> None:
 
 
 def _record(runner: Runner, waiting: list[str]) -> None:
-    """Record the remaining outcomes. Abort queued tasks that only this process can run."""
+    """Record the outcomes that are not stored yet. Abort tasks that no other process can run.
+
+    :param waiting: the ids of tasks that have not started.
+    """
     try:
         runner.lifecycle.pending_writes.retry(math.inf)
         for execution in _unfinished(runner):
@@ -256,7 +265,7 @@ def _note_time() -> None:
 
 
 def _at_exit() -> None:
-    """Shut all runners down. Their drain time began when the shutdown was first noticed."""
+    """Shut down all apps of this process within the rest of ``ASYNCROUTE_DRAIN``."""
     end_waits()
     spent = 0.0 if _began_at is None else time.monotonic() - _began_at
     try:
@@ -269,9 +278,7 @@ def _at_exit() -> None:
 
 
 def _before_joins() -> None:
-    """End waits and streams, because servers can handle them on threads that Python joins before it
-    runs exit hooks.
-    """
+    # Servers can handle waits and streams on threads that Python joins before it runs exit hooks.
     end_waits()
     if multiprocessing.parent_process() is not None:
         _at_exit()  # processes forked by multiprocessing (as in Granian) run no exit hooks

@@ -28,13 +28,11 @@ UNAVAILABLE = "The task store is unavailable at the moment. Try again."
 
 
 class Duplicate(Exception):
-    """A row with the same key exists, so the transaction was rolled back."""
+    """A row with the same key exists. The transaction was rolled back."""
 
 
 class Rows(Protocol):
-    """The result of a statement, as in the Python Database API (PEP 249). Each row has its columns
-    as attributes.
-    """
+    """The result of a statement, as in PEP 249. Each row has its columns as attributes."""
 
     @property
     def rowcount(self) -> int: ...
@@ -49,33 +47,33 @@ class Cursor(Protocol):
 
 
 class Database(ABC):
-    """Manages connections. Thread-safe unless noted.
+    """Executes statements and transactions in a database. Thread-safe unless noted.
 
-    If the database is unavailable, a method logs the cause and raises `StoreUnavailable`. After a
-    lost connection, the method first retries on a new one. If the work was possibly committed, it
-    raises `CommitUnknown` instead; see :func:`ensure_written`.
+    If the database is unavailable, a method logs the cause and raises `StoreUnavailable`. If only
+    the connection was lost, the method first retries on a new connection. A write that was possibly
+    committed is not retried. The method then raises `CommitUnknown`; see :func:`ensure_written`.
     """
 
     dialect: Dialect
-    """The dialect of compiled statements, with named parameters."""
+    """The SQLAlchemy dialect with which statements are compiled. It uses named parameters."""
     label: str
-    """The database's name in messages. It contains no password."""
+    """The name of the database in messages. It contains no password."""
     _logged = ""
     _log_again_at = 0.0
     lock_path: Path
-    """The path of the lock file of this host's workers that share the database."""
+    """The path of a lock file for the worker processes on this host that share the database."""
 
     @abstractmethod
     def fetch_one(self, sql: str, values: Mapping[str, Any]) -> Any:
-        """Return the first row of a query, or None."""
+        """Execute a query and return its first row, or None."""
 
     @abstractmethod
     def fetch_all(self, sql: str, values: Mapping[str, Any]) -> Sequence[Any]:
-        """Return all rows of a query."""
+        """Execute a query and return all its rows."""
 
     @abstractmethod
     def write_one(self, sql: str, values: Mapping[str, Any]) -> Any:
-        """Execute one write statement as a transaction; return its first row, or None.
+        """Execute one write statement as a transaction. Return its first row, or None.
 
         :raises Duplicate: if a row with this key exists.
         :raises CommitUnknown: if the connection was lost after the statement was sent.
@@ -83,14 +81,17 @@ class Database(ABC):
 
     @abstractmethod
     def write_unpooled(self, sql: str, values: Mapping[str, Any]) -> int:
-        """Execute a write statement, even if all pooled connections are in use; return the number
-        of changed rows. The statement can be executed twice. Call this from one thread only.
+        """Execute a write statement and return the number of changed rows.
+
+        It does not wait for a pooled connection, and can be executed twice. Call this from one
+        thread only.
         """
 
     @abstractmethod
     def write(self, work: Callable[[Cursor], T]) -> T:
-        """Call ``work`` in one write transaction and return its result. If ``work`` raises, roll
-        back.
+        """Call ``work`` in one write transaction and return its result.
+
+        If ``work`` raises an exception, the transaction is rolled back.
 
         :param work: can be called again, so it must use only its cursor.
         :raises Duplicate: if a row with this key exists.
@@ -106,8 +107,9 @@ class Database(ABC):
         """
 
     def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener | None:
-        """Call ``notify`` for each later notification with this payload on a channel. Return None
-        if the database sends no notifications.
+        """Call ``notify`` for each later notification on a channel that has this payload.
+
+        :return: an object that stops this; None if the database sends no notifications.
         """
         return None
 
@@ -117,29 +119,29 @@ class Database(ABC):
 
     @abstractmethod
     def has_table(self, cursor: Cursor, name: str) -> bool:
-        """Return whether a table with this name exists."""
+        """Check whether a table with this name exists."""
 
     def maintain(self) -> None:  # noqa: B027 - optional
-        """Run maintenance. This is never called on a thread that serves a request."""
+        """Run regular maintenance. This is never called on a thread that serves a request."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close idle connections. The next call opens new ones."""
+        """Close all idle connections. Later calls open new connections."""
 
     def forget(self) -> None:  # noqa: B027 - optional
-        """Drop all connections without closing them; see `SharedTaskStore.forget`."""
+        """Drop all connections without closing them. Call this in a child process after a fork."""
 
     @abstractmethod
     def remedy(self, error: BaseException) -> str:
-        """Return a sentence that tells an operator how to fix an error."""
+        """Return a sentence for the log that explains how to fix the cause of an error."""
 
     def unavailable(self, error: BaseException) -> StoreUnavailable:
-        """Log an error; return the exception that the caller must raise."""
+        """Log an error of the database. Return the exception that the caller must raise."""
         self._log(error)
         return StoreUnavailable(UNAVAILABLE, retry_after=5)
 
     def unknown(self, error: BaseException) -> CommitUnknown:
-        """Log an error during a commit; return the exception that the caller must raise."""
+        """Log an error of a commit. Return the exception that the caller must raise."""
         self._log(error)
         return CommitUnknown(UNAVAILABLE, retry_after=5)
 
@@ -156,13 +158,16 @@ class Database(ABC):
 
 
 def ensure_written(write: Callable[[], T], find: Callable[[], T | None]) -> T:
-    """Return the result of ``write``. After `CommitUnknown`, check whether the commit succeeded,
-    and write again if it did not.
+    """Call ``write`` and return its result, even if the connection is lost during the commit.
+
+    If ``write`` raises `CommitUnknown`, ``find`` checks whether the commit succeeded. If it did
+    not, ``write`` is called again.
 
     :param write: returns a true value if it has changed something.
     :param find: returns the result of the successful ``write``; None if its commit failed.
-    :raises StoreUnavailable: if the database is still unavailable. It is unknown whether the commit
-        succeeded.
+    :raises StoreUnavailable: if the database is unavailable.
+    :raises CommitUnknown: if the database is still unavailable after the lost commit. It is unknown
+        whether the commit succeeded.
     """
     try:
         return write()

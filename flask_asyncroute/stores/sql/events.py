@@ -1,8 +1,11 @@
-"""The events of one namespace: view events and state changes, in commit order.
+"""The events of the tasks in one namespace, in the order of their commits.
 
-The events table has a row per view event. The states of the current run are read from the task's
-row, which saves a write. A restart copies earlier states to the events table.
+Events are the changes of a task's State, and the events that views send. The store gives each event
+an increasing change number.
 """
+
+# The events table has a row per view event. The states of the current run are read from the task's
+# row, which saves a write. A restart copies earlier states to the events table.
 
 from __future__ import annotations
 
@@ -17,15 +20,16 @@ from .migrations import Namespace
 from .rows import record_of
 from .statements import Statements
 
+# Counting the events is slow, so the oldest are not removed for each new event.
 TRIM_EVERY = 100
-"""A task may exceed `base.MAX_EVENTS` by this many events, because counting them is slow."""
+"""The number of events by which a task may exceed `base.MAX_EVENTS`."""
 
 CHANGES_PAGE = 1000
 """Maximum number of changed tasks per read."""
 
 
 class EventLog:
-    """Reads events, and writes them in transactions of the store."""
+    """Reads the events of tasks, and adds events in transactions of the store."""
 
     def __init__(self, database: Database, sql: Statements, namespace: Namespace) -> None:
         self._database = database
@@ -35,8 +39,12 @@ class EventLog:
     def add(
         self, cursor: Cursor, task_id: str, epoch: int, sent: Sequence[ViewEvent]
     ) -> Sequence[int]:
-        """Add the new events of a run, each with its own change number, and remove the oldest if
-        there are too many. Return the change numbers.
+        """Add events that a view has sent, and return their change numbers.
+
+        If the task then has too many events, the oldest are removed. Events that are already stored
+        are skipped.
+
+        :param epoch: the number of the task's current run (execution).
         """
         ns = self._namespace.key
         which = {"ns": ns, "task_id": task_id}
@@ -59,7 +67,9 @@ class EventLog:
         return changes
 
     def keep_states(self, cursor: Cursor, task: AsyncRouteTask) -> None:
-        """Add the states of a run as events, before a new run overwrites them."""
+        """Store the past States of a task as events, before a new run (execution) overwrites
+        them.
+        """
         for state, change in (
             (State.NOT_STARTED, task.waiting_change),
             (State.RUNNING, task.started_change),
@@ -69,7 +79,9 @@ class EventLog:
                 self._add(cursor, task.id, change, event, task.epoch)
 
     def read(self, since: int, most: int, task_id: str | None, group: str | None) -> Events:
-        """See `TaskStore.events`."""
+        """Return up to ``most`` events after the change number ``since``; see
+        `TaskStore.events`.
+        """
         change = self.newest()
         statement = self._sql.events_since(task_id is not None, group is not None)
         values = {
@@ -81,7 +93,9 @@ class EventLog:
         return Events(last if len(found) == most else change, found)
 
     def changes_since(self, since: int, worker: str | None) -> Changes:
-        """See `SharedTaskStore.changes_since`."""
+        """Return the tasks that have changed after ``since``; see
+        `SharedTaskStore.changes_since`.
+        """
         change = self.newest()
         if change < since:
             # The database was restored or failed over to an older copy, so its change numbers went
@@ -104,7 +118,7 @@ class EventLog:
         return Changes(change, tasks, sent)
 
     def newest(self) -> int:
-        """See `TaskStore.newest`."""
+        """Return the change number of the newest change in the namespace."""
         row = self._database.fetch_one(self._sql.get_change, {"ns": self._namespace.key})
         return int(row.change)
 

@@ -1,4 +1,7 @@
-"""Creates missing tables and the app's namespace. Rejects tables of another schema version."""
+"""Create missing tables and the app's namespace. Refuse tables of another schema version.
+
+A namespace is the part of the tables that one app uses.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,13 @@ from .database import Cursor, Database, logger
 from .statements import Statements
 from .tables import metadata, schema
 
+# Tables of other versions are refused, because there are no upgrades.
 VERSION = 3
-"""The schema version of `tables`. Increment it in each release that changes the schema. Tables of
-other versions are rejected; there are no upgrades.
-"""
+"""The schema version of `tables`. Increment it in each release that changes the schema."""
 
 
 class Namespace:
-    """Holds the key and secret of one namespace; :meth:`open` sets them. Thread-safe.
+    """The key and the secret of one namespace, set by :meth:`open`. Thread-safe.
 
     :param may_create: whether to create missing tables (``ASYNCROUTE_CREATE_TABLES``).
     """
@@ -35,8 +37,9 @@ class Namespace:
         self.secret = b""
 
     def open(self) -> None:
-        """Read the key and secret; create missing tables and the namespace. Further calls do
-        nothing.
+        """Read the key and the secret. Create the tables and the namespace if they are missing.
+
+        Further calls do nothing.
 
         :raises ConfigurationError: if the tables are missing and must not be created, or if they
             have another version.

@@ -1,4 +1,4 @@
-"""The SQL outbox, with one row per task with a callback."""
+"""Store callbacks in an SQL database, with one row per task that has a callback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SQLOutbox(Outbox):
         self._namespace = namespace
 
     def put(self, cursor: Cursor, task_id: str, delivery: Delivery) -> None:
-        """Store the callback of a new task in the caller's transaction."""
+        """Store the callback of a new task. Call this in the transaction that stores the task."""
         row = msgspec.structs.asdict(delivery)
         row.update(
             ns=self._namespace.key,
@@ -100,7 +100,7 @@ class SQLOutbox(Outbox):
         self._database.write(lambda cursor: self.release_held(cursor, holder, keep))
 
     def release_held(self, cursor: Cursor, holder: str, keep: Collection[str] = ()) -> None:
-        """Like :meth:`release`, but in the caller's transaction."""
+        """Release callbacks like :meth:`release`, but in the transaction of ``cursor``."""
         values: dict[str, Any] = {"ns": self._namespace.key, "holder": holder}
         for row in cursor.execute(self._sql.held_callbacks, values).fetchall():
             if row.task_id not in keep:

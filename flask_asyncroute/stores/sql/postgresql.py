@@ -29,10 +29,10 @@ from .store import SQLTaskStore
 
 T = TypeVar("T")
 OwnPids = WeakValueDictionary[int, DriverConnection[Any]]
-"""The open connections of this process by the ids of their server processes."""
+"""The open connections of this process, by the process id of the PostgreSQL server process."""
 
 TIMEOUTS = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
-"""libpq timeouts: seconds to connect, and milliseconds until sent data must be acknowledged."""
+"""Timeouts of libpq: seconds to connect, and milliseconds until sent data must be acknowledged."""
 TRIES = 3
 CLOSE_SECONDS = 1.0
 RECONNECT_SECONDS = 1.0
@@ -44,7 +44,7 @@ _ROLLED_BACK = ("40001", "40P01")  # SQLSTATEs to retry: serialization failure, 
 
 
 def check_setting(label: str, setting: str | Engine) -> None:
-    """Check a URL or an Engine in ``ASYNCROUTE_STORE``.
+    """Validate a URL or an Engine in ``ASYNCROUTE_STORE``.
 
     :raises ConfigurationError: if the URL names no database, or the Engine does not use PostgreSQL
         with psycopg.
@@ -71,7 +71,11 @@ def check_setting(label: str, setting: str | Engine) -> None:
 def make_store(
     setting: str | Engine | Callable[[], Engine], folder: str, namespace: str, create_tables: bool
 ) -> SQLTaskStore:
-    """Return a store for a validated setting; see `registry.make_store`."""
+    """Create a store for a validated setting, without opening it.
+
+    :raises ConfigurationError: if the setting is a function that does not return a supported
+        Engine.
+    """
     if isinstance(setting, str):
         url = make_url(setting)
         limits = {name: value for name, value in TIMEOUTS.items() if name not in url.query}
@@ -88,9 +92,9 @@ def make_store(
 
 
 class EngineDatabase(Database):
-    """Uses the connections of an engine. Thread-safe. Not usable after a fork.
+    """A PostgreSQL database, used through an SQLAlchemy Engine. Thread-safe. Not usable after a
+    fork.
 
-    :param engine: for PostgreSQL with psycopg.
     :param is_owned: whether :meth:`close` disposes of the engine.
     """
 
@@ -201,9 +205,9 @@ class EngineDatabase(Database):
     def _execute(
         self, sql: str, values: Mapping[str, Any], is_write: bool = False
     ) -> Sequence[Any]:
-        """Execute one statement as a transaction; return its rows, if any. This calls the driver
-        directly, because SQLAlchemy's Connection would use six times the CPU.
-        """
+        """Execute one statement as a transaction. Return its rows, if any."""
+        # This calls the driver directly, because SQLAlchemy's Connection would use six times the
+        # CPU.
 
         def execute(attempt: _Attempt) -> Sequence[Any]:
             with self._driver_connection(attempt) as connection:
@@ -219,7 +223,7 @@ class EngineDatabase(Database):
 
     @contextmanager
     def _driver_connection(self, attempt: _Attempt) -> Iterator[DriverConnection[Any]]:
-        """Lend a connection of the pool in autocommit mode."""
+        """Within the block, use a connection of the pool in autocommit mode."""
         pool = self._engine.pool
         lent = self._engine.raw_connection()
         try:
@@ -248,8 +252,10 @@ class EngineDatabase(Database):
             lent.close()
 
     def _repeat(self, work: Callable[[_Attempt], T]) -> T:
-        """Call ``work`` and return its result. Retry after a deadlock or a serialization failure;
-        after a lost connection, retry unless the work was possibly committed.
+        """Call ``work`` until it succeeds, at most three times, and return its result.
+
+        It is retried after a deadlock, a serialization failure or a lost connection. It is not
+        retried if it was possibly committed.
         """
         for tries_left in reversed(range(TRIES)):
             attempt = _Attempt()
@@ -286,16 +292,15 @@ class _Cursor:
 
 
 class PostgreSQLListener:
-    """Calls a function for each notification (``LISTEN``) of other processes until it is closed.
-    Thread-safe.
+    """Calls a function for each notification (``LISTEN``) that other processes send. Thread-safe.
 
     The listener has its own thread and connection. Notifications are lost while the connection is
     down, so ``notify`` is also called after each reconnection.
 
-    :param engine: its connection is detached from the engine's pool.
-    :param notify: called on the listener's thread; must return immediately and raise no exceptions.
-    :param own_pids: the server processes whose notifications are ignored, because they serve
-        connections of this process.
+    :param engine: provides the connection, which is detached from the engine's pool.
+    :param notify: called on the listener's thread. It must not block or raise exceptions.
+    :param own_pids: ids of PostgreSQL server processes that serve this process. Their notifications
+        are ignored.
     """
 
     def __init__(
@@ -316,7 +321,7 @@ class PostgreSQLListener:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread; wait up to five seconds until it has ended."""
+        """End the thread. Wait at most five seconds for its end."""
         self._closed.set()
         if self._thread is not threading.current_thread():
             self._thread.join(5)

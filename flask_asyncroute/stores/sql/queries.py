@@ -1,10 +1,12 @@
-"""Composes list queries with SQLAlchemy. One statement applies the conditions, order, page and
-permissions. The statement searches one index range for each user, group, role or scope name of the
-caller.
+"""Build the SQL statements that list tasks, with SQLAlchemy.
 
-A statement depends on the shape of a query (its fields, operators and readers), not on its values.
-The last few hundred statements are cached.
+One statement applies the conditions, the order, the page and the permissions. A reader is a user,
+group, role or scope name with which the caller may read tasks.
 """
+
+# The statement searches one index range for each reader. A statement depends on the shape of a
+# query (its fields, operators and readers), not on its values. The last few hundred statements are
+# cached.
 
 from __future__ import annotations
 
@@ -23,10 +25,9 @@ from ...task import TERMINAL, State
 from ..base import LARGE_RESULT, Readers
 from .tables import RECORD, grants, tasks
 
+# Beyond it, one slower index range covers all of them.
 MAX_RANGES = 40
-"""Up to this number, a caller's groups, roles and scopes have a range each. Beyond it, one slower
-range covers all of them.
-"""
+"""Maximum number of groups, roles and scopes of a caller that are searched one by one."""
 
 Shape = tuple[tuple[str, Operator], ...]
 
@@ -60,7 +61,7 @@ _IS_ALSO_IN_NAMESPACE = tasks.c.namespace + _ZERO == bindparam("ns")
 
 
 class Queries:
-    """Compiles and caches list queries for one dialect."""
+    """Compiles statements that list tasks for one SQL dialect, and caches them."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._single = lru_cache(256)(lambda *shape: str(_single(*shape).compile(dialect=dialect)))
@@ -71,9 +72,12 @@ class Queries:
         self, conditions: Sequence[Condition], sort: Sort, position: Position | None,
         readers: Readers | None,
     ) -> tuple[str, bool]:  # fmt: skip
-        """Return the statement of a query, and whether the statement merges several index ranges.
-        Such a statement returns ids instead of records.
+        """Return the SQL statement of a query, and whether it selects ids instead of task records.
+
+        :param readers: the names with which the caller may read tasks; None: all tasks are
+            selected.
         """
+        # A statement that merges several index ranges selects ids.
         shape = tuple((condition.field.name, condition.operator) for condition in conditions)
         is_after_missing = None if position is None else position.value is None
         order = shape, sort.field.name, sort.descending, is_after_missing
@@ -86,7 +90,9 @@ class Queries:
         return self._merged(*order, reader_shape), True
 
     def listed(self, ids: Sequence[str]) -> tuple[str, dict[str, str]]:
-        """Return the statement that reads tasks by id, without large results, and its values."""
+        """Return the statement that selects tasks by id, without large results, and its parameter
+        values.
+        """
         # Pad the ids to a power of two, so that few different statements are compiled.
         count = 1 << (len(ids) - 1).bit_length()
         padded = [*ids, *[ids[-1]] * (count - len(ids))]
@@ -97,7 +103,7 @@ class Queries:
 def values(
     conditions: Sequence[Condition], limit: int, position: Position | None, readers: Readers | None
 ) -> dict[str, Any]:
-    """Return the parameter values of a query's statement, except ``ns``."""
+    """Return the parameter values of the statement of a query, except the namespace ``ns``."""
     parameters: dict[str, Any] = {"limit": limit}
     for number, condition in enumerate(conditions):
         value: Any = condition.value
@@ -118,7 +124,7 @@ def values(
 
 
 def reader_key(kind: str, name: str) -> str:
-    """Return the stored form of a grant to (kind, name)."""
+    """Return the text that stands for a group, role, scope or user in the table of permissions."""
     return f"{kind[0]}:{name}"
 
 
@@ -142,8 +148,8 @@ def _merged(
     shape: Shape, sort: str, descending: bool, is_after_missing: bool | None,
     reader_shape: tuple[bool, bool, int] | None,
 ) -> Select[Any]:  # fmt: skip
-    """Return the query that reads ids from several index ranges, one per reader and state, and
-    merges them.
+    """Build the query that selects ids from one index range per reader and State, and merges
+    them.
     """
     keys = [tasks.c.id, tasks.c.created_us, tasks.c[FIELDS[sort].attribute].label("sorted")]
     states = [None] if ("State", Operator.EQ) in shape else list(State)
@@ -188,9 +194,8 @@ def _page(query: Select[Any], order: Sequence[Any]) -> Select[Any]:
 
 
 def _conditions(shape: Shape, table: FromClause) -> list[ColumnElement[bool]]:
-    """Return the conditions on tasks. Columns that the grants table repeats are taken from
-    ``table``, so that its indexes are used.
-    """
+    """Build the SQL conditions of a query."""
+    # Columns that the grants table repeats are taken from `table`, so that its indexes are used.
     where = []
     for number, (name, compare) in enumerate(shape):
         attribute = FIELDS[name].attribute
@@ -209,7 +214,7 @@ def _conditions(shape: Shape, table: FromClause) -> list[ColumnElement[bool]]:
 def _after(
     sort: str, descending: bool, is_after_missing: bool | None, table: FromClause = tasks
 ) -> list[ColumnElement[bool]]:
-    """Return the conditions that select the tasks after the position.
+    """Build the SQL conditions that select only the tasks after the position of the previous page.
 
     :param is_after_missing: whether the position's sort value is NULL; None if there is no
         position.

@@ -1,4 +1,4 @@
-"""Converts between database rows and task records. Columns have the same names as fields.
+"""Convert between database rows and task records. Columns have the same names as fields.
 
 Booleans are stored as 0 and 1. An empty ``user`` means no user; see `tables`.
 """
@@ -23,7 +23,7 @@ _AT_BOOLEANS = [_FIELDS.index(name) for name in _BOOLEANS]
 
 
 def columns_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the column values for some fields of a record."""
+    """Convert some fields of a task record to column values."""
     columns = dict(fields)
     if "state" in columns:
         columns["state"] = columns["state"].value
@@ -36,12 +36,12 @@ def columns_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row_of(task: AsyncRouteTask) -> dict[str, Any]:
-    """Return all column values of a record."""
+    """Convert a task record to the values of all columns."""
     return columns_of(asdict(task))
 
 
 def record_of(row: Any) -> AsyncRouteTask:
-    """Return the record in a row whose last columns are those of `statements.RECORD`."""
+    """Convert a row to a task record. The last columns must be those of `statements.RECORD`."""
     values = [*row[_RECORD]]
     values[_AT_STATE] = _STATES[values[_AT_STATE]]
     values[_AT_USER] = values[_AT_USER] or None

@@ -1,6 +1,7 @@
-"""Reads and writes request bodies, idempotency keys and shared values, and checks quotas.
+"""Read and write request bodies, idempotency keys and shared values, and check quotas.
 
-The functions run in a transaction of the store, with its cursor.
+The functions use the cursor of a transaction of the store. ``ns`` is the key of the app's
+namespace.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .statements import Statements
 
 
 def add_body(cursor: Cursor, sql: Statements, ns: int, task_id: str, body: Body) -> None:
-    """Store a request body with one row per piece."""
+    """Store a request body, with one row per piece of the body."""
     for part, data in enumerate(body.pieces()):
         values = {"ns": ns, "task_id": task_id, "part": part, "data": data}
         cursor.execute(sql.add_body_part, values)
@@ -40,11 +41,13 @@ def add_key(
     cursor: Cursor, sql: Statements, ns: int, task: AsyncRouteTask, key: StartKey | None,
     quota: int | None,
 ) -> None:  # fmt: skip
-    """Check the idempotency key and quota of a new task, and store the key.
+    """Check the idempotency key and the quota of a new task, and store the key.
 
-    This locks the namespace until the commit, so that concurrent requests cannot all pass the
-    check.
+    :raises KeyTaken: if another task has this key.
+    :raises TooManyTasks: if the user has ``quota`` unfinished tasks.
     """
+    # This locks the namespace until the commit, so that concurrent requests cannot all pass the
+    # check.
     cursor.execute(sql.lock_namespace, {"ns": ns})
     if key is not None and cursor.execute(sql.get_key, {"ns": ns, "name": key.name}).fetchone():
         raise KeyTaken("Another task has this Idempotency-Key.")

@@ -34,10 +34,9 @@ SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 BUSY_SECONDS = 5.0  # Maximum wait for locks of other processes or threads.
 CHECK_SECONDS = 0.5  # Interval of the check for a replaced file.
 READERS = 8  # Maximum read connections; one per thread would need too much memory.
+# Usually, maintenance runs a checkpoint earlier.
 CHECKPOINT_PAGES = 8000
-"""Number of pages in the write-ahead log at which a commit runs a checkpoint, if maintenance has
-not run one.
-"""
+"""The number of pages in the write-ahead log after which a commit runs a checkpoint."""
 _WRITABLE = "Give the user of this process read and write access to the file and its folder."
 _DAMAGED = (
     "Stop the app, restore a backup of the file or move it away to begin with an empty store, and "
@@ -52,11 +51,11 @@ _REMEDIES = {
     sqlite3.SQLITE_PERM: _WRITABLE,
     sqlite3.SQLITE_READONLY: _WRITABLE,
 }
-"""The operator's remedy, by SQLite's primary result code."""
+"""What an operator can do about an error, by SQLite's primary result code."""
 
 
 def check_setting(label: str, setting: str) -> None:
-    """Check a URL in ``ASYNCROUTE_STORE``.
+    """Validate a URL in ``ASYNCROUTE_STORE``.
 
     :raises ConfigurationError: if the URL names no file, or has unknown parameters.
     """
@@ -81,7 +80,10 @@ def check_setting(label: str, setting: str) -> None:
 
 
 def make_store(setting: str, folder: str, namespace: str, create_tables: bool) -> SQLTaskStore:
-    """Return a store for a validated setting; see `registry.make_store`."""
+    """Create a store for a validated URL, without opening it.
+
+    :param folder: the base of a relative path.
+    """
     url = make_url(setting)
     synchronous = str(url.query.get("synchronous", "NORMAL")).upper()
     database = SQLiteDatabase(Path(folder) / str(url.database), synchronous)
@@ -89,14 +91,14 @@ def make_store(setting: str, folder: str, namespace: str, create_tables: bool) -
 
 
 class _Row(sqlite3.Row):
-    """A row with its columns as attributes, like the rows of SQLAlchemy."""
+    """A row that has its columns as attributes, like the rows of SQLAlchemy."""
 
     __slots__ = ()
     __getattr__ = sqlite3.Row.__getitem__
 
 
 class SQLiteDatabase(Database):
-    """Manages the connections to one SQLite file. Thread-safe.
+    """An SQLite file and the connections to it. Thread-safe.
 
     SQLite allows one writer at a time, so all threads share one write connection.
     """
@@ -191,8 +193,11 @@ class SQLiteDatabase(Database):
         return _REMEDIES.get(code & 0xFF, "Check the file and its disk.")
 
     def connect(self) -> sqlite3.Connection:
-        """Open a connection. Before the first connection of this process, create the file if it is
-        missing. A file that disappears later is an error.
+        """Open a connection. The first connection of this process creates the file if it is
+        missing.
+
+        :raises StoreUnavailable: if the file cannot be used, or was deleted or replaced after the
+            first connection.
         """
         try:
             if self._file is None:
@@ -225,8 +230,7 @@ class SQLiteDatabase(Database):
     def _check(self) -> None:
         """Check, at most twice a second, that the file was not deleted or replaced.
 
-        :raises StoreUnavailable: if the file was deleted or replaced. All later calls raise it
-            too.
+        :raises StoreUnavailable: if the file was deleted or replaced. All later calls raise it too.
         """
         now = time.monotonic()
         if self._is_replaced or now >= self._check_at:
@@ -286,9 +290,8 @@ class SQLiteDatabase(Database):
         return done
 
     def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Call ``work`` with the write connection. A failed write changes nothing. This does not
-        retry, because the write has already waited for locks.
-        """
+        """Call ``work`` with the write connection. A failed write changes nothing."""
+        # A failed write is not retried, because it has already waited for locks.
         self._check()
         if not self._write_lock.acquire(timeout=BUSY_SECONDS):
             raise self.unavailable(TimeoutError("the write connection stayed in use"))
@@ -308,9 +311,10 @@ class SQLiteDatabase(Database):
 
 
 class _FairSemaphore:
-    """A semaphore that serves threads in order. With `threading.Semaphore`, a thread could release
-    a slot and acquire it again at once, while other threads wait until they time out.
-    """
+    """A semaphore that serves waiting threads in their order."""
+
+    # With `threading.Semaphore`, a thread could release a slot and acquire it again at once, while
+    # other threads wait until they time out.
 
     def __init__(self, slots: int) -> None:
         self._lock = threading.Lock()
@@ -334,7 +338,9 @@ class _FairSemaphore:
             return False
 
     def release(self) -> None:
-        """Release a slot, or pass it to the thread that has waited longest."""
+        """Undo one successful call of :meth:`acquire`. The thread that has waited longest
+        continues.
+        """
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().release()
@@ -367,10 +373,9 @@ def _create(path: Path) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Lock a folder while a database is created in it. Without the lock, a second process that also
-    found no database could delete the ``-wal`` of the new one. Windows needs no lock, because it
-    does not delete open files.
-    """
+    """Within the block, keep other processes from creating a database in a folder."""
+    # Without the lock, a second process that also found no database could delete the "-wal" file of
+    # the new one. Windows needs no lock, because it does not delete open files.
     if sys.platform == "win32":
         yield
         return
@@ -386,7 +391,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _wait_until_free(attempt: Callable[[], object]) -> None:
-    """Call ``attempt``. While ``attempt`` fails because of a lock, retry for up to five seconds.
+    """Call ``attempt``. While it fails because of a lock, retry for up to five seconds.
 
     :raises TimeoutError: if a folder is still locked after that.
     """

@@ -1,4 +1,8 @@
-"""Stores the workers of one namespace. Writes to their rows have no change numbers."""
+"""Store the worker processes of one namespace (the part of the tables that one app uses)."""
+
+# Writes to their rows have no change numbers.
+
+# Writes to their rows have no change numbers, because no client needs them.
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ from .statements import Statements
 
 
 class SQLWorkers(Workers):
-    """Stores one row per worker.
+    """Stores one row for each worker process.
 
-    :param outbox: releases the callbacks of a removed worker.
+    :param outbox: releases the callbacks of a worker that is removed.
     """
 
     def __init__(
