@@ -22,8 +22,7 @@ _REMEDY = f"Set ASYNCROUTE_APP to the import path of the app, such as {_EXAMPLES
 
 
 def checked(label: str, value: Any) -> str:
-    """Check the syntax of an import path, such as ``package.module:app`` or
-    ``package:create_app()``.
+    """Check the syntax of an import path, such as ``package.module:app``, and return it.
 
     :param label: the configuration key, for error messages.
     :raises ConfigurationError: if the syntax is invalid.
@@ -81,9 +80,7 @@ def load(path: str) -> Flask:
 
 @contextmanager
 def without_servers() -> Iterator[None]:
-    """Within the block, make ``app.run()`` return without starting a server, as under ``flask
-    run``.
-    """
+    """Within the block, make ``app.run()`` return at once, as under ``flask run``."""
     before = os.environ.get("FLASK_RUN_FROM_CLI")
     os.environ["FLASK_RUN_FROM_CLI"] = "true"
     try:
@@ -115,8 +112,7 @@ def _name_of_script() -> str | None:
 
 
 def _check_names(module: str, name: str, path: str) -> None:
-    """Raise ConfigurationError if an imported module has no app that `flask.cli.locate_app` would
-    find.
+    """Raise ConfigurationError if `flask.cli.locate_app` would find no app in an imported module.
 
     :param name: the app or the factory call in the import path; empty: a usual name.
     """

@@ -63,8 +63,8 @@ class EarlyStore:
         return store
 
     def in_memory(self) -> EarlyStore:
-        """Return a new `EarlyStore` for `testing.inline`, with a copy of the values of an in-memory
-        store.
+        """Return an `EarlyStore` for `testing.inline`, with a copy of an in-memory store's
+        values.
         """
         copy = EarlyStore()
         if self._store is not None and not self._store.is_shared:
@@ -77,8 +77,7 @@ class EarlyStore:
             self._store.close()
 
     def forget_process(self) -> None:
-        """Drop the connections that a fork has copied from the parent process, without closing
-        them.
+        """Drop the connections that a fork has copied, without closing them.
 
         Call this in the child process.
         """

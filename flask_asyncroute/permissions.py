@@ -88,10 +88,10 @@ class Caller(msgspec.Struct, frozen=True):
         )
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Yield the caller's id, groups, roles and scopes as pairs, such as ``("groups",
-        "staff")``.
+        """Yield pairs of kind and name, such as ``("groups", "staff")``, for the caller.
 
-        The id comes first, as ``("users", id)``.
+        The kinds are users, groups, roles and scopes. The caller's id comes first, as ``("users",
+        id)``.
         """
         yield "users", self.id
         for kind in KINDS[1:]:

@@ -96,8 +96,9 @@ def read_body(stream: IO[bytes], announced: int | None, limit: int) -> Body:
 
 
 class LimitedInput(io.RawIOBase):
-    """The input stream of a request, with a limit. Reading more than ``limit`` bytes raises
-    BodyTooLarge.
+    """The input stream of a request, with a limit.
+
+    Reading more than ``limit`` bytes raises BodyTooLarge.
     """
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:

@@ -47,8 +47,9 @@ class WebAddress:
 
     @property
     def authority(self) -> str:
-        """The value of the ``Host`` header. It contains the port unless the port is the scheme's
-        default.
+        """The value of the ``Host`` header.
+
+        It contains the port unless the port is the scheme's default.
         """
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"

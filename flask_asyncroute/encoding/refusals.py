@@ -11,10 +11,9 @@ from werkzeug.local import LocalProxy
 
 _MAX_STEP, _MAX_PATH = 40, 240
 _RESPONSES = ("Response", "HTTPException")
+# A decorator below task() may have created the response.
 BELOW = "Put decorators that create responses above task()"
-"""Advice for a view that returned a response. A decorator below ``task()`` may have created the
-response.
-"""
+"""Advice for a view that returned a response."""
 
 
 class NotStorable(Exception):
@@ -81,9 +80,11 @@ def too_large(max_bytes: int, key: str | None) -> NotStorable:
 
 
 def refuse(value: Any) -> None:
-    """Raise NotStorable, with advice, for types that views return by mistake, such as sets and
-    responses.
+    """Raise NotStorable for types that views return by mistake, such as sets and responses.
+
+    The error contains advice for the developer.
     """
+    # The JSON provider or msgspec would accept some of these types.
     # The JSON provider or msgspec would accept some of these types.
     if issubclass(type(value), LocalProxy):  # isinstance() would check the proxied object
         raise NotStorable(_a(value), "return the data that you need from the object")

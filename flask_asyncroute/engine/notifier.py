@@ -34,10 +34,9 @@ The notifier also checks at this interval whether the server is shutting down.
 REST_SECONDS = 0.005  # Pause after a poll, so that the next poll reads many changes.
 LINGER_SECONDS = 2.0  # How long polling continues after the last subscriber has left.
 IDLE_SECONDS = 60.0
+# The request is renewed while there are subscribers.
 NOTIFIED_SECONDS = 60.0
-"""Seconds for which a store is asked to send notifications. The request is renewed while there are
-subscribers.
-"""
+"""Seconds for which a store is asked to send notifications."""
 MAX_OWN = 10_000  # Maximum number of own change numbers to keep; more changes are read instead.
 SHUTDOWN_SEND_SECONDS = 0.5  # How long a client can take to receive a chunk during shutdown.
 
@@ -69,8 +68,9 @@ class Subscriber:
         return self._changed.acquire(timeout=min(max(seconds, 0.0), threading.TIMEOUT_MAX))
 
     def set(self, task: AsyncRouteTask | None = None) -> None:
-        """End a call of :meth:`wait`, because ``task`` has changed. Call this from one thread at a
-        time.
+        """End a call of :meth:`wait`. Call this from one thread at a time.
+
+        :param task: the task that has changed.
         """
         if self._changed.locked():
             self._changed.release()
@@ -100,14 +100,15 @@ class Waiter(Subscriber):
 
 
 class Notifier(Loop):
-    """Calls ``on_change`` for each changed task, then wakes the subscribers of the task.
-    Thread-safe.
+    """Wakes subscribers after a task has changed. Thread-safe.
 
-    If several processes share the store, a thread polls it for their changes while there are
-    subscribers, and between :meth:`watch` and :meth:`unwatch`.
+    If several processes share the store, a thread polls it for their changes. The thread polls
+    while there are subscribers, and between :meth:`watch` and :meth:`unwatch`.
 
     :param worker: the name of this process in the store.
-    :param is_server_ending: whether the server is shutting down. Then all waits and streams end.
+    :param on_change: called with each changed task, before its subscribers are woken.
+    :param is_server_ending: returns whether the server is shutting down. Then all waits and streams
+        end.
     """
 
     def __init__(
@@ -195,8 +196,7 @@ class Notifier(Loop):
 
     @contextmanager
     def subscribed(self, subscriber: Subscriber, task_id: str | None = None) -> Iterator[None]:
-        """Within the block, wake ``subscriber`` after each change of a task and by
-        :meth:`end_waits`.
+        """Within the block, wake ``subscriber`` when a task changes and when all waits end.
 
         :param task_id: the task; None: all tasks.
         :raises StoreUnavailable: if the store cannot be read.
@@ -219,13 +219,13 @@ class Notifier(Loop):
     def wait(
         self, task_id: str, is_enough: Callable[[AsyncRouteTask], bool], timeout: float | None
     ) -> AsyncRouteTask | None:
-        """Wait until a task satisfies ``is_enough``. Return the task record, or None if no such
-        task exists.
+        """Wait until a task satisfies ``is_enough``, and return its record.
 
         The wait also ends after the timeout, and when this process shuts down. It holds no lock and
         no connection meanwhile.
 
         :param timeout: seconds; None: no limit.
+        :return: the last known record; None if the task does not exist.
         :raises StoreUnavailable: if the store cannot be read.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -306,9 +306,6 @@ class Notifier(Loop):
                     self._wake_streams()
 
     def _wake_streams(self) -> None:
-        """Read the new events once for all streams of the changed tasks, then wake these
-        streams.
-        """
         with self._waiting_lock:
             changed, self._changed = self._changed, set()
         self.shared_reads.read_ahead(changed)

@@ -1,7 +1,7 @@
-"""Check whether an exception that another thread raises could skip the end of a `with` or `try`
-block.
+"""Check whether an asynchronous exception could skip the end of a `with` or `try` block.
 
-CPython raises such a pending exception only at certain instructions. Two of them are harmful:
+A thread can set an exception that CPython raises in another thread. CPython raises such a pending
+exception only at certain instructions. Two of them are harmful:
 
 - Since Python 3.14, `with` calls ``__enter__`` like any function. An exception at the end of that
   call leaves a lock held, because the block that releases it was never entered (CPython issue
@@ -51,8 +51,9 @@ class _Code(NamedTuple):
     """The indexes of instructions where an exception would skip the end of a block."""
 
     def after(self, index: int) -> list[int]:
-        """Return the indexes of the instructions that can follow; an empty list if the function
-        exits.
+        """Return the indexes of the instructions that can follow.
+
+        The list is empty if the function exits.
         """
         instruction = self.instructions[index]
         is_jump = instruction.opcode in dis.hasjrel
@@ -62,8 +63,9 @@ class _Code(NamedTuple):
 
 
 def may_skip_a_block(frame: FrameType | None) -> bool:
-    """Check whether an exception raised now could skip the end of a block in ``frame`` or its
-    callers.
+    """Check whether an exception raised now could skip the end of a `with` or `try` block.
+
+    :param frame: the current frame of the thread. The frames of its callers are also checked.
     """
     if IS_UNAFFECTED:
         return False
@@ -125,9 +127,7 @@ def _read(code: CodeType) -> _Code:
 
 
 def _offsets(instructions: Sequence[dis.Instruction], end: int) -> Iterator[tuple[int, int]]:
-    """Yield pairs of index and offset: for each instruction, every offset up to the next
-    instruction.
-    """
+    """Yield an instruction's index and offset, for every offset up to the next instruction."""
     ends = [instruction.offset for instruction in instructions[1:]] + [end]
     for index, (instruction, next_offset) in enumerate(zip(instructions, ends, strict=True)):
         for offset in range(instruction.offset, next_offset, CODE_UNIT):

@@ -143,8 +143,9 @@ class Execution:
         message: str | None = None,
         timed_progress: TimedProgress | None = None,
     ) -> None:
-        """Set the progress, limited to 0–100 and rounded to two decimals. NaN and lower values are
-        ignored.
+        """Set the progress, limited to 0–100 and rounded to two decimals.
+
+        NaN and lower values are ignored.
 
         :param timed_progress: raises the progress over time. An earlier `TimedProgress` ends.
         """
@@ -180,9 +181,7 @@ class Execution:
         return sent
 
     def return_events(self, sent: Sequence[ViewEvent]) -> None:
-        """Put events from :meth:`take_events` back into the queue, because they could not be
-        stored.
-        """
+        """Put events that could not be stored back into the queue."""
         with self._lock:
             self._sent = [*sent, *self._sent]
 
@@ -218,8 +217,9 @@ class Execution:
         self.has_report = True
 
     def end(self) -> None:
-        """Record that the view's code has ended. The time limit and a planned interruption are
-        cancelled.
+        """Record that the view's code has ended.
+
+        The time limit and a planned interruption are cancelled.
         """
         with self._lock:
             self.is_over = True
@@ -264,8 +264,9 @@ class TimedProgress:
         self.began = time.monotonic()
 
     def step(self, now: float) -> tuple[float, float | None]:
-        """Return the progress at ``now`` and the time of the next step, or None after the last
-        step.
+        """Return the progress at ``now`` and the time of the next step.
+
+        The time is None after the last step.
         """
         passed = now - self.began
         if passed >= self.duration:

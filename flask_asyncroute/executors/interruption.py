@@ -153,9 +153,6 @@ class _Nothing(BaseException):
 
 
 def _is_safe(frame: FrameType | None, execution: Execution) -> bool:
-    """Check whether a thread at ``frame`` runs the view of ``execution`` and can be interrupted
-    safely.
-    """
     is_inside = False
     innermost = frame
     while frame is not None:

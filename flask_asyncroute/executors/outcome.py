@@ -34,9 +34,9 @@ class Outcome:
 
 
 def is_http_error(error: BaseException) -> TypeGuard[HTTPException]:
-    """Check whether an exception means that the view answered with an HTTP status, as by
-    ``abort(404)``.
-    """
+    """Check whether a view answered with an HTTP status, as by ``abort(404)``."""
+    # The package's own HTTPExceptions, such as TaskNotFound, do not count: they are about another
+    # task.
     # The package's own HTTPExceptions, such as TaskNotFound, do not count: they are about another
     # task.
     return isinstance(error, HTTPException) and not isinstance(error, AsyncRouteError)
@@ -87,9 +87,11 @@ def failed(error: BaseException, expose: bool) -> Outcome:
 
 
 def _reason(error: HTTPException) -> str:
-    """Return the description that a view or an extension has set; otherwise the status's standard
+    """Return the description that a view or an extension has set, else the status's standard
     text.
     """
+    # Flask-RESTX, Flask-RESTful and webargs put their message into the attribute `data`;
+    # abort(response) puts it into the response.
     # Flask-RESTX, Flask-RESTful and webargs put their message into the attribute `data`;
     # abort(response) puts it into the response.
     data: Any = getattr(error, "data", None)

@@ -75,8 +75,9 @@ class ElasticThreadPool(Executor):
         return future
 
     def abandon(self, future: Future[Any]) -> bool:
-        """Start a replacement for the thread that is running a call. The thread ends after that
-        call.
+        """Start a replacement for the thread that is running a call.
+
+        The thread ends after that call.
 
         :param future: the call, as :meth:`submit` returned it.
         :return: False if no thread is running the call, or too many threads have already been
@@ -202,8 +203,9 @@ class PooledTaskExecutor(TaskExecutor):
 
 
 class ThreadTaskExecutor(PooledTaskExecutor):
-    """Runs views on threads. Views that do not stop are interrupted, and threads that hang are
-    replaced.
+    """Runs views on threads.
+
+    Views that do not stop are interrupted, and threads that hang are replaced.
     """
 
     def __init__(self, settings: PoolSettings) -> None:

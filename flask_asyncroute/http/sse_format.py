@@ -72,9 +72,8 @@ class EventIds:
 
 
 def frame(event: Event, ids: EventIds) -> bytes:
-    """Encode an event. Progress events have no id, because a client does not need every one of
-    them.
-    """
+    """Encode an event."""
+    # Progress has no id, because a client that resumes does not need all of it.
     if event.name == PROGRESS:
         wire = event.task.to_wire()
         names = ("Id", "Progress", "ProgressMessage")

@@ -22,8 +22,9 @@ BLOCKING_SECONDS = 5.0
 
 
 def longest(environ: Mapping[str, Any], seconds: float) -> float:
-    """Return the maximum wait for a request: ``seconds``, or less if the wait blocks all other
-    requests.
+    """Return the maximum wait for a request in seconds.
+
+    This is ``seconds``, or less if a waiting request blocks all other requests.
     """
     if not _blocks_others(environ):
         return seconds

@@ -22,8 +22,9 @@ _SALT = "flask-asyncroute cursor 2 "  # version: increase it if the content chan
 
 
 def seal_cursor(position: Position, query: Query, caller_id: str | None, key: bytes) -> str:
-    """Create the cursor for the page that follows ``position``. The cursor is signed, not
-    encrypted.
+    """Create the cursor for the page that follows ``position``.
+
+    The cursor is signed, not encrypted.
 
     :param query: the signature covers the conditions and the sort order, but not the limit.
     :param key: a secret that all processes share.

@@ -113,8 +113,9 @@ def find_operator(name: str, field: Field) -> Operator:
 
 
 def shown(text: str) -> str:
-    """Quote ``text`` in printable ASCII for an error message. Longer text is cut at about 80
-    characters.
+    """Quote ``text`` in printable ASCII for an error message.
+
+    Longer text is cut at about 80 characters.
     """
     quoted = ascii(text[:MAX_SHOWN])
     if len(text) <= MAX_SHOWN and len(quoted) <= MAX_SHOWN:

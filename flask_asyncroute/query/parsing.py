@@ -62,8 +62,7 @@ def parse_get(query_string: str) -> Query:
 
 
 def parse_post(query_string: str, document: Any) -> Query:
-    """Parse a JSON body with conditions, and a query string with ``limit``, ``sort`` and
-    ``cursor``.
+    """Parse conditions in a JSON body, and ``limit``, ``sort`` and ``cursor`` in a query string.
 
     :param query_string: as for :func:`parse_get`, but without conditions.
     :param document: the decoded body. The caller must have refused duplicate names.

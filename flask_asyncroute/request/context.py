@@ -46,10 +46,10 @@ def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[str, Any]]:
-    """Within the block, the request context of a stored request is active. Yield the view's
-    arguments.
+    """Within the block, the request context of a stored request is active.
 
-    Teardown functions run at the end. `before_request` and `after_request` functions do not run.
+    The block receives the arguments of the view. Teardown functions run at its end.
+    `before_request` and `after_request` functions do not run.
 
     :raises HTTPException: if the app no longer has the URL.
     """
@@ -91,7 +91,7 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
 
 
 def _with_session(app: Flask, environ: dict[str, Any], session: SecureCookieSession) -> Any:
-    """Create a request context that has the given session."""
+    # Without a given session, Flask would open another session.
     # Otherwise Flask would open another session.
     # Flask.request_context() takes no session. Creating a second context from its request would
     # bind the URL map twice.
@@ -108,7 +108,7 @@ def _load_session(data: str | None) -> dict[str, Any]:
 
 
 def _warn_of_writes(session: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
-    """Log a warning if a task has changed its session."""
+    # Each combination of route and keys is logged once per process.
     # Each combination of route and keys is logged once per process.
     names = [name for name in {**saved, **session} if _text(session, name) != _text(saved, name)]
     if not names:

@@ -80,8 +80,9 @@ def _names(identity: Any, kind: str) -> frozenset[str]:
 
 
 def _name(value: Any) -> str:
-    """Return the name of a group, role or scope, given as a string, an Enum member or a model
-    object.
+    """Return the name of a group, role or scope.
+
+    :param value: a string, an Enum member, or an object with an attribute ``name``.
     """
     writes_text: Any = type(value).__str__
     if not isinstance(value, Enum) and writes_text is object.__str__:

@@ -40,9 +40,13 @@ class Due:
 
 
 class Outbox(ABC):
-    """Stores the callbacks of the tasks in one namespace of a store. Methods can raise
-    StoreUnavailable.
+    """Stores the callbacks of the tasks in one namespace (the part of a store that one app uses).
+
+    Methods can raise StoreUnavailable.
     """
+
+    # A transaction that changes `callback_state` or `callback_attempts` of a task also increments
+    # the task's revision and the change number. Methods raise the errors of `base.TaskStore`.
 
     # A transaction that changes `callback_state` or `callback_attempts` of a task also increments
     # the task's revision and the change number. Methods raise the errors of `base.TaskStore`.
@@ -78,9 +82,9 @@ class Outbox(ABC):
 
     @abstractmethod
     def release(self, holder: str, keep: Collection[str] = ()) -> None:
-        """Release the callbacks that the process ``holder`` has claimed, so that other processes
-        send them.
+        """Release the callbacks that a process has claimed, so that other processes can send them.
 
+        :param holder: the process.
         :param keep: ids of tasks whose callbacks are not released.
         """
 

@@ -58,8 +58,7 @@ def post(
     is_trusted: bool,
     allowed: AllowedHosts,
 ) -> Outcome:
-    """Send one HTTP request and return its outcome. Errors of the receiver or network are not
-    raised.
+    """Send one HTTP request. Errors of the receiver or the network are returned, not raised.
 
     :param headers: without ``Host``, ``Content-Length`` and ``Connection``.
     :param is_trusted: whether the developer, not the client, chose the host.

@@ -1,5 +1,6 @@
-"""Send the callbacks that are due, each on its own thread. A failure does not change a task's
-State.
+"""Send the callbacks that are due, each on its own thread.
+
+A failed callback does not change the State of its task.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ JITTER = 0.2  # random part of a delay, to spread retries
 
 
 class Sender:
-    """Sends the callbacks that are due, and records in the store which attempts succeeded.
-    Thread-safe.
+    """Sends the callbacks that are due, and stores the outcomes. Thread-safe.
 
     :param outbox: stores the callbacks and assigns each to one process.
     :param enter: registers this process as a worker. It is called before this process takes

@@ -20,9 +20,7 @@ from ..routes import Route
 from ..stores.base import TaskStore
 
 Views = Mapping[str, Sequence[str]]
-"""Describes an app: for each endpoint, the app's import name, its root path and the view's full
-name.
-"""
+"""Describes an app: maps each endpoint to import name, root path and full name of the view."""
 
 
 class Runner(Protocol):

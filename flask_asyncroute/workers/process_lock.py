@@ -82,9 +82,7 @@ def lock_file(path: Path) -> LockFile | None:
 
 
 def _opened_elsewhere(path: Path) -> LockFile | None:
-    """Return the LockFile if this process has opened the same file under another path, else
-    None.
-    """
+    """Return the LockFile if this process has opened the same file under another path."""
     try:
         wanted = path.stat()
     except FileNotFoundError:
@@ -94,8 +92,9 @@ def _opened_elsewhere(path: Path) -> LockFile | None:
 
 
 def this_process() -> str:
-    """Identify this process by its PID namespace, PID and start time. Returns "" if this is not
-    Linux.
+    """Identify this process by its PID namespace, PID and start time.
+
+    :return: "" if this is not Linux.
     """
     try:
         return f"{os.readlink(_NAMESPACE)}/{os.getpid()}/{_state_of(os.getpid())[1]}"

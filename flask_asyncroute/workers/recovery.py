@@ -31,9 +31,7 @@ FAR_FUTURE_US = 2**62
 
 @dataclass(eq=False)
 class Recovery:
-    """Detects worker processes of an app that have died, and recovers their tasks. Not
-    thread-safe.
-    """
+    """Detects dead worker processes of an app and recovers their tasks. Not thread-safe."""
 
     store: SharedTaskStore
     lifecycle: Lifecycle
@@ -41,9 +39,7 @@ class Recovery:
     _beats: dict[str, tuple[int, float]] = field(default_factory=dict)
     """The last heartbeat of each worker, and the monotonic time when this process first saw it."""
     _free: dict[str, float] = field(default_factory=dict)
-    """For each worker whose lock is free: the monotonic time of the first check that found it
-    free.
-    """
+    """For each worker whose lock is free: the monotonic time when a check first found it free."""
     _differences: set[str] = field(default_factory=set)
     """The differences between apps that were already logged."""
     _checked_at: float = field(default_factory=lambda: time.monotonic())
@@ -71,7 +67,7 @@ class Recovery:
         for worker in listed.values():
             is_alive = worker.name == self.heartbeat.name or self._is_alive(worker, now)
             if is_alive:
-                self._compare(worker)
+                self._warn_of_other_app(worker)
             if is_alive is not False:
                 continue
             held = self.store.workers.held(worker.name)
@@ -84,10 +80,7 @@ class Recovery:
                     worker.name, len(held),
                 )  # fmt: skip
 
-    def _compare(self, worker: Worker) -> None:
-        """Log a warning if another worker seems to run another app. Each difference is logged
-        once.
-        """
+    def _warn_of_other_app(self, worker: Worker) -> None:
         found = difference(self.heartbeat.views, worker.views)
         if found is not None and found not in self._differences:
             self._differences.add(found)

@@ -265,7 +265,7 @@ def _note_time() -> None:
 
 
 def _at_exit() -> None:
-    """Shut down all apps of this process within the rest of ``ASYNCROUTE_DRAIN``."""
+    # The time ASYNCROUTE_DRAIN began when the shutdown was first noticed.
     end_waits()
     spent = 0.0 if _began_at is None else time.monotonic() - _began_at
     try:

@@ -32,9 +32,7 @@ _fork_servers: WeakKeyDictionary[Host, ForkServer] = WeakKeyDictionary()
 
 
 def fork_server_of(host: Host) -> ForkServer:
-    """Return the process that forks the child processes of ``host``. All pools of ``host`` share
-    it.
-    """
+    """Return the fork server of ``host``, which forks the children of all its pools."""
     server = _fork_servers.get(host)
     if server is None:
         server = _fork_servers[host] = ForkServer(host.child_settings())
@@ -60,8 +58,9 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         when_gone(self, _drop_all, self._spares)
 
     def take_child(self) -> Child:
-        """Return a spare child process, or start a new one. The caller must end it with
-        `Child.leave`.
+        """Return a spare child process, or start a new one.
+
+        The caller must end it with `Child.leave`.
 
         :raises OSError: if no child can be started.
         """
@@ -118,8 +117,9 @@ def _drop_all(children: deque[Child]) -> None:
 
 
 def _follow(child: Child, execution: Execution) -> Outcome:
-    """Pass a child's progress and events to ``execution`` until the child reports the view's
-    outcome.
+    """Pass a child's progress and events to ``execution`` until the view ends.
+
+    Return the outcome that the child reports.
     """
     try:
         for kind, payload in child.listen():

@@ -101,7 +101,8 @@ def _is_unsafe(descriptor: int) -> bool:
 
 
 def _restart_without_app(ours: str, control: int, kill_end: int) -> None:
-    """Replace this process by a new fork server that does not import the app."""
+    # A fork of a process with threads can copy a lock that is never released. Children with a
+    # shared connection would read each other's responses.
     # A fork of a process with threads can copy a lock that is never released. Children with a
     # shared connection would read each other's responses.
     logger.warning(
@@ -193,9 +194,7 @@ class _Server:
             os._exit(code)
 
     def _reap(self) -> None:
-        """Report the exit status of each child that has ended, and kill the rest of its process
-        group.
-        """
+        """Report the exit status of ended children, and kill the rest of their process groups."""
         while self._children:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:

@@ -59,8 +59,7 @@ def attach(read_end: int, owner: int) -> None:
 
 
 def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
-    """Wait until at least one descriptor has data or its other end is closed. Return these
-    descriptors.
+    """Return the descriptors that have data or whose other end is closed. Wait until there is one.
 
     :param seconds: timeout, after which the list is empty; None: no limit.
     """

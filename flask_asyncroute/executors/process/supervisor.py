@@ -142,8 +142,9 @@ class ForkServer:
             return Child(channel, exit_socket, kill_pipe, self._limits, ours.pop_all())
 
     def close(self) -> None:
-        """Make the server process exit after its last child. A later :meth:`start` creates a new
-        server.
+        """Make the server process exit after its last child.
+
+        A later :meth:`start` creates a new server.
         """
         with self._lock:
             self._control = None
@@ -165,8 +166,7 @@ class ForkServer:
 
 
 def _start_server(modules: str) -> tuple[socket.socket, int, ExitStack]:
-    """Start the fork server program. Return its socket, its pid, and the resources to close at its
-    end.
+    """Start the fork server program. Return its socket, its pid and the resources to close.
 
     :param modules: the first argument of `forkserver.main`.
     """

@@ -67,9 +67,7 @@ class EventLog:
         return changes
 
     def keep_states(self, cursor: Cursor, task: AsyncRouteTask) -> None:
-        """Store the past States of a task as events, before a new run (execution) overwrites
-        them.
-        """
+        """Store the past States of a task as events, before a new run (execution) of the task."""
         for state, change in (
             (State.NOT_STARTED, task.waiting_change),
             (State.RUNNING, task.started_change),
@@ -79,9 +77,7 @@ class EventLog:
                 self._add(cursor, task.id, change, event, task.epoch)
 
     def read(self, since: int, most: int, task_id: str | None, group: str | None) -> Events:
-        """Return up to ``most`` events after the change number ``since``; see
-        `TaskStore.events`.
-        """
+        """Return at most ``most`` events after a change number; see `TaskStore.events`."""
         change = self.newest()
         statement = self._sql.events_since(task_id is not None, group is not None)
         values = {
@@ -93,8 +89,9 @@ class EventLog:
         return Events(last if len(found) == most else change, found)
 
     def changes_since(self, since: int, worker: str | None) -> Changes:
-        """Return the tasks that have changed after ``since``; see
-        `SharedTaskStore.changes_since`.
+        """Return the tasks that have changed since a change number.
+
+        See `SharedTaskStore.changes_since`.
         """
         change = self.newest()
         if change < since:

@@ -92,8 +92,9 @@ def make_store(
 
 
 class EngineDatabase(Database):
-    """A PostgreSQL database, used through an SQLAlchemy Engine. Thread-safe. Not usable after a
-    fork.
+    """A PostgreSQL database, used through an SQLAlchemy Engine.
+
+    Thread-safe. Not usable after a fork.
 
     :param is_owned: whether :meth:`close` disposes of the engine.
     """

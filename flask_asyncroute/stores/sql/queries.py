@@ -90,8 +90,9 @@ class Queries:
         return self._merged(*order, reader_shape), True
 
     def listed(self, ids: Sequence[str]) -> tuple[str, dict[str, str]]:
-        """Return the statement that selects tasks by id, without large results, and its parameter
-        values.
+        """Return the statement that selects tasks by id, and its parameter values.
+
+        The statement does not select large results.
         """
         # Pad the ids to a power of two, so that few different statements are compiled.
         count = 1 << (len(ids) - 1).bit_length()
@@ -148,9 +149,7 @@ def _merged(
     shape: Shape, sort: str, descending: bool, is_after_missing: bool | None,
     reader_shape: tuple[bool, bool, int] | None,
 ) -> Select[Any]:  # fmt: skip
-    """Build the query that selects ids from one index range per reader and State, and merges
-    them.
-    """
+    """Build the query that selects ids from one index range per reader and State."""
     keys = [tasks.c.id, tasks.c.created_us, tasks.c[FIELDS[sort].attribute].label("sorted")]
     states = [None] if ("State", Operator.EQ) in shape else list(State)
     branches = []
@@ -194,7 +193,7 @@ def _page(query: Select[Any], order: Sequence[Any]) -> Select[Any]:
 
 
 def _conditions(shape: Shape, table: FromClause) -> list[ColumnElement[bool]]:
-    """Build the SQL conditions of a query."""
+    # Columns that the grants table repeats are taken from `table`, so that its indexes are used.
     # Columns that the grants table repeats are taken from `table`, so that its indexes are used.
     where = []
     for number, (name, compare) in enumerate(shape):

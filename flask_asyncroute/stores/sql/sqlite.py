@@ -193,8 +193,9 @@ class SQLiteDatabase(Database):
         return _REMEDIES.get(code & 0xFF, "Check the file and its disk.")
 
     def connect(self) -> sqlite3.Connection:
-        """Open a connection. The first connection of this process creates the file if it is
-        missing.
+        """Open a connection.
+
+        The first connection of this process creates the file if it is missing.
 
         :raises StoreUnavailable: if the file cannot be used, or was deleted or replaced after the
             first connection.
@@ -258,8 +259,8 @@ class SQLiteDatabase(Database):
         raise StoreUnavailable(UNAVAILABLE, retry_after=5)
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Call ``work`` with a connection that no other thread is using. After an error, retry
-        once.
+        """Call ``work`` with a connection that no other thread is using. Retry once after an
+        error.
         """
         self._check()
         if not self._read_slots.acquire(BUSY_SECONDS):
@@ -338,9 +339,6 @@ class _FairSemaphore:
             return False
 
     def release(self) -> None:
-        """Undo one successful call of :meth:`acquire`. The thread that has waited longest
-        continues.
-        """
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().release()
