@@ -1,7 +1,7 @@
 """The store that ``async_routes.state`` uses before the app's runner exists.
 
-The runner holds the threads and the store of an app in this process. It is created later, and takes
-over the store.
+The runner holds the threads and connections of the app in this process. It is created later, and
+takes over the store.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ closing their connections would break the parent's.
 
 
 class EarlyStore:
-    """Holds the store until the runner takes it over. Not thread-safe.
+    """Holds the store of ``async_routes.state`` until the app's runner takes it over. Not
+    thread-safe.
 
-    The runner also takes over an in-memory store. A copy of its values stays here for the next
-    runner, after a fork or in `testing.inline`.
+    The runner holds the threads and connections of the app in this process. If the store is in
+    memory, a copy of its values stays here. The next runner takes over the copy, after a fork or in
+    `testing.inline`.
     """
 
     def __init__(self) -> None:

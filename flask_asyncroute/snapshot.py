@@ -153,10 +153,10 @@ def form_body(
     # A random boundary, so that no value can contain it and add parts.
     boundary = secrets.token_hex(20)
     for name, value in form.items(multi=True):
-        body.write(_part(boundary, {"Content-Disposition": "form-data" + _parameter("name", name)}))
+        body.write(_part(boundary, {"Content-Disposition": "form-data" + _quoted("name", name)}))
         body.write(value.encode("utf-8", "surrogatepass") + b"\r\n")
     for name, file in files.items(multi=True):
-        parameters = _parameter("name", name) + _parameter("filename", file.filename or "")
+        parameters = _quoted("name", name) + _quoted("filename", file.filename or "")
         headers = {
             key: value for key, value in file.headers if key.lower() != "content-disposition"
         }
@@ -175,8 +175,9 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
     return f"--{boundary}\r\n{lines}\r\n".encode("utf-8", "surrogatepass")
 
 
-def _parameter(key: str, text: str | None) -> str:
-    """Return a parameter of a Content-Disposition header, quoted as browsers do (WHATWG HTML)."""
+def _quoted(key: str, text: str | None) -> str:
+    # Quote as browsers do (WHATWG HTML). Only text that quoting would change is encoded as in RFC
+    # 2231, because several versions of Werkzeug strip outer quotation marks from RFC 2231 values.
     # Only text that quoting would change is encoded as in RFC 2231, because several versions of
     # Werkzeug strip outer quotation marks from RFC 2231 values.
     if text is None:

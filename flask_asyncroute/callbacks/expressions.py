@@ -104,18 +104,15 @@ def parse(text: str) -> Template:
     parts: list[str | Expression] = []
     position = 0
     for braces in _BRACES.finditer(text):
-        parts += _literal(text[position : braces.start()], position + 1)
+        parts += _checked_literal(text[position : braces.start()], position + 1)
         parts.append(_expression(braces[1], braces.start(1) + 1))
         position = braces.end()
-    parts += _literal(text[position:], position + 1)
+    parts += _checked_literal(text[position:], position + 1)
     return Template(tuple(parts))
 
 
-def _literal(text: str, at: int) -> list[str]:
-    """Check a literal text. Return a list with the text, or an empty list for an empty text.
-
-    :param at: the position of the text in the setting.
-    """
+def _checked_literal(text: str, at: int) -> list[str]:
+    # An empty text is not a part of a template.
     checked, opened, _ = text.partition("{")
     if "}" in checked:
         raise BadExpression(f"the }} at character {at + text.index('}')} has no {{")
@@ -139,7 +136,7 @@ def _expression(text: str, at: int) -> Expression:
     kind, dot, name = text.removeprefix(_REQUEST).partition(".")
     at += len(_REQUEST)
     if kind.startswith("body"):
-        return Expression(text, "body", _pointer(text, at + len("body")))
+        return Expression(text, "body", _pointer_of_body(text, at + len("body")))
     if kind not in ("query", "header", "path") or not dot:
         problem = f"is not a part of a request; use {_KINDS}"
         raise BadExpression(f"{kind[:40]!r} at character {at} {problem}")
@@ -154,8 +151,8 @@ def _expression(text: str, at: int) -> Expression:
     return Expression(text, kind, name)
 
 
-def _pointer(text: str, at: int) -> str:
-    """Return the JSON pointer that follows ``$request.body``, or "" for the whole body."""
+def _pointer_of_body(text: str, at: int) -> str:
+    # The pointer follows "$request.body". It is empty for the whole body.
     rest = text.removeprefix("$request.body")
     pointer = rest[1:]
     if rest and not rest.startswith("#") or pointer and not pointer.startswith("/"):

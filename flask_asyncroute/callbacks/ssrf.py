@@ -107,10 +107,7 @@ def resolve(host: str, port: int) -> list[str]:
 
 
 def _resolve_within(host: str, port: int, seconds: float) -> list[Address]:
-    """Look up a host name, and wait at most ``seconds`` for the answer.
-
-    :raises NotResolved: if the host has no address, or DNS does not answer in time.
-    """
+    # The system's resolver cannot be interrupted, so it runs on a separate thread.
     # The system's resolver cannot be interrupted, so it runs on a separate thread.
     answers: list[list[Address]] = []
 

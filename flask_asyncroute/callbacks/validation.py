@@ -86,7 +86,7 @@ def check_header_name(label: str, value: Any) -> None:
 
 
 def check_url(label: str, value: Any) -> None:
-    """Raise ConfigurationError if no request could make a callback URL valid."""
+    """Raise ConfigurationError if the declared URL of a callback can never be valid."""
     template = _parsed(label, value)
     if template.is_alone:
         return
@@ -106,7 +106,8 @@ def check_url(label: str, value: Any) -> None:
 
 
 def has_authority(template: Template) -> bool:
-    """Check whether host and port, with the ``/`` after them, are literal text."""
+    """Check that the host in a URL is literal text, so that no expression can change it."""
+    # If the "/" after the authority were missing, an expression could extend the host.
     # If the "/" were missing, an expression could extend the host.
     return _AUTHORITY.match(template.beginning) is not None
 

@@ -75,7 +75,7 @@ def encode_result(value: Any, default: Default, max_bytes: int) -> bytes:
 
 def _encoded(value: Any, default: Default, max_bytes: int, where: str, key: str | None) -> bytes:
     try:
-        body = encode_json(_Walk(default, max_bytes, key).value(value, 0))
+        body = encode_json(_Converter(default, max_bytes, key).value(value, 0))
     except NotStorable as error:
         raise ResultError(error.message(where)) from error.__cause__
     except RecursionError:
@@ -88,7 +88,7 @@ def _encoded(value: Any, default: Default, max_bytes: int, where: str, key: str 
     return body
 
 
-class _Walk:
+class _Converter:
     """Converts one value and its members to types that msgspec can encode."""
 
     # `remaining` is the size limit minus the minimum encoded size of the members so far. For speed

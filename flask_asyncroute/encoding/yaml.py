@@ -1,4 +1,6 @@
-"""Encode documents as YAML. PyYAML is imported on the first call, because that is slow."""
+"""Encode documents as YAML."""
+
+# PyYAML is imported on the first call, because importing it is slow.
 
 from __future__ import annotations
 

@@ -384,11 +384,12 @@ class Notifier(Loop):
             self.wake()  # there are more changes than one call returns
 
     def _skip_own(self, newest: int) -> bool:
-        """Advance the position to before the first change of another process.
+        """Move the read position past the changes that this process has made.
+
+        The position stops before the first change of another process.
 
         :param newest: the number of the newest change in the store.
-        :return: whether this process has made all changes up to ``newest``, so that a poll reads
-            nothing.
+        :return: whether the position has reached ``newest``, so that there is nothing to read.
         """
         if newest < self._since:
             self._own.clear()  # the database was restored, and assigns these numbers again

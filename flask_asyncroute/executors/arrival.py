@@ -127,7 +127,7 @@ def _read(code: CodeType) -> _Code:
 
 
 def _offsets(instructions: Sequence[dis.Instruction], end: int) -> Iterator[tuple[int, int]]:
-    """Yield an instruction's index and offset, for every offset up to the next instruction."""
+    # Yield each index with each offset of its instruction, which is one for each code unit.
     ends = [instruction.offset for instruction in instructions[1:]] + [end]
     for index, (instruction, next_offset) in enumerate(zip(instructions, ends, strict=True)):
         for offset in range(instruction.offset, next_offset, CODE_UNIT):

@@ -69,7 +69,7 @@ class Execution:
         self, user: str | None, epoch: int, seconds: float | None, restarts_on_loss: bool = False,
         attempt: int = 1, retries_left: int = 0,
     ) -> None:  # fmt: skip
-        """Set the values that are known only after this process has claimed the task in the store.
+        """Set the values that are known only after this process has claimed (reserved) the task.
 
         :param epoch: the number of this run of the task.
         :param seconds: the time limit; None: no limit.

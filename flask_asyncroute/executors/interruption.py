@@ -126,7 +126,7 @@ def _try(execution: Execution) -> bool:
             has_moved = now is not frame or now.f_lasti != instruction
             if has_moved and not _is_safe(now, execution):
                 # The thread has moved to a point where the exception would do harm.
-                _withdraw_from(thread_id)
+                _withdraw_exception(thread_id)
                 return False
         return True
     finally:
@@ -134,8 +134,11 @@ def _try(execution: Execution) -> bool:
             gc.enable()
 
 
-def _withdraw_from(thread_id: int) -> None:
-    """Withdraw an exception that was set for a thread and is not raised yet."""
+def _withdraw_exception(thread_id: int) -> None:
+    # The exception was set for the thread and is not raised yet. A withdrawal alone would leave
+    # CPython searching for a pending exception at every instruction, in all threads, and a tracer
+    # would hang. Raising another exception ends the search. So this function also sets an exception
+    # for the calling thread, within the same C call, in which the interpreter does not search.
     # A withdrawal alone would leave CPython searching for a pending exception at every instruction,
     # in all threads, and a tracer would hang. Raising another exception ends the search. So this
     # function also sets an exception for the calling thread, within the same C call, in which the
@@ -149,7 +152,7 @@ def _withdraw_from(thread_id: int) -> None:
 
 
 class _Nothing(BaseException):
-    """Raised by `_withdraw_from` in its own thread."""
+    """An exception that `_withdraw_exception` raises in its own thread and catches."""
 
 
 def _is_safe(frame: FrameType | None, execution: Execution) -> bool:

@@ -73,7 +73,7 @@ def failed(error: BaseException, expose: bool) -> Outcome:
 
         def describe() -> str:
             phrase = error.name if error.code else responses.get(status, error.name)
-            reason = _reason(error)
+            reason = _description_of(error)
             if isinstance(error, BadRequestKeyError) and error.args:
                 reason = f"{reason} (missing: {error.args[0]!r})"
             return f"{status or 500} {phrase}: {reason}".rstrip(": ")
@@ -86,10 +86,10 @@ def failed(error: BaseException, expose: bool) -> Outcome:
     return Outcome(State.FAILED, {"error": clean_text(name, MAX_ERROR)})
 
 
-def _reason(error: HTTPException) -> str:
-    """Return the description that a view or an extension has set, else the status's standard
-    text.
-    """
+def _description_of(error: HTTPException) -> str:
+    # A custom description comes first, then the message of an extension, then the standard text of
+    # the status. Flask-RESTX, Flask-RESTful and webargs put their message into the attribute
+    # `data`; abort(response) puts it into the response.
     # Flask-RESTX, Flask-RESTful and webargs put their message into the attribute `data`;
     # abort(response) puts it into the response.
     # Flask-RESTX, Flask-RESTful and webargs put their message into the attribute `data`;

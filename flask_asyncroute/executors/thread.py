@@ -31,8 +31,8 @@ class ElasticThreadPool(Executor):
     """Calls functions on daemon threads, each in an empty context (:mod:`contextvars`).
 
     :param min_workers: number of threads that do not end when they are idle.
-    :param max_workers: maximum number of threads. Threads that :meth:`abandon` has replaced are not
-        counted. There can be as many of these.
+    :param max_workers: maximum number of threads. Threads whose calls were abandoned are not counted.
+        The pool can have ``max_workers`` of these, too.
     :param idle_seconds: seconds after which an idle thread above the minimum ends.
     """
 
@@ -66,7 +66,7 @@ class ElasticThreadPool(Executor):
             call = (future, partial(fn, *args, **kwargs))
             self._calls.append(call)
             try:
-                self._serve_waiting()
+                self._wake_or_start_thread()
             except RuntimeError:
                 # The system has no more threads. An existing thread will take the call later.
                 if not self._threads:
@@ -75,13 +75,12 @@ class ElasticThreadPool(Executor):
         return future
 
     def abandon(self, future: Future[Any]) -> bool:
-        """Start a replacement for the thread that is running a call.
-
-        The thread ends after that call.
+        """Stop counting the thread that is running a call, so that the pool can start another
+        thread.
 
         :param future: the call, as :meth:`submit` returned it.
-        :return: False if no thread is running the call, or too many threads have already been
-            replaced.
+        :return: False if no thread is running the call, or too many calls have already been
+            abandoned.
         """
         with self._changed:
             thread = self._busy.get(future)
@@ -89,7 +88,7 @@ class ElasticThreadPool(Executor):
                 return False
             self._lingering.add(thread)
             try:
-                self._serve_waiting()
+                self._wake_or_start_thread()
             except RuntimeError:
                 logger.warning(
                     "The pool %s could not replace a hanging thread: no thread can be started.",
@@ -114,8 +113,8 @@ class ElasticThreadPool(Executor):
     def _counted(self) -> int:
         return len(self._threads) - len(self._lingering)
 
-    def _serve_waiting(self) -> None:
-        """Wake or start a thread if a call is waiting. The caller holds the lock."""
+    def _wake_or_start_thread(self) -> None:
+        # The caller holds the lock.
         if self._idle >= len(self._calls):
             self._changed.notify()
         elif self._calls and self._counted() < self._max_workers:
@@ -143,17 +142,14 @@ class ElasticThreadPool(Executor):
                 self._retire(thread)
 
     def _retire(self, thread: threading.Thread) -> bool:
-        """Stop counting a thread that is about to end.
-
-        The caller holds the lock, and must not release it after deciding that the thread ends.
-        Otherwise a new call could wait for this thread.
-        """
+        # Keep the lock between the decision that the thread ends and this call. Otherwise a new
+        # call could wait for the thread.
         self._threads.discard(thread)
         self._lingering.discard(thread)
         return False
 
     def _work_once(self, thread: threading.Thread) -> bool:
-        """Wait for a call and run it. Return whether the thread is still needed."""
+        """Wait for a call and run it. Return whether this thread must continue."""
         with self._changed:
             if self._counted() > self._max_workers:
                 return self._retire(thread)

@@ -75,11 +75,11 @@ def _disconnect(connection: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rendered:
-    """An encoded event. All streams share it.
+class _EncodedEvent:
+    """An encoded event, which all streams share.
 
-    :param change: the number that the store has given to the change.
-    :param is_end: whether the event reports the task's end.
+    :param change: the number that the store has given to the change of the task.
+    :param is_end: whether the event reports the end of the task.
     """
 
     change: int
@@ -90,14 +90,14 @@ class _Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class _Page:
+class _EncodedPage:
     """Encoded events that were read together.
 
     :param change: the number of the last change that was read.
     """
 
     change: int
-    events: Sequence[_Rendered]
+    events: Sequence[_EncodedEvent]
 
 
 class Stream:
@@ -133,15 +133,15 @@ class Stream:
     def may_read(self, task: AsyncRouteTask) -> bool:
         raise NotImplementedError
 
-    def is_known(self, event: _Rendered) -> bool:
+    def is_known(self, event: _EncodedEvent) -> bool:
         """Check whether the start of the stream already contains what an event reports."""
         return False
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the encoded events until the stream ends.
 
-        If this process has too many streams, only `beginning` is sent, and the client reconnects
-        later.
+        If this process has too many streams, only the start of the stream is sent. The client then
+        reconnects later.
         """
         # Count the stream only when the server begins to send. Otherwise, an `after_request`
         # function that fails or replaces the response would leave it counted.
@@ -175,9 +175,9 @@ class Stream:
                 except AsyncRouteError as error:
                     # Catch this inside `subscribed`, which disconnects a client that stops reading.
                     subscriber.must_be_sent_by = time.monotonic() + LATE_SECONDS
-                    yield _ended_early(error)
+                    yield _log_and_reconnect(error)
         except AsyncRouteError as error:
-            yield _ended_early(error)
+            yield _log_and_reconnect(error)
 
     def _follow(self, subscriber: Subscriber) -> Iterator[bytes]:
         """Yield past events, then new events.
@@ -194,7 +194,7 @@ class Stream:
         since = self.since or 0
         while True:
             subscriber.clear()
-            found = self._read(since)
+            found = self._read_after(since)
             is_over = self.task_id is not None and any(event.is_end for event in found.events)
             has_more = len(found.events) == PAGE
             since = found.change
@@ -217,7 +217,7 @@ class Stream:
                 except Exception as error:
                     # The identity loader refuses the caller or fails. The client sees why when it
                     # reconnects.
-                    yield _ended_early(error)
+                    yield _log_and_reconnect(error)
                     return
                 if self.task_id is not None:
                     task = self._task(self.task_id)
@@ -230,8 +230,8 @@ class Stream:
                 due = min(ends_at, identify_at, heartbeat_at)
                 subscriber.wait(max(due - time.monotonic(), 0.0))
 
-    def _read(self, since: int) -> _Page:
-        """Return the next events after the change with the number ``since``."""
+    def _read_after(self, since: int) -> _EncodedPage:
+        # Streams share the result. Each stream skips the events that its caller may not read.
         # Streams share the result. Each stream skips the events that its caller may not read.
 
         read = partial(_read_page, self.runner.store, self.ids, self.task_id, self.group)
@@ -247,7 +247,7 @@ class Stream:
         reads = self.runner.notifier.shared_reads
         return reads.get(task_id, lambda: self.runner.store.get(task_id))
 
-    def _frames(self, events: Sequence[_Rendered]) -> Iterator[bytes]:
+    def _frames(self, events: Sequence[_EncodedEvent]) -> Iterator[bytes]:
         piece = b""
         for event in events:
             if self.is_known(event) or not self.may_read(event.task):
@@ -269,7 +269,7 @@ class Stream:
 
 def _read_page(
     store: TaskStore, ids: EventIds, task_id: str | None, group: str | None, since: int
-) -> _Page:
+) -> _EncodedPage:
     found = store.events(since, PAGE, task_id, group)
     # Events can be large, so free each after encoding it.
     events = deque(found.events)
@@ -277,8 +277,8 @@ def _read_page(
     del found
     rendered = []
     while events:
-        rendered.append(_rendered(events.popleft(), ids))
-    return _Page(change, rendered)
+        rendered.append(_encoded(events.popleft(), ids))
+    return _EncodedPage(change, rendered)
 
 
 class TaskStream(Stream):
@@ -297,7 +297,7 @@ class TaskStream(Stream):
     def may_read(self, task: AsyncRouteTask) -> bool:
         return may_read(self.caller, task.user, task.granted, self.runner.config.admins)
 
-    def is_known(self, event: _Rendered) -> bool:
+    def is_known(self, event: _EncodedEvent) -> bool:
         if self.since is not None or event.change > self.known:
             return False
         return event.name in (STATE, PROGRESS) and not event.is_end
@@ -332,14 +332,14 @@ def stream_response(current: Request, stream: Stream) -> Response:
     return Response(body, 200, HEADERS, content_type=CONTENT_TYPE)
 
 
-def _ended_early(error: Exception) -> bytes:
-    """Log an error that ends a stream. Return the data that makes the client reconnect."""
+def _log_and_reconnect(error: Exception) -> bytes:
+    # The returned data makes the client reconnect.
     logger.warning(
         "An event stream was interrupted. The client will reconnect and miss no event: %s", error
     )
     return retry(RETRY_MS)
 
 
-def _rendered(event: Event, ids: EventIds) -> _Rendered:
+def _encoded(event: Event, ids: EventIds) -> _EncodedEvent:
     is_end = event.name == STATE and event.data is None and event.task.state.is_terminal
-    return _Rendered(event.change, event.name, event.task, is_end, frame(event, ids))
+    return _EncodedEvent(event.change, event.name, event.task, is_end, frame(event, ids))

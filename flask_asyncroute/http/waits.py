@@ -137,7 +137,7 @@ class _Held(Response):
             if self.final:  # a compressor can yield a header of its format first
                 break
         if self.final:
-            self._complete(self.final[0])
+            self._copy_final(self.final[0])
         if self.headers.get("Content-Encoding") == IDENTITY:
             del self.headers["Content-Encoding"]
         start_response(self.status, self.get_wsgi_headers(environ).to_wsgi_list())
@@ -147,8 +147,8 @@ class _Held(Response):
         yield from begun
         yield from pieces
 
-    def _complete(self, final: Response) -> None:
-        """Copy the status and headers of the final response, except those that the app has set."""
+    def _copy_final(self, final: Response) -> None:
+        # Keep the status and headers that the app has set.
         if self.status == self.announced.status:
             self.status = final.status
         if final.mimetype != self.announced.mimetype:  # the final document is a problem
@@ -166,6 +166,6 @@ class _Held(Response):
 
 @lru_cache
 def _held_class(base: type[Response]) -> Any:
-    """Return a subclass of `_Held` and of the app's response class ``base``."""
+    # Flask would convert any other response to `base`, and so remove the wait.
     # Flask would convert any other response to `base`, and so remove the wait.
     return type("HeldResponse", (_Held, base), {})

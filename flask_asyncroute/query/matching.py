@@ -26,7 +26,7 @@ def sql_like(text: str) -> str:
 
 def is_like(text: str, pattern: str) -> bool:
     folded, start = text.translate(ASCII_LOWER), 0
-    for finder in _finders(pattern):
+    for finder in _regular_expressions(pattern):
         # The first match leaves the most text for the next part, so others are not tried.
         found = finder.search(folded, start)
         if found is None:
@@ -36,8 +36,9 @@ def is_like(text: str, pattern: str) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _finders(pattern: str) -> list[re.Pattern[str]]:
-    """Compile each part of the pattern between ``*`` to a regular expression."""
+def _regular_expressions(pattern: str) -> list[re.Pattern[str]]:
+    # There is one for each part of the pattern between "*". They have no quantifiers, so a search
+    # does not backtrack.
     # The expressions have no quantifiers, so a search does not backtrack.
     parts = filter(None, pattern.translate(ASCII_LOWER).split("*"))
     return [re.compile(".".join(map(re.escape, part.split("?"))), re.DOTALL) for part in parts]

@@ -50,7 +50,7 @@ def parse_get(query_string: str) -> Query:
     :param query_string: as in WSGI: not decoded, with one character for each byte (PEP 3333).
     :raises InvalidQuery: if a part is unknown, malformed, repeated or over a limit.
     """
-    paging, others = _parameters(query_string)
+    paging, others = _split_query_string(query_string)
     deep = {name: raw for name, raw in others.items() if name.partition("[")[0] == "filter"}
     simple = {name: raw for name, raw in others.items() if name not in deep}
     if deep and simple:
@@ -68,7 +68,7 @@ def parse_post(query_string: str, document: Any) -> Query:
     :param document: the decoded body. The caller must have refused duplicate names.
     :raises InvalidQuery: if a part is unknown, malformed, repeated or over a limit.
     """
-    paging, others = _parameters(query_string)
+    paging, others = _split_query_string(query_string)
     for name in others:
         raise InvalidQuery(
             f"The parameter {shown(name)} cannot be combined with a JSON body. Put all conditions "
@@ -220,8 +220,8 @@ def _split_at_commas(first: str, raw: str) -> Iterator[tuple[str, str, str]]:
     yield name, ",".join(value), hint
 
 
-def _parameters(query_string: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Split a query string into paging parameters (decoded) and other parameters (not decoded)."""
+def _split_query_string(query_string: str) -> tuple[dict[str, str], dict[str, str]]:
+    # Return the paging parameters (decoded) and the other parameters (not decoded yet).
     if len(query_string) > MAX_QUERY_STRING:
         raise InvalidQuery(f"The query string has over {MAX_QUERY_STRING} characters; shorten it.")
     paging: dict[str, str] = {}

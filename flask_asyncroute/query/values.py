@@ -130,7 +130,7 @@ def _refused(field: Field, what: str, wanted: str) -> InvalidQuery:
 
 
 def _described(value: Any) -> str:
-    """Describe a value by its type, because its text can be long."""
+    # Describe most values by their type, because their text can be long.
     if value is None:
         return "null"
     if isinstance(value, str):

@@ -38,7 +38,8 @@ def in_app(app: Flask) -> Iterator[None]:
 
 @contextmanager
 def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
-    """Within the block, the context of an earlier request without its body is active."""
+    """Within the block, the context of an earlier request is active. The request has no body."""
+    # It serves to identify the caller again.
     # It serves to identify the caller again.
     with app.request_context({**environ, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr}):
         yield
@@ -110,7 +111,11 @@ def _load_session(data: str | None) -> dict[str, Any]:
 def _warn_of_writes(session: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
     # Each combination of route and keys is logged once per process.
     # Each combination of route and keys is logged once per process.
-    names = [name for name in {**saved, **session} if _text(session, name) != _text(saved, name)]
+    names = [
+        name
+        for name in {**saved, **session}
+        if _stored_form(session, name) != _stored_form(saved, name)
+    ]
     if not names:
         return
     keys = ", ".join(sorted(map(repr, names)))
@@ -130,8 +135,8 @@ def _warn_once(subject: str, message: str, *arguments: Any) -> None:
         logger.warning(message, *arguments)
 
 
-def _text(values: Mapping[Any, Any], name: Any) -> str | None:
-    """Return the stored form of a value. Returns None if the value is missing."""
+def _stored_form(values: Mapping[Any, Any], name: Any) -> str | None:
+    # Stored forms are compared, because comparing the values themselves fails for arrays.
     # Stored forms are compared, because comparing the values themselves fails for arrays.
     if name not in values:
         return None

@@ -20,8 +20,9 @@ from ..task import AsyncRouteTask
 AT_ONCE = 0
 """The due time of a callback that must be sent immediately, whatever the clock says."""
 # No retry waits this long, so the clock was set back.
+# No retry waits this long, so the clock was set back.
 LONGEST_US = 7_200_000_000
-"""A callback that is due later than this, in microseconds from now, is sent now."""
+"""Maximum microseconds until a callback is due. A callback with a later due time is sent now."""
 PER_HOST = 2
 """Maximum number of callbacks that all processes together send to one host at the same time."""
 

@@ -209,9 +209,10 @@ class Sender:
 
 
 def _next(attempts: int, outcome: Outcome, most: int) -> tuple[str, int | None]:
-    """Return a callback's state after an attempt, and the time of the next attempt; None: no more.
+    """Return the state of a callback after an attempt, and when the next attempt is due.
 
     :param most: maximum number of attempts.
+    :return: the time is None if no attempt follows.
     """
     if outcome.is_sent:
         return COMPLETED, None

@@ -73,10 +73,11 @@ def difference(ours: Views, theirs: Views) -> str | None:
 
 
 def supersede_others(runner: Runner) -> None:
-    """Register a runner whose store has been opened.
+    """Register a runner (the threads and the store of an app in this process) after opening its
+    store.
 
     From now on, :func:`refuse_superseded` raises an error for older runners of other apps that use
-    the same namespace of the same store. This lasts until :func:`leave` is called for ``runner``.
+    the same namespace of the same store. Call :func:`leave` to end this.
     """
     # Register first: if two runners register at once, both are then refused.
     _opened[id(runner)] = runner

@@ -129,7 +129,7 @@ def _boot() -> str:
 
 
 def _state_of(pid: int) -> tuple[str, str]:
-    """Return the state letter and the start time of a process, as in proc(5)."""
+    """Return the state letter and the start time of a process; see proc(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
     return fields[0], fields[19]
 

@@ -17,10 +17,13 @@ logger = logging.getLogger("flask_asyncroute")
 
 # The gap is longer than a check of a slow store takes. It is shorter than the lease (LEASE_SECONDS
 # of `heartbeat`) by more than a heartbeat interval.
+# The gap is longer than a check of a slow store takes. It is shorter than the lease (LEASE_SECONDS
+# of `heartbeat`) by more than a heartbeat interval.
 GAP_SECONDS = 15.0
-"""Seconds between two checks after which missing heartbeats prove nothing.
+"""Maximum seconds between two checks of the heartbeats.
 
-After such a gap, this process or the store was stalled.
+After a longer gap, this process or the store was stalled. Then a missing heartbeat does not mean
+that a worker is dead.
 """
 CONFIRM_SECONDS = 0.4  # a lock can be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0

@@ -60,8 +60,9 @@ _began_at: float | None = None  # when the shutdown was first noticed (monotonic
 def is_server_ending() -> bool:
     """Check whether gunicorn or uvicorn is stopping this process.
 
-    The time ``ASYNCROUTE_DRAIN`` begins when this function first returns True.
+    The time limit ``ASYNCROUTE_DRAIN`` begins when this function first returns True.
     """
+    # gunicorn stops a process after a signal or after `max_requests`.
     # gunicorn stops a process after a signal or after `max_requests`.
     is_ending = any(
         not getattr(server, "alive", True) or getattr(server, "should_exit", False)
@@ -86,7 +87,7 @@ def restart_gunicorn_timeout() -> float:
 
 
 def _known_servers() -> list[Any]:
-    """Return the gunicorn workers and uvicorn servers of this process."""
+    # A server is found if a signal handler of this process is its method.
     # A server is found if a signal handler of this process is its method.
     for number in _SIGNALS:
         server = getattr(signal.getsignal(number), "__self__", None)

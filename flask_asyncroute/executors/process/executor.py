@@ -89,7 +89,7 @@ class ProcessTaskExecutor(PooledTaskExecutor):
         try:
             child.send(job, body)
             self.refill()
-            return _follow(child, execution)
+            return _receive_outcome(child, execution)
         finally:
             execution.cancel_with(None)
 
@@ -116,11 +116,8 @@ def _drop_all(children: deque[Child]) -> None:
         children.popleft().drop()
 
 
-def _follow(child: Child, execution: Execution) -> Outcome:
-    """Pass a child's progress and events to ``execution`` until the view ends.
-
-    Return the outcome that the child reports.
-    """
+def _receive_outcome(child: Child, execution: Execution) -> Outcome:
+    # Until the outcome arrives, pass the child's progress and events on.
     try:
         for kind, payload in child.listen():
             if kind == protocol.PROGRESS:

@@ -26,13 +26,13 @@ from . import kill_pipe
 
 logger = logging.getLogger("flask_asyncroute")
 
+# With -c, child processes have no `__main__` module to import again.
 PROGRAM = (
     "import sys; sys.path[:] = sys.argv[4:]; "
     "from flask_asyncroute.executors.process.forkserver import main; "
     "main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 )
-"""The program text for ``python -c``. Without a script file, children import no ``__main__`` again.
-"""
+"""The program text for ``python -c``."""
 
 DESCRIPTORS = 3  # received with each request for a child
 STATUS = struct.Struct("!i")
@@ -78,7 +78,7 @@ def main(modules: str, control: int, kill_end: int) -> None:
             )
         # A store that the app opened for `async_routes.state` must not cause a restart.
         child.close_early_stores()
-        if threading.active_count() > 1 or any(map(_is_unsafe, _descriptors() - before)):
+        if threading.active_count() > 1 or any(map(_is_unsafe_to_share, _descriptors() - before)):
             _restart_without_app(ours, control, kill_end)
     gc.collect()
     gc.freeze()
@@ -91,8 +91,8 @@ def _descriptors() -> set[int]:
     return {int(name) for name in listed if os.path.exists(f"/proc/self/fd/{name}")}
 
 
-def _is_unsafe(descriptor: int) -> bool:
-    """Check whether child processes could do harm by sharing an open file, such as a connection."""
+def _is_unsafe_to_share(descriptor: int) -> bool:
+    # Child processes can share log files and devices, but not connections.
     # Log files and devices are harmless.
     kind = os.fstat(descriptor).st_mode
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
@@ -141,7 +141,7 @@ class _Server:
             ready = [descriptor for descriptor, _ in poll.poll()]
             if woken in ready:
                 os.read(woken, 4096)
-                self._reap()
+                self._reap_children()
             if self._control.fileno() in ready:
                 data, descriptors, _, _ = _recv_fds(self._control, 1, DESCRIPTORS)
                 if data:
@@ -193,8 +193,8 @@ class _Server:
                     stream.flush()
             os._exit(code)
 
-    def _reap(self) -> None:
-        """Report the exit status of ended children, and kill the rest of their process groups."""
+    def _reap_children(self) -> None:
+        # Report the exit statuses, and kill the rest of the process groups.
         while self._children:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:

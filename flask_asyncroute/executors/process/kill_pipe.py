@@ -47,7 +47,9 @@ class KillPipe:
 
 
 def attach(read_end: int, owner: int) -> None:
-    """Make the pipe kill a process. This lasts while any process has ``read_end`` open.
+    """Make a pipe kill a process when data is written to the pipe or its write end is closed.
+
+    This lasts while any process has ``read_end`` open.
 
     :param owner: a process id, or the negative id of a process group (F_SETOWN in `fcntl(2)`).
     """

@@ -175,7 +175,7 @@ def _start_server(modules: str) -> tuple[socket.socket, int, ExitStack]:
         ends = (their_control.fileno(), _kill_pipe(ours, theirs).read_end)
         # Use new numbers: dup2() to the same number would leave close-on-exec set.
         numbers = (max(ends) + 1, max(ends) + 2)
-        executable = _python()
+        executable = _python_executable()
         pid = os.posix_spawn(
             executable,
             [executable, *forkserver.command(modules, *numbers)],
@@ -215,8 +215,9 @@ def _kill_pipe(ours: ExitStack, theirs: ExitStack) -> KillPipe:
     return pipe
 
 
-def _python() -> str:
-    """Return the path of the Python interpreter of this environment."""
+def _python_executable() -> str:
+    # In servers that embed Python, such as uWSGI, get_executable() returns the server, or an
+    # interpreter outside the virtual environment.
     # In servers that embed Python, such as uWSGI, get_executable() returns the server, or an
     # interpreter outside the virtual environment.
     named = os.fsdecode(get_executable())

@@ -77,7 +77,10 @@ class EventLog:
                 self._add(cursor, task.id, change, event, task.epoch)
 
     def read(self, since: int, most: int, task_id: str | None, group: str | None) -> Events:
-        """Return at most ``most`` events after a change number; see `TaskStore.events`."""
+        """Return at most ``most`` events after the change with the number ``since``.
+
+        See `TaskStore.events`.
+        """
         change = self.newest()
         statement = self._sql.events_since(task_id is not None, group is not None)
         values = {
@@ -89,7 +92,7 @@ class EventLog:
         return Events(last if len(found) == most else change, found)
 
     def changes_since(self, since: int, worker: str | None) -> Changes:
-        """Return the tasks that have changed since a change number.
+        """Return the tasks that have changed after the change with the number ``since``.
 
         See `SharedTaskStore.changes_since`.
         """
@@ -115,7 +118,7 @@ class EventLog:
         return Changes(change, tasks, sent)
 
     def newest(self) -> int:
-        """Return the change number of the newest change in the namespace."""
+        """Return the highest number that the store has given to a change."""
         row = self._database.fetch_one(self._sql.get_change, {"ns": self._namespace.key})
         return int(row.change)
 

@@ -138,7 +138,9 @@ def _single(
     shape: Shape, sort: str, descending: bool, is_after_missing: bool | None, anonymous: bool
 ) -> Select[Any]:
     query = select(*_LISTED).where(
-        _IS_IN_NAMESPACE, *_conditions(shape, tasks), *_after(sort, descending, is_after_missing)
+        _IS_IN_NAMESPACE,
+        *_conditions(shape, tasks),
+        *_after_position(sort, descending, is_after_missing),
     )
     if anonymous:
         query = query.where(tasks.c.user == _NO_USER)
@@ -149,13 +151,13 @@ def _merged(
     shape: Shape, sort: str, descending: bool, is_after_missing: bool | None,
     reader_shape: tuple[bool, bool, int] | None,
 ) -> Select[Any]:  # fmt: skip
-    """Build the query that selects ids from one index range per reader and State."""
+    """Build the query that searches one index range for each reader and State, and selects ids."""
     keys = [tasks.c.id, tasks.c.created_us, tasks.c[FIELDS[sort].attribute].label("sorted")]
     states = [None] if ("State", Operator.EQ) in shape else list(State)
     branches = []
 
     def add(table: FromClause, source: FromClause, *reader: ColumnElement[bool]) -> None:
-        after = _after(sort, descending, is_after_missing, table)
+        after = _after_position(sort, descending, is_after_missing, table)
         for state in states:
             where = [table.c.namespace == bindparam("ns"), *_conditions(shape, table), *reader]
             if state is not None:
@@ -210,7 +212,7 @@ def _conditions(shape: Shape, table: FromClause) -> list[ColumnElement[bool]]:
     return where
 
 
-def _after(
+def _after_position(
     sort: str, descending: bool, is_after_missing: bool | None, table: FromClause = tasks
 ) -> list[ColumnElement[bool]]:
     """Build the SQL conditions that select only the tasks after the position of the previous page.

@@ -91,8 +91,7 @@ def make_store(setting: str, folder: str, namespace: str, create_tables: bool) -
 
 
 class _Row(sqlite3.Row):
-    """A row that has its columns as attributes, like the rows of SQLAlchemy."""
-
+    # The columns are attributes, as in the rows of SQLAlchemy.
     __slots__ = ()
     __getattr__ = sqlite3.Row.__getitem__
 
@@ -259,9 +258,7 @@ class SQLiteDatabase(Database):
         raise StoreUnavailable(UNAVAILABLE, retry_after=5)
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Call ``work`` with a connection that no other thread is using. Retry once after an
-        error.
-        """
+        # Retry once after an error, on another connection.
         self._check()
         if not self._read_slots.acquire(BUSY_SECONDS):
             raise self.unavailable(
@@ -291,7 +288,8 @@ class SQLiteDatabase(Database):
         return done
 
     def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Call ``work`` with the write connection. A failed write changes nothing."""
+        # A failed write changes nothing. It is not retried, because it has already waited for
+        # locks.
         # A failed write is not retried, because it has already waited for locks.
         self._check()
         if not self._write_lock.acquire(timeout=BUSY_SECONDS):
@@ -358,7 +356,7 @@ def _create(path: Path) -> None:
     if _identity(path) is not None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.parent):
+    with _creation_lock(path.parent):
         if _identity(path) is not None:
             return
         # Delete the files of a deleted database. Processes that still use it have them open, and
@@ -370,7 +368,7 @@ def _create(path: Path) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _creation_lock(folder: Path) -> Iterator[None]:
     """Within the block, keep other processes from creating a database in a folder."""
     # Without the lock, a second process that also found no database could delete the "-wal" file of
     # the new one. Windows needs no lock, because it does not delete open files.
