@@ -31,8 +31,8 @@ class ElasticThreadPool(Executor):
     """Calls functions on daemon threads, each in an empty context (:mod:`contextvars`).
 
     :param min_workers: number of threads that do not end when they are idle.
-    :param max_workers: maximum number of threads. Threads whose calls were abandoned are not counted.
-        The pool can have ``max_workers`` of these, too.
+    :param max_workers: maximum number of threads. Threads whose calls were abandoned are not
+        counted. The pool can have ``max_workers`` of these, too.
     :param idle_seconds: seconds after which an idle thread above the minimum ends.
     """
 

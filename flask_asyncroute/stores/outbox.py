@@ -54,7 +54,9 @@ class Outbox(ABC):
 
     @abstractmethod
     def next_due(self, now_us: int) -> int | None:
-        """Return the time when the next unclaimed callback is due, in microseconds since the epoch.
+        """Return the time when the next callback is due, in microseconds since the epoch.
+
+        Callbacks that a process has claimed do not count.
 
         :return: :data:`AT_ONCE` if a callback is due now; None if no callback has a due time.
         """

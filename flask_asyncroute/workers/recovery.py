@@ -1,4 +1,7 @@
-"""Detect dead workers and recover their tasks. Several processes can do this concurrently."""
+"""Detect dead worker processes and recover their tasks.
+
+Several processes can do this concurrently.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class EventLog:
     def add(
         self, cursor: Cursor, task_id: str, epoch: int, sent: Sequence[ViewEvent]
     ) -> Sequence[int]:
-        """Add events that a view has sent, and return their change numbers.
+        """Add events that a view has sent. Return the numbers that the store has given to them.
 
         If the task then has too many events, the oldest are removed. Events that are already stored
         are skipped.
