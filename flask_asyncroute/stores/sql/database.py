@@ -182,11 +182,13 @@ def _ensured(write: Callable[[], T], find: Callable[[], T | None]) -> T:
     if found is not None:
         return found
     # The server may still be executing the first write, because it notices late that the client has
-    # disconnected. If the first write commits first, the second changes nothing or raises
-    # Duplicate.
+    # disconnected. If the first write commits first, the second changes nothing or is refused,
+    # for example because the first has taken the key.
     try:
         done = write()
-    except Duplicate:
+    except StoreUnavailable:
+        raise
+    except Exception:
         found = find()
         if found is None:
             raise

@@ -280,13 +280,19 @@ class Statements:
             ON tasks.id = keys.task_id AND tasks.{_IN_NAMESPACE}
         WHERE keys.name = :name AND keys.{_IN_NAMESPACE}"""
     delete_keys = f"DELETE FROM asyncroute_keys WHERE {_OF_TASK}"
-    # Waits for an open transaction with the same key, but not for long.
+    # Waits for an open transaction with the same key, but not for long. A frozen process must not
+    # hold the key; see `_LOCKED`.
     add_unique_key = f"""
-        [postgresql: WITH waiting AS MATERIALIZED (
-            SELECT set_config('lock_timeout', '{UNIQUE_WAIT_MS}', true))]
+        [postgresql: WITH before AS MATERIALIZED (
+            SELECT current_setting('lock_timeout') AS lock_timeout),
+        waiting AS MATERIALIZED (
+            SELECT set_config('lock_timeout', '{UNIQUE_WAIT_MS}', true),
+                set_config('idle_in_transaction_session_timeout', '{FROZEN_MS}', true)
+            FROM before)]
         INSERT INTO asyncroute_keys (namespace, name, fingerprint, task_id)
         SELECT CAST(:ns AS INTEGER), :unique_key, '', :id [postgresql: FROM waiting] WHERE true
-        ON CONFLICT DO NOTHING RETURNING task_id"""
+        ON CONFLICT DO NOTHING RETURNING task_id
+            [postgresql: , (SELECT set_config('lock_timeout', lock_timeout, true) FROM before)]"""
     release_unique_key = f"""
         DELETE FROM asyncroute_keys
         WHERE name = :unique_key AND {_IN_NAMESPACE} AND task_id = :task_id"""
