@@ -265,8 +265,7 @@ class Dispatcher:
             # Everyone who knows the id may read an anonymous task, so do not send the id.
             is_anonymous = task.user is None and task.permission_json is None
             is_allowed = caller.is_in(self.config.admins) or (
-                not is_anonymous
-                and may_read(caller, task.user, task.granted, self.config.admins)
+                not is_anonymous and may_read(caller, task.user, task.granted, self.config.admins)
             )
         if not is_allowed:
             raise errors.TaskExists(
