@@ -28,6 +28,7 @@ from tests.support.waiting import eventually_true
 
 MakeFaulty = Callable[..., Flow]
 
+CREDENTIALS = {"Authorization": "Bearer a"}
 ENDS = ("Completed", "Failed", "Aborted")
 
 
@@ -467,20 +468,84 @@ def test_a_start_with_an_unknown_commit_does_not_stay_waiting(make_faulty: MakeF
     eventually_true(lambda: all(task["IsCompleted"] for task in flow.query()))
 
 
+@pytest.mark.covers("F44")
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+def test_a_unique_start_with_an_unknown_commit_is_kept(
+    make_faulty: MakeFaulty, gate: threading.Event
+) -> None:
+    """Another start can get its id before an undo, so the task must not be removed."""
+    fault = Nth(1, "after")
+    flow = make_faulty(lambda name: fault(name) if name == "add" else None)
+    runs: list[str] = []
+
+    @flow.route(unique=True)
+    def work() -> None:
+        runs.append(current_task.id)
+        gate.wait(10)
+
+    flow.headers = CREDENTIALS
+    flow.start(status=503)
+    task = flow.start()
+    flow.became(task, "Running")
+    gate.set()
+    flow.ended(task)
+    assert flow.ids() == [task["Id"]] == runs
+
+
+@pytest.mark.covers("F44")
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+def test_a_unique_start_with_an_unknown_commit_on_an_own_executor_is_removed(
+    make_faulty: MakeFaulty,
+) -> None:
+    """No process would run it, so it would hold its key forever."""
+    fault = Nth(1, "after")
+    flow = make_faulty(lambda name: fault(name) if name == "add" else None)
+    runs: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        @flow.route(unique=True, executor=pool)
+        def work() -> None:
+            runs.append(current_task.id)
+
+        flow.headers = CREDENTIALS
+        flow.start(status=503)
+        eventually_true(lambda: not flow.query())
+        task = flow.run()
+        assert flow.ids() == [task["Id"]] == runs
+
+
+@pytest.mark.parametrize("name", ["started_with", "add"])
+def test_a_unique_start_while_the_store_is_down_leaves_no_key(
+    make_faulty: MakeFaulty, name: str
+) -> None:
+    fault = Down(name)
+    flow = make_faulty(fault)
+
+    @flow.route(unique=True, max_workers=1, queue_size=0)
+    def work() -> None: ...
+
+    fault.is_down = True
+    for _ in range(2):
+        flow.start(status=503)
+    fault.is_down = False
+    flow.run()
+    assert fault.refused == [name] * 2
+
+
 class Scenario:
     """Two tasks, one that completes and one that is stopped, followed by a list and a purge."""
 
-    def __init__(self, flow: Flow, hear: Any) -> None:
+    def __init__(self, flow: Flow, hear: Any, is_unique: bool) -> None:
         self.flow = flow
         self.finished = hear(signals.task_finished, sender=flow.app)
         self.begun = threading.Event()
 
-        @flow.route("/ends", max_workers=2)
+        @flow.route("/ends", max_workers=2, unique=is_unique)
         def ends() -> Any:
             current_task.progress = 10
             return {"Done": True}
 
-        @flow.route("/waits", max_workers=2)
+        @flow.route("/waits", max_workers=2, unique=is_unique)
         def waits() -> Any:
             self.begun.set()
             current_task.sleep(20)
@@ -532,9 +597,10 @@ class Scenario:
 
 @pytest.mark.covers("F44", "I1", "I2", "I3", "I4")
 @pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("is_unique", [False, True], ids=["", "unique"])
 @pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
 def test_the_invariants_hold_if_the_nth_call_of_the_store_fails(
-    make_faulty: MakeFaulty, how: str, hear: Any, gate: threading.Event
+    make_faulty: MakeFaulty, how: str, is_unique: bool, hear: Any, gate: threading.Event
 ) -> None:
     """Reads by background maintenance count as well, so the Nth call is not always the same one."""
     number = 0
@@ -542,7 +608,8 @@ def test_the_invariants_hold_if_the_nth_call_of_the_store_fails(
         number += 1
         fault = Nth(number, how)
         flow = make_faulty(fault, ASYNCROUTE_NAMESPACE=f"of-{number}")
-        scenario = Scenario(flow, hear)
+        flow.headers = CREDENTIALS
+        scenario = Scenario(flow, hear, is_unique)
         accepted = scenario.play()
         calls = fault.disarm()
         runner = runtime_of(flow.app).runner
