@@ -242,6 +242,18 @@ def test_a_stop_kills_the_child_at_once(children: Flow, path: str) -> None:
     assert time.monotonic() - began < 0.5
 
 
+def test_a_task_in_a_child_process_holds_its_unique_key_until_it_ends(children: Flow) -> None:
+    known = {"Authorization": "Bearer a"}
+    task = children.start("/unique", headers=known)
+    eventually_true(lambda: children.get(task).get("Progress"))
+    assert children.start("/unique", headers=known)["Id"] == task["Id"]
+    children.stop(task)
+    another = children.start("/unique", headers=known)
+    assert another["Id"] != task["Id"]
+    children.stop(another)
+    assert children.still(another)["State"] == "Aborted"
+
+
 def test_a_stop_before_the_child_has_started(child: Flow) -> None:
     for _ in range(10):
         task = child.start("/spin")

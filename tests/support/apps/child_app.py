@@ -193,6 +193,11 @@ def create_app(**config: Any) -> Flask:
         time.sleep(seconds)
         return "slept"
 
+    @route("/unique", unique=True)
+    def unique() -> None:
+        current_task.set_progress(1)
+        time.sleep(30)
+
     @route("/brief", timeout=0.3)
     def brief() -> Any:
         time.sleep(30)
