@@ -240,7 +240,7 @@ class Statements:
     get_request = f"SELECT request, {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_locked_task = _lock_task(RECORD, _IS_TASK)
     claim_task = _claim(_CAN_START)
-    claim_plain_task = _claim(f"{_CAN_START} AND {_IS_PLAIN}")
+    claim_plain_task = _claim(f"{_CAN_START} AND permission_json IS NULL")
     tasks_past_retention = f"""
         SELECT id FROM asyncroute_tasks
         WHERE namespace = :ns AND remove_after_us < :now AND stopping = 0
