@@ -76,7 +76,7 @@ def run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
     """
     next_us = _run_safely(runner, executor, task_id)
     while executor.runs_inline and next_us is not None:
-        while not runner.dispatcher.is_closing and (wait_us := next_us - now_us()) > 0:
+        while not runner.dispatcher.is_closing and (wait_us := next_us - runner.store.now_us()) > 0:
             time.sleep(min(wait_us / 1_000_000, INLINE_WAIT_SECONDS))
         next_us = _run_safely(runner, executor, task_id)
 
@@ -153,7 +153,7 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> int | None:
                 # The shutdown has stopped the run, so ignore the view's return value.
                 write = partial(lifecycle.cut_short, execution, is_over=True)
             elif outcome.can_retry and execution.retries_left and not execution.stop.is_set():
-                next_us = completed_us + _delay_us(runner, task, outcome)
+                next_us = runner.store.now_us() + _delay_us(runner, task, outcome)
                 error = outcome.values["error"]
                 write = partial(lifecycle.retry, execution, error, next_us, executor.is_bound)
             else:

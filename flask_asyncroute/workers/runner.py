@@ -233,9 +233,10 @@ class Runner:
         limits = {name: limit for name, limit in limits.items() if limit}
         if not limits:
             return
-        now = now_us()
+        before = now_us() - TAKEOVER_AFTER_US
+        now = self.store.now_us()
         soon = now + int(LOOK_SECONDS * 1_000_000)
-        found = self.store.waiting(limits, now - TAKEOVER_AFTER_US, soon, self.lifecycle.owner)
+        found = self.store.waiting(limits, before, soon, self.lifecycle.owner)
         for task_id, endpoint, due_us in found:
             if now < due_us < soon:
                 self._take_over_at(due_us)
@@ -252,7 +253,7 @@ class Runner:
 
     def _take_over_at(self, time_us: int) -> None:
         """Call :meth:`_take_over` at this time, or earlier."""
-        self._take_over_job.hasten(time.monotonic() + (time_us - now_us()) / 1_000_000)
+        self._take_over_job.hasten(time.monotonic() + (time_us - self.store.now_us()) / 1_000_000)
         self.maintenance.wake()
 
     def _takeover_capacity(self, pool: str) -> int:
