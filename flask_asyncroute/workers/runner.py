@@ -39,6 +39,7 @@ from .recovery import Recovery
 logger = logging.getLogger("flask_asyncroute")
 
 LOOK_SECONDS = 0.5
+ENDING_SECONDS = 0.05  # from the end of an attempt to the earliest look for the next one
 MAINTAIN_SECONDS = 1.0
 SEND_SECONDS = 0.5
 TAKEOVER_AFTER_US = 1_000_000  # Any process may run a task that has waited this long.
@@ -252,8 +253,10 @@ class Runner:
                 executor.submit(task_id)
 
     def _take_over_at(self, time_us: int) -> None:
-        """Call :meth:`_take_over` at this time, or earlier."""
-        self._take_over_job.hasten(time.monotonic() + (time_us - self.store.now_us()) / 1_000_000)
+        """Call :meth:`_take_over` soon after this time, or earlier."""
+        # A failed attempt still occupies its slot until its thread has ended.
+        seconds = max((time_us - self.store.now_us()) / 1_000_000, ENDING_SECONDS)
+        self._take_over_job.hasten(time.monotonic() + seconds)
         self.maintenance.wake()
 
     def _takeover_capacity(self, pool: str) -> int:
