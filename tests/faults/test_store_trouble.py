@@ -649,10 +649,10 @@ def test_each_attempt_runs_once_if_the_nth_call_of_the_store_fails(
         finished = hear(signals.task_finished, sender=flow.app)
         attempts: dict[str, list[int]] = {}
 
-        @flow.route(retry=Retry(times=2, delay=0.02))
+        @flow.route(retry=Retry(times=1, delay=0.02))
         def work(attempts: dict[str, list[int]] = attempts) -> None:
             attempts.setdefault(current_task.id, []).append(current_task.attempt)
-            if current_task.attempt < 3:
+            if current_task.attempt == 1:
                 raise ValueError("no")
 
         if flow.request("POST", "/work").status_code != 202:
@@ -672,7 +672,7 @@ def test_each_attempt_runs_once_if_the_nth_call_of_the_store_fails(
         completed = [task for task in flow.query() if task["State"] == "Completed"]
         assert completed, where
         for task in completed:
-            assert (task["Attempt"], attempts[task["Id"]]) == (3, [1, 2, 3]), where
+            assert (task["Attempt"], attempts[task["Id"]]) == (2, [1, 2]), where
             sent = [found.state.value for _, found in finished if found.id == task["Id"]]
             assert len(sent) <= 1, where
         runtime_of(flow.app).close()
