@@ -39,7 +39,7 @@ from .recovery import Recovery
 logger = logging.getLogger("flask_asyncroute")
 
 LOOK_SECONDS = 0.5
-ENDING_SECONDS = 0.05  # from the end of an attempt to the earliest look for the next one
+ENDING_SECONDS = 0.05  # until the thread of an ending run has probably left its slot
 MAINTAIN_SECONDS = 1.0
 SEND_SECONDS = 0.5
 TAKEOVER_AFTER_US = 1_000_000  # Any process may run a task that has waited this long.
@@ -251,6 +251,9 @@ class Runner:
                     continue
                 capacity[route.pool] -= 1
                 executor.submit(task_id)
+        if any(not capacity[waiting[endpoint].pool] for endpoint in limits):
+            # More tasks may wait than one look takes over. Their slots are perhaps free soon.
+            self._take_over_job.hasten(time.monotonic() + ENDING_SECONDS)
 
     def _take_over_at(self, time_us: int) -> None:
         """Call :meth:`_take_over` soon after this time, or earlier."""

@@ -153,6 +153,23 @@ def test_an_attempt_without_a_delay_begins_soon(flow: Flow, later_executor: Any)
 
 
 @IN_MEMORY
+def test_many_retries_that_are_due_at_once_begin_soon(
+    flow: Flow, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two workers, a process takes over at most 22 tasks at once."""
+    failing = Failing(flow, 1, retry=LATER)
+    tasks = [flow.start() for _ in range(150)]
+    for task in tasks:
+        waits(flow, task)
+    store = runtime_of(flow.app).runner.store
+    hour_later = store.now_us() + 3_600_000_000
+    monkeypatch.setattr(store, "now_us", lambda: hour_later)
+    began = time.monotonic()
+    eventually(lambda: len(failing.attempts) == 300, 20)
+    assert time.monotonic() - began < 2.5
+
+
+@IN_MEMORY
 def test_a_coroutine_runs_again(flow: Flow) -> None:
     @flow.route(retry=soon())
     async def work() -> int:

@@ -185,7 +185,7 @@ class EngineDatabase(Database):
             now_us = self.fetch_one(f"SELECT {NOW} AS now", {}).now
             took_us = _monotonic_us() - sent_us
             measured.append((took_us, now_us - sent_us - took_us // 2))
-        return min(measured)[1]  # the fastest answer is the most exact
+        return int(min(measured)[1])  # the fastest answer is the most exact
 
     def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener:
         return PostgreSQLListener(self._single, channel, payload, notify, self._own_pids)
