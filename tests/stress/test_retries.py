@@ -117,8 +117,8 @@ def test_attempts_run_once_and_on_schedule_when_workers_are_killed(
                 killer.join()
             tasks = wait_for_ends(server.port, trial)
             waiting = start_waiting_tasks(server.port, scaled(100, 5))
+        stopped_at = time.monotonic()
         with gunicorn(tmp_path / "log", app, *options, conf=START + NOTE_READY) as server:
-            restarted = time.time()
             for task_id in waiting:
                 wait_for_end(server.port, task_id)
         eventually_true(lambda: receiver.sent.keys() >= tasks.keys(), 60)
@@ -126,6 +126,10 @@ def test_attempts_run_once_and_on_schedule_when_workers_are_killed(
     ends = check_attempts(trial, tasks, journal)
     repeated = check_callbacks(receiver, tasks)
     late = delays(journal, set(tasks), trial)
+    ready_at = min(
+        line["at"] for line in journal if line["what"] == "ready" and line["at"] > stopped_at
+    )
+    restarted = ready_at + time.time() - time.monotonic()
     after_restart = delays(journal, set(waiting), trial, restarted)
     assert len(after_restart) == len(waiting), "a retry was lost at the restart"
     figures(
