@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from flask_asyncroute.workers.runner import LOOK_SECONDS
 from tests.support.apps.crowd import RETRY, read_journal
 from tests.support.client import get_patiently, send
 from tests.support.server import START, Server, gunicorn
@@ -129,7 +130,8 @@ def test_attempts_run_once_and_on_schedule_when_workers_are_killed(
     ready_at = min(
         line["at"] for line in journal if line["what"] == "ready" and line["at"] > stopped_at
     )
-    restarted = ready_at + time.time() - time.monotonic()
+    # A worker looks for waiting tasks half a second after its start.
+    restarted = ready_at + LOOK_SECONDS + time.time() - time.monotonic()
     after_restart = delays(journal, set(waiting), trial, restarted)
     assert len(after_restart) == len(waiting), "a retry was lost at the restart"
     figures(
@@ -253,7 +255,7 @@ def delays(
     none was running at this time. Omit retries during which a worker was killed, perhaps the one
     that had claimed it.
 
-    :param since: when the workers that could run the retries had started.
+    :param since: when the workers that could run the retries had begun to look for them.
     """
     due = {
         (line["id"], line["attempt"]): line["due"] for line in journal if line["what"] == "retried"
