@@ -80,7 +80,7 @@ class Lifecycle:
 
     def claim(self, task_id: str) -> Claim | None:
         """Move a task from NotStarted to Running, with this process as its owner. Return None if it
-        is not NotStarted, or if its time for the first start has passed.
+        is not NotStarted, its start time has not come, or its time for the first start has passed.
         """
         now = now_us()
         try:

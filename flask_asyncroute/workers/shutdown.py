@@ -33,6 +33,7 @@ from ..engine.lifecycle import SHUT_DOWN
 from ..errors import AsyncRouteError
 from ..executors.execution import Execution
 from ..task import State
+from .recovery import FAR_FUTURE_US
 from .runner import Runner
 
 logger = logging.getLogger("flask_asyncroute")
@@ -40,6 +41,7 @@ logger = logging.getLogger("flask_asyncroute")
 INTERRUPT_SECONDS = 0.2  # from asking a run to stop to interrupting it
 GRACE_SECONDS = 0.6  # for the remaining runs to stop after being asked
 RECORD_SECONDS = 0.8  # then, for recording the remaining outcomes
+MOST_RETRIES = 1000  # retries of an endpoint to abort; other workers recover the rest
 MOST_NAMED = 20  # task ids in the log message about the exit
 
 _SIGNALS = [
@@ -224,12 +226,12 @@ def _abort(runner: Runner) -> None:
 
 
 def _record(runner: Runner, waiting: list[str]) -> None:
-    """Record the remaining outcomes. Abort queued tasks that only this process can run."""
+    """Record the remaining outcomes. Abort waiting tasks that only this process can run."""
     try:
         runner.lifecycle.pending_writes.retry(math.inf)
         for execution in _unfinished(runner):
             runner.lifecycle.cut_short(execution, is_over=True)
-        for task in map(runner.store.get, waiting):
+        for task in map(runner.store.get, [*waiting, *_bound_retries(runner)]):
             if task and task.state is State.NOT_STARTED and task.owner == runner.lifecycle.owner:
                 runner.lifecycle.abort(task, SHUT_DOWN)
         if runner.heartbeat is not None and runner.lifecycle.pending_writes.is_empty:
@@ -240,6 +242,21 @@ def _record(runner: Runner, waiting: list[str]) -> None:
             "these tasks. (%s)",
             error, exc_info=not isinstance(error, AsyncRouteError),
         )  # fmt: skip
+
+
+def _bound_retries(runner: Runner) -> list[str]:
+    """Return the ids of tasks that wait for a retry in no queue, although only this process can run
+    them.
+    """
+    limits = {
+        name: MOST_RETRIES
+        for name, route in runner.routes.items()
+        if route.options.is_bound and route.options.retry is not None
+    }
+    if not limits:
+        return []
+    owner = runner.lifecycle.owner
+    return [task.id for task in runner.store.waiting(limits, 0, FAR_FUTURE_US, owner)]
 
 
 def end_waits() -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError
 
 from ...errors import CommitUnknown, ConfigurationError, StoreUnavailable
+from ...task import now_us
 from ..base import Listener
 
 logger = logging.getLogger("flask_asyncroute")
@@ -104,6 +105,10 @@ class Database(ABC):
         :param work: can be called again. It must use only its cursor, because nested reads could
             deadlock.
         """
+
+    def now_us(self) -> int:
+        """Return the time of the clock that all processes share."""
+        return now_us()
 
     def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener | None:
         """Call ``notify`` for each later notification with this payload on a channel. Return None

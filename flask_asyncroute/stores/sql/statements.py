@@ -27,6 +27,8 @@ CHANNEL = "asyncroute"
 key.
 """
 
+NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
+"""The time of a PostgreSQL server in microseconds since the epoch."""
 DUE_PAGE = 100  # Maximum number of due callbacks read at once.
 
 
@@ -64,7 +66,7 @@ _STATE = "state [postgresql: || '']"
 """The state beside a condition on the id. PostgreSQL cannot use an index of the state for it."""
 _CAN_START = (
     f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND (start_by_us IS NULL OR start_by_us > :now) "
-    "AND (start_at_us IS NULL OR start_at_us <= :now)"
+    "AND (start_at_us IS NULL OR start_at_us <= :store_now)"
 )
 _IS_VALUE = "namespace = :ns AND key = :key"
 _IS_STOPPING = "namespace = :ns AND stopping = 1 AND owner IS NOT NULL"
@@ -105,11 +107,10 @@ _NEXT_NUMBER = "nextval('asyncroute_namespaces_change_seq')"
 _LOCKED = f"""locked AS MATERIALIZED (
     SELECT set_config('idle_in_transaction_session_timeout', '{FROZEN_MS}', true),
         pg_advisory_xact_lock_shared({LOCK_CLASS}, CAST(:ns AS INTEGER)))"""
-_NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 _NOTIFY = f"pg_notify('{CHANNEL}', CAST(key AS TEXT))"
 # A notification wakes all processes of the app, so most writes send one only if a process has asked
 # for it.
-_NOTIFY_IF_ASKED = f"CASE WHEN notify_until_us > {_NOW} THEN {_NOTIFY} END"
+_NOTIFY_IF_ASKED = f"CASE WHEN notify_until_us > {NOW} THEN {_NOTIFY} END"
 _NEXT = "(SELECT change FROM counter)"
 # Another process can have changed the task after this statement began.
 _IF_LOCKED = "[postgresql: AND EXISTS (SELECT 1 FROM counter)]"
@@ -224,7 +225,7 @@ class Statements:
             WHERE key = :ns]"""
     """Execute this after `lock_task`. SQLite returns only the last number."""
     keep_notifying = f"""[postgresql: UPDATE asyncroute_namespaces
-        SET notify_until_us = {_NOW} + :us WHERE key = :ns]"""
+        SET notify_until_us = {NOW} + :us WHERE key = :ns]"""
     # Execute this before a task is removed, so that its change number is never assigned again.
     skip_change = f"""
         [sqlite: UPDATE asyncroute_namespaces SET change = {_HIGHEST} + 1 WHERE key = :ns]
