@@ -163,7 +163,7 @@ class TaskUnfinished(_TaskRefused, Conflict, status=409):
 
 
 class TaskExists(RequestRefused, status=409):
-    """Another caller has an unfinished task with the same ``unique`` key."""
+    """An unfinished task that the caller may not read has the same ``unique`` key."""
 
 
 class TaskFinished(_TaskRefused, Gone, status=410):

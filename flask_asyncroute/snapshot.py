@@ -6,6 +6,7 @@ Bodies over 256 KiB are written to temporary files, so that memory never holds a
 from __future__ import annotations
 
 import io
+import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -68,6 +69,17 @@ class Body:
         stream = self.open()
         while piece := stream.read(CHUNK):
             yield piece
+
+    def copy(self) -> Body:
+        """Return the body for another reader, while this one is not read. Close both."""
+        copy = Body()
+        copy.size = self.size
+        if isinstance(self._file, io.BytesIO):
+            copy._file = io.BytesIO(self._file.getvalue())
+        else:
+            self._file.flush()
+            copy._file = os.fdopen(os.dup(self._file.fileno()), "rb")
+        return copy
 
     def close(self) -> None:
         self._file.close()

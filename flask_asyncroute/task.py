@@ -186,7 +186,7 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
         if state is self.state and state is not State.RUNNING:
             return self
         earlier = _AT_THE_START if state is State.RUNNING else _AT_THE_CREATION
-        if state is State.NOT_STARTED and self.last_error is None:
+        if state is State.NOT_STARTED and self.epoch <= 1:
             earlier = {**earlier, "attempt": None}  # the task had not started yet
         callback_state = None if self.callback_json is None else NOT_STARTED
         return msgspec.structs.replace(self, state=state, callback_state=callback_state, **earlier)

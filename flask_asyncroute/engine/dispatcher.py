@@ -240,6 +240,8 @@ class Dispatcher:
         for _ in range(UNIQUE_TRIES):
             found = self.store.started_with(incoming.unique_key)
             if found is not None:
+                if incoming.key is not None and self._started_with(incoming.key) is not None:
+                    raise errors.KeyTaken("Another task has this Idempotency-Key.")
                 self._check_unique(incoming, found[0])
                 if incoming.body is not None:
                     incoming.body.close()
@@ -260,8 +262,11 @@ class Dispatcher:
             # The key contains the credentials of unknown callers, if they have any.
             is_allowed = idempotency.has_credentials(incoming.current)
         else:
-            is_allowed = task.user is not None or caller.is_in(self.config.admins)
-            is_allowed &= may_read(caller, task.user, task.granted, self.config.admins)
+            # Everyone who knows the id may read an anonymous task, so do not send the id.
+            is_anonymous = task.user is None and task.permission_json is None
+            is_allowed = caller.is_in(self.config.admins) or (
+                not is_anonymous and may_read(caller, task.user, task.granted, self.config.admins)
+            )
         if not is_allowed:
             raise errors.TaskExists(
                 "An unfinished task has the same unique key. Try again when it has ended.",

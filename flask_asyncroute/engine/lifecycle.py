@@ -70,15 +70,17 @@ class Lifecycle:
             self._store.add(task, request, body, grants, key, quota, delivery)
         except CommitUnknown:
             # The client gets an error, so delete the task if it was stored. With an idempotency
-            # key, keep it for the client's retry.
-            if key is None:
+            # key, keep it for the client's retry. Also keep it if another start can have got its
+            # id because of the unique key; any process can run it.
+            is_shared = task.unique_key is not None and task.owner is None
+            if key is None and not is_shared:
                 self.pending_writes.keep(task.id, lambda: self._undo_create(task))
             raise
         self.notify(signals.task_created, task)
 
     def claim(self, task_id: str) -> Claim | None:
         """Move a task from NotStarted to Running, with this process as its owner. Return None if it
-        is not NotStarted, or if its time for the first start has passed.
+        is not NotStarted, its start time has not come, or its time for the first start has passed.
         """
         now = now_us()
         try:

@@ -46,6 +46,11 @@ def note_request(current: Request) -> None:
         current.environ[_VARIABLES] = dict(current.view_args)
 
 
+def url_variables(current: Request) -> Mapping[str, Any]:
+    """Return the URL variables as they were before the app's hooks."""
+    return current.environ.get(_VARIABLES, current.view_args) or {}
+
+
 def guard(current: Request, max_body: int) -> None:
     """Make reading the body raise an error if the body is incomplete or over ``max_body`` bytes."""
     _refuse_undelivered(current)
@@ -103,7 +108,7 @@ def capture(
     try:
         # Store the values that a url_value_preprocessor has put into URL variables: the URL has the
         # old values.
-        variables = current.environ.get(_VARIABLES, current.view_args) or {}
+        variables = url_variables(current)
         names, injected = [], {}
         for name, value in arguments.items():
             if name in variables and value is variables[name]:

@@ -7,8 +7,10 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 from urllib.parse import quote
+from uuid import UUID
 
 import msgspec
 from flask import Request
@@ -26,7 +28,7 @@ from ..stores.base import StartKey
 from ..task import AsyncRouteTask, State, now_us
 from ..validators import MAX_NAME, name_of, plain
 from . import idempotency
-from .capture import restore_body
+from .capture import body_refusal, restore_body, url_variables
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -143,10 +145,7 @@ def permission_of(route: Route, caller: Caller | None) -> Permission | None:
     try:
         permission = option()
     except Exception as error:
-        # The errors about a task are HTTPExceptions. The others mean that the permission function
-        # has read an invalid body.
-        is_body_refused = isinstance(error, RequestRefused) and not isinstance(error, HTTPException)
-        if is_body_refused or isinstance(error, (ClientDisconnected, RequestEntityTooLarge)):
+        if _is_refusal(error):
             raise
         logger.exception(
             "The permission function of endpoint %s raised an exception. The request got 403.",
@@ -171,7 +170,7 @@ def take_unique_key(incoming: StartRequest, secret: bytes) -> None:
     """
     option, key = incoming.route.options.unique, None
     if option is True:
-        key = json.dumps(incoming.current.view_args or {}, sort_keys=True, default=str)
+        key = json.dumps(url_variables(incoming.current), sort_keys=True, default=str)
     elif callable(option):
         restore_body(incoming.current, incoming.captured, incoming.body)
         key = _unique_key(option, incoming)
@@ -184,16 +183,33 @@ def take_unique_key(incoming: StartRequest, secret: bytes) -> None:
 def _unique_key(function: Callable[[], Any], incoming: StartRequest) -> str | None:
     try:
         key = function()
-        return None if key is None else name_of(key)
-    except (RequestRefused, ClientDisconnected, RequestEntityTooLarge):
-        raise
+        if key is None:
+            return None
+        if isinstance(key, (str, int, Enum, UUID)):
+            return name_of(key)
+        # The text of other objects can differ between equal keys.
+        raise TypeError(f"it returned a {type(key).__name__}")
     except Exception as error:
+        if isinstance(error, HTTPException):
+            error = body_refusal(incoming.current, error)
+        if _is_refusal(error):
+            raise error
         logger.exception(
-            "The unique function of endpoint %s raised an exception, or returned neither a string "
-            "nor None. The request got 500.",
+            "The unique function of endpoint %s raised an exception, or returned no valid key; "
+            "return a string, an integer, an Enum, a UUID or None. The request got 500.",
             incoming.route.endpoint,
         )
         raise CannotStart("The unique key of this task could not be determined.") from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether an app's function has failed because the body is invalid or the store is
+    unavailable.
+    """
+    if isinstance(error, (ClientDisconnected, RequestEntityTooLarge)):
+        return True
+    # The errors about a task are HTTPExceptions; in these functions they are mistakes.
+    return isinstance(error, RequestRefused) and not isinstance(error, HTTPException)
 
 
 def url_of(current: Request) -> str:

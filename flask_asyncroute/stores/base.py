@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from ..callbacks.model import Delivery
 from ..query import Condition, Position, Sort
 from ..snapshot import Body
-from ..task import AsyncRouteTask, State
+from ..task import AsyncRouteTask, State, now_us
 from .outbox import Outbox
 
 AHEAD_US = 2_000_000
@@ -173,11 +173,15 @@ class TaskStore(ABC):
     def get(self, task_id: str) -> AsyncRouteTask | None:
         """Return a task's current record; None if the id is unknown."""
 
+    def now_us(self) -> int:
+        """Return the time of the clock that all processes share, for ``start_at_us``."""
+        return now_us()
+
     @abstractmethod
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         """Move a task from NotStarted to Running, with this ``owner`` and a new epoch. Return None
-        if the task is not NotStarted, or if ``now_us`` is not between its ``start_at_us`` and its
-        ``start_by_us``.
+        if the task is not NotStarted, if its ``start_at_us`` is after the store's :meth:`now_us`,
+        or if its ``start_by_us`` is not after ``now_us``.
 
         A task with retries that has no attempt yet gets the attempt 1. StartingTime is the later of
         ``now_us`` and CreationTime. ExpireTime is StartingTime plus the timeout.
@@ -406,10 +410,10 @@ def first_due(waiting: Iterable[Waiting], most: Mapping[str, int]) -> list[Waiti
     return found
 
 
-def can_start(task: AsyncRouteTask, now_us: int) -> bool:
-    """Return whether a task can be claimed at this time."""
+def can_start(task: AsyncRouteTask, now_us: int, store_now_us: int) -> bool:
+    """Return whether a task can be claimed at this time; see `TaskStore.claim`."""
     if task.state is not State.NOT_STARTED:
         return False
     is_late = task.start_by_us is not None and task.start_by_us <= now_us
-    is_early = task.start_at_us is not None and task.start_at_us > now_us
+    is_early = task.start_at_us is not None and task.start_at_us > store_now_us
     return not (is_late or is_early)

@@ -160,7 +160,7 @@ class MemoryTaskStore(TaskStore):
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         with self._lock:
             entry = self._tasks.get(task_id)
-            if entry is None or not base.can_start(entry.task, now_us):
+            if entry is None or not base.can_start(entry.task, now_us, self.now_us()):
                 return None
             task = entry.task
             started = max(now_us, task.created_us)
@@ -176,10 +176,8 @@ class MemoryTaskStore(TaskStore):
     def body(self, task_id: str) -> Body:
         with self._lock:
             entry = self._tasks.get(task_id)
-            body = None if entry is None else entry.body
-            if entry is not None:
-                entry.body = None
-        return body or Body()
+            # A later run needs the body again.
+            return Body() if entry is None or entry.body is None else entry.body.copy()
 
     def update(self, task_id: str, expect: Expect, values: dict[str, Any]) -> AsyncRouteTask | None:
         with self._lock:

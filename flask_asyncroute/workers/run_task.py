@@ -74,15 +74,37 @@ def run(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
     If the task runs inside its request, also wait for its retries. Never raise an Exception. The
     task gets an outcome, whatever the view does.
     """
-    next_us = _run_safely(runner, executor, task_id)
-    while executor.runs_inline and next_us is not None:
-        while not runner.dispatcher.is_closing and (wait_us := next_us - now_us()) > 0:
-            time.sleep(min(wait_us / 1_000_000, INLINE_WAIT_SECONDS))
-        next_us = _run_safely(runner, executor, task_id)
+    runs_again = _run_safely(runner, executor, task_id)
+    if runs_again and executor.runs_inline:
+        _run_retries(runner, executor, task_id)
 
 
-def _run_safely(runner: Worker, executor: TaskExecutor, task_id: str) -> int | None:
-    """Run one attempt. Return the time of the next one in microseconds, if it is scheduled."""
+def _run_retries(runner: Worker, executor: TaskExecutor, task_id: str) -> None:
+    """Run the further attempts of a task inside its request, each at its time. Return early if the
+    task is stopped or this process shuts down.
+    """
+    while True:
+        seconds = INLINE_WAIT_SECONDS
+        try:
+            task = runner.store.get(task_id)
+            if task is None or task.is_completed:
+                return
+            # While it is Running, the failure of its last attempt is not stored yet.
+            if task.state is State.NOT_STARTED and task.start_at_us is not None:
+                seconds = min((task.start_at_us - runner.store.now_us()) / 1_000_000, seconds)
+        except StoreUnavailable:
+            pass
+        is_closing = runner.dispatcher.is_closing
+        if is_closing or seconds <= 0:
+            _run_safely(runner, executor, task_id)
+        else:
+            time.sleep(seconds)
+        if is_closing:
+            return
+
+
+def _run_safely(runner: Worker, executor: TaskExecutor, task_id: str) -> bool:
+    """Run one attempt. Return whether the task runs again."""
     try:
         return _run(runner, executor, task_id)
     except TaskAborted:
@@ -96,14 +118,14 @@ def _run_safely(runner: Worker, executor: TaskExecutor, task_id: str) -> int | N
         logger.error("Task %s could not be run: %s", task_id, error, exc_info=not is_known)
         if executor.is_bound:
             runner.lifecycle.abort_later(task_id, LOST)
-    return None
+    return False
 
 
-def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> int | None:
+def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> bool:
     dispatcher, lifecycle = runner.dispatcher, runner.lifecycle
     execution = Execution(task_id, executor.interrupt_after, runner.wake)
     if not dispatcher.begin(execution, executor):
-        return None
+        return False
     is_ended = False
     try:
         runner.notifier.watch()
@@ -112,14 +134,14 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> int | None:
                 # Another process will run the task, unless only this process can run it.
                 if executor.is_bound:
                     lifecycle.abort_later(task_id, SHUT_DOWN)
-                return None
+                return False
             runner.enter()
             claim = lifecycle.claim(task_id)
             if claim is None:
                 if executor.is_bound:
                     # The check every second may belong to a later runner, with another name.
                     lifecycle.abort_if_expired(task_id)
-                return None
+                return False
             task = claim.task
             seconds = None if task.timeout_us is None else task.timeout_us / 1_000_000
             execution.begin(
@@ -148,20 +170,21 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> int | None:
                 outcome = Outcome(State.ABORTED, {"error": TIMED_OUT})
             values = {"completed_us": completed_us, **outcome.values}
             write: Callable[[], object]
-            next_us: int | None = None
+            runs_again = False
             if execution.is_shutting_down and not execution.is_expired:
                 # The shutdown has stopped the run, so ignore the view's return value.
                 write = partial(lifecycle.cut_short, execution, is_over=True)
             elif outcome.can_retry and execution.retries_left and not execution.stop.is_set():
-                next_us = completed_us + _delay_us(runner, task, outcome)
+                runs_again = True
+                start_at_us = runner.store.now_us() + _delay_us(runner, task, outcome)
                 error = outcome.values["error"]
-                write = partial(lifecycle.retry, execution, error, next_us, executor.is_bound)
+                write = partial(lifecycle.retry, execution, error, start_at_us, executor.is_bound)
             else:
                 write = partial(lifecycle.finish, execution, outcome.state, values)
             # Keep the run registered until its outcome is stored.
             lifecycle.pending_writes.write(task_id, write, partial(dispatcher.end, execution))
             is_ended = True
-            return next_us
+            return runs_again
         finally:
             runner.notifier.unwatch()
     finally:

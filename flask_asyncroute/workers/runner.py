@@ -39,6 +39,7 @@ from .recovery import Recovery
 logger = logging.getLogger("flask_asyncroute")
 
 LOOK_SECONDS = 0.5
+ENDING_SECONDS = 0.05  # until the thread of an ending run has probably left its slot
 MAINTAIN_SECONDS = 1.0
 SEND_SECONDS = 0.5
 TAKEOVER_AFTER_US = 1_000_000  # Any process may run a task that has waited this long.
@@ -233,9 +234,10 @@ class Runner:
         limits = {name: limit for name, limit in limits.items() if limit}
         if not limits:
             return
-        now = now_us()
+        before = now_us() - TAKEOVER_AFTER_US
+        now = self.store.now_us()
         soon = now + int(LOOK_SECONDS * 1_000_000)
-        found = self.store.waiting(limits, now - TAKEOVER_AFTER_US, soon, self.lifecycle.owner)
+        found = self.store.waiting(limits, before, soon, self.lifecycle.owner)
         for task_id, endpoint, due_us in found:
             if now < due_us < soon:
                 self._take_over_at(due_us)
@@ -249,10 +251,15 @@ class Runner:
                     continue
                 capacity[route.pool] -= 1
                 executor.submit(task_id)
+        if any(not capacity[waiting[endpoint].pool] for endpoint in limits):
+            # More tasks may wait than one look takes over. Their slots are perhaps free soon.
+            self._take_over_job.hasten(time.monotonic() + ENDING_SECONDS)
 
     def _take_over_at(self, time_us: int) -> None:
-        """Call :meth:`_take_over` at this time, or earlier."""
-        self._take_over_job.hasten(time.monotonic() + (time_us - now_us()) / 1_000_000)
+        """Call :meth:`_take_over` soon after this time, or earlier."""
+        # A failed attempt still occupies its slot until its thread has ended.
+        seconds = max((time_us - self.store.now_us()) / 1_000_000, ENDING_SECONDS)
+        self._take_over_job.hasten(time.monotonic() + seconds)
         self.maintenance.wake()
 
     def _takeover_capacity(self, pool: str) -> int:

@@ -35,6 +35,7 @@ from ..engine.lifecycle import SHUT_DOWN
 from ..errors import AsyncRouteError
 from ..executors.execution import Execution
 from ..task import State
+from .recovery import FAR_FUTURE_US
 from .runner import Runner
 
 logger = logging.getLogger("flask_asyncroute")
@@ -42,6 +43,7 @@ logger = logging.getLogger("flask_asyncroute")
 INTERRUPT_SECONDS = 0.2  # from asking a run to stop to interrupting it
 GRACE_SECONDS = 0.6  # for the remaining runs to stop after being asked
 RECORD_SECONDS = 0.8  # then, for recording the remaining outcomes
+MOST_RETRIES = 1000  # retries of an endpoint to abort; other workers recover the rest
 MOST_NAMED = 20  # task ids in the log message about the exit
 
 _SIGNALS = [
@@ -231,7 +233,7 @@ def _abort(runner: Runner) -> None:
 
 
 def _record(runner: Runner, waiting: list[str]) -> None:
-    """Record the outcomes that are not stored yet. Abort tasks that no other process can run.
+    """Record the missing outcomes. Abort the waiting tasks that no other process can run.
 
     :param waiting: the ids of tasks that have not started.
     """
@@ -239,7 +241,7 @@ def _record(runner: Runner, waiting: list[str]) -> None:
         runner.lifecycle.pending_writes.retry(math.inf)
         for execution in _unfinished(runner):
             runner.lifecycle.cut_short(execution, is_over=True)
-        for task in map(runner.store.get, waiting):
+        for task in map(runner.store.get, [*waiting, *_bound_retries(runner)]):
             if task and task.state is State.NOT_STARTED and task.owner == runner.lifecycle.owner:
                 runner.lifecycle.abort(task, SHUT_DOWN)
         if runner.heartbeat is not None and runner.lifecycle.pending_writes.is_empty:
@@ -250,6 +252,21 @@ def _record(runner: Runner, waiting: list[str]) -> None:
             "these tasks. (%s)",
             error, exc_info=not isinstance(error, AsyncRouteError),
         )  # fmt: skip
+
+
+def _bound_retries(runner: Runner) -> list[str]:
+    """Return the ids of tasks that wait for a retry in no queue, although only this process can run
+    them.
+    """
+    limits = {
+        name: MOST_RETRIES
+        for name, route in runner.routes.items()
+        if route.options.is_bound and route.options.retry is not None
+    }
+    if not limits:
+        return []
+    owner = runner.lifecycle.owner
+    return [task.id for task in runner.store.waiting(limits, 0, FAR_FUTURE_US, owner)]
 
 
 def end_waits() -> None:

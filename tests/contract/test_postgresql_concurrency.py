@@ -18,7 +18,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from flask_asyncroute.callbacks.model import Delivery, Shown
-from flask_asyncroute.errors import KeyTaken
+from flask_asyncroute.errors import KeyTaken, StoreUnavailable, UniqueTaken
 from flask_asyncroute.permissions import Access, Permission
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.stores.base import (
@@ -202,6 +202,10 @@ WRITES: dict[str, Callable[[SharedTaskStore], Any]] = {
     "add with a key": lambda store: (
         store.add(new_task("new"), b"", None, (), StartKey("key", "f"), 100) or True
     ),
+    "add with a unique key": lambda store: (
+        store.add(new_task("new", unique_key="new"), b"", None, (), StartKey("key", "f"), 100)
+        or True
+    ),
     "add with grants": lambda store: (
         store.add(new_task("new", **SHARED), b"", None, [("groups", "g")]) or True
     ),
@@ -210,6 +214,7 @@ WRITES: dict[str, Callable[[SharedTaskStore], Any]] = {
     "progress": lambda store: store.update("running", RUNNING, {"progress": 1.0}),
     "events": lambda store: store.add_events("running", RUNNING, [ViewEvent("e", b"1", 1)]),
     "finish": lambda store: store.update("running", RUNNING, END),
+    "finish with a unique key": lambda store: store.update("unique", RUNNING, END),
     "stop": lambda store: store.update("running", RUNNING, STOP),
     "requeue": lambda store: store.update("running", RUNNING, REQUEUE),
     "delete": lambda store: store.delete("ended", ENDED),
@@ -228,6 +233,8 @@ def prepared(stores: tuple[SharedTaskStore, SharedTaskStore]) -> SharedTaskStore
     add(store, "waiting")
     store.add(new_task("shared", **SHARED), b"", None, [("groups", "g")])
     add(store, "running", "open", is_claimed=True)
+    store.add(new_task("unique", unique_key="unique"), b"", None, ())
+    assert store.claim("unique", "me", T0) is not None
     store.add(new_task("ended", **CALLBACK), b"", None, (), delivery=DELIVERY)
     assert store.claim("ended", "me", T0) is not None
     assert store.update("ended", RUNNING, END) is not None
@@ -466,8 +473,8 @@ def test_a_callback_may_change_while_its_task_is_removed(
 
 
 KINDS = [
-    *("add", "claim", "send_events", "finish") * 2, "add_with_key", "progress", "stop", "release",
-    "requeue", "delete", "send_callbacks", "redeliver", "write_value",
+    *("add", "claim", "send_events", "finish") * 2, "add_with_key", "add_unique", "progress", "stop",
+    "release", "requeue", "delete", "send_callbacks", "redeliver", "write_value",
 ]  # fmt: skip
 """The methods of `Writer` that write, by frequency."""
 
@@ -489,9 +496,9 @@ class Writer:
             name = self._random.choice(KINDS)
             self.done[name] += bool(getattr(self, name)())
 
-    def add(self, key: StartKey | None = None) -> bool:
+    def add(self, key: StartKey | None = None, unique_key: str | None = None) -> bool:
         task_id = f"{self._name}-{next(self._numbers)}"
-        fields: dict[str, Any] = {"sse_group": "g", "on_loss": "restart"}
+        fields: dict[str, Any] = {"sse_group": "g", "on_loss": "restart", "unique_key": unique_key}
         delivery = None
         grants: list[tuple[str, str]] = []
         if self._random.random() < 0.3:
@@ -509,6 +516,13 @@ class Writer:
     def add_with_key(self) -> bool:
         with suppress(KeyTaken):
             return self.add(StartKey(f"key-{self._random.randrange(50)}", "f"))
+        return False
+
+    def add_unique(self) -> bool:
+        key = StartKey(f"key-{self._random.randrange(50)}", "f")
+        with suppress(KeyTaken, UniqueTaken):
+            is_plain = self._random.random() < 0.5
+            return self.add(None if is_plain else key, f"unique-{self._random.randrange(10)}")
         return False
 
     def claim(self) -> bool:
@@ -674,6 +688,14 @@ def test_concurrent_writers_and_readers_lose_no_change_and_cause_no_deadlock(
         remaining = one.query((), NEWEST_FIRST, len(ids), None, None)
         sent = {change: task_id for writer in writers for change, task_id in writer.sent.items()}
         assert_all_was_read(remaining, sent, readers[0], readers[1])
+        held = {
+            task.unique_key: task.id
+            for task in remaining
+            if task.unique_key and not task.is_completed
+        }
+        for key in (f"unique-{number}" for number in range(10)):
+            found = one.started_with(key)
+            assert held.get(key) == (None if found is None else found[0].id)
     done = {name: sum(writer.done[name] for writer in writers) for name in KINDS}
     assert all(done.values()), f"each kind of write has succeeded: {done}"
     assert deadlocks(new_database) == 0
@@ -724,6 +746,66 @@ def test_a_transaction_of_a_frozen_process_ends(
         newest = two.newest()
         assert two.claim("task", "me", T0).task.change > newest
         frozen.invalidate()
+
+
+def test_a_frozen_process_does_not_keep_a_unique_key(stores: tuple[Any, Any]) -> None:
+    """Otherwise the route could not be used until TCP notices."""
+    one, two = stores
+    quick = one._sql.add_unique_key.replace("'10000'", "'200'")
+    assert quick != one._sql.add_unique_key
+    values = {"ns": one._ns, "unique_key": "unique", "id": "frozen"}
+    with engine_of(one._database._engine.url).connect() as frozen:
+        assert frozen.exec_driver_sql(quick, values).fetchone() is not None
+        two.add(new_task("task", unique_key="unique"), b"", None, ())
+        frozen.invalidate()
+
+
+def test_a_start_waits_for_the_transaction_that_holds_its_unique_key(
+    stores: tuple[Any, Any], postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After its commit the key is taken, after its rollback it is free, and without an end the
+    store is busy, but not broken.
+    """
+    one, two = stores
+    values = {"ns": one._ns, "unique_key": "unique", "id": "open"}
+
+    def start(number: int) -> Thread:
+        task = new_task(f"task-{number}", unique_key="unique")
+        thread = Thread(lambda: two.add(task, b"", None, ()))
+        eventually_true(lambda: waits_for_lock(postgresql_url))
+        return thread
+
+    with engine_of(postgresql_url).connect() as transaction:
+        transaction.exec_driver_sql(one._sql.add_unique_key, values)
+        with pytest.raises(StoreUnavailable, match="same unique key") as raised:
+            start(1).result()
+        assert raised.value.retry_after == 5
+        assert caplog.records == []
+        rolled_back = start(2)
+        transaction.rollback()
+        rolled_back.result()
+        assert two.update("task-2", Expect((State.NOT_STARTED,)), END) is not None
+        transaction.exec_driver_sql(one._sql.add_unique_key, values)
+        committed = start(3)
+        transaction.commit()
+        with pytest.raises(UniqueTaken):
+            committed.result()
+    assert two.get("task-3") is None
+
+
+def test_only_the_wait_for_a_unique_key_is_short(stores: tuple[Any, Any]) -> None:
+    """The other locks of a start are waited for as in every write."""
+    store = stores[0]
+    values = {"ns": store._ns, "unique_key": "unique", "id": "task"}
+
+    def lock_timeout(cursor: Any) -> str:
+        before = cursor.execute("SHOW lock_timeout").fetchone()[0]
+        assert cursor.execute(store._sql.add_unique_key, values).fetchone() is not None
+        after: str = cursor.execute("SHOW lock_timeout").fetchone()[0]
+        assert before == after
+        return after
+
+    assert store._database.write(lock_timeout) != "5s"
 
 
 def test_closed_connections_are_not_taken_for_own_ones(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from flask_asyncroute.permissions import Access, Permission
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.stores.base import Expect, ViewEvent
 from flask_asyncroute.stores.registry import make_store
+from flask_asyncroute.stores.sql import postgresql
+from flask_asyncroute.stores.sql.postgresql import EngineDatabase
 from flask_asyncroute.task import AsyncRouteTask, State
 
 NewTask = Callable[..., AsyncRouteTask]
@@ -159,3 +162,55 @@ def test_a_transaction_of_the_app_can_be_rolled_back_after_calls_of_the_store(
     finally:
         store.close()
         engine.dispose()
+
+
+@pytest.fixture
+def clock_database(postgresql_url: str) -> Iterator[EngineDatabase]:
+    made = EngineDatabase(create_engine(postgresql_url), is_owned=True)
+    yield made
+    made.close()
+
+
+@pytest.mark.covers("F49")
+def test_a_change_of_the_clock_of_the_server_is_found_by_the_next_measurement(
+    clock_database: EngineDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = clock_database.now_us()
+    monkeypatch.setattr(postgresql, "NOW", f"{postgresql.NOW} + 3600000000")
+    assert clock_database.now_us() < before + 60_000_000, "it was measured less than 30 s ago"
+    real = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: real + postgresql.CLOCK_SECONDS + 1)
+    assert clock_database.now_us() > before + 3_500_000_000
+
+
+def test_the_clock_of_the_server_is_measured_at_most_every_30_seconds(
+    clock_database: EngineDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries: list[str] = []
+    fetch = clock_database.fetch_one
+
+    def fetch_one(sql: str, values: Any) -> Any:
+        queries.append(sql)
+        return fetch(sql, values)
+
+    monkeypatch.setattr(clock_database, "fetch_one", fetch_one)
+    found = [clock_database.now_us() for _ in range(1000)]
+    assert found == sorted(found)
+    assert len(queries) == postgresql.MEASUREMENTS
+
+
+def test_the_clock_of_a_server_that_is_unavailable_goes_on(
+    clock_database: EngineDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(sql: str, values: Any) -> Any:
+        raise StoreUnavailable("no server", retry_after=1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(clock_database, "fetch_one", refuse)
+        with pytest.raises(StoreUnavailable):
+            clock_database.now_us()
+    before = clock_database.now_us()
+    real = time.monotonic()
+    monkeypatch.setattr(clock_database, "fetch_one", refuse)
+    monkeypatch.setattr(time, "monotonic", lambda: real + postgresql.CLOCK_SECONDS + 1)
+    assert before <= clock_database.now_us() < before + 60_000_000

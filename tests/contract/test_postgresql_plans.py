@@ -34,6 +34,7 @@ REQUEUE = (
     "state", "owner", "started_us", "expires_us", "progress", "progress_message", "start_by_us",
     "start_at_us",
 )  # fmt: skip
+RETRY = (*REQUEUE, "attempt", "last_error")
 SQL = Statements("postgresql")
 STATEMENTS = {
     **{
@@ -51,6 +52,7 @@ STATEMENTS = {
     "release": SQL.update_task(("stopping",), Expect((State.ABORTED,), "me", 1, stopping=True)),
     "progress": SQL.update_task(("progress", "progress_message"), RUNNING),
     "requeue": SQL.update_task(REQUEUE, RUNNING),
+    "retry": SQL.update_task(RETRY, RUNNING),
     "delete unstarted": SQL.delete_task(WAITING),
     "purge": SQL.delete_task(Expect(tuple(TERMINAL), stopping=False)),
     "find": SQL.find_task(RUNNING),
@@ -65,7 +67,9 @@ VALUES: dict[str, Any] = {
     "progress_message": "m", "error": "x", "stopping": 1, "is_owner": "me", "is_epoch": 1,
     "is_stopping": 0, "state": "Aborted", "state_0": "Running", "state_1": "Completed",
     "state_2": "Failed", "unique_key": "key-1000", "attempt": 2, "last_error": "x",
-    "start_at_us": T0,
+    "start_at_us": T0, "store_now": T0,
+    "before": T0, "start_before": T0, "endpoint_0": "work", "limit_0": 2, "endpoint_1": "other",
+    "limit_1": 2,
 }  # fmt: skip
 INDEXES = {f"asyncroute_{name}" for name in (
     "tasks_pkey", "events_pkey", "grants_pkey", "keys_pkey", "callbacks_pkey", "bodies_pkey",
@@ -231,6 +235,39 @@ def test_the_check_of_start_timeouts_reads_only_its_index(
         indexes = [step.get("Index Name") for step in scans(found[0][0]["Plan"])]
         assert {*indexes, None} == {"asyncroute_task_start_by", None}
         assert "start_by_us <= " in str(found)
+    finally:
+        connection.rollback()
+        connection.execute("DEALLOCATE ALL")
+        connection.rollback()
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("has_statistics", [False, True])
+def test_the_poll_for_waiting_tasks_reads_only_ranges_of_their_indexes(
+    connection: psycopg.Connection[Any], mode: str, has_statistics: bool
+) -> None:
+    """Half of 2,000 waiting tasks wait for a retry."""
+    try:
+        connection.execute(
+            "UPDATE asyncroute_tasks SET start_at_us = %s + change WHERE change %% 2 = 0", (T0,)
+        )
+        if has_statistics:
+            connection.execute("ANALYZE asyncroute_tasks")
+        connection.execute(f"SET LOCAL plan_cache_mode = {mode}")  # type: ignore[arg-type]
+        execute = prepare(connection, SQL.waiting_tasks(2))
+        found = connection.execute(f"EXPLAIN (FORMAT JSON) {execute}").fetchone()  # type: ignore[arg-type]
+        assert found is not None
+        read = [
+            (
+                step.get("Index Name"),
+                re.findall(r"(\w+)\)?(?:::\w+)? [<>=]", step.get("Index Cond", "")),
+            )
+            for step in scans(found[0][0]["Plan"])
+            if step["Node Type"] != "Subquery Scan"
+        ]
+        created = ("asyncroute_task_waiting", ["namespace", "endpoint", "created_us"])
+        retried = ("asyncroute_task_delayed", ["namespace", "endpoint", "start_at_us"])
+        assert sorted(read) == sorted([created, created, retried] * 2)
     finally:
         connection.rollback()
         connection.execute("DEALLOCATE ALL")

@@ -1,4 +1,6 @@
-"""Checks in the transaction that adds a task, apart from its id: idempotency keys and quotas."""
+"""Checks in the transaction that adds a task, apart from its id: idempotency keys, unique keys and
+quotas.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flask_asyncroute.errors import IdTaken, KeyTaken, TooManyTasks
+from flask_asyncroute.errors import IdTaken, KeyTaken, TooManyTasks, UniqueTaken
 from flask_asyncroute.query import NEWEST_FIRST
 from flask_asyncroute.snapshot import Body
 from flask_asyncroute.stores.base import Expect, StartKey, TaskStore
@@ -19,6 +21,7 @@ from flask_asyncroute.task import TERMINAL, AsyncRouteTask, State
 NewTask = Callable[..., AsyncRouteTask]
 CREATED = 1_700_000_000_000_000
 KEY = StartKey("k" * 64, "f" * 64)
+UNIQUE = "u" * 64
 ENDS = [
     {"state": State.COMPLETED, "completed_us": CREATED + 2},
     {"state": State.FAILED, "completed_us": CREATED + 2, "error": "ValueError"},
@@ -132,6 +135,127 @@ def test_a_key_belongs_to_one_namespace(
     assert found_with(store, KEY) == ("a", KEY.fingerprint)
 
 
+# Unique keys
+
+
+def holder(store: TaskStore) -> str | None:
+    """Return the id of the unfinished task with the key `UNIQUE`."""
+    found = store.started_with(UNIQUE)
+    return None if found is None else found[0].id
+
+
+def test_a_unique_key_returns_the_current_record_of_its_task(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    assert store.started_with(UNIQUE) is None
+    store.add(make_task("a", unique_key=UNIQUE, user="anna"), b"{}", None, [("groups", "g")], KEY)
+    assert store.started_with(UNIQUE) == (store.get("a"), "")
+    assert store.started_with(KEY.name) == (store.get("a"), KEY.fingerprint)
+    claim = store.claim("a", "me", CREATED)
+    assert claim is not None and store.started_with(UNIQUE) == (claim.task, "")
+    assert claim.task.unique_key == UNIQUE
+
+
+def test_a_second_task_with_the_same_unique_key_is_refused(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    store.add(make_task("a", unique_key=UNIQUE), b"{}", None, ())
+    body = Body([b"data"])
+    again = make_task("b", unique_key=UNIQUE, body_size=4)
+    with pytest.raises(UniqueTaken):
+        store.add(again, b"{}", body, [("groups", "g")], KEY, 5)
+    assert body.open().read() == b"data"
+    body.close()
+    assert all_ids(store) == ["a"]
+    assert store.started_with(KEY.name) is None
+    store.add(make_task("c", unique_key="v" * 64), b"{}", None, ())
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("is_started", [True, False])
+def test_the_end_of_a_task_releases_its_unique_key(
+    store: TaskStore, make_task: NewTask, end: dict[str, Any], is_started: bool
+) -> None:
+    store.add(make_task("a", unique_key=UNIQUE, user="anna"), b"{}", None, (), KEY, 5)
+    if is_started:
+        store.claim("a", "me", CREATED)
+    ended = store.update("a", ANY_STATE, end)
+    assert ended is not None and ended.unique_key == UNIQUE
+    assert store.started_with(UNIQUE) is None
+    assert found_with(store, KEY) == ("a", KEY.fingerprint), "it is kept as long as the task"
+    store.add(make_task("b", unique_key=UNIQUE), b"{}", None, ())
+    # Later changes of the first task do not release the key of the second.
+    if end.get("stopping"):
+        assert store.update("a", Expect(tuple(TERMINAL)), {"stopping": False}) is not None
+    assert holder(store) == "b"
+    assert store.delete("a", ANY_STATE) == "work"
+    assert holder(store) == "b"
+    assert store.started_with(KEY.name) is None
+
+
+def test_an_update_that_expects_another_state_keeps_the_unique_key(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    store.add(make_task("a", unique_key=UNIQUE), b"{}", None, ())
+    assert store.update("a", Expect((State.RUNNING,)), ENDS[0]) is None
+    assert holder(store) == "a"
+
+
+def test_a_task_that_is_run_again_keeps_its_unique_key(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    store.add(make_task("a", unique_key=UNIQUE), b"{}", None, ())
+    for epoch in (1, 2):
+        assert store.claim("a", "me", CREATED) is not None
+        assert store.update("a", Expect((State.RUNNING,), "me", epoch), {"progress": 5.0})
+        assert store.update("a", ANY_STATE, {"state": State.NOT_STARTED, "owner": None})
+        assert holder(store) == "a"
+        with pytest.raises(UniqueTaken):
+            store.add(make_task("b", unique_key=UNIQUE), b"{}", None, ())
+
+
+@pytest.mark.parametrize("state", [State.NOT_STARTED, State.RUNNING])
+def test_deleting_an_unfinished_task_releases_its_unique_key(
+    store: TaskStore, make_task: NewTask, state: State
+) -> None:
+    store.add(make_task("a", unique_key=UNIQUE), b"{}", None, (), KEY)
+    if state is State.RUNNING:
+        store.claim("a", "me", CREATED)
+    assert store.delete("a", Expect((state,))) == "work"
+    assert store.started_with(UNIQUE) is None
+    store.add(make_task("a", unique_key=UNIQUE), b"{}", None, (), KEY)
+    assert holder(store) == "a"
+
+
+def test_a_refused_start_leaves_no_unique_key(store: TaskStore, make_task: NewTask) -> None:
+    store.add(make_task("a", user="anna"), b"{}", None, (), KEY)
+    with pytest.raises(IdTaken):
+        store.add(make_task("a", unique_key=UNIQUE), b"{}", None, ())
+    with pytest.raises(KeyTaken):
+        store.add(make_task("b", unique_key=UNIQUE), b"{}", None, (), KEY)
+    with pytest.raises(TooManyTasks):
+        store.add(make_task("b", unique_key=UNIQUE, user="anna"), b"{}", None, (), quota=1)
+    assert store.started_with(UNIQUE) is None
+    store.add(make_task("b", unique_key=UNIQUE), b"{}", None, ())
+
+
+def test_a_unique_key_is_checked_before_the_quota(store: TaskStore, make_task: NewTask) -> None:
+    store.add(make_task("a", unique_key=UNIQUE, user="anna"), b"{}", None, (), quota=1)
+    with pytest.raises(UniqueTaken):
+        store.add(make_task("b", unique_key=UNIQUE, user="anna"), b"{}", None, (), quota=1)
+
+
+def test_a_unique_key_belongs_to_one_namespace(
+    store: TaskStore, other_store: TaskStore, make_task: NewTask
+) -> None:
+    store.add(make_task("a", unique_key=UNIQUE), b"{}", None, ())
+    assert other_store.started_with(UNIQUE) is None
+    other_store.add(make_task("a", unique_key=UNIQUE), b"{}", None, ())
+    assert other_store.update("a", ANY_STATE, ENDS[0]) is not None
+    assert other_store.started_with(UNIQUE) is None
+    assert holder(store) == "a"
+
+
 # Quotas
 
 
@@ -217,6 +341,51 @@ def test_one_of_many_concurrent_starts_with_one_key_is_stored(
         (only,) = all_ids(store)
         assert found_with(store, KEY) == (only, KEY.fingerprint)
         store.delete(only, ANY_STATE)
+
+
+@pytest.mark.parametrize("quota", [None, 100])
+def test_one_of_many_concurrent_starts_with_one_unique_key_is_stored(
+    store: TaskStore, make_task: NewTask, quota: int | None
+) -> None:
+    def add(number: int) -> str:
+        task = make_task(f"t{number}", unique_key=UNIQUE, user="anna")
+        try:
+            store.add(task, b"{}", None, (), quota=quota)
+        except UniqueTaken:
+            return "taken"
+        return "stored"
+
+    for _ in range(5):
+        assert concurrently(16, add) == ["stored"] + ["taken"] * 15
+        (only,) = all_ids(store)
+        assert holder(store) == only
+        store.delete(only, ANY_STATE)
+
+
+def test_tasks_that_start_and_end_at_once_never_share_a_unique_key(
+    store: TaskStore, make_task: NewTask
+) -> None:
+    """No other thread has an unfinished task while a thread starts its own."""
+    alone = threading.Lock()
+
+    def run(number: int) -> str:
+        stored = 0
+        for attempt in range(40):
+            task = make_task(f"t{number}-{attempt}", unique_key=UNIQUE, user="anna")
+            try:
+                store.add(task, b"{}", None, (), quota=1000)
+            except UniqueTaken:
+                continue
+            stored += 1
+            assert alone.acquire(blocking=False)
+            assert store.claim(task.id, "me", CREATED) is not None
+            alone.release()
+            assert store.update(task.id, ANY_STATE, ENDS[stored % 3]) is not None
+        return f"{stored}"
+
+    stored = [int(count) for count in concurrently(6, run)]
+    assert len(stored) == 6 and sum(stored) == len(all_ids(store))
+    assert store.started_with(UNIQUE) is None
 
 
 @pytest.mark.covers("A70")

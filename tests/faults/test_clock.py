@@ -1,4 +1,6 @@
-"""The wall clock is set while tasks run: timeouts use the monotonic clock."""
+"""The wall clock of the host is set: timeouts use the monotonic clock, and retries that of the
+database.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_asyncroute import AsyncRoute, current_task
+from flask_asyncroute import AsyncRoute, Retry, current_task
 from tests.support.flow import Flow
 
 HOUR_NS = 3_600_000_000_000
@@ -67,3 +69,62 @@ def test_setting_the_clock_does_not_affect_timeouts(
             for name in ("CreationTime", "StartingTime", "CompletedTime")
         ]
         assert times == sorted(times)
+
+
+@pytest.mark.covers("F49")
+@pytest.mark.parametrize("hours", [1, -1])
+def test_setting_the_clock_of_a_host_does_not_change_when_a_retry_begins(
+    make_app: Callable[..., Flask],
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Callable[..., Any],
+    postgresql_url: str,
+    hours: int,
+) -> None:
+    """The clock of a PostgreSQL server counts."""
+    app = make_app(ASYNCROUTE_STORE=postgresql_url)
+    flow = Flow(app, AsyncRoute(app))
+    attempts = failing_once(flow, delay=1.5)
+    task = flow.start()
+    eventually(lambda: "NextAttemptTime" in flow.get(task))
+    real, began = time.time_ns, time.monotonic()
+    monkeypatch.setattr(time, "time_ns", lambda: real() + hours * HOUR_NS)
+    assert flow.ended(task)["State"] == "Completed"
+    assert 1 < time.monotonic() - began < 5
+    assert attempts == [1, 2]
+
+
+@pytest.mark.covers("F49")
+@pytest.mark.parametrize("store_url", ["memory://", "sqlite:///asyncroute.db"])
+def test_a_retry_begins_by_the_clock_of_the_host_of_its_store(
+    make_app: Callable[..., Flask],
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Callable[..., Any],
+    store_url: str,
+) -> None:
+    app = make_app(ASYNCROUTE_STORE=store_url)
+    flow = Flow(app, AsyncRoute(app))
+    attempts = failing_once(flow, delay=1800)
+    task = flow.start()
+    eventually(lambda: "NextAttemptTime" in flow.get(task))
+    real = time.time_ns
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time_ns", lambda: real() - HOUR_NS)
+        assert flow.run("/other")["State"] == "Completed"
+        assert flow.get(task)["State"] == "NotStarted"
+        patched.setattr(time, "time_ns", lambda: real() + HOUR_NS)
+        assert flow.ended(task)["State"] == "Completed"
+    assert attempts == [1, 2]
+
+
+def failing_once(flow: Flow, delay: float) -> list[int]:
+    """Add a route whose first attempt fails; return the list of its attempts."""
+    attempts: list[int] = []
+
+    @flow.route(retry=Retry(times=3, delay=delay, jitter=0))
+    def work() -> None:
+        attempts.append(current_task.attempt)
+        if current_task.attempt == 1:
+            raise ValueError
+
+    flow.route("/other")(lambda: None)
+    return attempts

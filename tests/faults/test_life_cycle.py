@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from flask_asyncroute.errors import IdTaken
+from flask_asyncroute.retries import Retry
 from flask_asyncroute.stores.base import Expect, SharedTaskStore, TaskStore
 from flask_asyncroute.stores.registry import make_store
 from flask_asyncroute.task import TERMINAL, TRANSITIONS, AsyncRouteTask, State
@@ -30,6 +32,7 @@ AGES = st.sampled_from([0, 0, 0, 1])
 """How many claims ago the run of a worker began."""
 ENDS = st.sampled_from([State.COMPLETED, State.FAILED])
 T0 = 1_700_000_000_000_000
+RETRY = msgspec.json.encode(Retry(times=99).schedule)
 _namespaces = itertools.count()
 
 
@@ -42,6 +45,8 @@ class Model:
     epoch: int = 0
     restarts: int = 0
     start_by: int | None = None
+    start_at: int | None = None
+    attempt: int | None = None
     stopping: bool = False
     progress: float | None = None
     revision: int = 1
@@ -57,6 +62,7 @@ class LifeCycle(RuleBasedStateMachine):
         self.store = store
         store.open()
         self.now = T0
+        store.now_us = lambda: self.now  # type: ignore[method-assign]
         self.models: dict[str, Model] = {}
         self.records: dict[str, AsyncRouteTask] = {}
         self.ends: dict[str, list[State]] = {}
@@ -95,12 +101,22 @@ class LifeCycle(RuleBasedStateMachine):
             self.changed.remove(task_id)
         self.changed.append(task_id)
 
+    @rule(seconds=st.sampled_from([1, 60]))
+    def pass_time(self, seconds: int) -> None:
+        self.now += seconds * 1_000_000
+
     @rule(target=ids, number=st.integers(0, 2), waits=st.sampled_from([None, 5000, 60_000_000]))
     def create(self, number: int, waits: int | None) -> Any:
         task_id = f"task-{number}"
         created = self.tick()
         start_by = None if waits is None else created + waits
-        task = new_task(task_id, created_us=created, timeout_us=60_000_000, start_by_us=start_by)
+        task = new_task(
+            task_id,
+            created_us=created,
+            timeout_us=60_000_000,
+            start_by_us=start_by,
+            retry_json=RETRY,
+        )
         if task_id in self.models:
             with pytest.raises(IdTaken):
                 self.store.add(task, b"{}", None, [("groups", "g")])
@@ -115,15 +131,25 @@ class LifeCycle(RuleBasedStateMachine):
     def claim(self, task_id: str, owner: str) -> None:
         model = self.models.get(task_id)
         claim = self.store.claim(task_id, owner, self.tick())
-        if model is None or model.state is not State.NOT_STARTED or self.is_late(model):
+        is_waiting = model is not None and model.state is State.NOT_STARTED
+        if model is None or not is_waiting or self.is_late(model) or self.is_early(model):
             assert claim is None
             return
         assert claim is not None and claim.request == b"{}"
         self.check(
             task_id,
             claim.task,
-            replace(model, state=State.RUNNING, owner=owner, epoch=model.epoch + 1),
+            replace(
+                model,
+                state=State.RUNNING,
+                owner=owner,
+                epoch=model.epoch + 1,
+                attempt=model.attempt or 1,
+            ),
         )
+
+    def is_early(self, model: Model) -> bool:
+        return model.start_at is not None and model.start_at > self.now
 
     def is_late(self, model: Model) -> bool:
         return (
@@ -248,14 +274,42 @@ class LifeCycle(RuleBasedStateMachine):
             ("owner", "started_us", "expires_us", "progress", "progress_message")
         )
         start_by = model.start_by if model and is_undo else None
+        start_at = model.start_at if model and is_undo else None
         values |= {
             "state": State.NOT_STARTED, "restarts": (model.restarts if model else 0) + 1,
-            "start_by_us": start_by,
+            "start_by_us": start_by, "start_at_us": start_at,
         }  # fmt: skip
         result = self.store.update(task_id, self.of_run(task_id, owner, age), values)
         expected = None
         if model and self.is_run_of(model, owner, age):
-            expected = Model(epoch=model.epoch, restarts=model.restarts + 1, start_by=start_by)
+            expected = Model(
+                epoch=model.epoch,
+                restarts=model.restarts + 1,
+                start_by=start_by,
+                start_at=start_at,
+                attempt=model.attempt,
+            )
+        self.check(task_id, result, expected)
+
+    @rule(task_id=ids, is_holder=IS_HOLDER, age=AGES, delay=st.sampled_from([0, 5000, 60_000_000]))
+    def retry(self, task_id: str, is_holder: bool, age: int, delay: int) -> None:
+        model = self.models.get(task_id)
+        owner = self.owner(task_id, is_holder)
+        attempt = ((model.attempt if model else None) or 1) + 1
+        values: dict[str, Any] = dict.fromkeys(
+            ("owner", "started_us", "expires_us", "progress", "progress_message", "start_by_us")
+        )
+        start_at = self.tick() + delay
+        values |= {
+            "state": State.NOT_STARTED, "attempt": attempt, "last_error": "x",
+            "start_at_us": start_at,
+        }  # fmt: skip
+        result = self.store.update(task_id, self.of_run(task_id, owner, age), values)
+        expected = None
+        if model and self.is_run_of(model, owner, age):
+            expected = Model(
+                epoch=model.epoch, restarts=model.restarts, start_at=start_at, attempt=attempt
+            )
         self.check(task_id, result, expected)
 
     @rule(task_id=ids, is_purge=st.booleans())
@@ -299,6 +353,8 @@ class LifeCycle(RuleBasedStateMachine):
                 task.epoch,
                 task.restarts,
                 task.start_by_us,
+                task.start_at_us,
+                task.attempt,
                 task.stopping,
                 task.progress,
                 task.revision,
@@ -320,13 +376,17 @@ class LifeCycle(RuleBasedStateMachine):
         assert late == {name for name, model in self.models.items() if self.is_late(model)}
 
     @invariant()
-    def waiting_tasks_are_those_not_started(self) -> None:
-        if not isinstance(self.store, SharedTaskStore):
-            return
+    def waiting_tasks_are_those_that_may_start(self) -> None:
         waiting = {task.id for task in self.store.waiting({"work": 99}, self.now + 1)}
-        assert waiting == {
-            task_id for task_id, model in self.models.items() if model.state is State.NOT_STARTED
+        due = {
+            task_id: model
+            for task_id, model in self.models.items()
+            if model.state is State.NOT_STARTED and not self.is_early(model)
         }
+        if not isinstance(self.store, SharedTaskStore):
+            # It omits new tasks, which its only process has queued.
+            due = {task_id: model for task_id, model in due.items() if model.start_at is not None}
+        assert waiting == due.keys()
 
 
 @pytest.mark.covers("I2", "I4")

@@ -140,6 +140,8 @@ def store(proxy_url: str) -> Iterator[TaskStore]:
         store.add(new_task(name, user="anna", **shared), b"{}", None, [("groups", "g")])
         if not name.startswith("waiting"):
             assert store.claim(name, "me", T0) is not None
+    store.add(new_task("running-unique", unique_key="r" * 64), b"{}", None, ())
+    assert store.claim("running-unique", "me", T0) is not None
     ended = {"state": State.ABORTED, "completed_us": T0, "error": "x"}
     assert (
         store.update("stopping", Expect((State.RUNNING,)), {**ended, "stopping": True}) is not None
@@ -200,6 +202,12 @@ WRITES: dict[str, tuple[Callable[[TaskStore], Any], Callable[[Any, TaskStore], b
             direct.get("new") is not None and _size_of_body(direct, "new") == 600_000
         ),
     ),
+    "add with a unique key": (
+        lambda store: store.add(new_task("new", unique_key="u" * 64), b"{}", None, ()),
+        lambda result, direct: (
+            direct.get("new") is not None and direct.started_with("u" * 64)[0].id == "new"  # type: ignore[index]
+        ),
+    ),
     "claim": (
         lambda store: store.claim("waiting", "me", T0 + 1),
         lambda result, direct: _is_claimed(result, direct, "waiting"),
@@ -215,6 +223,12 @@ WRITES: dict[str, tuple[Callable[[TaskStore], Any], Callable[[Any, TaskStore], b
     "end with readers": (
         lambda store: _completed(store, "running-shared"),
         lambda result, direct: _has_ended(result, direct, "running-shared"),
+    ),
+    "end with a unique key": (
+        lambda store: _completed(store, "running-unique"),
+        lambda result, direct: (
+            _has_ended(result, direct, "running-unique") and direct.started_with("r" * 64) is None
+        ),
     ),
     "progress": (
         lambda store: store.update("running", Expect((State.RUNNING,), "me", 1), {"progress": 5.0}),
@@ -313,7 +327,7 @@ def break_while_it_waits(proxy: Proxy, url: str, call: Callable[[], Any]) -> Any
 
 
 @pytest.mark.covers("F22")
-@pytest.mark.parametrize("name", ["add", "claim", "end", "release"])
+@pytest.mark.parametrize("name", ["add", "add with a unique key", "claim", "end", "release"])
 def test_a_connection_that_breaks_while_the_server_waits(
     store: TaskStore, direct: TaskStore, proxy: Proxy, postgresql_url: str, name: str
 ) -> None:

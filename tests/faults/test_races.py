@@ -16,12 +16,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from flask import Flask
 
 from flask_asyncroute import signals
 from flask_asyncroute.engine.lifecycle import Lifecycle
 from flask_asyncroute.executors.execution import Execution
+from flask_asyncroute.retries import Retry
 from flask_asyncroute.stores.base import Expect, TaskStore
 from flask_asyncroute.stores.memory import MemoryTaskStore
 from flask_asyncroute.task import TERMINAL, State, now_us
@@ -59,6 +61,20 @@ def _abort(store: TaskStore, task_id: str) -> bool:
     return store.update(task_id, Expect((State.RUNNING,)), values) is not None
 
 
+def _add_waiting(store: TaskStore, task_id: str) -> None:
+    """Add a task whose retry is due."""
+    _add_running(store, task_id)
+    assert _retry(store, task_id)
+
+
+def _retry(store: TaskStore, task_id: str) -> bool:
+    values = {
+        "state": State.NOT_STARTED, "owner": None, "started_us": None, "expires_us": None,
+        "attempt": 2, "last_error": "x", "start_at_us": 1,
+    }  # fmt: skip
+    return store.update(task_id, Expect((State.RUNNING,), "owner", 1), values) is not None
+
+
 def _abort_waiting(store: TaskStore, task_id: str) -> bool:
     values = {"state": State.ABORTED, "completed_us": now_us(), "error": "Aborted by the user"}
     return store.update(task_id, Expect((State.NOT_STARTED,)), values) is not None
@@ -89,6 +105,16 @@ RACES = {
     "stop-against-stop": Race(_add_running, _abort, _abort, (State.ABORTED, State.ABORTED)),
     "stop-against-start": Race(_add, _claim, _abort_waiting, (State.RUNNING, State.ABORTED)),
     "start-against-start": Race(_add, _claim, _claim, (State.RUNNING, State.RUNNING)),
+    "stop-against-retry": Race(_add_running, _retry, _abort, (State.NOT_STARTED, State.ABORTED)),
+    "retry-against-retry": Race(
+        _add_running, _retry, _retry, (State.NOT_STARTED, State.NOT_STARTED)
+    ),
+    "stop-against-start-of-a-retry": Race(
+        _add_waiting, _claim, _abort_waiting, (State.RUNNING, State.ABORTED)
+    ),
+    "start-against-start-of-a-retry": Race(
+        _add_waiting, _claim, _claim, (State.RUNNING, State.RUNNING)
+    ),
     "removal-against-start": Race(_add, _claim, _purge, (State.RUNNING, None)),
 }
 
@@ -195,7 +221,7 @@ def check_trials(
     return sum(wins[0]), sum(wins[1])
 
 
-@pytest.mark.covers("F15")
+@pytest.mark.covers("F15", "F48")
 @pytest.mark.parametrize("name", RACES)
 def test_one_of_two_threads_wins(store: TaskStore, name: str) -> None:
     assert sum(race_in_threads(RACES[name], store, store, TRIALS)) == TRIALS
@@ -271,6 +297,53 @@ def test_a_race_sends_each_terminal_signal_once(
         lifecycle.release(executions[int(task.id[1:])][1])
         stored = store.get(task.id)
         assert stored is not None and not stored.stopping
+
+
+@pytest.mark.covers("F48")
+@pytest.mark.parametrize("new_owner", ["owner", "other"])
+def test_a_retry_of_an_earlier_run_has_no_effect(
+    store: TaskStore, make_app: Callable[..., Flask], new_owner: str
+) -> None:
+    """A worker was taken for dead, and its task runs again, perhaps in a worker of the same
+    name.
+    """
+    slow = Lifecycle(make_app(), store, "owner")
+    other = Lifecycle(make_app(), store, new_owner)
+    task = new_task(on_loss="restart", retry_json=msgspec.json.encode(Retry(times=9).schedule))
+    slow.create(task, b"{}", None, ())
+    claim = slow.claim("task")
+    assert claim is not None
+    execution = Execution("task")
+    execution.begin(None, claim.task.epoch, None)
+    assert other.recover(claim.task) is not None
+    assert slow.retry(execution, "x", 1, is_bound=False) is None
+    again = other.claim("task")
+    assert again is not None and (again.task.attempt, again.task.epoch) == (1, 2)
+    assert slow.retry(execution, "x", 1, is_bound=False) is None
+    assert store.get("task") == again.task
+
+
+@pytest.mark.covers("F48")
+def test_an_old_list_of_waiting_tasks_does_not_start_a_later_attempt_early(
+    store: TaskStore, make_app: Callable[..., Flask]
+) -> None:
+    lifecycle = Lifecycle(make_app(), store, "owner")
+    schedule = msgspec.json.encode(Retry(times=9).schedule)
+    lifecycle.create(new_task(retry_json=schedule), b"{}", None, ())
+
+    def fail(start_at_us: int) -> None:
+        claim = lifecycle.claim("task")
+        assert claim is not None
+        execution = Execution("task")
+        execution.begin(None, claim.task.epoch, None, attempt=claim.task.attempt or 1)
+        assert lifecycle.retry(execution, "x", start_at_us, is_bound=False) is not None
+
+    fail(store.now_us())
+    (found,) = store.waiting({"work": 9}, now_us() + 1, store.now_us() + 1)
+    fail(store.now_us() + 60_000_000)
+    assert lifecycle.claim(found.id) is None
+    waiting = store.get("task")
+    assert waiting is not None and (waiting.state, waiting.attempt) == (State.NOT_STARTED, 3)
 
 
 @pytest.mark.covers("F16")

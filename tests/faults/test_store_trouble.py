@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from flask import Flask, request
 
-from flask_asyncroute import AsyncRoute, current_task, signals
+from flask_asyncroute import AsyncRoute, Retry, current_task, signals
 from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.stores.base import Expect
 from flask_asyncroute.stores.registry import make_store
@@ -28,6 +28,7 @@ from tests.support.waiting import eventually_true
 
 MakeFaulty = Callable[..., Flow]
 
+CREDENTIALS = {"Authorization": "Bearer a"}
 ENDS = ("Completed", "Failed", "Aborted")
 
 
@@ -467,20 +468,84 @@ def test_a_start_with_an_unknown_commit_does_not_stay_waiting(make_faulty: MakeF
     eventually_true(lambda: all(task["IsCompleted"] for task in flow.query()))
 
 
+@pytest.mark.covers("F44")
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+def test_a_unique_start_with_an_unknown_commit_is_kept(
+    make_faulty: MakeFaulty, gate: threading.Event
+) -> None:
+    """Another start can get its id before an undo, so the task must not be removed."""
+    fault = Nth(1, "after")
+    flow = make_faulty(lambda name: fault(name) if name == "add" else None)
+    runs: list[str] = []
+
+    @flow.route(unique=True)
+    def work() -> None:
+        runs.append(current_task.id)
+        gate.wait(10)
+
+    flow.headers = CREDENTIALS
+    flow.start(status=503)
+    task = flow.start()
+    flow.became(task, "Running")
+    gate.set()
+    flow.ended(task)
+    assert flow.ids() == [task["Id"]] == runs
+
+
+@pytest.mark.covers("F44")
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+def test_a_unique_start_with_an_unknown_commit_on_an_own_executor_is_removed(
+    make_faulty: MakeFaulty,
+) -> None:
+    """No process would run it, so it would hold its key forever."""
+    fault = Nth(1, "after")
+    flow = make_faulty(lambda name: fault(name) if name == "add" else None)
+    runs: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        @flow.route(unique=True, executor=pool)
+        def work() -> None:
+            runs.append(current_task.id)
+
+        flow.headers = CREDENTIALS
+        flow.start(status=503)
+        eventually_true(lambda: not flow.query())
+        task = flow.run()
+        assert flow.ids() == [task["Id"]] == runs
+
+
+@pytest.mark.parametrize("name", ["started_with", "add"])
+def test_a_unique_start_while_the_store_is_down_leaves_no_key(
+    make_faulty: MakeFaulty, name: str
+) -> None:
+    fault = Down(name)
+    flow = make_faulty(fault)
+
+    @flow.route(unique=True, max_workers=1, queue_size=0)
+    def work() -> None: ...
+
+    fault.is_down = True
+    for _ in range(2):
+        flow.start(status=503)
+    fault.is_down = False
+    flow.run()
+    assert fault.refused == [name] * 2
+
+
 class Scenario:
     """Two tasks, one that completes and one that is stopped, followed by a list and a purge."""
 
-    def __init__(self, flow: Flow, hear: Any) -> None:
+    def __init__(self, flow: Flow, hear: Any, is_unique: bool) -> None:
         self.flow = flow
         self.finished = hear(signals.task_finished, sender=flow.app)
         self.begun = threading.Event()
 
-        @flow.route("/ends", max_workers=2)
+        @flow.route("/ends", max_workers=2, unique=is_unique)
         def ends() -> Any:
             current_task.progress = 10
             return {"Done": True}
 
-        @flow.route("/waits", max_workers=2)
+        @flow.route("/waits", max_workers=2, unique=is_unique)
         def waits() -> Any:
             self.begun.set()
             current_task.sleep(20)
@@ -532,9 +597,10 @@ class Scenario:
 
 @pytest.mark.covers("F44", "I1", "I2", "I3", "I4")
 @pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("is_unique", [False, True], ids=["", "unique"])
 @pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
 def test_the_invariants_hold_if_the_nth_call_of_the_store_fails(
-    make_faulty: MakeFaulty, how: str, hear: Any, gate: threading.Event
+    make_faulty: MakeFaulty, how: str, is_unique: bool, hear: Any, gate: threading.Event
 ) -> None:
     """Reads by background maintenance count as well, so the Nth call is not always the same one."""
     number = 0
@@ -542,7 +608,8 @@ def test_the_invariants_hold_if_the_nth_call_of_the_store_fails(
         number += 1
         fault = Nth(number, how)
         flow = make_faulty(fault, ASYNCROUTE_NAMESPACE=f"of-{number}")
-        scenario = Scenario(flow, hear)
+        flow.headers = CREDENTIALS
+        scenario = Scenario(flow, hear, is_unique)
         accepted = scenario.play()
         calls = fault.disarm()
         runner = runtime_of(flow.app).runner
@@ -573,6 +640,112 @@ def test_the_invariants_hold_if_the_nth_call_of_the_store_fails(
         if calls < number:
             break
     assert number > 12
+
+
+@pytest.mark.covers("F45")
+@pytest.mark.parametrize("executor", ["thread", "immediate", "own"])
+def test_a_retry_that_cannot_be_written_is_written_later(
+    make_faulty: MakeFaulty, executor: str, hear: Any
+) -> None:
+    fault = Down(*WRITES)
+    flow = make_faulty(fault)
+    retried = hear(signals.task_retried, sender=flow.app)
+    attempts: list[int] = []
+
+    with ThreadPoolExecutor(1) as pool:
+
+        @flow.route(
+            executor=pool if executor == "own" else executor,
+            retry=Retry(times=1, delay=0.02),
+        )
+        def work() -> str:
+            attempts.append(current_task.attempt)
+            if current_task.attempt == 1:
+                fault.is_down = True
+                raise ValueError("no")
+            return "done"
+
+        def come_back() -> None:
+            eventually_true(lambda: fault.refused.count("update") >= 3, 10)
+            fault.is_down = False
+
+        repair = threading.Thread(target=come_back)
+        repair.start()
+        task = flow.start()
+        repair.join(15)
+        ended = flow.ended(task, 10)
+    assert (ended["State"], ended["LastError"]) == ("Completed", "ValueError: no")
+    assert attempts == [1, 2]
+    assert [found.attempt for _, found in retried] == [2]
+
+
+@pytest.mark.covers("F45")
+def test_a_retry_that_cannot_be_claimed_is_claimed_later(make_faulty: MakeFaulty) -> None:
+    fault = Down("claim")
+    flow = make_faulty(fault)
+    attempts: list[int] = []
+
+    @flow.route(retry=Retry(times=1, delay=0.02))
+    def work() -> str:
+        attempts.append(current_task.attempt)
+        if current_task.attempt == 1:
+            fault.is_down = True
+            raise ValueError("no")
+        return "done"
+
+    task = flow.start()
+    eventually_true(lambda: len(fault.refused) >= 3, 10)
+    assert flow.get(task)["Attempt"] == 2
+    fault.is_down = False
+    assert flow.ended(task, 10)["State"] == "Completed"
+    assert attempts == [1, 2]
+
+
+@pytest.mark.covers("F44", "I1", "I2", "I3")
+@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+def test_each_attempt_runs_once_if_the_nth_call_of_the_store_fails(
+    make_faulty: MakeFaulty, how: str, hear: Any
+) -> None:
+    """Reads by background maintenance count as well, so the Nth call is not always the same one."""
+    number = 0
+    while True:
+        number += 1
+        fault = Nth(number, how)
+        flow = make_faulty(fault, ASYNCROUTE_NAMESPACE=f"of-{number}")
+        finished = hear(signals.task_finished, sender=flow.app)
+        attempts: dict[str, list[int]] = {}
+
+        @flow.route(retry=Retry(times=1, delay=0.02))
+        def work(attempts: dict[str, list[int]] = attempts) -> None:
+            attempts.setdefault(current_task.id, []).append(current_task.attempt)
+            if current_task.attempt == 1:
+                raise ValueError("no")
+
+        if flow.request("POST", "/work").status_code != 202:
+            flow.start()
+        runner = runtime_of(flow.app).runner
+
+        def has_ended(flow: Flow = flow) -> bool:
+            answer = flow.request("GET", "/tasks")
+            return answer.status_code == 200 and all(
+                task["IsCompleted"] for task in answer.get_json()
+            )
+
+        eventually_true(has_ended, 10, 0.02)
+        calls = fault.disarm()
+        eventually_true(lambda runner=runner: not runner.dispatcher.running, 6)
+        where = f"call {number} ({fault.calls[number - 1 : number]}) failed {how}"
+        completed = [task for task in flow.query() if task["State"] == "Completed"]
+        assert completed, where
+        for task in completed:
+            assert (task["Attempt"], attempts[task["Id"]]) == (2, [1, 2]), where
+            sent = [found.state.value for _, found in finished if found.id == task["Id"]]
+            assert len(sent) <= 1, where
+        runtime_of(flow.app).close()
+        if calls < number:
+            break
+    assert number > 8
 
 
 @pytest.mark.covers("F24")

@@ -10,7 +10,8 @@ from flask_asyncroute.errors import CommitUnknown, StoreUnavailable
 from flask_asyncroute.stores.base import TaskStore
 
 READS = (
-    "get", "body", "query", "waiting", "past_retention", "not_started_in_time", "read_value", "value_keys",
+    "get", "started_with", "body", "query", "waiting", "past_retention", "not_started_in_time", "read_value",
+    "value_keys",
 )  # fmt: skip
 WRITES = ("add", "claim", "update", "delete", "write_value")
 

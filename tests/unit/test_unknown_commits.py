@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
-from flask_asyncroute.errors import CommitUnknown, StoreUnavailable
-from flask_asyncroute.stores.sql.database import ensure_written
+from flask_asyncroute.errors import (
+    CommitUnknown,
+    KeyTaken,
+    StoreUnavailable,
+    TooManyTasks,
+    UniqueTaken,
+)
+from flask_asyncroute.stores.sql.database import Duplicate, ensure_written
 
 
 def raising(*errors: Exception) -> Callable[[], Any]:
@@ -30,3 +36,23 @@ def test_a_second_outage_does_not_make_an_unknown_commit_a_failed_one(where: str
     with pytest.raises(CommitUnknown) as raised:
         ensure_written(write, find)
     assert raised.value.__cause__ is away
+
+
+REFUSALS = [Duplicate(), UniqueTaken("x"), KeyTaken("x"), TooManyTasks("x")]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda error: type(error).__name__)
+def test_a_first_write_that_commits_late_is_found_after_the_second_is_refused(
+    refusal: Exception,
+) -> None:
+    """The first write has taken the key, or the last task of the quota."""
+    found = [None, "stored"]
+    write = raising(CommitUnknown("lost"), refusal)
+    assert ensure_written(write, lambda: found.pop(0)) == "stored"
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda error: type(error).__name__)
+def test_a_second_write_that_another_task_refuses_raises(refusal: Exception) -> None:
+    with pytest.raises(type(refusal)) as raised:
+        ensure_written(raising(CommitUnknown("lost"), refusal), lambda: None)
+    assert raised.value is refusal

@@ -139,7 +139,8 @@ def _receive_outcome(child: Child, execution: Execution) -> Outcome:
         return died("it sent invalid data")
     cause = cause_of(child.status)
     if not execution.stop.is_set():
-        logger.error("The child process of task %s died: %s.", execution.task_id, cause)
+        level = logging.WARNING if execution.retries_left else logging.ERROR
+        logger.log(level, "The child process of task %s died: %s.", execution.task_id, cause)
     return died(cause)
 
 

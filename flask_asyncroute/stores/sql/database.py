@@ -17,6 +17,7 @@ from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError
 
 from ...errors import CommitUnknown, ConfigurationError, StoreUnavailable
+from ...task import now_us
 from ..base import Listener
 
 logger = logging.getLogger("flask_asyncroute")
@@ -106,6 +107,10 @@ class Database(ABC):
             deadlock.
         """
 
+    def now_us(self) -> int:
+        """Return the time of the clock that all processes share."""
+        return now_us()
+
     def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener | None:
         """Call ``notify`` for each later notification on a channel that has this payload.
 
@@ -187,11 +192,13 @@ def _ensured(write: Callable[[], T], find: Callable[[], T | None]) -> T:
     if found is not None:
         return found
     # The server may still be executing the first write, because it notices late that the client has
-    # disconnected. If the first write commits first, the second changes nothing or raises
-    # Duplicate.
+    # disconnected. If the first write commits first, the second changes nothing or is refused,
+    # for example because the first has taken the key.
     try:
         done = write()
-    except Duplicate:
+    except StoreUnavailable:
+        raise
+    except Exception:
         found = find()
         if found is None:
             raise

@@ -25,6 +25,7 @@ from sqlalchemy.pool import QueuePool
 from ...errors import ConfigurationError, StoreUnavailable
 from ..base import Listener
 from .database import Cursor, Database, Duplicate, Rows, logger, read_url
+from .statements import NOW
 from .store import SQLTaskStore
 
 T = TypeVar("T")
@@ -35,6 +36,8 @@ TIMEOUTS = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
 """Timeouts of libpq: seconds to connect, and milliseconds until sent data must be acknowledged."""
 TRIES = 3
 CLOSE_SECONDS = 1.0
+MEASUREMENTS = 3  # Queries per measurement of the server's clock.
+CLOCK_SECONDS = 30.0  # Minimum interval between measurements of the server's clock.
 RECONNECT_SECONDS = 1.0
 CLOSED_SECONDS = 0.2  # Interval at which a listener checks whether it was closed.
 SCHEMA_LOCK = 0x6173796E63  # Key of the advisory lock for creating tables.
@@ -109,6 +112,12 @@ class EngineDatabase(Database):
         self._is_owned = is_owned
         self._unpooled: Connection | None = None
         self._own_pids: OwnPids = WeakValueDictionary()
+        self._clock_lock = threading.Lock()
+        self._ahead_us: int | None = None
+        """The server's clock minus the monotonic clock of this process; None before the first
+        measurement.
+        """
+        self._measure_at = 0.0
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._several = engine.execution_options(isolation_level="READ COMMITTED")
         self._snapshot = engine.execution_options(
@@ -156,6 +165,32 @@ class EngineDatabase(Database):
                 return done
 
         return self._retry(write)
+
+    def now_us(self) -> int:
+        """Return the time of the server's clock, also if the clock of this host is set.
+
+        The server's clock is measured at most every :data:`CLOCK_SECONDS` and continued with the
+        monotonic clock. If the server is unavailable, the last measurement still applies.
+        """
+        with self._clock_lock:
+            if self._ahead_us is None or time.monotonic() >= self._measure_at:
+                self._measure_at = time.monotonic() + CLOCK_SECONDS
+                try:
+                    self._ahead_us = self._measure_clock()
+                except StoreUnavailable:
+                    if self._ahead_us is None:
+                        raise
+            return self._ahead_us + _monotonic_us()
+
+    def _measure_clock(self) -> int:
+        """Return the server's clock minus the monotonic clock of this process."""
+        measured = []
+        for _ in range(MEASUREMENTS):
+            sent_us = _monotonic_us()
+            now_us = self.fetch_one(f"SELECT {NOW} AS now", {}).now
+            took_us = _monotonic_us() - sent_us
+            measured.append((took_us, now_us - sent_us - took_us // 2))
+        return int(min(measured)[1])  # the fastest answer is the most exact
 
     def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener:
         return PostgreSQLListener(self._single, channel, payload, notify, self._own_pids)
@@ -276,6 +311,10 @@ class EngineDatabase(Database):
                 if not tries_left or not (is_lost or sqlstate in _ROLLED_BACK):
                     raise self.unavailable(error) from error
         raise AssertionError("the last attempt returns or raises")
+
+
+def _monotonic_us() -> int:
+    return time.monotonic_ns() // 1000
 
 
 @dataclass(slots=True)

@@ -27,6 +27,8 @@ CHANNEL = "asyncroute"
 key.
 """
 
+NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
+"""The time of a PostgreSQL server in microseconds since the epoch."""
 DUE_PAGE = 100  # Maximum number of due callbacks read at once.
 
 
@@ -64,7 +66,7 @@ _STATE = "state [postgresql: || '']"
 """The state beside a condition on the id. PostgreSQL cannot use an index of the state for it."""
 _CAN_START = (
     f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND (start_by_us IS NULL OR start_by_us > :now) "
-    "AND (start_at_us IS NULL OR start_at_us <= :now)"
+    "AND (start_at_us IS NULL OR start_at_us <= :store_now)"
 )
 _IS_VALUE = "namespace = :ns AND key = :key"
 _IS_STOPPING = "namespace = :ns AND stopping = 1 AND owner IS NOT NULL"
@@ -105,11 +107,10 @@ _NEXT_NUMBER = "nextval('asyncroute_namespaces_change_seq')"
 _LOCKED = f"""locked AS MATERIALIZED (
     SELECT set_config('idle_in_transaction_session_timeout', '{FROZEN_MS}', true),
         pg_advisory_xact_lock_shared({LOCK_CLASS}, CAST(:ns AS INTEGER)))"""
-_NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 _NOTIFY = f"pg_notify('{CHANNEL}', CAST(key AS TEXT))"
 # A notification wakes all processes of the app, so most writes send one only if a process has asked
 # for it.
-_NOTIFY_IF_ASKED = f"CASE WHEN notify_until_us > {_NOW} THEN {_NOTIFY} END"
+_NOTIFY_IF_ASKED = f"CASE WHEN notify_until_us > {NOW} THEN {_NOTIFY} END"
 _NEXT = "(SELECT change FROM counter)"
 # Another process can have changed the task after this statement began.
 _IF_LOCKED = "[postgresql: AND EXISTS (SELECT 1 FROM counter)]"
@@ -224,7 +225,7 @@ class Statements:
             WHERE key = :ns]"""
     """Execute this after `lock_task`. SQLite returns only the last number."""
     keep_notifying = f"""[postgresql: UPDATE asyncroute_namespaces
-        SET notify_until_us = {_NOW} + :us WHERE key = :ns]"""
+        SET notify_until_us = {NOW} + :us WHERE key = :ns]"""
     # Execute this before a task is removed, so that its change number is never assigned again.
     skip_change = f"""
         [sqlite: UPDATE asyncroute_namespaces SET change = {_HIGHEST} + 1 WHERE key = :ns]
@@ -240,7 +241,7 @@ class Statements:
     get_request = f"SELECT request, {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_locked_task = _lock_task(RECORD, _IS_TASK)
     claim_task = _claim(_CAN_START)
-    claim_plain_task = _claim(f"{_CAN_START} AND {_IS_PLAIN}")
+    claim_plain_task = _claim(f"{_CAN_START} AND permission_json IS NULL")
     tasks_past_retention = f"""
         SELECT id FROM asyncroute_tasks
         WHERE namespace = :ns AND remove_after_us < :now AND stopping = 0
@@ -280,13 +281,19 @@ class Statements:
             ON tasks.id = keys.task_id AND tasks.{_IN_NAMESPACE}
         WHERE keys.name = :name AND keys.{_IN_NAMESPACE}"""
     delete_keys = f"DELETE FROM asyncroute_keys WHERE {_OF_TASK}"
-    # Waits for an open transaction with the same key, but not for long.
+    # Waits for an open transaction with the same key, but not for long. A frozen process must not
+    # hold the key; see `_LOCKED`.
     add_unique_key = f"""
-        [postgresql: WITH waiting AS MATERIALIZED (
-            SELECT set_config('lock_timeout', '{UNIQUE_WAIT_MS}', true))]
+        [postgresql: WITH before AS MATERIALIZED (
+            SELECT current_setting('lock_timeout') AS lock_timeout),
+        waiting AS MATERIALIZED (
+            SELECT set_config('lock_timeout', '{UNIQUE_WAIT_MS}', true),
+                set_config('idle_in_transaction_session_timeout', '{FROZEN_MS}', true)
+            FROM before)]
         INSERT INTO asyncroute_keys (namespace, name, fingerprint, task_id)
         SELECT CAST(:ns AS INTEGER), :unique_key, '', :id [postgresql: FROM waiting] WHERE true
-        ON CONFLICT DO NOTHING RETURNING task_id"""
+        ON CONFLICT DO NOTHING RETURNING task_id
+            [postgresql: , (SELECT set_config('lock_timeout', lock_timeout, true) FROM before)]"""
     release_unique_key = f"""
         DELETE FROM asyncroute_keys
         WHERE name = :unique_key AND {_IN_NAMESPACE} AND task_id = :task_id"""

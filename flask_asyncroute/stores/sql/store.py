@@ -118,8 +118,14 @@ class SQLTaskStore(SharedTaskStore):
         row = self._database.fetch_one(self._sql.get_task_of_key, which)
         return None if row is None else (record_of(row), row.fingerprint)
 
+    def now_us(self) -> int:
+        return self._database.now_us()
+
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
-        values = {"ns": self._ns, "task_id": task_id, "owner": owner, "now": now_us}
+        values = {
+            "ns": self._ns, "task_id": task_id, "owner": owner, "now": now_us,
+            "store_now": self.now_us(),
+        }  # fmt: skip
 
         def find() -> Claim | None:
             row = self._database.fetch_one(self._sql.get_request, values)
@@ -136,7 +142,7 @@ class SQLTaskStore(SharedTaskStore):
             # Usually, another process has claimed the task. Checking this avoids waiting for a
             # lock.
             task = self.get(task_id)
-            if task is None or not base.can_start(task, now_us):
+            if task is None or not base.can_start(task, now_us, self.now_us()):
                 return None
             return self._database.write(claim_with_grants)
 

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from flask import (
     url_for,
 )
 
-from flask_asyncroute import AsyncRoute, TaskNotFound, current_task, task_completed
+from flask_asyncroute import AsyncRoute, Retry, TaskNotFound, current_task, task_completed
 
 APP = "tests.support.apps.child_app:create_app()"
 LOADED: list[str] = []
@@ -136,6 +137,18 @@ def create_app(**config: Any) -> Flask:
             "exit": SystemExit(4), "interrupt": KeyboardInterrupt(), "unknown": TaskNotFound("gone"),
         }[what]  # fmt: skip
 
+    @route("/retried/<how>", retry=Retry(times=1, delay=0.02))
+    def retried(how: str) -> Any:
+        if current_task.attempt == 1 or how == "always":
+            if how == "raise":
+                raise ValueError("no")
+            if how == "exit":
+                os._exit(3)
+            if how == "retry":
+                current_task.retry(after=0.01, reason="busy")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [current_task.attempt, len(request.get_data())]
+
     @route("/die/<how>")
     def die(how: str) -> Any:
         if how.startswith("exit"):
@@ -192,6 +205,11 @@ def create_app(**config: Any) -> Flask:
         current_task.set_progress(1)
         time.sleep(seconds)
         return "slept"
+
+    @route("/unique", unique=True)
+    def unique() -> None:
+        current_task.set_progress(1)
+        time.sleep(30)
 
     @route("/brief", timeout=0.3)
     def brief() -> Any:
@@ -310,6 +328,13 @@ def create_app(**config: Any) -> Flask:
         return "plain"
 
     return app
+
+
+def disconnect_receivers(app: Flask) -> None:
+    """Disconnect the receivers that `create_app` has connected."""
+    for sent in (got_request_exception, task_completed):
+        for receiver in list(sent.receivers_for(app)):
+            sent.disconnect(receiver)
 
 
 def deeper() -> Any:

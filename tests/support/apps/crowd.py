@@ -9,14 +9,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flask import Flask
+from flask import Flask, request
 
-from flask_asyncroute import AsyncRoute, AsyncRouteTask, current_task, task_finished
+from flask_asyncroute import (
+    AsyncRoute,
+    AsyncRouteTask,
+    Callback,
+    Retry,
+    current_task,
+    task_finished,
+    task_retried,
+)
 from tests.support.apps.naming import name_process
 from tests.support.processes import parent
 
 STEP = 0.005
 """Seconds between two checks for a stop."""
+
+
+RETRY = Retry(times=3, delay=0.5, factor=1.5)
 
 
 def create_app(folder: str, **config: Any) -> Flask:
@@ -110,6 +121,23 @@ def create_app(folder: str, **config: Any) -> Flask:
     def fail() -> None:
         raise ValueError("on purpose")
 
+    def add_retried(name: str, on_loss: str) -> None:
+        @app.put(f"/{name}/<int:failures>", endpoint=name)
+        @async_routes.task(max_workers=8, retry=RETRY, on_loss=on_loss, callback=Callback())
+        def retried(failures: int) -> int:
+            """Fail as often as the client wants, the first time with its delay, if any."""
+            attempt = current_task.attempt
+            note("begin", current_task.id, attempt=attempt, time=time.time())
+            time.sleep(STEP)
+            if attempt == 1 and failures and "after" in request.args:
+                current_task.retry(after=float(request.args["after"]))
+            if attempt <= failures:
+                raise ValueError("on purpose")
+            return attempt
+
+    add_retried("retried", "abort")
+    add_retried("retried-again", "restart")
+
     @app.put("/loop")
     @async_routes.task(max_workers=8)
     def loop() -> None:
@@ -158,7 +186,13 @@ def create_app(folder: str, **config: Any) -> Flask:
     def on_finished(sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
         note("finished", task.id, state=task.state.value)
 
+    def on_retried(sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
+        assert task.next_attempt_time is not None
+        due = task.next_attempt_time.timestamp()
+        note("retried", task.id, attempt=task.attempt, due=due)
+
     task_finished.connect(on_finished, sender=app, weak=False)
+    task_retried.connect(on_retried, sender=app, weak=False)
     return app
 
 
