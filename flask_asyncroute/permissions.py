@@ -95,14 +95,19 @@ class Caller(msgspec.Struct, frozen=True):
                 yield kind, name
 
 
+def is_anonymous(owner: str | None, permission: Permission | None) -> bool:
+    """Return whether a task has neither an owner nor a permission."""
+    return owner is None and permission is None
+
+
 def may_write(
     caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access
 ) -> bool:
     """Return whether ``caller`` may stop or remove a task.
 
-    If ``owner`` is None (an unknown caller started the task), everyone who knows its id may.
+    Everyone who knows the id of an anonymous task may; see :func:`is_anonymous`.
     """
-    if owner is None:
+    if is_anonymous(owner, permission):
         return True
     if caller is None:
         return False
@@ -128,9 +133,9 @@ def may_list(
 ) -> bool:
     """Return whether a task appears in lists for ``caller``.
 
-    :param with_anonymous: whether lists contain tasks without an owner. The lists of ``admins``
-        always do.
+    :param with_anonymous: whether lists contain anonymous tasks. The lists of ``admins`` always
+        do.
     """
-    if owner is None:
+    if is_anonymous(owner, permission):
         return with_anonymous or (caller is not None and caller.is_in(admins))
     return may_read(caller, owner, permission, admins)

@@ -24,7 +24,8 @@ from sqlalchemy.pool import QueuePool
 
 from ...errors import ConfigurationError, StoreUnavailable
 from ..base import Listener
-from .database import Cursor, Database, Duplicate, Rows, logger, read_url
+from .database import Cursor, Database, Duplicate, logger, read_url
+from .joined import LOCK_NOT_AVAILABLE, LOCKED, ConnectionCursor
 from .store import SQLTaskStore
 
 T = TypeVar("T")
@@ -38,8 +39,6 @@ CLOSE_SECONDS = 1.0
 RECONNECT_SECONDS = 1.0
 CLOSED_SECONDS = 0.2  # Interval at which a listener checks whether it was closed.
 SCHEMA_LOCK = 0x6173796E63  # Key of the advisory lock for creating tables.
-LOCK_NOT_AVAILABLE = "55P03"  # SQLSTATE after lock_timeout
-LOCKED = "Another transaction is starting a task with the same unique key. Try again."
 _ROLLED_BACK = ("40001", "40P01")  # SQLSTATEs to retry: serialization failure, deadlock.
 
 
@@ -94,6 +93,8 @@ class EngineDatabase(Database):
     :param is_owned: whether :meth:`close` disposes of the engine.
     """
 
+    can_join = True
+
     def __init__(self, engine: Engine, is_owned: bool) -> None:
         make_dialect: Any = type(engine.dialect)
         self.dialect = make_dialect(paramstyle="pyformat")
@@ -120,7 +121,7 @@ class EngineDatabase(Database):
     def read(self, work: Callable[[Cursor], T]) -> T:
         def read(attempt: _Attempt) -> T:
             with self._snapshot.connect() as connection:
-                return work(_Cursor(connection))
+                return work(ConnectionCursor(connection))
 
         return self._repeat(read)
 
@@ -145,15 +146,17 @@ class EngineDatabase(Database):
     def write(self, work: Callable[[Cursor], T]) -> T:
         def write(attempt: _Attempt) -> T:
             with self._several.connect() as connection, connection.begin() as transaction:
-                done = work(_Cursor(connection))
+                done = work(ConnectionCursor(connection))
                 attempt.may_be_committed = True
                 transaction.commit()
                 return done
 
         return self._repeat(write)
 
-    def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener:
-        return PostgreSQLListener(self._single, channel, payload, notify, self._own_pids)
+    def listen(
+        self, channel: str, calls: Mapping[str, Callable[[], None]], of_others: Container[str]
+    ) -> Listener:
+        return PostgreSQLListener(self._single, channel, calls, of_others, self._own_pids)
 
     def lock_schema(self, cursor: Cursor) -> None:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
@@ -277,39 +280,31 @@ class _Attempt:
     is_lost: bool = False  # whether the driver has lost the connection
 
 
-class _Cursor:
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def execute(self, sql: str, parameters: Any = (), /) -> Rows:
-        return self._connection.exec_driver_sql(sql, parameters)
-
-
 class PostgreSQLListener:
-    """Calls a function for each notification (``LISTEN``) of other processes until it is closed.
-    Thread-safe.
+    """Calls a function for each notification (``LISTEN``) until it is closed. Thread-safe.
 
     The listener has its own thread and connection. Notifications are lost while the connection is
-    down, so ``notify`` is also called after each reconnection.
+    down, so all functions are also called after each reconnection.
 
     :param engine: its connection is detached from the engine's pool.
-    :param notify: called on the listener's thread; must return immediately and raise no exceptions.
-    :param own_pids: the server processes whose notifications are ignored, because they serve
-        connections of this process.
+    :param calls: the functions by payload; called on the listener's thread; must return immediately
+        and raise no exceptions.
+    :param of_others: the payloads that are ignored if this process has sent them.
+    :param own_pids: the server processes that serve connections of this process.
     """
 
     def __init__(
         self,
         engine: Engine,
         channel: str,
-        payload: str,
-        notify: Callable[[], None],
-        own_pids: Container[int] = (),
+        calls: Mapping[str, Callable[[], None]],
+        of_others: Container[str],
+        own_pids: Container[int],
     ) -> None:
         self._engine = engine
         self._channel = channel
-        self._payload = payload
-        self._notify = notify
+        self._calls = calls
+        self._of_others = of_others
         self._own_pids = own_pids
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="asyncroute-listener", daemon=True)
@@ -328,12 +323,16 @@ class PostgreSQLListener:
                     driver: Any = connection.connection.driver_connection
                     connection.detach()
                     connection.exec_driver_sql(f"LISTEN {self._channel}")
-                    self._notify()
+                    for call in self._calls.values():
+                        call()
                     while not self._closed.is_set():
                         for notification in driver.notifies(timeout=CLOSED_SECONDS):
+                            payload = notification.payload
                             is_own = notification.pid in self._own_pids
-                            if notification.payload == self._payload and not is_own:
-                                self._notify()
+                            if payload in self._calls and not (
+                                is_own and payload in self._of_others
+                            ):
+                                self._calls[payload]()
             except Exception as error:
                 # SQLAlchemy and the driver raise errors of different classes.
                 if not self._closed.is_set():

@@ -24,8 +24,9 @@ from . import tables
 
 CHANNEL = "asyncroute"
 """The PostgreSQL channel on which commits send notifications. Their payload is the namespace's
-key.
+key, for unpublished tasks followed by :data:`SUBMITTED`.
 """
+SUBMITTED = " submitted"
 
 DUE_PAGE = 100  # Maximum number of due callbacks read at once.
 
@@ -63,9 +64,11 @@ _OF_TASK = f"task_id = :task_id AND {_IN_NAMESPACE}"
 _STATE = "state [postgresql: || '']"
 """The state beside a condition on the id. PostgreSQL cannot use an index of the state for it."""
 _CAN_START = (
-    f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND (start_by_us IS NULL OR start_by_us > :now) "
+    f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND change [postgresql: + 0] > 0 "
+    "AND (start_by_us IS NULL OR start_by_us > :now) "
     "AND (start_at_us IS NULL OR start_at_us <= :now)"
 )
+_IS_UNPUBLISHED = f"{_IS_TASK} AND change [postgresql: + 0] = 0"
 _IS_VALUE = "namespace = :ns AND key = :key"
 _IS_STOPPING = "namespace = :ns AND stopping = 1 AND owner IS NOT NULL"
 _IS_BOUND = "namespace = :ns AND state = 'NotStarted' AND owner IS NOT NULL"
@@ -198,6 +201,7 @@ class Statements:
     # --- Namespaces and change numbers
 
     get_namespace = "SELECT key, secret FROM asyncroute_namespaces WHERE name = :name"
+    get_secret = "SELECT secret FROM asyncroute_namespaces WHERE key = :ns"
     add_namespace = """
         INSERT INTO asyncroute_namespaces (key, name, change, secret)
         VALUES (:key, :name, 0, :secret)"""
@@ -236,6 +240,18 @@ class Statements:
         tables.tasks, "waiting_change", "started_change", "completed_change", "remove_after_us"
     )
     add_task = f"{_counter()} {_new_task.replace(':change', _NEXT)}"
+    # Without a change number: the number of an open transaction would stop all readers of changes.
+    add_unpublished_task = f"{_new_task} ON CONFLICT DO NOTHING RETURNING id"
+    unpublished_tasks = f"""
+        SELECT {RECORD} FROM asyncroute_tasks WHERE namespace = :ns AND change = 0
+        ORDER BY created_us LIMIT :limit"""
+    publish_task = f"""
+        {_counter(_IS_UNPUBLISHED)}
+        UPDATE asyncroute_tasks SET change = {_NEXT}
+        WHERE {_IS_UNPUBLISHED} {_IF_LOCKED} RETURNING {RECORD}"""
+    notify_submitted = f"""
+        [postgresql: SELECT pg_notify(
+            '{CHANNEL}', CAST(CAST(:ns AS INTEGER) AS TEXT) || '{SUBMITTED}')]"""
     get_task = f"SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_request = f"SELECT request, {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_locked_task = _lock_task(RECORD, _IS_TASK)
@@ -425,7 +441,7 @@ class Statements:
         statement is a UNION of three SELECTs for each endpoint. Each SELECT reads one range of an
         index up to its limit, even if many tasks are waiting.
         """
-        is_free = "(owner IS NULL OR owner = :owner)"
+        is_free = "(owner IS NULL OR owner = :owner) AND change [postgresql: + 0] > 0"
         ranges = (
             (_WAITING, f"{_IS_WAITING} AND created_us < :before", "created_us"),
             # Tasks from far in the future are due: the clock was set back after their creation.
