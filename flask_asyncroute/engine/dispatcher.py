@@ -15,6 +15,7 @@ from .. import errors
 from ..config import Config
 from ..executors.base import TaskExecutor
 from ..executors.execution import Execution
+from ..executors.registry import kind_of
 from ..permissions import Caller, Permission, is_anonymous, may_read
 from ..request import idempotency
 from ..request.capture import body_refusal, capture, guard, restore_body
@@ -118,9 +119,12 @@ class Dispatcher:
         Only the process of a runner passes the task to its executor. If the store is shared, other
         processes store the task for the runners.
         """
-        joined = None
-        if connection is not None:
-            joined = self._joined(route, connection)
+        if start_at_us is not None and kind_of(route.options.executor).runs_inline:
+            raise errors.ConfigurationError(
+                f"submit({route.endpoint!r}, start_at=…): tasks of this route run inside submit(), "
+                'so they cannot start later. Use executor="thread" or "process".'
+            )
+        joined = None if connection is None else self._joined(route, connection)
         config, option = self.config, route.options.permission
         captured, body = capture(current, arguments, config.max_body, config.snapshot_drop)
         permission = option if isinstance(option, Permission) else None

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Request, has_request_context, request
 from werkzeug.exceptions import HTTPException
-from werkzeug.routing import RequestRedirect
+from werkzeug.routing import RequestRedirect, Rule
 
 from ..callbacks.validation import DEPTH_HEADER
 from ..current_task import is_in_task
@@ -78,7 +78,8 @@ def environ_of(
     """
     from werkzeug.test import EnvironBuilder  # needed only by apps that start tasks from code
 
-    values = {} if values is None else dict(values)
+    # As for `url_for`, None means no value.
+    values = {name: value for name, value in (values or {}).items() if value is not None}
     method = _method(app, endpoint, values, method)
     host = app.config["SERVER_NAME"] or "localhost"
     scheme = app.config["PREFERRED_URL_SCHEME"]
@@ -169,7 +170,7 @@ def _method(app: Flask, endpoint: str, values: Mapping[str, Any], method: str | 
             f"submit({endpoint!r}): the URL has no variable {unknown[0]!r}; its variables are: "
             f"{', '.join(sorted(names)) or 'none'}. Other values belong in query, json or data."
         )
-    fitting = [rule for rule in rules if values.keys() <= rule.arguments] or rules
+    fitting = [rule for rule in rules if _fits(rule, values)] or rules
     allowed = sorted(set().union(*(rule.methods or () for rule in fitting)) - _NEVER)
     if method is None:
         if len(allowed) != 1:
@@ -185,6 +186,13 @@ def _method(app: Flask, endpoint: str, values: Mapping[str, Any], method: str | 
             f"{', '.join(allowed)}."
         )
     return wanted
+
+
+def _fits(rule: Rule, values: Mapping[str, Any]) -> bool:
+    """Return whether the values are those of all variables of a rule."""
+    defaults = rule.defaults or {}
+    same = all(values[name] == value for name, value in defaults.items() if name in values)
+    return same and rule.arguments - defaults.keys() <= values.keys() <= rule.arguments
 
 
 def _json_body(app: Flask, endpoint: str, value: Any) -> bytes:
