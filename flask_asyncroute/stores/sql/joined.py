@@ -114,7 +114,7 @@ def _checked(connection: Any) -> Connection:
     if not isinstance(connection, Connection):
         raise TypeError(
             "submit(connection=…) takes an SQLAlchemy Connection or Session, not a "
-            f"{type(given).__name__}. Asynchronous connections and sessions are not supported."
+            f"{type(given).__name__}. For an asynchronous one, call submit() in its run_sync()."
         )
     dialect = connection.dialect
     if dialect.name != "postgresql" or dialect.driver not in DRIVERS:
