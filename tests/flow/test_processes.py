@@ -45,16 +45,7 @@ def make_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
     yield make
     for flow in made.values():
         close_app(flow.app)
-        disconnect_receivers(flow.app)
-
-
-def disconnect_receivers(app: Flask) -> None:
-    """Disconnect the receivers that `child_app` has connected."""
-    from flask import got_request_exception
-
-    for signal in (got_request_exception, task_completed):
-        for receiver in list(signal.receivers_for(app)):
-            signal.disconnect(receiver)
+        child_app.disconnect_receivers(flow.app)
 
 
 @pytest.fixture
@@ -63,7 +54,7 @@ def fresh_child(tmp_path: Path) -> Iterator[Flow]:
     app = child_app.create_app(TESTING=True, instance_path=str(tmp_path))
     yield Flow(app, app.extensions["child_app"])
     close_app(app)
-    disconnect_receivers(app)
+    child_app.disconnect_receivers(app)
 
 
 @pytest.fixture(params=list(STORES))
@@ -361,7 +352,7 @@ def test_the_configuration_of_the_parent_applies(tmp_path: Path) -> None:
         assert flow.error("/die/exit3") == "Process died: exit code 3"
     finally:
         close_app(app)
-        disconnect_receivers(app)
+        child_app.disconnect_receivers(app)
 
 
 @pytest.mark.parametrize(
@@ -443,4 +434,4 @@ def test_a_task_that_waits_too_long_for_a_child_is_aborted(tmp_path: Path) -> No
         flow.still(running)
     finally:
         close_app(app)
-        disconnect_receivers(app)
+        child_app.disconnect_receivers(app)
