@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import selectors
+import socket
 import tempfile
 import threading
 import time
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from psycopg import Connection as DriverConnection
-from psycopg import Error
+from psycopg import Error, Notify
 from psycopg import IntegrityError as DriverIntegrityError
 from psycopg.rows import namedtuple_row
 from sqlalchemy import create_engine
@@ -37,7 +39,6 @@ TIMEOUTS = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
 TRIES = 3
 CLOSE_SECONDS = 1.0
 RECONNECT_SECONDS = 1.0
-CLOSED_SECONDS = 0.2  # Interval at which a listener checks whether it was closed.
 SCHEMA_LOCK = 0x6173796E63  # Key of the advisory lock for creating tables.
 _ROLLED_BACK = ("40001", "40P01")  # SQLSTATEs to retry: serialization failure, deadlock.
 
@@ -307,16 +308,23 @@ class PostgreSQLListener:
         self._of_others = of_others
         self._own_pids = own_pids
         self._closed = threading.Event()
+        # Closing one socket wakes the thread at the other, so that an idle process does not poll.
+        self._closer, self._closing = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="asyncroute-listener", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop the thread; wait up to five seconds until it has ended."""
         self._closed.set()
+        self._closer.close()
         if self._thread is not threading.current_thread():
             self._thread.join(5)
 
     def _run(self) -> None:
+        with self._closing:
+            self._listen()
+
+    def _listen(self) -> None:
         while not self._closed.is_set():
             try:
                 with self._engine.connect() as connection:
@@ -325,14 +333,13 @@ class PostgreSQLListener:
                     connection.exec_driver_sql(f"LISTEN {self._channel}")
                     for call in self._calls.values():
                         call()
-                    while not self._closed.is_set():
-                        for notification in driver.notifies(timeout=CLOSED_SECONDS):
-                            payload = notification.payload
-                            is_own = notification.pid in self._own_pids
-                            if payload in self._calls and not (
-                                is_own and payload in self._of_others
-                            ):
-                                self._calls[payload]()
+                    with selectors.DefaultSelector() as selector:
+                        for source in (driver, self._closing):
+                            selector.register(source, selectors.EVENT_READ)
+                        while not self._closed.is_set():
+                            for notification in driver.notifies(timeout=0):
+                                self._on_notification(notification)
+                            selector.select()
             except Exception as error:
                 # SQLAlchemy and the driver raise errors of different classes.
                 if not self._closed.is_set():
@@ -342,3 +349,9 @@ class PostgreSQLListener:
                         type(error).__name__,
                     )
             self._closed.wait(RECONNECT_SECONDS)
+
+    def _on_notification(self, notification: Notify) -> None:
+        payload = notification.payload
+        is_own = notification.pid in self._own_pids
+        if payload in self._calls and not (is_own and payload in self._of_others):
+            self._calls[payload]()
