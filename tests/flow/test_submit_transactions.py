@@ -35,8 +35,11 @@ from flask_asyncroute import (
     task_completed,
     task_created,
 )
+from flask_asyncroute.errors import CommitUnknown
 from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.stores.registry import make_store
+from flask_asyncroute.stores.sql.postgresql import EngineDatabase
+from flask_asyncroute.stores.sql.store import SQLTaskStore
 from flask_asyncroute.testing import inline
 from tests.support.databases import engine_of, new_postgresql_database
 from tests.support.flow import Flow
@@ -410,13 +413,35 @@ def test_tasks_are_published_without_notifications(
     flow: Flow, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind a transaction pooler, LISTEN does not work."""
-    from flask_asyncroute.stores.sql.postgresql import EngineDatabase
-
     monkeypatch.setattr(EngineDatabase, "listen", lambda *arguments: None)
     flow.async_routes.start(flow.app)
     with engine.begin() as connection:
         task = submit(flow, connection)
     assert ended(flow, task).state == "Completed"
+
+
+@pytest.mark.covers("F50")
+@pytest.mark.parametrize("how", ["before", "after"])
+def test_a_store_that_fails_while_a_task_is_published(
+    flow: Flow, engine: Engine, monkeypatch: pytest.MonkeyPatch, hear: Callable[..., Any], how: str
+) -> None:
+    """The next poll publishes the task, unless the failed write has published it."""
+    failures = iter([True, True])
+    publish = SQLTaskStore.publish
+
+    def fail(store: SQLTaskStore, task_id: str) -> AsyncRouteTask | None:
+        task = publish(store, task_id) if how == "after" or not next(failures, False) else None
+        if task is None or (how == "after" and next(failures, False)):
+            raise CommitUnknown("A test wants it so.")
+        return task
+
+    monkeypatch.setattr(SQLTaskStore, "publish", fail)
+    received = hear(task_created, sender=flow.app)
+    flow.async_routes.start(flow.app)
+    with engine.begin() as connection:
+        task = submit(flow, connection)
+    assert ended(flow, task).state == "Completed"
+    assert len(received) <= 1
 
 
 def test_a_task_without_a_free_slot_is_published_and_waits(
@@ -555,6 +580,6 @@ def test_the_quota_is_not_checked(make_flow: MakeFlow, postgresql_url: str, engi
     def work() -> None: ...
 
     with engine.begin() as connection:
-        for _ in range(2):
-            submit(flow, connection, "work", user="anna")
+        ids = {submit(flow, connection, "work", user="anna").id for _ in range(2)}
+        assert len(ids) == 2
         connection.rollback()
