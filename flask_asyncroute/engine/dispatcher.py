@@ -125,6 +125,18 @@ class Dispatcher:
                 'so they cannot start later. Use executor="thread" or "process".'
             )
         joined = None if connection is None else self._joined(route, connection)
+        is_for_runners = self.store.is_shared and not (self.is_runner or route.options.is_bound)
+        executor = None
+        if joined is not None or is_for_runners:
+            # Without a start time, runners would first leave the task to the executor of another
+            # process.
+            start_at_us = now_us() if start_at_us is None else start_at_us
+        elif start_at_us is None:
+            executor = self.executor_of(route)
+        elif self.is_closing:
+            raise _shutting_down()
+        else:
+            self.start_maintenance()
         config, option = self.config, route.options.permission
         captured, body = capture(current, arguments, config.max_body, config.snapshot_drop)
         permission = option if isinstance(option, Permission) else None
@@ -132,16 +144,6 @@ class Dispatcher:
             route, current, caller, captured, body, permission, start_at_us=start_at_us,
             joined=joined, is_from_code=True,
         )  # fmt: skip
-        is_for_runners = self.store.is_shared and not (self.is_runner or route.options.is_bound)
-        executor = None
-        if joined is not None or is_for_runners:
-            if start_at_us is None:
-                # No executor waits for the task, so that runners need not wait before they take it.
-                incoming.start_at_us = now_us()
-        elif start_at_us is None:
-            executor = self.executor_of(route)
-        else:
-            self.start_maintenance()
         try:
             task = self._submit_unique(executor, incoming)
         except BaseException:

@@ -41,7 +41,7 @@ logger = logging.getLogger("flask_asyncroute")
 LOOK_SECONDS = 0.5
 MAINTAIN_SECONDS = 1.0
 SEND_SECONDS = 0.5
-PUBLISH_PAGE = 500  # maximum number of tasks to publish at once
+PUBLISH_PAGE = 200  # maximum number of tasks to publish at once
 TAKEOVER_AFTER_US = 1_000_000  # Any process may run a task that has waited this long.
 
 
@@ -279,18 +279,23 @@ class Runner:
             return
         if self.dispatcher.is_closing or self.superseded_by() is not None:
             return
+        capacity: dict[str, int] = {}
         for task in store.unpublished(PUBLISH_PAGE):
             route = self.routes.get(task.endpoint)
-            is_free = route is not None and self._takeover_capacity(route.pool) > 0
-            if is_for_free_slots and not is_free:
+            pool = "" if route is None else route.pool
+            if route is not None and pool not in capacity:
+                capacity[pool] = self._takeover_capacity(pool)
+            has_room = capacity.get(pool, 0) > 0
+            if is_for_free_slots and not has_room:
                 continue
             published = self.lifecycle.publish(task)
             is_due = task.start_at_us is None or task.start_at_us <= now_us()
-            if published is None or route is None or not (is_free and is_due):
+            if published is None or route is None or not (has_room and is_due):
                 continue
             executor = self.executor_of(route)
             with suppress(QueueFull):  # then a runner takes it over
                 executor.reserve()
+                capacity[pool] -= 1
                 executor.submit(task.id)
 
     def _take_over_at(self, time_us: int) -> None:

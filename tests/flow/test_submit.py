@@ -42,6 +42,8 @@ from tests.support.flow import IN_MEMORY, Flow
 
 MakeFlow = Callable[..., Flow]
 Eventually = Callable[..., Any]
+LATE_US = 10_000_000
+"""Allowed delay of a start, because the machine can be busy."""
 
 
 def submit(flow: Flow, endpoint: str = "work", *values: Any, **options: Any) -> Any:
@@ -370,16 +372,17 @@ def test_a_client_does_not_learn_the_id_of_an_owner_less_task_with_a_permission(
 
 @pytest.mark.parametrize(
     "delay",
-    [0.3, timedelta(seconds=0.3), lambda: datetime.now(UTC) + timedelta(seconds=0.3)],
+    [0.8, timedelta(seconds=0.8), lambda: datetime.now(UTC) + timedelta(seconds=0.8)],
 )
 def test_a_task_does_not_begin_before_its_start_time(flow: Flow, delay: Any) -> None:
     @flow.route(start_timeout=30)
     def work() -> None: ...
 
+    assert ended(flow, submit(flow)).state == "Completed"  # the store is open now
     task = submit(flow, start_at=delay() if callable(delay) else delay)
     assert task.start_at_us is not None and task.start_by_us == task.start_at_us + 30_000_000
     done = ended(flow, task)
-    assert task.start_at_us <= done.started_us <= task.start_at_us + 1_000_000
+    assert task.start_at_us <= done.started_us <= task.start_at_us + LATE_US
     assert done.next_attempt_time is None
 
 
@@ -525,8 +528,9 @@ def test_a_process_that_shuts_down_starts_nothing(flow: Flow) -> None:
 
     submit(flow)
     runtime_of(flow.app).runner.dispatcher.is_closing = True
-    with pytest.raises(ShuttingDown):
-        submit(flow)
+    for options in ({}, {"start_at": 60}):
+        with pytest.raises(ShuttingDown):
+            submit(flow, **options)
 
 
 def test_the_signals_of_a_submitted_task(

@@ -317,7 +317,7 @@ def test_a_start_time_counts_after_the_commit_too(flow: Flow, engine: Engine) ->
     assert task.start_at_us is not None
     done = ended(flow, task)
     assert done.started_us is not None
-    assert task.start_at_us <= done.started_us <= task.start_at_us + 1_000_000
+    assert done.started_us >= task.start_at_us
 
 
 def test_a_stop_announces_and_ends_an_unpublished_task(
