@@ -8,10 +8,10 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar, overload
 
-from flask import Blueprint, Flask, has_request_context, request, request_started
+from flask import Blueprint, Flask, Request, has_request_context, request, request_started
 from werkzeug.routing import Rule
 
 from . import options, validators
@@ -23,8 +23,9 @@ from .http.blueprint import make_blueprint
 from .http.waits import BLOCKING_SECONDS, is_asgiref
 from .permissions import may_read, may_write
 from .query import NEWEST_FIRST, parse_python, position_of
+from .request import from_code
 from .request.capture import note_request
-from .request.identity import IdentityLoader
+from .request.identity import IdentityLoader, caller_of
 from .request.submission import ID_PATTERN
 from .routes import Declaration, Start, View, check_variables
 from .runtime import EXTENSION, Runtime, check_app, current_runtime, runtime_of
@@ -248,6 +249,77 @@ class AsyncRoute:
                 position = position_of(page[-1], NEWEST_FIRST)
 
         return pages()
+
+    def submit(
+        self,
+        endpoint: str,
+        values: Mapping[str, Any] | None = None,
+        *,
+        method: str | None = None,
+        query: Mapping[str, Any] | str | None = None,
+        json: Any = None,
+        data: Any = None,
+        headers: Any = None,
+        user: Any = None,
+        start_at: datetime | float | timedelta | None = None,
+        connection: Any = None,
+    ) -> AsyncRouteTask:
+        """Start a task of an async route without a client; return its record.
+
+        The view gets a request that is built from the route's rule and the parameters. Its host is
+        ``SERVER_NAME``, else ``localhost``. ``before_request`` functions and the identity loader
+        are not called, and permissions are not checked. A ``permission`` of the route that is a
+        value is stored; a permission function is not called. Needs an app context. See
+        :doc:`/howto/start-from-code`.
+
+        In a process that has neither served a request nor called :meth:`start`, the task waits
+        for a process that has. Tasks on ``memory://``, of ``executor="immediate"`` and of the app's
+        own Executors run in this process.
+
+        :param values: the variables of the URL.
+        :param method: needed only if the route has several besides ``HEAD`` and ``OPTIONS``.
+        :param query: the query, as a mapping or a string.
+        :param json: the body as a JSON value.
+        :param data: the body as bytes or a string, or a form as a mapping. A value of a form can be
+            an open binary file, or a tuple of file, filename and media type.
+        :param headers: the headers, as a mapping or a list of pairs.
+        :param user: the owner of the task: a user id, or an identity as the identity loader returns
+            it.
+        :param start_at: an aware datetime, or seconds or a timedelta from now. The task does not
+            start before.
+        :param connection: an SQLAlchemy Connection or Session on the PostgreSQL database of the
+            store. The task is stored in its transaction, and starts after the commit. The quota of
+            the user is not checked.
+        :raises ConfigurationError: if the endpoint is not an async route, or the app or the
+            connection does not allow the task.
+        :raises ValueError: if the values, the method or the start time are invalid.
+        :raises TypeError: if a parameter has a wrong type, or ``json`` is not JSON.
+        :raises RequestRefused: if the task cannot be started, as for a request: `QueueFull`,
+            `TooManyTasks`, `BodyTooLarge`, `CallbackRefused`, `StoreUnavailable` and others.
+        """
+        runtime = current_runtime()
+        runner = runtime.runner
+        route = from_code.route_of(runner.routes, endpoint)
+        if runtime.is_child and route.options.is_bound:
+            raise ConfigurationError(
+                f"submit({endpoint!r}): tasks of this route run in the process that starts them, "
+                'which a child process of executor="process" cannot do. Use executor="thread" or '
+                '"process" for the route.'
+            )
+        config, dispatcher = runner.config, runner.dispatcher
+        caller = None
+        if user is not None:
+            caller = caller_of(user, self._identity_loader, config.user_id_field)
+        start_at_us = None
+        if start_at is not None and not runner.is_inline:
+            start_at_us = from_code.start_time(start_at, runner.store.now_us())
+        app = runner.app
+        environ = from_code.environ_of(app, endpoint, values, method, query, json, data, headers)
+
+        def submit(current: Request, arguments: Mapping[str, Any]) -> AsyncRouteTask:
+            return dispatcher.submit(route, current, arguments, caller, start_at_us, connection)
+
+        return from_code.call(app, endpoint, environ, submit)
 
     def stop(self, task_id: str) -> AsyncRouteTask:
         """Stop a task of any process; return its new record. Permissions are not checked.

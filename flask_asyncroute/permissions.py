@@ -99,15 +99,21 @@ class Caller(msgspec.Struct, frozen=True):
                 yield kind, name
 
 
+def is_anonymous(owner: str | None, permission: Permission | None) -> bool:
+    """Return whether a task has neither an owner nor a permission."""
+    return owner is None and permission is None
+
+
 def may_write(
     caller: Caller | None, owner: str | None, permission: Permission | None, admins: Access
 ) -> bool:
     """Check whether ``caller`` may stop or remove a task.
 
-    :param owner: the user who started the task. If None, every caller who knows the task's id may
-        stop or remove it.
+    Everyone who knows the id of an anonymous task may do both; see :func:`is_anonymous`.
+
+    :param owner: the user who started the task; None: unknown.
     """
-    if owner is None:
+    if is_anonymous(owner, permission):
         return True
     if caller is None:
         return False
@@ -134,9 +140,8 @@ def may_list(
     """Check whether ``caller`` sees a task in lists.
 
     :param owner: the user who started the task; None: unknown.
-    :param with_anonymous: whether lists contain tasks without an owner. ``admins`` always see these
-        tasks.
+    :param with_anonymous: whether lists contain anonymous tasks. ``admins`` always see these tasks.
     """
-    if owner is None:
+    if is_anonymous(owner, permission):
         return with_anonymous or (caller is not None and caller.is_in(admins))
     return may_read(caller, owner, permission, admins)

@@ -105,6 +105,7 @@ class Runtime:
         if self.is_child:
             return
         runner = self._runner or self._make_runner()
+        runner.dispatcher.is_runner = True
         try:
             runner.open()
         except StoreUnavailable:

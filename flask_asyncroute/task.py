@@ -160,9 +160,11 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def permission(self) -> Permission | None:
-        """Who may read and write the task, including its user; None if the task has no user."""
+        """Who may read and write the task, including its user; None if the task has neither a user
+        nor a permission from the route.
+        """
         if self.user is None:
-            return None
+            return self.granted
         return (self.granted or Permission()).with_owner(self.user)
 
     @property

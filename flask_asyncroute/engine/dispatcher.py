@@ -15,14 +15,15 @@ from .. import errors
 from ..config import Config
 from ..executors.base import TaskExecutor
 from ..executors.execution import Execution
-from ..permissions import Caller, may_read
+from ..executors.registry import kind_of
+from ..permissions import Caller, Permission, is_anonymous, may_read
 from ..request import idempotency
 from ..request.capture import body_refusal, capture, guard, restore_body
 from ..request.identity import IdentityLoader, identify
 from ..request.submission import StartRequest, permission_of, take_unique_key
 from ..routes import Route
 from ..snapshot import encode
-from ..stores.base import StartKey, TaskStore
+from ..stores.base import Joined, SharedTaskStore, StartKey, TaskStore
 from ..task import AsyncRouteTask, State, now_us
 from .lifecycle import Lifecycle, seconds_since_end
 from .retry_after import RunTimes
@@ -57,6 +58,10 @@ class Dispatcher:
     start_maintenance: Callable[[], None]
     run_times: RunTimes = field(default_factory=RunTimes)
     is_closing: bool = False  # whether this process starts no more tasks
+    is_runner: bool = False
+    """Whether this process takes tasks from a shared store: it has served a request, called
+    ``start()`` or run a task.
+    """
     running: dict[str, tuple[Execution, TaskExecutor]] = field(default_factory=dict)
     """Runs whose outcome is not stored yet, by task id."""
     _ended: threading.Condition = field(default_factory=threading.Condition)
@@ -103,6 +108,65 @@ class Dispatcher:
             if body is not None:
                 body.close()
             raise
+
+    def submit(
+        self, route: Route, current: Request, arguments: Mapping[str, Any], caller: Caller | None,
+        start_at_us: int | None, connection: Any,
+    ) -> AsyncRouteTask:  # fmt: skip
+        """Create a task from the request ``current``, which the app's own code has built, without
+        checking permissions. See `AsyncRoute.submit` for the other parameters.
+
+        Only the process of a runner passes the task to its executor. If the store is shared, other
+        processes store the task for the runners.
+        """
+        if start_at_us is not None and kind_of(route.options.executor).runs_inline:
+            raise errors.ConfigurationError(
+                f"submit({route.endpoint!r}, start_at=…): tasks of this route run inside submit(), "
+                'so they cannot start later. Use executor="thread" or "process".'
+            )
+        joined = None if connection is None else self._joined(route, connection)
+        is_for_runners = self.store.is_shared and not (self.is_runner or route.options.is_bound)
+        executor = None
+        if joined is not None or is_for_runners:
+            # Without a start time, runners would first leave the task to the executor of another
+            # process.
+            start_at_us = self.store.now_us() if start_at_us is None else start_at_us
+        elif start_at_us is None:
+            executor = self.executor_of(route)
+        elif self.is_closing:
+            raise _shutting_down()
+        else:
+            self.start_maintenance()
+        config, option = self.config, route.options.permission
+        captured, body = capture(current, arguments, config.max_body, config.snapshot_drop)
+        permission = option if isinstance(option, Permission) else None
+        incoming = StartRequest(
+            route, current, caller, captured, body, permission, start_at_us=start_at_us,
+            joined=joined, is_from_code=True,
+        )  # fmt: skip
+        try:
+            task = self._submit_unique(executor, incoming)
+        except BaseException:
+            if body is not None:
+                body.close()
+            raise
+        if executor is not None and executor.runs_inline:
+            return self.store.get(task.id) or task  # it has ended
+        return task
+
+    def _joined(self, route: Route, connection: Any) -> Joined:
+        if route.options.is_bound:
+            raise errors.ConfigurationError(
+                f"submit({route.endpoint!r}, connection=…): tasks of this route run only in the "
+                'process that starts them, before the commit. Use executor="thread" or "process", '
+                "or call submit() without a connection after the commit."
+            )
+        if not isinstance(self.store, SharedTaskStore):
+            raise errors.ConfigurationError(
+                f"submit(connection=…) needs a PostgreSQL store, but ASYNCROUTE_STORE is "
+                f"{self.store.label}. Call submit() without a connection after your commit."
+            )
+        return self.store.joined(connection)
 
     def stop(self, task: AsyncRouteTask) -> AsyncRouteTask:
         """Stop a task; return the new record. An Aborted task is returned unchanged.
@@ -231,14 +295,17 @@ class Dispatcher:
             )
         return task
 
-    def _submit_unique(self, executor: TaskExecutor, incoming: StartRequest) -> AsyncRouteTask:
+    def _submit_unique(
+        self, executor: TaskExecutor | None, incoming: StartRequest
+    ) -> AsyncRouteTask:
         """Start a task; if an unfinished task has the same ``unique`` key, return that task."""
         if incoming.route.options.unique is not False:
             take_unique_key(incoming, self.store.secret())
         if incoming.unique_key is None:
             return self._submit(executor, incoming)
+        store = self.store if incoming.joined is None else incoming.joined
         for _ in range(UNIQUE_TRIES):
-            found = self.store.started_with(incoming.unique_key)
+            found = store.started_with(incoming.unique_key)
             if found is not None:
                 if incoming.key is not None and self._started_with(incoming.key) is not None:
                     raise errors.KeyTaken("Another task has this Idempotency-Key.")
@@ -258,14 +325,16 @@ class Dispatcher:
     def _check_unique(self, incoming: StartRequest, task: AsyncRouteTask) -> None:
         """Raise TaskExists unless the caller may learn the id of the task with its unique key."""
         caller = incoming.caller
+        if incoming.is_from_code:
+            return
         if caller is None:
             # The key contains the credentials of unknown callers, if they have any.
             is_allowed = idempotency.has_credentials(incoming.current)
         else:
             # Everyone who knows the id may read an anonymous task, so do not send the id.
-            is_anonymous = task.user is None and task.permission_json is None
-            is_allowed = caller.is_in(self.config.admins) or (
-                not is_anonymous and may_read(caller, task.user, task.granted, self.config.admins)
+            admins, is_known = self.config.admins, not is_anonymous(task.user, task.granted)
+            is_allowed = caller.is_in(admins) or (
+                is_known and may_read(caller, task.user, task.granted, admins)
             )
         if not is_allowed:
             raise errors.TaskExists(
@@ -273,7 +342,10 @@ class Dispatcher:
                 retry_after=self.run_times.rest(task, now_us()),
             )
 
-    def _submit(self, executor: TaskExecutor, incoming: StartRequest) -> AsyncRouteTask:
+    def _submit(self, executor: TaskExecutor | None, incoming: StartRequest) -> AsyncRouteTask:
+        """Store a task and pass it to the executor. Without an executor, only store it."""
+        if executor is None:
+            return self._create(incoming)
         if self.is_closing:  # check again, because reading the request can take long
             raise _shutting_down()
         route = incoming.route
@@ -316,14 +388,17 @@ class Dispatcher:
 
             hosts = self.config.callback_allowed_hosts
             incoming.delivery = resolve(callback, incoming, incoming.name, hosts)
-        grants = () if incoming.permission is None else incoming.grants()
+        grants = incoming.grants()
         quota = None if incoming.caller is None else self.config.max_tasks_per_user
         for _ in range(ID_TRIES):
             task = incoming.record(self.lifecycle.owner, self.config)
             try:
-                self.lifecycle.create(
-                    task, data, incoming.body, grants, incoming.key, quota, incoming.delivery
-                )
+                if incoming.joined is not None:
+                    incoming.joined.add(task, data, incoming.body, grants, incoming.delivery)
+                else:
+                    self.lifecycle.create(
+                        task, data, incoming.body, grants, incoming.key, quota, incoming.delivery
+                    )
             except errors.IdTaken:
                 continue
             return task

@@ -19,7 +19,7 @@ from ..errors import CommitUnknown, StoreUnavailable, TaskUnfinished
 from ..executors.execution import Execution
 from ..request import context
 from ..snapshot import Body
-from ..stores.base import Claim, Expect, StartKey, TaskStore
+from ..stores.base import Claim, Expect, SharedTaskStore, StartKey, TaskStore
 from ..task import TERMINAL, TRANSITIONS, AsyncRouteTask, State, now_us
 from .pending_writes import PendingWrites
 
@@ -56,7 +56,7 @@ class Lifecycle:
         self.owner = owner  # The worker name of this process.
         self.pending_writes = PendingWrites()
         self.call_at: Callable[[int], None] = lambda time_us: None
-        """Called with the start time of each task that waits for a retry."""
+        """Called with the start time of each task that waits for a retry or has a start time."""
         # Signals hold weak references, so they do not keep this object alive.
         signals.progress_reported.connect(self.on_progress_reported, sender=app)
 
@@ -76,7 +76,18 @@ class Lifecycle:
             if key is None and not is_shared:
                 self.pending_writes.keep(task.id, lambda: self._undo_create(task))
             raise
-        self.notify(signals.task_created, task)
+        self._created(task)
+
+    def publish(self, task: AsyncRouteTask) -> AsyncRouteTask | None:
+        """Publish a task that a transaction of the app has added; see `SharedTaskStore.joined`.
+        Return None if it is already published.
+        """
+        published = None
+        if isinstance(self._store, SharedTaskStore):
+            published = self._store.publish(task.id)
+        if published is not None:
+            self._created(published)
+        return published
 
     def claim(self, task_id: str) -> Claim | None:
         """Move a task from NotStarted to Running, with this process as its owner. Return None if it
@@ -145,6 +156,8 @@ class Lifecycle:
         Running, set its Stopping flag: its code is still running.
         """
         is_running = task.state is State.RUNNING
+        if not task.change:
+            self.publish(task)  # so that the task is announced before its end
         return self._abort(task.id, _unchanged(task), error, stopping=is_running)
 
     def expire(self, execution: Execution, error: str) -> AsyncRouteTask | None:
@@ -305,6 +318,11 @@ class Lifecycle:
                 "the task is stored.",
                 sent_signals[0].name,
             )
+
+    def _created(self, task: AsyncRouteTask) -> None:
+        self.notify(signals.task_created, task)
+        if task.start_at_us is not None:
+            self.call_at(task.start_at_us)
 
     def _held_by(self, execution: Execution) -> Expect:
         return Expect((State.RUNNING,), self.owner, execution.epoch)

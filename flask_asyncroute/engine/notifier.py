@@ -109,6 +109,8 @@ class Notifier(Loop):
     :param on_change: called with each changed task, before its subscribers are woken.
     :param is_server_ending: returns whether the server is shutting down. Then all waits and streams
         end.
+    :param on_submitted: called when transactions of the app have added tasks; see
+        `SharedTaskStore.joined`. Must return immediately, and not keep its runner alive.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Notifier(Loop):
         worker: str,
         on_change: Callable[[AsyncRouteTask], None],
         is_server_ending: Callable[[], bool] = lambda: False,
+        on_submitted: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("asyncroute-watcher")
         self._store = store
@@ -136,6 +139,8 @@ class Notifier(Loop):
         self._own: set[int] = set()  # Change numbers of this process, which need not be read.
         self._idle_since: float | None = None
         self._poll_after = 0.0
+        self._on_submitted = on_submitted
+        self._listening = threading.Lock()
         self._listener: Listener | None = None
         self._has_listened = False
         self._has_logged_outage = False
@@ -158,6 +163,16 @@ class Notifier(Loop):
         """Undo one call of :meth:`watch`."""
         if self._store.is_shared:
             self._end()
+
+    def listen(self) -> None:
+        """Begin to listen to the notifications of a shared store. Further calls do nothing."""
+        with self._listening:
+            if self._has_listened or not isinstance(self._store, SharedTaskStore):
+                return
+            self._listener = self._store.listen(self._wake.set, self._on_submitted)
+            self._has_listened = True
+            if self._listener is not None:
+                when_gone(self, self._listener.close)
 
     def _begin(self, is_follower: bool = False) -> None:
         with self._waiting_lock:
@@ -357,11 +372,7 @@ class Notifier(Loop):
         return POLL_SECONDS if self._listener is None else REREAD_SECONDS
 
     def _poll(self, store: SharedTaskStore) -> None:
-        if not self._has_listened:
-            self._listener = store.listen(self._wake.set)
-            self._has_listened = True
-            if self._listener is not None:
-                when_gone(self, self._listener.close)
+        self.listen()
         if self._following:
             self._keep_notified(store)
         newest = store.last_assigned()

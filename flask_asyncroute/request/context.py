@@ -6,11 +6,12 @@ import io
 import logging
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from contextvars import Context, copy_context
+from typing import Any, TypeVar, cast
 
-from flask import Flask, ctx, current_app, has_app_context, request
+from flask import Flask, Request, ctx, current_app, has_app_context, request
 from flask.ctx import AppContext
 from flask.json.tag import TaggedJSONSerializer
 from flask.sessions import SecureCookieSession
@@ -19,6 +20,8 @@ from ..current_task import REBUILT, current_task
 from ..snapshot import Body, Snapshot
 
 logger = logging.getLogger("flask_asyncroute")
+
+T = TypeVar("T")
 
 _tagged = TaggedJSONSerializer()
 _warned: weakref.WeakKeyDictionary[Flask, set[tuple[str | None, str]]] = weakref.WeakKeyDictionary()
@@ -43,6 +46,53 @@ def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
     # It serves to identify the caller again.
     with app.request_context({**environ, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr}):
         yield
+
+
+def call_in_request(
+    app: Flask, environ: dict[str, Any], function: Callable[[Request, dict[str, Any]], T]
+) -> T:
+    """Call ``function`` in a request that the app's own code starts, without any hooks of the app
+    except `url_value_preprocessor` functions. Pass it the request and the arguments of the view.
+
+    The context is not popped, because the app's teardown functions could end the caller's database
+    transaction. It is dropped with the copied `contextvars.Context`.
+
+    :raises HTTPException: if the URL does not match a rule of the app.
+    """
+
+    def call() -> T:
+        current, arguments = _push(app, dict(environ))
+        if app.url_value_preprocessors:
+            # In an own app context, because the functions store values in `g`.
+            matched, left = Context().run(_processed_arguments, app, environ)
+            arguments = {
+                name: arguments.get(name) if value is matched.get(name) else value
+                for name, value in left.items()
+            }
+        return function(current, arguments)
+
+    return copy_context().run(call)
+
+
+def _push(app: Flask, environ: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
+    # An empty session: opening one could access the app's session database.
+    context = _with_session(app, environ, SecureCookieSession())
+    context.push()
+    current: Request = context.request
+    if current.routing_exception is not None:
+        raise current.routing_exception
+    return current, dict(current.view_args or {})
+
+
+def _processed_arguments(
+    app: Flask, environ: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the URL variables before and after the app's `url_value_preprocessor` functions, which
+    can remove and replace some.
+    """
+    _, matched = _push(app, {**environ, "wsgi.input": io.BytesIO()})
+    process_url({})
+    return matched, dict(request.view_args or {})
 
 
 @contextmanager

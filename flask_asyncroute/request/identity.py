@@ -37,9 +37,7 @@ def identify(
         return None
     if identity is None:
         return None
-    is_flask_login = loader is None
-    user = identity.get_id() if is_flask_login and id_field == "id" else _field(identity, id_field)
-    user_id = _user_id(user)
+    user_id = _user_id(_id_of(identity, loader, id_field))
     if user_id is None and not is_start:
         return None
     if user_id is None:
@@ -47,6 +45,36 @@ def identify(
             "The identity loader returned an identity with a missing or invalid id; use 1 to 255 "
             "characters without NUL and in valid Unicode (see ASYNCROUTE_USER_ID_FIELD)."
         )
+    return _caller(user_id, identity)
+
+
+def caller_of(user: Any, loader: IdentityLoader | None, id_field: str) -> Caller:
+    """Return the caller for a user that the app's own code names.
+
+    :param user: an id, or an identity as the loader returns it.
+    :raises ValueError: if the id is missing or invalid.
+    :raises CannotStart: if the identity's groups, roles or scopes are invalid.
+    """
+    is_id = isinstance(user, (str, int, bytes)) or not (
+        isinstance(user, Mapping)
+        or hasattr(user, id_field)
+        or (loader is None and hasattr(user, "get_id"))
+    )
+    user_id = _user_id(user if is_id else _id_of(user, loader, id_field))
+    if user_id is None:
+        raise ValueError(
+            f"user={user!r:.80} is not a user id or an identity; use an id of 1 to 255 characters, "
+            "or what the identity loader returns (see ASYNCROUTE_USER_ID_FIELD)."
+        )
+    return Caller(user_id) if is_id else _caller(user_id, user)
+
+
+def _id_of(identity: Any, loader: IdentityLoader | None, id_field: str) -> Any:
+    is_flask_login = loader is None and hasattr(identity, "get_id")
+    return identity.get_id() if is_flask_login and id_field == "id" else _field(identity, id_field)
+
+
+def _caller(user_id: str, identity: Any) -> Caller:
     return Caller(user_id, *(_names(identity, kind) for kind in KINDS[1:]))
 
 

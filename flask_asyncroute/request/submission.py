@@ -24,7 +24,7 @@ from ..errors import CannotStart, NotAuthenticated, NotPermitted, RequestRefused
 from ..permissions import Caller, Permission
 from ..routes import Route
 from ..snapshot import Body, Snapshot
-from ..stores.base import StartKey
+from ..stores.base import Joined, StartKey
 from ..task import AsyncRouteTask, State, now_us
 from ..validators import MAX_NAME, name_of, plain
 from . import idempotency
@@ -51,6 +51,9 @@ class StartRequest:
     key: StartKey | None = None
     unique_key: str | None = None
     delivery: Delivery | None = None
+    start_at_us: int | None = None
+    joined: Joined | None = None  # the app's transaction that adds the task
+    is_from_code: bool = False  # whether `submit` starts the task
 
     def __post_init__(self) -> None:
         rule = self.current.url_rule
@@ -90,7 +93,9 @@ class StartRequest:
                 sse_url = events_path(config, current.root_path, task_id)
         if delivery is not None and options.callback is not None:
             callback_json = _shown(options.callback, delivery)
-        created, start_timeout, retry = now_us(), options.start_timeout, options.retry
+        created, start_by, retry = now_us(), options.start_timeout, options.retry
+        if start_by is not None:
+            start_by += max(created, self.start_at_us or 0)
         return AsyncRouteTask(
             id=task_id,
             async_route_id=self.name,
@@ -103,7 +108,8 @@ class StartRequest:
             created_us=created,
             permission_json=msgspec.json.encode(self.permission) if has_permission else None,
             timeout_us=options.timeout,
-            start_by_us=None if start_timeout is None else created + start_timeout,
+            start_by_us=start_by,
+            start_at_us=self.start_at_us,
             retention_us=options.retention,
             on_loss=options.on_loss,
             retry_json=None if retry is None else msgspec.json.encode(retry.schedule),
@@ -121,9 +127,10 @@ class StartRequest:
         """Return the (kind, name) pairs of callers, besides the task's user, that may list the
         task.
         """
-        if self.caller is None or self.permission is None:
+        if self.permission is None:
             return set()
-        return {*self.permission.read, *self.permission.write} - {("users", self.caller.id)}
+        owner = set() if self.caller is None else {("users", self.caller.id)}
+        return {*self.permission.read, *self.permission.write} - owner
 
 
 def permission_of(route: Route, caller: Caller | None) -> Permission | None:

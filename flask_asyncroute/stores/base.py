@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from ..callbacks.model import Delivery
+from ..errors import ConfigurationError
 from ..query import Condition, Position, Sort
 from ..snapshot import Body
 from ..task import AsyncRouteTask, State, now_us
@@ -50,7 +51,7 @@ class Readers:
 
     user: str | None = None
     granted: tuple[tuple[str, str], ...] = ()  # granted to any of these (kind, name) pairs
-    anonymous: bool = False  # tasks without a user
+    anonymous: bool = False  # tasks with neither a user nor a permission
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,11 +298,55 @@ class TaskStore(ABC):
         """Return the sorted keys of all shared values."""
 
 
+class Joined(Protocol):
+    """Adds tasks in a transaction of the app. Not thread-safe."""
+
+    def add(
+        self, task: AsyncRouteTask, request: bytes, body: Body | None,
+        grants: Collection[tuple[str, str]], delivery: Delivery | None = None,
+    ) -> None:  # fmt: skip
+        """Store a new, unpublished task; see :meth:`TaskStore.add` for parameters and errors. After
+        an error, the transaction can continue.
+        """
+
+    def started_with(self, key_name: str) -> tuple[AsyncRouteTask, str] | None:
+        """As :meth:`TaskStore.started_with`. Also finds tasks that this transaction has added."""
+
+
 class SharedTaskStore(TaskStore):
     """A store that several processes can use at once, with a list of their workers."""
 
     is_shared = True
     workers: Workers
+    has_unpublished: bool = False
+    """Whether :meth:`joined` is supported, so that there can be unpublished tasks."""
+
+    def joined(self, connection: Any) -> Joined:
+        """Return an object that adds tasks in the open transaction of ``connection``.
+
+        The tasks are *unpublished*: they have no change number (``change`` is 0), because a number
+        must follow the commit order. They cannot start, and :meth:`waiting` omits them, until
+        :meth:`publish` is called after the commit.
+
+        :param connection: an SQLAlchemy Connection, Session or scoped_session.
+        :raises ConfigurationError: if the store does not support this, or if the connection is not
+            in a transaction on the store's database.
+        :raises TypeError: if ``connection`` is something else.
+        """
+        raise ConfigurationError(
+            f"submit(connection=…) needs a PostgreSQL store, but ASYNCROUTE_STORE is {self.label}. "
+            "Call submit() without a connection after your commit."
+        )
+
+    def unpublished(self, limit: int) -> list[AsyncRouteTask]:
+        """Return up to ``limit`` unpublished tasks that are committed, the oldest first."""
+        return []
+
+    def publish(self, task_id: str) -> AsyncRouteTask | None:
+        """Give an unpublished task its change number. Return the new record; None if the task is
+        already published or does not exist.
+        """
+        return None
 
     @abstractmethod
     def changes_since(self, since: int, worker: str | None = None) -> Changes:
@@ -325,10 +370,12 @@ class SharedTaskStore(TaskStore):
         stores can send notifications only for stops; see :meth:`listen`.
         """
 
-    def listen(self, notify: Callable[[], None]) -> Listener | None:
+    def listen(
+        self, notify: Callable[[], None], submitted: Callable[[], None] = lambda: None
+    ) -> Listener | None:
         """Begin to call ``notify``, on any thread, soon after another process has stopped a task.
         While :meth:`keep_notifying` applies, it is also called after each other write of another
-        process.
+        process. Call ``submitted`` soon after unpublished tasks of any process are committed.
 
         Return a listener to close, or None if the store sends no notifications.
 
@@ -411,9 +458,11 @@ def first_due(waiting: Iterable[Waiting], most: Mapping[str, int]) -> list[Waiti
 
 
 def can_start(task: AsyncRouteTask, now_us: int, store_now_us: int) -> bool:
-    """Return whether a task can be claimed at this time; see `TaskStore.claim`."""
+    """Return whether a task can be claimed at this time; see `TaskStore.claim`. Unpublished tasks
+    cannot; see :meth:`SharedTaskStore.joined`.
+    """
     if task.state is not State.NOT_STARTED:
         return False
     is_late = task.start_by_us is not None and task.start_by_us <= now_us
     is_early = task.start_at_us is not None and task.start_at_us > store_now_us
-    return not (is_late or is_early)
+    return task.change > 0 and not (is_late or is_early)

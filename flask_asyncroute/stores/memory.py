@@ -372,11 +372,11 @@ def _close_bodies(tasks: Mapping[str, _Entry]) -> None:
 def _may_list(entry: _Entry, readers: Readers | None) -> bool:
     if readers is None:
         return True
-    if entry.task.user is None:
+    task = entry.task
+    if task.user is None and task.permission_json is None:
         return readers.anonymous
-    return entry.task.user == readers.user or any(
-        grant in entry.grants for grant in readers.granted
-    )
+    is_owner = task.user is not None and task.user == readers.user
+    return is_owner or any(grant in entry.grants for grant in readers.granted)
 
 
 def _without_large_result(task: AsyncRouteTask) -> AsyncRouteTask:

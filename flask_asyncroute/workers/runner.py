@@ -42,6 +42,7 @@ LOOK_SECONDS = 0.5
 ENDING_SECONDS = 0.05  # until the thread of an ending run has probably left its slot
 MAINTAIN_SECONDS = 1.0
 SEND_SECONDS = 0.5
+PUBLISH_PAGE = 200  # maximum number of tasks to publish at once
 TAKEOVER_AFTER_US = 1_000_000  # Any process may run a task that has waited this long.
 
 
@@ -75,8 +76,9 @@ class Runner:
             self._start_maintenance,
         )  # fmt: skip
         self.notifier = Notifier(
-            app, self.store, self.lifecycle.owner, self.dispatcher.on_change, is_ending
-        )
+            app, self.store, self.lifecycle.owner, self.dispatcher.on_change, is_ending,
+            _publishes(weakref.ref(self)),
+        )  # fmt: skip
         self.stream_slots = threading.BoundedSemaphore(config.max_streams)
         self.heartbeat: Heartbeat | None = None
         self.sender = Sender(
@@ -84,6 +86,7 @@ class Runner:
         )
         interval = config.housekeeping_interval
         self._take_over_job = Job(LOOK_SECONDS, self._take_over)
+        self._publish_job = Job(math.inf, self._publish_free)
         jobs = [
             self._take_over_job,
             Job(interval, self.lifecycle.delete_expired),
@@ -96,6 +99,8 @@ class Runner:
             )
             recovery = Recovery(self.store, self.lifecycle, self.heartbeat)
             jobs += [
+                Job(LOOK_SECONDS, self._publish_all),
+                self._publish_job,
                 Job(LOOK_SECONDS, recovery.recover_tasks),
                 Job(MAINTAIN_SECONDS, self.store.maintain),
                 Job(interval, recovery.abort_unroutable),
@@ -145,6 +150,7 @@ class Runner:
         :meth:`open`.
         """
         self.open()
+        self.dispatcher.is_runner = True
         if self.heartbeat is not None:
             self.heartbeat.enter()
         self.timekeeper.start()
@@ -255,6 +261,48 @@ class Runner:
             # More tasks may wait than one look takes over. Their slots are perhaps free soon.
             self._take_over_job.hasten(time.monotonic() + ENDING_SECONDS)
 
+    def publish_soon(self) -> None:
+        """Publish tasks that transactions of the app have added. Returns immediately."""
+        self._publish_job.hasten(time.monotonic())
+        self.maintenance.wake()
+
+    def _publish_all(self) -> None:
+        self.notifier.listen()
+        self._publish(is_for_free_slots=False)
+
+    def _publish_free(self) -> None:
+        self._publish(is_for_free_slots=True)
+
+    def _publish(self, is_for_free_slots: bool) -> None:
+        """Publish tasks that transactions of the app have added, and start those for which a slot
+        is free.
+
+        :param is_for_free_slots: leave the other tasks to runners that have free slots.
+        """
+        store = self.store
+        if not isinstance(store, SharedTaskStore) or not store.has_unpublished:
+            return
+        if self.dispatcher.is_closing or self.superseded_by() is not None:
+            return
+        capacity: dict[str, int] = {}
+        for task in store.unpublished(PUBLISH_PAGE):
+            route = self.routes.get(task.endpoint)
+            pool = "" if route is None else route.pool
+            if route is not None and pool not in capacity:
+                capacity[pool] = self._takeover_capacity(pool)
+            has_room = capacity.get(pool, 0) > 0
+            if is_for_free_slots and not has_room:
+                continue
+            published = self.lifecycle.publish(task)
+            is_due = task.start_at_us is None or task.start_at_us <= self.store.now_us()
+            if published is None or route is None or not (has_room and is_due):
+                continue
+            executor = self.executor_of(route)
+            with suppress(QueueFull):  # then a runner takes it over
+                executor.reserve()
+                capacity[pool] -= 1
+                executor.submit(task.id)
+
     def _take_over_at(self, time_us: int) -> None:
         """Call :meth:`_take_over` soon after this time, or earlier."""
         # A failed attempt still occupies its slot until its thread has ended.
@@ -273,6 +321,19 @@ class Runner:
                     "The executor of %s could not be created, so its tasks wait.", pool
                 )
             return 0
+
+
+def _publishes(reference: weakref.ref[Runner]) -> Callable[[], None]:
+    """Return the function that a listener calls when the app's transactions have added tasks. The
+    function does not keep the runner alive.
+    """
+
+    def publish() -> None:
+        runner = reference()
+        if runner is not None:
+            runner.publish_soon()
+
+    return publish
 
 
 def _runs(reference: weakref.ref[Runner]) -> Run:

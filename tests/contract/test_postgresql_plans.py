@@ -274,10 +274,34 @@ def test_the_poll_for_waiting_tasks_reads_only_ranges_of_their_indexes(
         connection.rollback()
 
 
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("has_statistics", [False, True])
+def test_the_poll_for_unpublished_tasks_reads_only_their_range(
+    connection: psycopg.Connection[Any], mode: str, has_statistics: bool
+) -> None:
+    """2,000 tasks are published, and ten are not."""
+    try:
+        connection.execute("UPDATE asyncroute_tasks SET change = 0 WHERE id LIKE 'task-100_'")
+        if has_statistics:
+            connection.execute("ANALYZE asyncroute_tasks")
+        connection.execute(f"SET LOCAL plan_cache_mode = {mode}")  # type: ignore[arg-type]
+        execute = prepare(connection, SQL.unpublished_tasks)
+        found = connection.execute(f"EXPLAIN (FORMAT JSON) {execute}").fetchone()  # type: ignore[arg-type]
+        assert found is not None
+        steps = list(scans(found[0][0]["Plan"]))
+        assert {step.get("Index Name") for step in steps} <= {"asyncroute_task_change", None}
+        assert any("change = 0" in step.get("Index Cond", "") for step in steps), steps
+    finally:
+        connection.rollback()
+        connection.execute("DEALLOCATE ALL")
+        connection.rollback()
+
+
 def test_the_statements_about_one_task_are_complete() -> None:
     names = {
         "get_task", "get_request", "get_locked_task", "claim_plain_task", "claim_task", "get_key", "get_task_of_key",
         "get_callback", "set_grant_state", "get_body_part", "get_last_event", "delete_events",
         "delete_grants", "delete_keys", "release_unique_key", "delete_callback", "delete_body", "begin_sending",
+        "publish_task",
     }  # fmt: skip
     assert names <= set(STATEMENTS)

@@ -54,6 +54,7 @@ def tasks(draw: st.DrawFn) -> list[Stored]:
     ids = draw(st.lists(texts.filter(bool), unique=True, max_size=8))
     for task_id in ids:
         user = draw(st.none() | users)
+        permission = draw(st.none() | st.just(b"{}"))
         task = new_task(
             task_id,
             async_route_id=draw(texts),
@@ -68,10 +69,10 @@ def tasks(draw: st.DrawFn) -> list[Stored]:
             expires_us=draw(st.none() | times),
             progress=draw(st.none() | percents),
             error=draw(st.none() | texts),
+            permission_json=permission,
         )
-        made.append(
-            (task, draw(st.frozensets(names, max_size=3)) if user is not None else frozenset())
-        )
+        is_anonymous = user is None and permission is None
+        made.append((task, frozenset() if is_anonymous else draw(st.frozensets(names, max_size=3))))
     return made
 
 
@@ -114,9 +115,10 @@ positions = st.none() | st.builds(Position, value=st.none() | times, created_us=
 def may_list(task: AsyncRouteTask, grants: Grants, readers: Readers | None) -> bool:
     if readers is None:
         return True
-    if task.user is None:
+    if task.user is None and task.permission_json is None:
         return readers.anonymous
-    return task.user == readers.user or not grants.isdisjoint(readers.granted)
+    is_owner = task.user is not None and task.user == readers.user
+    return is_owner or not grants.isdisjoint(readers.granted)
 
 
 def expected(
@@ -332,11 +334,11 @@ def test_a_caller_without_permission_gets_an_empty_list(store: TaskStore) -> Non
         (Readers(user="anna"), ["a"]),
         (Readers(user="Anna"), []),
         (Readers(anonymous=True), ["n"]),
-        (Readers(granted=(("groups", "g"),)), ["a", "b"]),
+        (Readers(granted=(("groups", "g"),)), ["a", "b", "p"]),
         (Readers(granted=(("roles", "g"),)), ["b"]),
-        (Readers("anna", (("groups", "g"),), True), ["a", "b", "n"]),
+        (Readers("anna", (("groups", "g"),), True), ["a", "b", "n", "p"]),
         (Readers("nobody", (("scopes", "s"),), True), ["c", "n"]),
-        (None, ["a", "b", "c", "n"]),
+        (None, ["a", "b", "c", "n", "p"]),
     ],
 )
 def test_a_list_contains_the_tasks_that_the_caller_may_read(
@@ -349,6 +351,7 @@ def test_a_list_contains_the_tasks_that_the_caller_may_read(
             (new_task("b", user="ben"), frozenset({("groups", "g"), ("roles", "g")})),
             (new_task("c", user="carl"), frozenset({("scopes", "s"), ("users", "anna2")})),
             (new_task("n"), frozenset()),
+            (new_task("p", permission_json=b"{}"), frozenset({("groups", "g")})),
         ],
     )
     assert (

@@ -739,7 +739,7 @@ def test_listening_to_the_store_is_retried(
 ) -> None:
     requested: list[int] = []
 
-    def listen(received: Callable[[], None]) -> None:
+    def listen(*calls: Callable[[], None]) -> None:
         requested.append(1)
         if len(requested) == 1:
             raise StoreUnavailable("not now")
@@ -1105,12 +1105,12 @@ def test_a_notification_wakes_the_poll(
     listening = threading.Event()
     listen = ours.listen
 
-    def listen_and_report(notify: Callable[[], None]) -> Any:
+    def listen_and_report(notify: Callable[[], None], submitted: Callable[[], None]) -> Any:
         def report() -> None:
             notify()
             listening.set()
 
-        return listen(report)
+        return listen(report, submitted)
 
     monkeypatch.setattr(ours, "listen", listen_and_report)
     if kind == "subscriber":

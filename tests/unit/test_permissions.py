@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_asyncroute.errors import ConfigurationError
-from flask_asyncroute.permissions import KINDS, Access, Caller, Permission, may_read, may_write
+from flask_asyncroute.permissions import (
+    KINDS,
+    Access,
+    Caller,
+    Permission,
+    is_anonymous,
+    may_read,
+    may_write,
+)
 
 NOBODY = Access()
 
@@ -155,10 +163,15 @@ BEN_READS, BEN_WRITES = Permission(read=Access(["ben"])), Permission(write=Acces
 @pytest.mark.parametrize(
     ("caller", "owner", "permission", "admins", "reads", "writes"),
     [
-        # Anyone who knows the id may access a task without an owner.
+        # Anyone who knows the id may access a task with neither an owner nor a permission.
         (None, None, None, NOBODY, True, True),
         (ANNA, None, None, NOBODY, True, True),
-        (None, None, BEN_READS, NOBODY, True, True),
+        # A permission applies without an owner too.
+        (None, None, BEN_READS, NOBODY, False, False),
+        (ANNA, None, BEN_READS, NOBODY, False, False),
+        (BEN, None, BEN_READS, NOBODY, True, False),
+        (BEN, None, BEN_WRITES, NOBODY, True, True),
+        (BEN, None, Permission(), Access(roles=["admin"]), True, True),
         # The owner may access a task; others and anonymous callers may not.
         (ANNA, "anna", None, NOBODY, True, True),
         (None, "anna", None, NOBODY, False, False),
@@ -204,5 +217,5 @@ def test_callers_who_may_write_may_read(
 ) -> None:
     if may_write(caller, owner, permission, admins):
         assert may_read(caller, owner, permission, admins)
-    if may_read(caller, owner, permission, admins) and owner is not None:
+    if may_read(caller, owner, permission, admins) and not is_anonymous(owner, permission):
         assert caller is not None

@@ -31,7 +31,7 @@ def texts(sql: Statements) -> dict[str, str]:
     }
 
 
-POSTGRESQL_ONLY = {"keep_notifying": {"ns", "us"}}
+POSTGRESQL_ONLY = {"keep_notifying": {"ns", "us"}, "notify_submitted": {"ns"}}
 """The parameters of statements that are empty for SQLite, by statement."""
 
 MAY_USE = {"owners": {"task_bound"}}
@@ -82,6 +82,7 @@ def test_postgresql_statements_use_the_parameter_style_of_the_driver() -> None:
         ("due_callbacks", {"callback_due", "callback_holder"}),
         ("held_callbacks", {"callback_holder"}),
         ("changed_tasks", {"task_change"}),
+        ("unpublished_tasks", {"task_change"}),
         ("ended_tasks", {"task_change"}),
         ("waiting_endpoints", {"task_waiting", "task_delayed"}),
         ("count_unfinished", {"task_user"}),

@@ -108,11 +108,13 @@ def test_now_us_is_the_current_time() -> None:
     )
 
 
-def test_a_task_without_an_owner_has_no_permission(make_task: NewTask) -> None:
-    granted = msgspec.json.encode(Permission(Access(("ben",))))
+def test_only_a_task_with_neither_owner_nor_permission_has_no_permission(
+    make_task: NewTask,
+) -> None:
+    permission = Permission(Access(("ben",)))
+    task = make_task(permission_json=msgspec.json.encode(permission))
     assert make_task().permission is None
-    assert make_task(permission_json=granted).permission is None
-    assert "Permission" not in make_task(permission_json=granted).to_dict()
+    assert (task.permission, task.to_dict()["Permission"]) == (permission, permission.to_dict())
 
 
 def test_the_owner_is_listed_in_read_and_write_users(make_task: NewTask) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError
@@ -59,6 +59,8 @@ class Database(ABC):
     """The SQLAlchemy dialect with which statements are compiled. It uses named parameters."""
     label: str
     """The name of the database in messages. It contains no password."""
+    can_join: ClassVar[bool] = False
+    """Whether the app's own transactions can add tasks; see `joined`."""
     _logged = ""
     _log_again_at = 0.0
     lock_path: Path
@@ -111,9 +113,13 @@ class Database(ABC):
         """Return the time of the clock that all processes share."""
         return now_us()
 
-    def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener | None:
-        """Call ``notify`` for each later notification on a channel that has this payload.
+    def listen(
+        self, channel: str, calls: Mapping[str, Callable[[], None]], of_others: Container[str]
+    ) -> Listener | None:
+        """Call the function of a payload in ``calls`` for each later notification with this payload
+        on a channel.
 
+        :param of_others: the payloads for which only notifications of other processes count.
         :return: an object that stops this; None if the database sends no notifications.
         """
         return None

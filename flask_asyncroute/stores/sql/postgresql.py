@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import selectors
+import socket
 import tempfile
 import threading
 import time
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from psycopg import Connection as DriverConnection
-from psycopg import Error
+from psycopg import Error, Notify
 from psycopg import IntegrityError as DriverIntegrityError
 from psycopg.rows import namedtuple_row
 from sqlalchemy import create_engine
@@ -24,7 +26,8 @@ from sqlalchemy.pool import QueuePool
 
 from ...errors import ConfigurationError, StoreUnavailable
 from ..base import Listener
-from .database import Cursor, Database, Duplicate, Rows, logger, read_url
+from .database import Cursor, Database, Duplicate, logger, read_url
+from .joined import LOCK_NOT_AVAILABLE, LOCKED, ConnectionCursor
 from .statements import NOW
 from .store import SQLTaskStore
 
@@ -39,10 +42,7 @@ CLOSE_SECONDS = 1.0
 MEASUREMENTS = 3  # Queries per measurement of the server's clock.
 CLOCK_SECONDS = 30.0  # Minimum interval between measurements of the server's clock.
 RECONNECT_SECONDS = 1.0
-CLOSED_SECONDS = 0.2  # Interval at which a listener checks whether it was closed.
 SCHEMA_LOCK = 0x6173796E63  # Key of the advisory lock for creating tables.
-LOCK_NOT_AVAILABLE = "55P03"  # SQLSTATE after lock_timeout
-LOCKED = "Another transaction is starting a task with the same unique key. Try again."
 _ROLLED_BACK = ("40001", "40P01")  # SQLSTATEs to retry: serialization failure, deadlock.
 
 
@@ -102,6 +102,8 @@ class EngineDatabase(Database):
     :param is_owned: whether :meth:`close` disposes of the engine.
     """
 
+    can_join = True
+
     def __init__(self, engine: Engine, is_owned: bool) -> None:
         make_dialect: Any = type(engine.dialect)
         self.dialect = make_dialect(paramstyle="pyformat")
@@ -134,7 +136,7 @@ class EngineDatabase(Database):
     def read(self, work: Callable[[Cursor], T]) -> T:
         def read(attempt: _Attempt) -> T:
             with self._snapshot.connect() as connection:
-                return work(_Cursor(connection))
+                return work(ConnectionCursor(connection))
 
         return self._retry(read)
 
@@ -159,7 +161,7 @@ class EngineDatabase(Database):
     def write(self, work: Callable[[Cursor], T]) -> T:
         def write(attempt: _Attempt) -> T:
             with self._several.connect() as connection, connection.begin() as transaction:
-                done = work(_Cursor(connection))
+                done = work(ConnectionCursor(connection))
                 attempt.may_be_committed = True
                 transaction.commit()
                 return done
@@ -192,8 +194,10 @@ class EngineDatabase(Database):
             measured.append((took_us, now_us - sent_us - took_us // 2))
         return int(min(measured)[1])  # the fastest answer is the most exact
 
-    def listen(self, channel: str, payload: str, notify: Callable[[], None]) -> Listener:
-        return PostgreSQLListener(self._single, channel, payload, notify, self._own_pids)
+    def listen(
+        self, channel: str, calls: Mapping[str, Callable[[], None]], of_others: Container[str]
+    ) -> Listener:
+        return PostgreSQLListener(self._single, channel, calls, of_others, self._own_pids)
 
     def lock_schema(self, cursor: Cursor) -> None:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
@@ -323,62 +327,65 @@ class _Attempt:
     is_lost: bool = False  # whether the driver has lost the connection
 
 
-class _Cursor:
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def execute(self, sql: str, parameters: Any = (), /) -> Rows:
-        return self._connection.exec_driver_sql(sql, parameters)
-
-
 class PostgreSQLListener:
-    """Calls a function for each notification (``LISTEN``) that other processes send. Thread-safe.
+    """Calls a function for each notification (``LISTEN``) until it is closed. Thread-safe.
 
     The listener has its own thread and connection. Notifications are lost while the connection is
-    down, so ``notify`` is also called after each reconnection.
+    down, so all functions are also called after each reconnection.
 
     :param engine: provides the connection, which is detached from the engine's pool.
-    :param notify: called on the listener's thread. It must not block or raise exceptions.
-    :param own_pids: ids of PostgreSQL server processes that serve this process. Their notifications
-        are ignored.
+    :param calls: the functions by payload. They are called on the listener's thread, and must not
+        block or raise exceptions.
+    :param of_others: the payloads that are ignored if this process has sent them.
+    :param own_pids: ids of PostgreSQL server processes that serve this process.
     """
 
     def __init__(
         self,
         engine: Engine,
         channel: str,
-        payload: str,
-        notify: Callable[[], None],
-        own_pids: Container[int] = (),
+        calls: Mapping[str, Callable[[], None]],
+        of_others: Container[str],
+        own_pids: Container[int],
     ) -> None:
         self._engine = engine
         self._channel = channel
-        self._payload = payload
-        self._notify = notify
+        self._calls = calls
+        self._of_others = of_others
         self._own_pids = own_pids
         self._closed = threading.Event()
+        # Closing one socket wakes the thread at the other, so that an idle process does not poll.
+        self._closer, self._closing = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="asyncroute-listener", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End the thread. Wait at most five seconds for its end."""
         self._closed.set()
+        self._closer.close()
         if self._thread is not threading.current_thread():
             self._thread.join(5)
 
     def _run(self) -> None:
+        with self._closing:
+            self._listen()
+
+    def _listen(self) -> None:
         while not self._closed.is_set():
             try:
                 with self._engine.connect() as connection:
                     driver: Any = connection.connection.driver_connection
                     connection.detach()
                     connection.exec_driver_sql(f"LISTEN {self._channel}")
-                    self._notify()
-                    while not self._closed.is_set():
-                        for notification in driver.notifies(timeout=CLOSED_SECONDS):
-                            is_own = notification.pid in self._own_pids
-                            if notification.payload == self._payload and not is_own:
-                                self._notify()
+                    for call in self._calls.values():
+                        call()
+                    with selectors.DefaultSelector() as selector:
+                        for source in (driver, self._closing):
+                            selector.register(source, selectors.EVENT_READ)
+                        while not self._closed.is_set():
+                            for notification in driver.notifies(timeout=0):
+                                self._on_notification(notification)
+                            selector.select()
             except Exception as error:
                 # SQLAlchemy and the driver raise errors of different classes.
                 if not self._closed.is_set():
@@ -388,3 +395,9 @@ class PostgreSQLListener:
                         type(error).__name__,
                     )
             self._closed.wait(RECONNECT_SECONDS)
+
+    def _on_notification(self, notification: Notify) -> None:
+        payload = notification.payload
+        is_own = notification.pid in self._own_pids
+        if payload in self._calls and not (is_own and payload in self._of_others):
+            self._calls[payload]()

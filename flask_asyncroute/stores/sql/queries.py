@@ -54,6 +54,7 @@ _small_result = case(
 _LISTED: list[Any] = [
     _small_result if column.name == "result_json" else column for column in RECORD
 ]
+_IS_ANONYMOUS = (tasks.c.user == _NO_USER, tasks.c.permission_json.is_(None))
 _IS_IN_NAMESPACE = tasks.c.namespace == bindparam("ns")
 # For queries with a condition on the id: `+ 0` keeps PostgreSQL from using an index that begins
 # with the namespace; see `tables`.
@@ -143,7 +144,7 @@ def _single(
         *_after_position(sort, descending, is_after_missing),
     )
     if anonymous:
-        query = query.where(tasks.c.user == _NO_USER)
+        query = query.where(*_IS_ANONYMOUS)
     return _page(query, _order(sort, descending))
 
 
@@ -172,7 +173,7 @@ def _merged(
         if has_user:
             add(tasks, tasks, tasks.c.user == bindparam("user"))
         if has_anonymous:
-            add(tasks, tasks, tasks.c.user == _NO_USER)
+            add(tasks, tasks, *_IS_ANONYMOUS)
         names: list[Any] = [bindparam(f"granted_{number}") for number in range(granted)]
         if granted > MAX_RANGES:
             # A join would return a task once for each matching name.

@@ -24,8 +24,9 @@ from . import tables
 
 CHANNEL = "asyncroute"
 """The PostgreSQL channel on which commits send notifications. Their payload is the namespace's
-key.
+key, for unpublished tasks followed by :data:`SUBMITTED`.
 """
+SUBMITTED = " submitted"
 
 NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 """The time of a PostgreSQL server in microseconds since the epoch."""
@@ -65,9 +66,11 @@ _OF_TASK = f"task_id = :task_id AND {_IN_NAMESPACE}"
 _STATE = "state [postgresql: || '']"
 """The state beside a condition on the id. PostgreSQL cannot use an index of the state for it."""
 _CAN_START = (
-    f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND (start_by_us IS NULL OR start_by_us > :now) "
+    f"{_IS_TASK} AND {_STATE} = 'NotStarted' AND change [postgresql: + 0] > 0 "
+    "AND (start_by_us IS NULL OR start_by_us > :now) "
     "AND (start_at_us IS NULL OR start_at_us <= :store_now)"
 )
+_IS_UNPUBLISHED = f"{_IS_TASK} AND change [postgresql: + 0] = 0"
 _IS_VALUE = "namespace = :ns AND key = :key"
 _IS_STOPPING = "namespace = :ns AND stopping = 1 AND owner IS NOT NULL"
 _IS_BOUND = "namespace = :ns AND state = 'NotStarted' AND owner IS NOT NULL"
@@ -136,6 +139,27 @@ def _counter(where: str = "", is_urgent: bool = False) -> str:
                 FROM asyncroute_namespaces, {"found" if where else "locked"} WHERE key = :ns])"""
 
 
+def _add_unique_key(has_idle_limit: bool) -> str:
+    """Return the statement that stores a ``unique`` key, and returns no row if a task has it.
+
+    It waits for an open transaction with the same key, but not for long.
+
+    :param has_idle_limit: whether the transaction ends if the client is idle, so that a frozen
+        process does not hold the key; see :data:`_LOCKED`.
+    """
+    idle = f", set_config('idle_in_transaction_session_timeout', '{FROZEN_MS}', true)"
+    return f"""
+        [postgresql: WITH before AS MATERIALIZED (
+            SELECT current_setting('lock_timeout') AS lock_timeout),
+        waiting AS MATERIALIZED (
+            SELECT set_config('lock_timeout', '{UNIQUE_WAIT_MS}', true) {idle * has_idle_limit}
+            FROM before)]
+        INSERT INTO asyncroute_keys (namespace, name, fingerprint, task_id)
+        SELECT CAST(:ns AS INTEGER), :unique_key, '', :id [postgresql: FROM waiting] WHERE true
+        ON CONFLICT DO NOTHING RETURNING task_id
+            [postgresql: , (SELECT set_config('lock_timeout', lock_timeout, true) FROM before)]"""
+
+
 def _lock_task(columns: str, where: str) -> str:
     return f"""
         [postgresql: WITH {_LOCKED}]
@@ -199,6 +223,7 @@ class Statements:
     # --- Namespaces and change numbers
 
     get_namespace = "SELECT key, secret FROM asyncroute_namespaces WHERE name = :name"
+    get_secret = "SELECT secret FROM asyncroute_namespaces WHERE key = :ns"
     add_namespace = """
         INSERT INTO asyncroute_namespaces (key, name, change, secret)
         VALUES (:key, :name, 0, :secret)"""
@@ -237,6 +262,18 @@ class Statements:
         tables.tasks, "waiting_change", "started_change", "completed_change", "remove_after_us"
     )
     add_task = f"{_counter()} {_new_task.replace(':change', _NEXT)}"
+    # Without a change number: the number of an open transaction would stop all readers of changes.
+    add_unpublished_task = f"{_new_task} ON CONFLICT DO NOTHING RETURNING id"
+    unpublished_tasks = f"""
+        SELECT {RECORD} FROM asyncroute_tasks WHERE namespace = :ns AND change = 0
+        ORDER BY created_us LIMIT :limit"""
+    publish_task = f"""
+        {_counter(_IS_UNPUBLISHED)}
+        UPDATE asyncroute_tasks SET change = {_NEXT}
+        WHERE {_IS_UNPUBLISHED} {_IF_LOCKED} RETURNING {RECORD}"""
+    notify_submitted = f"""
+        [postgresql: SELECT pg_notify(
+            '{CHANNEL}', CAST(CAST(:ns AS INTEGER) AS TEXT) || '{SUBMITTED}')]"""
     get_task = f"SELECT {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_request = f"SELECT request, {RECORD} FROM asyncroute_tasks WHERE {_IS_TASK}"
     get_locked_task = _lock_task(RECORD, _IS_TASK)
@@ -281,19 +318,9 @@ class Statements:
             ON tasks.id = keys.task_id AND tasks.{_IN_NAMESPACE}
         WHERE keys.name = :name AND keys.{_IN_NAMESPACE}"""
     delete_keys = f"DELETE FROM asyncroute_keys WHERE {_OF_TASK}"
-    # Waits for an open transaction with the same key, but not for long. A frozen process must not
-    # hold the key; see `_LOCKED`.
-    add_unique_key = f"""
-        [postgresql: WITH before AS MATERIALIZED (
-            SELECT current_setting('lock_timeout') AS lock_timeout),
-        waiting AS MATERIALIZED (
-            SELECT set_config('lock_timeout', '{UNIQUE_WAIT_MS}', true),
-                set_config('idle_in_transaction_session_timeout', '{FROZEN_MS}', true)
-            FROM before)]
-        INSERT INTO asyncroute_keys (namespace, name, fingerprint, task_id)
-        SELECT CAST(:ns AS INTEGER), :unique_key, '', :id [postgresql: FROM waiting] WHERE true
-        ON CONFLICT DO NOTHING RETURNING task_id
-            [postgresql: , (SELECT set_config('lock_timeout', lock_timeout, true) FROM before)]"""
+    add_unique_key = _add_unique_key(has_idle_limit=True)
+    add_key_of_app = _add_unique_key(has_idle_limit=False)
+    """The same in a transaction of the app, which can be idle as long as the app wants."""
     release_unique_key = f"""
         DELETE FROM asyncroute_keys
         WHERE name = :unique_key AND {_IN_NAMESPACE} AND task_id = :task_id"""
@@ -432,7 +459,7 @@ class Statements:
         statement is a UNION of three SELECTs for each endpoint. Each SELECT reads one range of an
         index up to its limit, even if many tasks are waiting.
         """
-        is_free = "(owner IS NULL OR owner = :owner)"
+        is_free = "(owner IS NULL OR owner = :owner) AND change [postgresql: + 0] > 0"
         ranges = (
             (_WAITING, f"{_IS_WAITING} AND created_us < :before", "created_us"),
             # Tasks from far in the future are due: the clock was set back after their creation.

@@ -16,11 +16,12 @@ from ..base import Claim, Events, Expect, Readers, SharedTaskStore, StartKey, Vi
 from . import queries, side_tables
 from .database import Cursor, Database, Duplicate, ensure_written
 from .events import EventLog
+from .joined import JoinedTransaction
 from .migrations import Namespace
 from .outbox import SQLOutbox
 from .queries import Queries
 from .rows import columns_of, record_of, row_of
-from .statements import CHANNEL, Statements, expectation
+from .statements import CHANNEL, SUBMITTED, Statements, expectation
 from .workers import SQLWorkers
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class SQLTaskStore(SharedTaskStore):
 
     def __init__(self, database: Database, namespace: str, create_tables: bool) -> None:
         self.label = database.label
+        self.has_unpublished = database.can_join
         self._database = database
         self._sql = Statements(database.dialect.name)
         self._queries = Queries(database.dialect)
@@ -85,13 +87,7 @@ class SQLTaskStore(SharedTaskStore):
             if key is not None or quota is not None:
                 side_tables.add_key(cursor, sql, ns, task, key, quota)
             cursor.execute(sql.add_task, row)
-            if delivery is not None:
-                self.outbox.put(cursor, task.id, delivery)
-            for kind, name in set(grants):
-                reader = queries.reader_key(kind, name)
-                cursor.execute(sql.add_grant, {**row, "task_id": task.id, "reader": reader})
-            if body is not None:
-                side_tables.add_body(cursor, sql, ns, task.id, body)
+            self.add_related(cursor, row, body, grants, delivery)
             return True
 
         def find() -> bool | None:
@@ -107,6 +103,39 @@ class SQLTaskStore(SharedTaskStore):
             raise IdTaken(f"Another task has the id {task.id!r}.") from None
         if body is not None:
             body.close()
+
+    def add_related(
+        self, cursor: Cursor, row: Mapping[str, Any], body: Body | None,
+        grants: Collection[tuple[str, str]], delivery: Delivery | None,
+    ) -> None:  # fmt: skip
+        """Add the rows of a new task in other tables, except its keys.
+
+        :param row: the columns of the task.
+        """
+        task_id = row["id"]
+        if delivery is not None:
+            self.outbox.put(cursor, task_id, delivery)
+        for kind, name in set(grants):
+            reader = queries.reader_key(kind, name)
+            cursor.execute(self._sql.add_grant, {**row, "task_id": task_id, "reader": reader})
+        if body is not None:
+            side_tables.add_body(cursor, self._sql, self._ns, task_id, body)
+
+    def joined(self, connection: Any) -> base.Joined:
+        if not self.has_unpublished:
+            return super().joined(connection)
+        self.open()
+        return JoinedTransaction(connection, self._sql, self._namespace, self.add_related)
+
+    def unpublished(self, limit: int) -> list[AsyncRouteTask]:
+        self.open()
+        values = {"ns": self._ns, "limit": limit}
+        return list(map(record_of, self._database.fetch_all(self._sql.unpublished_tasks, values)))
+
+    def publish(self, task_id: str) -> AsyncRouteTask | None:
+        # After an unknown commit, the next call of `unpublished` shows whether to try again.
+        row = self._database.write_one(self._sql.publish_task, self._which(task_id))
+        return None if row is None else record_of(row)
 
     def get(self, task_id: str) -> AsyncRouteTask | None:
         which = {"ns": self._namespace.key, "task_id": task_id}
@@ -322,9 +351,13 @@ class SQLTaskStore(SharedTaskStore):
         self.open()
         return self._events.read(since, most, task_id, group)
 
-    def listen(self, notify: Callable[[], None]) -> base.Listener | None:
+    def listen(
+        self, notify: Callable[[], None], submitted: Callable[[], None] = lambda: None
+    ) -> base.Listener | None:
         self.open()
-        return self._database.listen(CHANNEL, str(self._ns), notify)
+        changed = str(self._ns)
+        calls = {changed: notify, changed + SUBMITTED: submitted}
+        return self._database.listen(CHANNEL, calls, {changed})
 
     def keep_notifying(self, seconds: float) -> None:
         self.open()

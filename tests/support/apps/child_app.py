@@ -79,6 +79,23 @@ def create_app(**config: Any) -> Flask:
     completed: list[int] = []
     task_completed.connect(on_completed, sender=app, weak=False)
 
+    @route("/submits/<int:n>")
+    def submits(n: int) -> Any:
+        task = async_routes.submit("squares", {"n": n}, user=current_task.user)
+        return [task.id, os.getpid()]
+
+    @route("/squares/<int:n>", executor="thread")
+    def squares(n: int) -> Any:
+        depth = request.headers.get("Asyncroute-Depth")
+        return [n * n, os.getpid(), current_task.user, depth]
+
+    @route("/submits-at-once")
+    def submits_at_once() -> Any:
+        return async_routes.submit("at_once").id
+
+    @route("/at-once", executor="immediate")
+    def at_once() -> None: ...
+
     @route("/where")
     def where() -> Any:
         return {
