@@ -131,6 +131,8 @@ class Dispatcher:
                 self.lifecycle.write_events(run[0])
             aborted = self.lifecycle.abort(current, STOPPED)
             if aborted is not None:
+                if (route := self.routes.get(task.endpoint)) is not None:
+                    self.executor_of(route).cancel(task.id)
                 return aborted
             current = self.store.get(task.id)
         raise unknown(task.id)
@@ -291,13 +293,17 @@ class Dispatcher:
         try:
             executor.submit(task.id)
         except Exception as error:
-            logger.exception("The executor of endpoint %s rejected a task.", route.endpoint)
+            is_logged = isinstance(error, errors.BrokerUnavailable)
+            if not is_logged:
+                logger.exception("The executor of endpoint %s rejected a task.", route.endpoint)
             deleted: list[bool] = []
             self.lifecycle.pending_writes.write(
                 task.id, lambda: deleted.append(self.lifecycle.delete_unstarted(task))
             )
             if deleted == [False]:
                 return task  # another process has claimed the task
+            if is_logged:
+                raise
             raise errors.QueueFull(
                 "The server's executor rejected the task. Try again.", retry_after=5
             ) from error

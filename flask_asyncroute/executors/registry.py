@@ -24,6 +24,8 @@ class ExecutorKind:
     default_min_workers: int = 1
     is_bound: bool = False  # only the process that started a task can run it
     runs_inline: bool = False  # `submit` returns when the task has ended
+    runs_elsewhere: bool = False  # `submit` sends the task to workers of another system
+    task_module: str | None = None  # imported if a route uses this kind
     needs_app: bool = False  # child processes load the app from ASYNCROUTE_APP
     platform: str | None = None  # the only supported system; None: any
 
@@ -38,6 +40,10 @@ _ROWS = (
         platform="Linux",
     ),
     IMMEDIATE,
+    ExecutorKind(
+        "celery", "celery:CeleryTaskExecutor", default_min_workers=0, runs_elsewhere=True,
+        task_module="flask_asyncroute.celery_task",
+    ),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _ROWS}
 APP_EXECUTOR = ExecutorKind("the app's own", "inline:FutureTaskExecutor", is_bound=True)
@@ -59,7 +65,16 @@ def checked(label: str, value: Any) -> str | Executor:
     if not isinstance(value, str) or value not in KINDS:
         names = ", ".join(map(repr, KINDS))
         raise refuse(label, f"one of {names} or a concurrent.futures.Executor", value)
-    return KINDS[value].name
+    kind = KINDS[value]
+    if kind.task_module is not None:
+        try:
+            import_module(kind.task_module)
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f'{label}: executor="{kind.name}" needs another package ({error}). Install '
+                f"flask-asyncroute[{kind.name}]."
+            ) from error
+    return kind.name
 
 
 def kind_of(value: str | Executor) -> ExecutorKind:

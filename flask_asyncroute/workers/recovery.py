@@ -24,6 +24,8 @@ CONFIRM_SECONDS = 0.4  # a lock can be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
 ROUTE_GONE = "Route gone"
 PAGE = 500
+CELERY_WORKER = "celery-"
+"""The names of Celery workers begin with this. They only run tasks."""
 FAR_FUTURE_US = 2**62
 
 
@@ -40,6 +42,8 @@ class Recovery:
     """For each worker, the monotonic time since which every check found its lock free."""
     _differences: set[str] = field(default_factory=set)
     """Differences between apps already logged."""
+    _running: set[str] = field(default_factory=set)
+    """The workers that serve requests and were not found dead."""
     _checked_at: float = field(default_factory=lambda: time.monotonic())
     _unlisted: dict[str, float] = field(default_factory=dict)
     """For each endpoint that no worker has, the monotonic time when this was first seen."""
@@ -62,21 +66,29 @@ class Recovery:
         for seen in (self._beats, self._free):
             for name in seen.keys() - listed.keys():
                 del seen[name]
+        self._running = {name for name in listed if not name.startswith(CELERY_WORKER)}
         for worker in listed.values():
             is_alive = worker.name == self.heartbeat.name or self._is_alive(worker, now)
             if is_alive:
                 self._compare(worker)
             if is_alive is not False:
                 continue
+            self._running.discard(worker.name)
             held = self.store.workers.held(worker.name)
             for task in held:
                 self.lifecycle.recover(task)
             self.store.workers.leave(worker.name)
-            if held:
+            if any(not task.is_completed for task in held):
                 logger.warning(
                     "The worker %s died; its %d unfinished tasks were aborted or restarted.",
                     worker.name, len(held),
                 )  # fmt: skip
+
+    def is_first(self) -> bool:
+        """Return whether this process is the one that does what only one process should do. For a
+        moment, several or none can be the first.
+        """
+        return min(self._running, default=self.heartbeat.name) == self.heartbeat.name
 
     def _compare(self, worker: Worker) -> None:
         """Log a warning, once for each difference, if another worker seems to run another app."""

@@ -1,0 +1,86 @@
+"""Sends tasks to Celery again: those whose start time has come, and those with a lost message."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..errors import BrokerUnavailable
+from ..executors.celery import CeleryTaskExecutor
+from ..routes import Route
+from ..stores.base import SharedTaskStore, Waiting
+from ..task import now_us
+
+logger = logging.getLogger("flask_asyncroute")
+
+LOST_SECONDS = 5.0
+"""Seconds after which a message is taken for lost if the queue is empty."""
+OVERDUE_SECONDS = 60.0  # the same if the queue is not empty, or cannot be counted
+PAGE = 1000
+MOST_OVERDUE = 20
+"""Maximum messages per route and check while the queue is not empty, so that the queue of busy
+workers does not grow.
+"""
+LONGEST_MEMORY = 50_000
+
+
+@dataclass(eq=False)
+class LostMessages:
+    """Finds the waiting tasks of all Celery routes. Not thread-safe.
+
+    A doubled message does no harm, because only one claim succeeds. So only one process does this:
+    the one for which ``is_first`` is true.
+    """
+
+    store: SharedTaskStore
+    routes: Mapping[str, Route]
+    executor_of: Callable[[Route], CeleryTaskExecutor]
+    is_first: Callable[[], bool]
+    call_at: Callable[[int], None]
+    look_ahead_us: int
+    _sent: dict[Waiting, float] = field(default_factory=dict)
+    """When this process has sent a message again."""
+    _next_check: float = 0.0
+
+    def send_again(self) -> None:
+        if not self.is_first():
+            return
+        now = time.monotonic()
+        self._sent = {task: at for task, at in self._sent.items() if now - at < OVERDUE_SECONDS}
+        limits = dict.fromkeys(self.routes, PAGE)
+        soon = now_us() + self.look_ahead_us
+        try:
+            for task in self.store.waiting(limits, None, soon):
+                if task.due_us > now_us():
+                    self.call_at(task.due_us)
+                elif task not in self._sent:
+                    self._send(task)
+            if now >= self._next_check:
+                self._next_check = now + LOST_SECONDS
+                self._send_lost()
+        except BrokerUnavailable:
+            pass  # the executor has logged the error
+
+    def _send_lost(self) -> None:
+        before = now_us() - int(LOST_SECONDS * 1_000_000)
+        waiting = self.store.waiting(dict.fromkeys(self.routes, PAGE), before, 0)
+        counts: dict[str, int | None] = {}
+        left: dict[str, int] = {}
+        for task in waiting:
+            if task.endpoint not in counts:
+                route = self.routes[task.endpoint]
+                counts[task.endpoint] = self.executor_of(route).waiting_messages()
+                left[task.endpoint] = PAGE if counts[task.endpoint] == 0 else MOST_OVERDUE
+            seconds = LOST_SECONDS if counts[task.endpoint] == 0 else OVERDUE_SECONDS
+            now = time.monotonic()
+            sent_at = self._sent.get(task, now - (now_us() - task.due_us) / 1_000_000)
+            if now - sent_at >= seconds and left[task.endpoint] > 0:
+                left[task.endpoint] -= 1
+                self._send(task)
+
+    def _send(self, task: Waiting) -> None:
+        self.executor_of(self.routes[task.endpoint]).submit(task.id)
+        if len(self._sent) < LONGEST_MEMORY:
+            self._sent[task] = time.monotonic()
