@@ -13,6 +13,7 @@ from celery.signals import worker_process_init
 
 from .errors import AsyncRouteError, ConfigurationError
 from .executors.celery import TASK_NAME, CeleryTaskExecutor
+from .executors.registry import CELERY_CHILD, CELERY_WORKER
 from .runtime import Runtime, runtimes
 from .workers import run_task
 from .workers.runner import Runner
@@ -60,7 +61,7 @@ def _run(celery: Any, task_id: str) -> None:
 def _runner_of(runtime: Runtime, celery: Any) -> Runner | None:
     """Return the runner of an app whose routes use this Celery app; None for other apps."""
     try:
-        runtime.become_celery_worker()
+        runtime.become_celery_worker(CELERY_CHILD if CeleryTaskExecutor.can_kill else CELERY_WORKER)
         runner = runtime.runner
         return runner if runner.has_celery and runner.celery is celery else None
     except AsyncRouteError as error:

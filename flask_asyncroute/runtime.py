@@ -55,7 +55,7 @@ class Runtime:
         self._identity_loader = identity_loader
         self.is_child = _is_child_process
         """Whether this process runs a single task for its parent; see `child_main`."""
-        self.is_celery_worker = False  # whether this process only runs tasks for Celery
+        self.name_prefix = ""  # of this process's name as a worker
         self.is_inline = False
         """Whether all routes run inside the request, on ``memory://``; see `testing`."""
         self.initial = self.config = configuration.read(app)
@@ -126,10 +126,11 @@ class Runtime:
         self._early = self._built = EarlyStore()
         return self._make_runner()
 
-    def become_celery_worker(self) -> None:
+    def become_celery_worker(self, name_prefix: str) -> None:
         """Only run the tasks that Celery delivers, unless this process already serves requests."""
         with self._lock:
-            self.is_celery_worker = self.is_celery_worker or self._runner is None
+            if self._runner is None:
+                self.name_prefix = name_prefix
 
     def _make_runner(self) -> Runner:
         with self._lock:
@@ -138,7 +139,7 @@ class Runtime:
                 self._runner = Runner(
                     app, config, self._early.take(app, config), self.routes, self._before_task,
                     self._identity_loader, shutdown.is_server_ending, self.is_inline,
-                    self.is_celery_worker,
+                    self.name_prefix,
                 )  # fmt: skip
                 shutdown.runners.add(self._runner)
             return self._runner

@@ -132,7 +132,7 @@ class Dispatcher:
             aborted = self.lifecycle.abort(current, STOPPED)
             if aborted is not None:
                 if (route := self.routes.get(task.endpoint)) is not None:
-                    self.executor_of(route).cancel(task.id)
+                    self.executor_of(route).cancel(aborted)
                 return aborted
             current = self.store.get(task.id)
         raise unknown(task.id)

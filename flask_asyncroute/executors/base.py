@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from ..errors import QueueFull
 from ..snapshot import Body
 from ..stores.base import Claim
+from ..task import AsyncRouteTask
 from .execution import Execution
 from .outcome import Outcome
 
@@ -153,7 +154,7 @@ class TaskExecutor(ABC):
         """Empty the queue; return the ids of the tasks that were waiting in it."""
         return [task_id for task_id in list(self._futures) if self.discard(task_id)]
 
-    def cancel(self, task_id: str) -> None:  # noqa: B027 - most executors run tasks in this process
+    def cancel(self, task: AsyncRouteTask) -> None:  # noqa: B027 - most executors run tasks in this process
         """Stop a task that perhaps runs on another system; return at once. The abort is stored."""
 
     def interrupt(self, execution: Execution) -> bool:

@@ -21,9 +21,11 @@ from kombu.exceptions import OperationalError
 from werkzeug.utils import import_string
 
 from ..errors import BrokerUnavailable, ConfigurationError
+from ..task import AsyncRouteTask
 from .base import PoolSettings, TaskExecutor
 from .execution import Execution
 from .interruption import interrupt
+from .registry import CELERY_CHILD
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -75,10 +77,10 @@ class CeleryTaskExecutor(TaskExecutor):
         """Return 0: lost messages are sent again by `workers.lost_messages`."""
         return 0
 
-    def cancel(self, task_id: str) -> None:
+    def cancel(self, task: AsyncRouteTask) -> None:
         # This waits for the broker, and the worker may learn of the stop from the store first.
         threading.Thread(
-            target=self._revoke, args=(task_id,), name="asyncroute-revoke", daemon=True
+            target=self._revoke, args=(task,), name="asyncroute-revoke", daemon=True
         ).start()
 
     def interrupt(self, execution: Execution) -> bool:
@@ -102,9 +104,11 @@ class CeleryTaskExecutor(TaskExecutor):
             logger.debug("The messages of a Celery queue could not be counted: %r", error)
             return None
 
-    def _revoke(self, task_id: str) -> None:
+    def _revoke(self, task: AsyncRouteTask) -> None:
+        # The solo pool would kill the whole worker, and the others would log errors.
+        can_kill = task.owner is not None and task.owner.startswith(CELERY_CHILD)
         try:
-            self._celery.control.revoke(task_id, terminate=True, signal="SIGKILL")
+            self._celery.control.revoke(task.id, terminate=can_kill, signal="SIGKILL")
         except Exception as error:
             self._log(error)
 

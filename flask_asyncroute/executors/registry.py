@@ -30,6 +30,10 @@ class ExecutorKind:
     platform: str | None = None  # the only supported system; None: any
 
 
+CELERY_WORKER = "celery-"
+"""The names of Celery workers begin with this. They only run tasks."""
+CELERY_CHILD = "celery-prefork-"  # the same for workers whose processes can be killed
+
 IMMEDIATE = ExecutorKind(
     "immediate", "inline:ImmediateTaskExecutor", is_bound=True, runs_inline=True
 )

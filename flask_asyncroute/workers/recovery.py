@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from ..engine.lifecycle import Lifecycle
+from ..executors.registry import CELERY_WORKER
 from ..stores.base import SharedTaskStore, Worker
 from ..task import State, now_us
 from . import process_lock
@@ -24,8 +25,6 @@ CONFIRM_SECONDS = 0.4  # a lock can be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
 ROUTE_GONE = "Route gone"
 PAGE = 500
-CELERY_WORKER = "celery-"
-"""The names of Celery workers begin with this. They only run tasks."""
 FAR_FUTURE_US = 2**62
 
 

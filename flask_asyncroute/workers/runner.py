@@ -24,7 +24,7 @@ from ..engine.lifecycle import Lifecycle
 from ..engine.notifier import Notifier
 from ..errors import AsyncRouteError, QueueFull
 from ..executors.base import ChildSettings, PoolSettings, Run, TaskExecutor
-from ..executors.registry import kind_of, make_executor
+from ..executors.registry import CELERY_WORKER, kind_of, make_executor
 from ..query import NEWEST_FIRST
 from ..request.identity import IdentityLoader
 from ..routes import Route
@@ -35,7 +35,7 @@ from ..webhooks.sender import Sender
 from . import app_identity, run_task
 from .heartbeat import Heartbeat
 from .maintenance import Job, Maintenance, Timekeeper
-from .recovery import CELERY_WORKER, Recovery
+from .recovery import Recovery
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -63,7 +63,7 @@ class Runner:
         before_task: Sequence[Callable[[], Any]],
         identity_loader: Callable[[], IdentityLoader | None],
         is_ending: Callable[[], bool] = lambda: False, is_inline: bool = False,
-        is_celery_worker: bool = False,
+        name_prefix: str = "",
     ) -> None:  # fmt: skip
         self.app = app
         self.config = config
@@ -71,9 +71,8 @@ class Runner:
         self.routes = routes
         self.before_task = before_task
         self.store = store
-        self.is_celery_worker = is_celery_worker
-        prefix = CELERY_WORKER if is_celery_worker else ""
-        self.lifecycle = Lifecycle(app, self.store, f"{prefix}{os.getpid()}-{uuid.uuid4()}")
+        self.is_celery_worker = name_prefix.startswith(CELERY_WORKER)
+        self.lifecycle = Lifecycle(app, self.store, f"{name_prefix}{os.getpid()}-{uuid.uuid4()}")
         self.dispatcher = Dispatcher(
             app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes,
             self._start_maintenance,
@@ -91,7 +90,7 @@ class Runner:
                 self.store.workers, self.lifecycle.owner, routes, app_identity.views_of(app, routes)
             )
         self._take_over_job = Job(LOOK_SECONDS, self._take_over)
-        jobs = [] if is_celery_worker else self._jobs()
+        jobs = [] if self.is_celery_worker else self._jobs()
         self.maintenance = Maintenance(app, self.lifecycle, self.dispatcher, jobs)
         self.timekeeper = Timekeeper(self.dispatcher)
         self.lifecycle.pending_writes.wake = self.maintenance.wake
