@@ -15,7 +15,7 @@ from flask import Blueprint, Flask, has_request_context, request, request_starte
 from werkzeug.routing import Rule
 
 from . import options, validators
-from .decorator import declare, is_bare, view_function_of
+from .decorator import declare, is_bare, register_task, view_function_of
 from .engine.dispatcher import unknown
 from .engine.lifecycle import purge
 from .errors import ConfigurationError
@@ -92,6 +92,7 @@ class AsyncRoute:
                 f"AsyncRoute is already set up for the app {app.name!r}; call init_app(app) once."
             )
         runtime = Runtime(app, self._declared, self._before_task, lambda: self._identity_loader)
+        register_task(runtime.initial.defaults["executor"])
         for rule in self._rules:
             self._add(app, rule)
         app.extensions[EXTENSION] = runtime

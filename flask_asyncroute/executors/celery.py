@@ -10,14 +10,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-from celery import Celery
+from celery import Celery, shared_task
+from celery.exceptions import OperationalError
+from celery.signals import worker_init, worker_process_init
 from flask import Flask
-from kombu.exceptions import OperationalError
 from werkzeug.utils import import_string
 
 from ..errors import BrokerUnavailable, ConfigurationError
@@ -120,6 +121,33 @@ class CeleryTaskExecutor(TaskExecutor):
                 "The broker of ASYNCROUTE_CELERY cannot be used: %s. Check that it is running.",
                 text,
             )
+
+
+def register(run: Callable[[Celery, str], None]) -> None:
+    """Make ``run`` the task :data:`TASK_NAME` of all Celery apps of this process.
+
+    :param run: called in a worker with the Celery app and the task's id.
+    """
+
+    def call(self: Any, task_id: str) -> None:
+        run(self.app, task_id)
+
+    shared_task(name=TASK_NAME, bind=True, ignore_result=True, max_retries=0, typing=False)(call)
+    worker_init.connect(_on_worker, weak=False)
+    worker_process_init.connect(_on_process, weak=False)
+
+
+_worker_pid: list[int] = []
+"""The main process of this Celery worker."""
+
+
+def _on_worker(**extra: Any) -> None:
+    _worker_pid[:] = [os.getpid()]
+
+
+def _on_process(**extra: Any) -> None:
+    # The solo pool sends this signal in the worker's only process, which must not be killed.
+    CeleryTaskExecutor.can_kill = os.getpid() not in _worker_pid
 
 
 def find_celery(app: Flask, setting: Celery | str | Mapping[str, Any] | None) -> Celery:

@@ -10,6 +10,7 @@ import platform
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 from ..errors import ConfigurationError
@@ -25,7 +26,7 @@ class ExecutorKind:
     is_bound: bool = False  # only the process that started a task can run it
     runs_inline: bool = False  # `submit` returns when the task has ended
     runs_elsewhere: bool = False  # `submit` sends the task to workers of another system
-    task_module: str | None = None  # imported if a route uses this kind
+    needs: str | None = None  # the package to install, which is also the name of the pip extra
     needs_app: bool = False  # child processes load the app from ASYNCROUTE_APP
     platform: str | None = None  # the only supported system; None: any
 
@@ -46,7 +47,7 @@ _ROWS = (
     IMMEDIATE,
     ExecutorKind(
         "celery", "celery:CeleryTaskExecutor", default_min_workers=0, runs_elsewhere=True,
-        task_module="flask_asyncroute.celery_task",
+        needs="celery",
     ),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _ROWS}
@@ -70,14 +71,11 @@ def checked(label: str, value: Any) -> str | Executor:
         names = ", ".join(map(repr, KINDS))
         raise refuse(label, f"one of {names} or a concurrent.futures.Executor", value)
     kind = KINDS[value]
-    if kind.task_module is not None:
-        try:
-            import_module(kind.task_module)
-        except ModuleNotFoundError as error:
-            raise ConfigurationError(
-                f'{label}: executor="{kind.name}" needs another package ({error}). Install '
-                f"flask-asyncroute[{kind.name}]."
-            ) from error
+    if kind.needs is not None and find_spec(kind.needs) is None:
+        raise ConfigurationError(
+            f'{label}: executor="{kind.name}" needs {kind.needs}, which is not installed; run pip '
+            f"install 'flask-asyncroute[{kind.needs}]'."
+        )
     return kind.name
 
 
