@@ -26,7 +26,7 @@ from tests.support.processes import is_running
 from tests.support.server import START, Server, gunicorn
 from tests.support.waiting import eventually_true
 
-from .test_gunicorn import lines, state
+from .test_gunicorn import lines
 
 pytestmark = pytest.mark.live
 
@@ -150,9 +150,7 @@ def site(tmp_path: Path, redis: str) -> Iterator[Site]:
 
 
 def test_a_task_runs_in_the_worker(any_pool: Site) -> None:
-    task = any_pool.ended(
-        any_pool.start("/echo/5", document={"a": [1]}, headers={"X-Own": "own"})
-    )
+    task = any_pool.ended(any_pool.start("/echo/5", document={"a": [1]}, headers={"X-Own": "own"}))
     assert task["State"] == "Completed", task
     result = task["Result"]
     assert result["prepared_in"] == result["pid"] != any_pool.server.workers()[0]
@@ -319,9 +317,9 @@ def test_a_cold_shutdown_ends_tasks(site: Site, pool: str) -> None:
 
 @pytest.mark.parametrize("limit", ["task_time_limit", "task_soft_time_limit"])
 def test_time_limits_of_celery_end_the_task(tmp_path: Path, redis: str, limit: str) -> None:
-    with new_site(tmp_path / "site", redis, **{limit: 1}) as site:
+    with new_site(tmp_path / "site", redis, **{limit: 3}) as site:
         site.worker("prefork", 1)
-        task = site.ended(site.start("/loop"), 5)
+        task = site.ended(site.start("/loop"), 10)
         if limit == "task_time_limit":
             assert (task["State"], task["Error"]) == ("Aborted", "Worker lost")
         else:
@@ -400,12 +398,13 @@ def test_failed_attempts_are_retried(any_pool: Site) -> None:
 
 
 def test_a_unique_key_has_one_unfinished_task(prefork: Site) -> None:
-    task_id = prefork.start("/unique/one")
+    headers = {"Authorization": "anna"}
+    task_id = prefork.start("/unique/one", headers=headers)
     prefork.begun(task_id)
-    assert prefork.start("/unique/one") == task_id
+    assert prefork.start("/unique/one", headers=headers) == task_id
     prefork.stop(task_id)
     prefork.ended(task_id)
-    other = prefork.start("/unique/one")
+    other = prefork.start("/unique/one", headers=headers)
     assert other != task_id
     prefork.begun(other)
     prefork.stop(other)
