@@ -65,28 +65,20 @@ def _runner_of(runtime: Runtime, celery: Any) -> Runner | None:
         runtime.become_celery_worker(prefix)
         return runtime.runner
     except ConfigurationError as error:
-        _log_unusable(error)
+        logger.error("The app of an async route cannot be used in this Celery worker: %s", error)
         return None
 
 
-def prepare(celery: Any) -> None:
-    """Check the apps of this worker, and import what its child processes need."""
+def prepare() -> None:
+    """Import what the child processes of this worker need, so that they do not import it again."""
     for runtime in runtimes():
-        try:
-            if runtime.celery is celery:
-                for name in modules_of(runtime.config.store):
-                    import_module(name)
-        except ConfigurationError as error:
-            _log_unusable(error)
+        for name in modules_of(runtime.initial.store):
+            import_module(name)
 
 
 def end() -> None:
     """End the tasks of this process now, because the process must exit."""
     shutdown.shut_down(dict.fromkeys(shutdown.runners, 0.0))
-
-
-def _log_unusable(error: ConfigurationError) -> None:
-    logger.error("The app of an async route cannot be used in this Celery worker: %s", error)
 
 
 register(run, prepare, end)

@@ -36,8 +36,8 @@ T = TypeVar("T")
 TASK_NAME = "flask_asyncroute.run"
 KILL = "flask_asyncroute_kill"
 """The remote control command that kills the process of a stopped task."""
-ANSWER_SECONDS = 4.0
-"""How long the broker may take to answer. A start is refused within 5 s."""
+RESPONSE_SECONDS = 4.0
+"""How long the broker may take to respond. A start is refused within 5 s."""
 NOT_FOUND = "404"  # the code in AMQP, which all transports use
 LOG_AGAIN_SECONDS = 60.0  # seconds until the same error is logged again
 ONE_RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
@@ -79,7 +79,7 @@ class CeleryTaskExecutor(TaskExecutor):
             )  # fmt: skip
 
         try:
-            self._ask(send).result(ANSWER_SECONDS)
+            self._ask(send).result(RESPONSE_SECONDS)
         except (OperationalError, OSError) as error:
             self._log(error)
             raise BrokerUnavailable(
@@ -94,8 +94,8 @@ class CeleryTaskExecutor(TaskExecutor):
 
     def cancel(self, task: AsyncRouteTask) -> None:
         if task.owner is None or not task.owner.startswith(CELERY_CHILD):
-            return  # The worker learns of the stop from the store, and other pools cannot kill.
-        # Do not use Celery's command `revoke`: workers would also ignore a later task with this id.
+            return  # The worker reads the stop from the store, and other pools cannot kill.
+        # Not Celery's command `revoke`, because workers would ignore a later task with this id.
         pid = int(task.owner.removeprefix(CELERY_CHILD).partition("-")[0])
         arguments = {"task_id": task.id, "pid": pid}
 
@@ -136,7 +136,7 @@ class CeleryTaskExecutor(TaskExecutor):
         if name is None:
             return None
         try:
-            return self._ask(count).result(ANSWER_SECONDS)
+            return self._ask(count).result(RESPONSE_SECONDS)
         except Exception as error:
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
                 return 0  # Redis has no empty queues.
@@ -145,15 +145,15 @@ class CeleryTaskExecutor(TaskExecutor):
             return None
 
     def _ask(self, call: Callable[[], T]) -> Future[T]:
-        """Call a function on a new thread, because a broker that accepts connections and does not
-        answer can block it for ever.
+        """Call a function on a new thread, because a broker that accepts connections but never
+        responds can block it forever.
 
-        :raises TimeoutError: if the broker does not answer an earlier call, so that at most the
+        :raises TimeoutError: if the broker has not responded to an earlier call, so that only the
             threads of a few seconds are blocked.
         """
         now = time.monotonic()
-        if any(now - began >= ANSWER_SECONDS for began in list(self._asked.values())):
-            raise TimeoutError("The broker does not answer.")
+        if any(now - began >= RESPONSE_SECONDS for began in list(self._asked.values())):
+            raise TimeoutError("The broker does not respond.")
         future: Future[T] = Future()
         self._asked[future] = now
 
@@ -171,7 +171,7 @@ class CeleryTaskExecutor(TaskExecutor):
         return future
 
     def _log(self, error: Exception) -> None:
-        text = f"{type(error).__name__}: {error or 'The broker does not answer.'}"
+        text = f"{type(error).__name__}: {error or 'The broker does not respond.'}"
         now = time.monotonic()
         if text != self._logged or now >= self._log_again_at:
             self._logged, self._log_again_at = text, now + LOG_AGAIN_SECONDS
@@ -182,7 +182,7 @@ class CeleryTaskExecutor(TaskExecutor):
 
 
 def register(
-    run: Callable[[Celery, str], None], prepare: Callable[[Celery], None], end: Callable[[], None]
+    run: Callable[[Celery, str], None], prepare: Callable[[], None], end: Callable[[], None]
 ) -> None:
     """Make ``run`` the task :data:`TASK_NAME` of all Celery apps of this process.
 
@@ -212,11 +212,11 @@ def register(
         finally:
             os._exit(0)
 
-    def on_worker(sender: Any, **extra: Any) -> None:
+    def on_worker(**extra: Any) -> None:
         from celery.worker.control import control_command  # web servers do not need it
 
         control_command(name=KILL, args=[("task_id", str), ("pid", int)])(_kill)
-        prepare(sender.app)
+        prepare()
 
     shared_task(name=TASK_NAME, bind=True, ignore_result=True, max_retries=0, typing=False)(call)
     worker_init.connect(on_worker, weak=False)
@@ -256,7 +256,7 @@ def create_celery(app: Flask, settings: Mapping[str, Any]) -> None:
 def find_celery(app: Flask, setting: Celery | str | Mapping[str, Any] | None) -> Celery:
     """Return the Celery app that ``ASYNCROUTE_CELERY`` names, else ``app.extensions["celery"]``.
 
-    :raises ConfigurationError: if there is none.
+    :raises ConfigurationError: if the app has no usable Celery app.
     """
     found: Any = setting
     if isinstance(setting, str):

@@ -150,7 +150,7 @@ class Runner:
     def celery(self) -> Any:
         """The Celery app that sends and runs the tasks.
 
-        :raises ConfigurationError: if there is none.
+        :raises ConfigurationError: if the app has no usable Celery app.
         """
         from ..executors.celery import find_celery
 
