@@ -305,7 +305,7 @@ def test_a_cold_shutdown_ends_tasks(site: Site) -> None:
     worker.send(signal.SIGQUIT)
     task = site.ended(task_id)
     assert (task["State"], task["Error"]) == ("Aborted", "Server shutdown")
-    worker.wait()
+    worker.wait(30)  # Celery waits up to 10 s for the results of processes that have exited
     worker.start()
     assert site.ended(again_id, RESEND_SECONDS)["State"] == "Completed"
 
