@@ -16,6 +16,7 @@ from .current_task import current_task
 from .errors import (
     AsyncRouteError,
     BodyTooLarge,
+    BrokerUnavailable,
     CallbackRefused,
     CannotStart,
     ConfigurationError,
@@ -68,13 +69,14 @@ if TYPE_CHECKING:
     from .stores.sql.tables import metadata
 
 __all__ = [
-    "Access", "AsyncRoute", "AsyncRouteError", "AsyncRouteTask", "BodyTooLarge", "Callback",
-    "CallbackRefused", "CannotStart", "ConfigurationError", "InvalidQuery", "InvalidRequest",
-    "KeyReused", "LengthRequired", "MethodNotAllowed", "NoCurrentTask", "NotAcceptable",
-    "NotAuthenticated", "NotCancellable", "NotPermitted", "Permission", "QueueFull",
-    "RequestRefused", "ResultError", "Retry", "RetryRequested", "ShuttingDown", "Sse", "State",
-    "StateValueError", "StoreUnavailable", "TaskAborted", "TaskExists", "TaskFailed",
-    "TaskFinished", "TaskNotFound", "TaskUnfinished", "TooManyTasks", "UnsupportedMediaType",
+    "Access", "AsyncRoute", "AsyncRouteError", "AsyncRouteTask", "BodyTooLarge",
+    "BrokerUnavailable", "Callback", "CallbackRefused", "CannotStart", "ConfigurationError",
+    "InvalidQuery", "InvalidRequest", "KeyReused", "LengthRequired", "MethodNotAllowed",
+    "NoCurrentTask", "NotAcceptable", "NotAuthenticated", "NotCancellable", "NotPermitted",
+    "Permission", "QueueFull", "RequestRefused", "ResultError", "Retry", "RetryRequested",
+    "ShuttingDown", "Sse", "State", "StateValueError", "StoreUnavailable", "TaskAborted",
+    "TaskExists", "TaskFailed", "TaskFinished", "TaskNotFound", "TaskUnfinished", "TooManyTasks",
+    "UnsupportedMediaType",
     "current_task", "metadata",
     "callback_failed", "callback_sent", "task_aborted", "task_completed", "task_created",
     "task_failed", "task_finished", "task_progressed", "task_removed", "task_retried",

@@ -77,6 +77,14 @@ def _is_secret(text: str) -> bool:
     return len(secret) >= MIN_SECRET
 
 
+def _celery_app(label: str, value: Any) -> Any:
+    """Accept an import path, settings or a Celery app. Celery itself is imported later."""
+    kinds = {name.__name__ for name in type(value).__mro__}
+    if not isinstance(value, (str, Mapping)) and "Celery" not in kinds:
+        raise refuse(label, "a Celery app, its import path, or a mapping of settings", value)
+    return value
+
+
 def _origins(label: str, value: Any) -> tuple[str, ...]:
     origins = validators.names(label, value)
     for origin in origins:
@@ -97,6 +105,7 @@ class Config:
     defaults: Mapping[str, Any]
     store: StoreSetting = setting(registry.checked, "sqlite:///asyncroute.db")
     app: str | None = setting(optional(app_loader.checked), None)
+    celery: Any = setting(optional(_celery_app), None)
     namespace: str = setting(optional(validators.short_name), None)
     create_tables: bool = setting(boolean, True)
     operations: tuple[str, ...] = setting(validators.some_of(*OPERATIONS), OPERATIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any
 
 from flask import Request, Response, current_app, has_request_context, request
@@ -19,7 +20,7 @@ from .errors import (
     StoreUnavailable,
 )
 from .executors import interruption
-from .executors.registry import kind_of
+from .executors.registry import IMMEDIATE, kind_of
 from .http.params import preferred_wait
 from .http.responses import negotiate, refuse, render, task_answer
 from .http.waits import held, longest
@@ -52,6 +53,7 @@ def declare(view: View, options: dict[str, Any]) -> Declaration:
             "decorators above one @task()."
         )
     given = checked(options)
+    register_task(given.get("executor", IMMEDIATE.name))
 
     @functools.wraps(view)
     def start(*passed: Any, **arguments: Any) -> Any:
@@ -71,6 +73,12 @@ def declare(view: View, options: dict[str, Any]) -> Declaration:
     start.__dict__[MARK] = declaration
     interruption.allow_within(start)
     return declaration
+
+
+def register_task(executor: str | Executor) -> None:
+    """Make Celery workers that import the app know the task of this package, if they need it."""
+    if kind_of(executor).runs_elsewhere:
+        from . import celery_task  # noqa: F401 - imports Celery
 
 
 def view_function_of(declaration: Declaration) -> Start:

@@ -213,6 +213,10 @@ class QueueFull(RequestRefused, status=503):
     """The queue of the route's pool is full."""
 
 
+class BrokerUnavailable(RequestRefused, status=503):
+    """The message broker of Celery does not accept the task at the moment."""
+
+
 class ShuttingDown(RequestRefused, status=503):
     """This server process is shutting down and starts no more tasks."""
 

@@ -15,7 +15,7 @@ from flask import Blueprint, Flask, Request, has_request_context, request, reque
 from werkzeug.routing import Rule
 
 from . import options, validators
-from .decorator import declare, is_bare, view_function_of
+from .decorator import declare, is_bare, register_task, view_function_of
 from .engine.dispatcher import unknown
 from .engine.lifecycle import purge
 from .errors import ConfigurationError
@@ -93,6 +93,7 @@ class AsyncRoute:
                 f"AsyncRoute is already set up for the app {app.name!r}; call init_app(app) once."
             )
         runtime = Runtime(app, self._declared, self._before_task, lambda: self._identity_loader)
+        register_task(runtime.initial.defaults["executor"])
         for rule in self._rules:
             self._add(app, rule)
         app.extensions[EXTENSION] = runtime
@@ -100,6 +101,10 @@ class AsyncRoute:
             if app.blueprints.get(EXTENSION) is not self.blueprint:
                 prefix = runtime.initial.url_prefix or None
                 app.register_blueprint(self.blueprint, url_prefix=prefix)
+            if isinstance(runtime.initial.celery, Mapping):
+                from .executors.celery import create_celery  # imports Celery
+
+                create_celery(app, runtime.initial.celery)
         except BaseException:
             del app.extensions[EXTENSION]
             raise

@@ -62,6 +62,17 @@ def _unique(label: str, value: Any) -> bool | Callable[[], Any]:
     return validators.function(label, value)
 
 
+def _celery(label: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise refuse(label, "a mapping", value)
+    checks = {"queue": short_name, "routing_key": short_name, "priority": validators.whole(0)}
+    for name, given in value.items():
+        if name not in checks:
+            raise refuse(f"a key of {label}", "one of " + ", ".join(map(repr, checks)), name)
+        checks[name](f"{name!r} of {label}", given)
+    return dict(value)
+
+
 def _new_id() -> str:
     return str(uuid.uuid4())
 
@@ -101,6 +112,7 @@ class RouteOptions(DefaultedOptions):
     arguments: Mapping[str, Any] = field(
         default_factory=dict, metadata={"check": validators.arguments}
     )
+    celery: Mapping[str, Any] = field(default_factory=dict, metadata={"check": _celery})
     name: str | None = setting(optional(short_name), None)
     decorators: tuple[Callable[..., Any], ...] = setting(validators.decorators, ())
 

@@ -20,6 +20,9 @@ Start: TypeAlias = Callable[..., Any]
 """The function that replaces a view. It starts a task; inside a task, it calls the view."""
 
 MARK = "__asyncroute__"
+_OF_POOL = (
+    "executor", "min_workers", "max_workers", "queue_size", "interrupt_after", "celery"
+)  # fmt: skip
 AUTHENTICATION = {"flask_login", "flask_httpauth", "flask_jwt_extended", "flask_security"}
 
 
@@ -189,7 +192,7 @@ def _refuse_different_pools(routes: Mapping[str, Route]) -> None:
         if route.options.pool is None:
             continue
         other = first.setdefault(route.pool, route)
-        for name in ("executor", "min_workers", "max_workers", "queue_size", "interrupt_after"):
+        for name in _OF_POOL:
             mine, others = getattr(route.options, name), getattr(other.options, name)
             if mine != others:
                 raise ConfigurationError(

@@ -23,6 +23,7 @@ from .errors import ConfigurationError, StoreUnavailable
 from .executors.registry import IMMEDIATE, kind_of
 from .request.identity import IdentityLoader
 from .routes import Declaration, Route, resolve_routes
+from .stores import registry as stores
 from .stores.base import SharedTaskStore, TaskStore
 from .stores.registry import MEMORY
 from .workers import app_identity, shutdown
@@ -54,6 +55,7 @@ class Runtime:
         self._identity_loader = identity_loader
         self.is_child = _is_child_process
         """Whether this process runs a single task for its parent; see `child_main`."""
+        self.name_prefix = ""  # of this process's name as a worker
         self.is_inline = False
         """Whether all routes run inside the request, on ``memory://``; see `testing`."""
         self.initial = self.config = configuration.read(app)
@@ -125,6 +127,25 @@ class Runtime:
         self._early = self._built = EarlyStore()
         return self._make_runner()
 
+    @property
+    def celery(self) -> Any:
+        """The Celery app that runs tasks of the app; None if no route needs one.
+
+        :raises ConfigurationError: if the app is misconfigured.
+        """
+        config = self.prepare()
+        if not any(kind_of(r.options.executor).runs_elsewhere for r in self.routes.values()):
+            return None
+        from .executors.celery import find_celery
+
+        return find_celery(self._get_app(), config.celery)
+
+    def become_celery_worker(self, name_prefix: str) -> None:
+        """Only run the tasks that Celery delivers, unless this process already serves requests."""
+        with self._lock:
+            if self._runner is None:
+                self.name_prefix = name_prefix
+
     def _make_runner(self) -> Runner:
         with self._lock:
             if self._runner is None:
@@ -132,6 +153,7 @@ class Runtime:
                 self._runner = Runner(
                     app, config, self._early.take(app, config), self.routes, self._before_task,
                     self._identity_loader, shutdown.is_server_ending, self.is_inline,
+                    self.name_prefix,
                 )  # fmt: skip
                 shutdown.runners.add(self._runner)
             return self._runner
@@ -161,6 +183,8 @@ class Runtime:
             kinds = [kind_of(route.options.executor) for route in self.routes.values()]
             if not self.is_child and any(kind.needs_app for kind in kinds):
                 app_loader.found(app, config.app)
+            if any(kind.runs_elsewhere for kind in kinds):
+                refuse_unreachable(app, config)
             self.config, self.is_prepared = config, True
             return config
 
@@ -240,6 +264,29 @@ def close_early_stores() -> None:
     """Close the stores that ``async_routes.state`` has opened; the next access reopens them."""
     for runtime in list(_runtimes):
         runtime._early.close()
+
+
+def runtimes() -> list[Runtime]:
+    """Return the runtimes of all apps in this process."""
+    return list(_runtimes)
+
+
+def refuse_unreachable(app: Flask, config: Config) -> None:
+    """Raise ConfigurationError if Celery workers cannot use the store."""
+    from .executors.celery import find_celery, is_local
+
+    celery = find_celery(app, config.celery)
+    kind = stores.kind_of(config.store)
+    if not kind.is_shared:
+        raise ConfigurationError(
+            'A route has executor="celery", but ASYNCROUTE_STORE is memory://, which other '
+            "processes cannot read. Use the default store or PostgreSQL."
+        )
+    if kind.is_file and not is_local(celery):
+        raise ConfigurationError(
+            'A route has executor="celery", and its broker is on another machine. Workers there '
+            "could not read the SQLite file in ASYNCROUTE_STORE. Use PostgreSQL."
+        )
 
 
 def refuse_eventlet() -> None:

@@ -125,7 +125,9 @@ class Dispatcher:
                 'so they cannot start later. Use executor="thread" or "process".'
             )
         joined = None if connection is None else self._joined(route, connection)
-        is_for_runners = self.store.is_shared and not (self.is_runner or route.options.is_bound)
+        kind = kind_of(route.options.executor)
+        is_here = self.is_runner or kind.is_bound or kind.runs_elsewhere
+        is_for_runners = self.store.is_shared and not is_here
         executor = None
         if joined is not None or is_for_runners:
             # Without a start time, runners would first leave the task to the executor of another
@@ -195,6 +197,9 @@ class Dispatcher:
                 self.lifecycle.write_events(run[0])
             aborted = self.lifecycle.abort(current, STOPPED)
             if aborted is not None:
+                route = self.routes.get(task.endpoint)
+                if route is not None and kind_of(route.options.executor).runs_elsewhere:
+                    self.executor_of(route).cancel(aborted)
                 return aborted
             current = self.store.get(task.id)
         raise unknown(task.id)
@@ -368,13 +373,17 @@ class Dispatcher:
         try:
             executor.submit(task.id)
         except Exception as error:
-            logger.exception("The executor of endpoint %s rejected a task.", route.endpoint)
+            is_logged = isinstance(error, errors.BrokerUnavailable)
+            if not is_logged:
+                logger.exception("The executor of endpoint %s rejected a task.", route.endpoint)
             deleted: list[bool] = []
             self.lifecycle.pending_writes.write(
-                task.id, lambda: deleted.append(self.lifecycle.delete_unstarted(task))
+                task.id, lambda: deleted.append(self.lifecycle.withdraw(task))
             )
             if deleted == [False]:
                 return task  # another process has claimed the task
+            if is_logged:
+                raise
             raise errors.QueueFull(
                 "The server's executor rejected the task. Try again.", retry_after=5
             ) from error

@@ -7,14 +7,15 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import QueueFull
 from ..snapshot import Body
 from ..stores.base import Claim
+from ..task import AsyncRouteTask
 from .execution import Execution
 from .outcome import Outcome
 
@@ -39,6 +40,9 @@ class ChildSettings(NamedTuple):
 class Host(Protocol):
     """The part of a `workers.runner.Runner` that an executor needs."""
 
+    @property
+    def celery(self) -> Any: ...
+
     def child_settings(self) -> ChildSettings: ...
 
 
@@ -54,6 +58,7 @@ class PoolSettings:
     interrupt_after: float | None = None  # seconds between a stop and `interrupt`; None: never
     option: str | Executor = "thread"  # the ``executor`` option of the route
     is_bound: bool = False  # only this process can run the tasks
+    celery: Mapping[str, Any] = field(default_factory=dict)  # where Celery sends the tasks
     host: Host | None = None  # an executor must not keep a reference to it
 
 
@@ -148,6 +153,9 @@ class TaskExecutor(ABC):
     def discard_waiting(self) -> list[str]:
         """Empty the queue; return the ids of the tasks that were waiting in it."""
         return [task_id for task_id in list(self._futures) if self.discard(task_id)]
+
+    def cancel(self, task: AsyncRouteTask) -> None:  # noqa: B027 - most executors run tasks in this process
+        """Stop a task that perhaps runs on another system; return at once. The abort is stored."""
 
     def interrupt(self, execution: Execution) -> bool:
         """Interrupt a run that has not stopped by itself; return False if this must be called again

@@ -10,6 +10,7 @@ import platform
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 from ..errors import ConfigurationError
@@ -24,9 +25,15 @@ class ExecutorKind:
     default_min_workers: int = 1
     is_bound: bool = False  # only the process that started a task can run it
     runs_inline: bool = False  # `submit` returns when the task has ended
+    runs_elsewhere: bool = False  # `submit` sends the task to workers of another system
+    needs: str | None = None  # the package to install, which is also the name of the pip extra
     needs_app: bool = False  # child processes load the app from ASYNCROUTE_APP
     platform: str | None = None  # the only supported system; None: any
 
+
+CELERY_WORKER = "celery-"
+"""The names of Celery workers begin with this. They only run tasks."""
+CELERY_CHILD = "celery-prefork-"  # the same for workers whose processes can be killed
 
 IMMEDIATE = ExecutorKind(
     "immediate", "inline:ImmediateTaskExecutor", is_bound=True, runs_inline=True
@@ -38,6 +45,10 @@ _ROWS = (
         platform="Linux",
     ),
     IMMEDIATE,
+    ExecutorKind(
+        "celery", "celery:CeleryTaskExecutor", default_min_workers=0, runs_elsewhere=True,
+        needs="celery",
+    ),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _ROWS}
 APP_EXECUTOR = ExecutorKind("the app's own", "inline:FutureTaskExecutor", is_bound=True)
@@ -59,7 +70,13 @@ def checked(label: str, value: Any) -> str | Executor:
     if not isinstance(value, str) or value not in KINDS:
         names = ", ".join(map(repr, KINDS))
         raise refuse(label, f"one of {names} or a concurrent.futures.Executor", value)
-    return KINDS[value].name
+    kind = KINDS[value]
+    if kind.needs is not None and find_spec(kind.needs) is None:
+        raise ConfigurationError(
+            f'{label}: executor="{kind.name}" needs {kind.needs}, which is not installed; run pip '
+            f"install 'flask-asyncroute[{kind.needs}]'."
+        )
+    return kind.name
 
 
 def kind_of(value: str | Executor) -> ExecutorKind:

@@ -256,12 +256,12 @@ class TaskStore(ABC):
 
     @abstractmethod
     def waiting(
-        self, most: Mapping[str, int], before_us: int, start_before_us: int | None = None,
+        self, most: Mapping[str, int], before_us: int | None, start_before_us: int | None = None,
         owner: str = "",
     ) -> list[Waiting]:  # fmt: skip
-        """Return NotStarted tasks, the earliest due first: those created before ``before_us``, and
-        those with a start time before ``start_before_us`` (None: ``before_us``). Omit tasks that
-        only another process than ``owner`` can run.
+        """Return NotStarted tasks, the earliest due first: those created before ``before_us``
+        (None: no such tasks), and those with a start time before ``start_before_us`` (None:
+        ``before_us``). Omit tasks that only another process than ``owner`` can run.
 
         Tasks created over :data:`AHEAD_US` after ``before_us`` are included: the clock was set back
         after their creation. A store of a single process may omit all tasks without a start time.

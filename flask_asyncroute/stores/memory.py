@@ -253,17 +253,17 @@ class MemoryTaskStore(TaskStore):
             return list(islice((task for task in tasks if task.owner in (None, owner)), limit))
 
     def waiting(
-        self, most: Mapping[str, int], before_us: int, start_before_us: int | None = None,
+        self, most: Mapping[str, int], before_us: int | None, start_before_us: int | None = None,
         owner: str = "",
     ) -> list[Waiting]:  # fmt: skip
-        start_before_us = before_us if start_before_us is None else start_before_us
+        before = (before_us or 0) if start_before_us is None else start_before_us
         with self._lock:
             due = [(at, self._tasks[name].task) for name, at in self._start_at.items()]
         return base.first_due(
             (
                 Waiting(task.id, task.endpoint, at)
                 for at, task in due
-                if at < start_before_us and task.owner in (None, owner)
+                if at < before and task.owner in (None, owner)
             ),
             most,
         )

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 from ..engine.lifecycle import Lifecycle
+from ..executors.registry import CELERY_WORKER
 from ..stores.base import SharedTaskStore, Worker
 from ..task import State, now_us
 from . import process_lock
@@ -48,6 +49,8 @@ class Recovery:
     """For each worker whose lock is free: the monotonic time when a check first found it free."""
     _differences: set[str] = field(default_factory=set)
     """The differences between apps that were already logged."""
+    _running: set[str] = field(default_factory=set)
+    """The workers that serve requests and were not found dead."""
     _checked_at: float = field(default_factory=lambda: time.monotonic())
     _unlisted: dict[str, float] = field(default_factory=dict)
     """For each endpoint that no worker has: the monotonic time when this was first seen."""
@@ -70,21 +73,29 @@ class Recovery:
         for seen in (self._beats, self._free):
             for name in seen.keys() - listed.keys():
                 del seen[name]
+        self._running = {name for name in listed if not name.startswith(CELERY_WORKER)}
         for worker in listed.values():
             is_alive = worker.name == self.heartbeat.name or self._is_alive(worker, now)
             if is_alive:
                 self._warn_of_other_app(worker)
             if is_alive is not False:
                 continue
+            self._running.discard(worker.name)
             held = self.store.workers.held(worker.name)
             for task in held:
                 self.lifecycle.recover(task)
             self.store.workers.leave(worker.name)
-            if held:
+            if any(not task.is_completed for task in held):
                 logger.warning(
                     "The worker %s died; its %d unfinished tasks were aborted or restarted.",
                     worker.name, len(held),
                 )  # fmt: skip
+
+    def is_first(self) -> bool:
+        """Return whether this process is the one that does what only one process should do. For a
+        moment, several or none can be the first.
+        """
+        return min(self._running, default=self.heartbeat.name) == self.heartbeat.name
 
     def _warn_of_other_app(self, worker: Worker) -> None:
         found = difference(self.heartbeat.views, worker.views)

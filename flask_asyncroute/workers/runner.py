@@ -11,7 +11,8 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 from flask import Flask
 
@@ -21,15 +22,15 @@ from ..config import Config, values_for_child
 from ..engine.dispatcher import Dispatcher
 from ..engine.lifecycle import Lifecycle
 from ..engine.notifier import Notifier
-from ..errors import AsyncRouteError, QueueFull
+from ..errors import AsyncRouteError, BrokerUnavailable, QueueFull
 from ..executors.base import ChildSettings, PoolSettings, Run, TaskExecutor
-from ..executors.registry import kind_of, make_executor
+from ..executors.registry import CELERY_WORKER, kind_of, make_executor
 from ..query import NEWEST_FIRST
 from ..request.identity import IdentityLoader
 from ..routes import Route
 from ..stores.base import Readers, SharedTaskStore, TaskStore
 from ..stores.registry import make_store, modules_of
-from ..task import now_us
+from ..task import AsyncRouteTask, now_us
 from ..webhooks.sender import Sender
 from . import app_identity, run_task
 from .heartbeat import Heartbeat
@@ -55,7 +56,8 @@ class Runner:
     """The store, executors and threads of one app in this process. It is created at first use, and
     discarded after a fork.
 
-    Its threads start when they are needed. :meth:`close` ends them.
+    Its threads start when they are needed. :meth:`close` ends them. In a Celery worker, it only
+    runs the tasks that Celery delivers; the processes of the web servers do the rest.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Runner:
         before_task: Sequence[Callable[[], Any]],
         identity_loader: Callable[[], IdentityLoader | None],
         is_ending: Callable[[], bool] = lambda: False, is_inline: bool = False,
+        name_prefix: str = "",
     ) -> None:  # fmt: skip
         self.app = app
         self.config = config
@@ -70,7 +73,8 @@ class Runner:
         self.routes = routes
         self.before_task = before_task
         self.store = store
-        self.lifecycle = Lifecycle(app, self.store, f"{os.getpid()}-{uuid.uuid4()}")
+        self.is_celery_worker = name_prefix.startswith(CELERY_WORKER)
+        self.lifecycle = Lifecycle(app, self.store, f"{name_prefix}{os.getpid()}-{uuid.uuid4()}")
         self.dispatcher = Dispatcher(
             app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes,
             self._start_maintenance,
@@ -84,31 +88,18 @@ class Runner:
         self.sender = Sender(
             app, config, self.store.outbox, self.lifecycle, self.enter, self._send_callbacks
         )
-        interval = config.housekeeping_interval
-        self._take_over_job = Job(LOOK_SECONDS, self._take_over)
-        self._publish_job = Job(math.inf, self._publish_free)
-        jobs = [
-            self._take_over_job,
-            Job(interval, self.lifecycle.delete_expired),
-            Job(SEND_SECONDS, self.sender.look),
-            Job(MAINTAIN_SECONDS, self.lifecycle.abort_expired),
-        ]
         if isinstance(self.store, SharedTaskStore):
             self.heartbeat = Heartbeat(
                 self.store.workers, self.lifecycle.owner, routes, app_identity.views_of(app, routes)
             )
-            recovery = Recovery(self.store, self.lifecycle, self.heartbeat)
-            jobs += [
-                Job(LOOK_SECONDS, self._publish_all),
-                self._publish_job,
-                Job(LOOK_SECONDS, recovery.recover_tasks),
-                Job(MAINTAIN_SECONDS, self.store.maintain),
-                Job(interval, recovery.abort_unroutable),
-            ]
+        self._take_over_job = Job(LOOK_SECONDS, self._take_over)
+        self._publish_job = Job(math.inf, self._publish_free)
+        jobs = [] if self.is_celery_worker else self._jobs()
         self.maintenance = Maintenance(app, self.lifecycle, self.dispatcher, jobs)
         self.timekeeper = Timekeeper(self.dispatcher)
         self.lifecycle.pending_writes.wake = self.maintenance.wake
         self.lifecycle.call_at = self._take_over_at
+        self.lifecycle.on_restart = self._send_restarted
         self._lock = threading.Lock()
         self._has_warned = False
         self._is_open = False
@@ -118,6 +109,58 @@ class Runner:
         self._broken_pools: set[str] = set()  # Pools without an executor because of an error.
         self._run = _runs(weakref.ref(self))
         when_gone(self, self.store.close)
+
+    def _jobs(self) -> list[Job]:
+        """Return the background work of a process that serves requests."""
+        interval = self.config.housekeeping_interval
+        jobs = [
+            self._take_over_job,
+            Job(interval, self.lifecycle.delete_expired),
+            Job(SEND_SECONDS, self.sender.look),
+            Job(MAINTAIN_SECONDS, self.lifecycle.abort_expired),
+        ]
+        if isinstance(self.store, SharedTaskStore) and self.heartbeat is not None:
+            recovery = Recovery(self.store, self.lifecycle, self.heartbeat)
+            jobs += [
+                Job(LOOK_SECONDS, self._publish_all),
+                self._publish_job,
+                Job(LOOK_SECONDS, recovery.recover_tasks),
+                Job(MAINTAIN_SECONDS, self.store.maintain),
+                Job(interval, recovery.abort_unroutable),
+            ]
+            if self.has_celery:
+                jobs.append(self._celery_job(self.store, recovery))
+        return jobs
+
+    def _celery_job(self, store: SharedTaskStore, recovery: Recovery) -> Job:
+        from .lost_messages import LostMessages  # imports Celery
+
+        routes = {
+            name: route
+            for name, route in self.routes.items()
+            if kind_of(route.options.executor).runs_elsewhere
+        }
+        messages = LostMessages(
+            store, routes, cast(Any, self.executor_of), recovery.is_first,
+            lambda time_us: self._hasten(job, time_us), int(LOOK_SECONDS * 1_000_000),
+        )  # fmt: skip
+        job = Job(LOOK_SECONDS, messages.send_again)
+        return job
+
+    @property
+    def has_celery(self) -> bool:
+        """Whether Celery workers run the tasks of any route."""
+        return any(kind_of(r.options.executor).runs_elsewhere for r in self.routes.values())
+
+    @cached_property
+    def celery(self) -> Any:
+        """The Celery app that sends and runs the tasks.
+
+        :raises ConfigurationError: if the app has no usable Celery app.
+        """
+        from ..executors.celery import find_celery
+
+        return find_celery(self.app, self.config.celery)
 
     def executor_of(self, route: Route) -> TaskExecutor:
         """Return the executor of a route's pool; the first call creates it."""
@@ -150,7 +193,7 @@ class Runner:
         :meth:`open`.
         """
         self.open()
-        self.dispatcher.is_runner = True
+        self.dispatcher.is_runner = not self.is_celery_worker
         if self.heartbeat is not None:
             self.heartbeat.enter()
         self.timekeeper.start()
@@ -161,6 +204,8 @@ class Runner:
             self.maintenance.start()
 
     def _send_callbacks(self) -> None:
+        if self.is_celery_worker:
+            return  # other processes send it
         # If the store is shared and maintenance is not running, other processes send the callbacks.
         if not self.store.is_shared:
             self.maintenance.start()
@@ -218,7 +263,7 @@ class Runner:
         options = route.options
         settings = PoolSettings(
             route.pool, self._run, options.max_workers, options.queue_size, options.min_workers,
-            options.interrupt_after, options.executor, options.is_bound, self,
+            options.interrupt_after, options.executor, options.is_bound, options.celery, self,
         )  # fmt: skip
         return make_executor(settings)
 
@@ -232,6 +277,7 @@ class Runner:
             name: route
             for name, route in self.routes.items()
             if not kind_of(route.options.executor).runs_inline
+            and not kind_of(route.options.executor).runs_elsewhere
         }
         capacity = {
             pool: self._takeover_capacity(pool) for pool in {r.pool for r in waiting.values()}
@@ -303,11 +349,21 @@ class Runner:
                 capacity[pool] -= 1
                 executor.submit(task.id)
 
+    def _send_restarted(self, task: AsyncRouteTask) -> None:
+        route = self.routes.get(task.endpoint)
+        if route is not None and kind_of(route.options.executor).runs_elsewhere:
+            with suppress(BrokerUnavailable):  # lost messages are sent again
+                self.executor_of(route).submit(task.id)
+
     def _take_over_at(self, time_us: int) -> None:
         """Call :meth:`_take_over` soon after this time, or earlier."""
         # A failed attempt still occupies its slot until its thread has ended.
-        seconds = max((time_us - self.store.now_us()) / 1_000_000, ENDING_SECONDS)
-        self._take_over_job.hasten(time.monotonic() + seconds)
+        self._hasten(self._take_over_job, time_us, at_least=ENDING_SECONDS)
+
+    def _hasten(self, job: Job, time_us: int, at_least: float = 0.0) -> None:
+        """Do a job at this time of the store's clock, but not within ``at_least`` seconds."""
+        seconds = (time_us - self.store.now_us()) / 1_000_000
+        job.hasten(time.monotonic() + max(seconds, at_least))
         self.maintenance.wake()
 
     def _takeover_capacity(self, pool: str) -> int:

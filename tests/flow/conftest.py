@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from blinker import NamedSignal
@@ -14,6 +15,7 @@ from flask import Flask
 from flask_asyncroute import AsyncRoute
 from tests.support.flow import Flow, identity_of_header
 
+EXECUTORS = ("executor", "later_executor")
 STORES = {"memory": "memory://", "sqlite": "sqlite:///asyncroute.db"}
 
 
@@ -24,7 +26,9 @@ def store_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make_flow(make_app: Callable[..., Flask]) -> Callable[..., Flow]:
+def make_flow(
+    request: pytest.FixtureRequest, make_app: Callable[..., Flask]
+) -> Callable[..., Flow]:
     """Return ``make_flow(decorators=(), **config)``, which creates an app with the extension, by
     default on ``memory://``.
 
@@ -32,7 +36,14 @@ def make_flow(make_app: Callable[..., Flask]) -> Callable[..., Flow]:
     """
 
     def make(decorators: Any = (), **config: Any) -> Flow:
-        app = make_app(**{"ASYNCROUTE_STORE": "memory://", **config})
+        config = {"ASYNCROUTE_STORE": "memory://", **config}
+        callspec = getattr(request.node, "callspec", None)
+        if callspec is not None and "celery" in map(callspec.params.get, EXECUTORS):
+            config["ASYNCROUTE_CELERY"] = request.getfixturevalue("celery_worker")
+            # Celery needs a store that processes can share.
+            if config["ASYNCROUTE_STORE"] == "memory://":
+                config["ASYNCROUTE_STORE"] = STORES["sqlite"]
+        app = make_app(**config)
         async_routes = AsyncRoute(app, decorators=decorators)
         async_routes.identity_loader(identity_of_header)
         return Flow(app, async_routes)
@@ -53,13 +64,34 @@ def own_pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-@pytest.fixture(params=["thread", "immediate", "own"])
+@pytest.fixture
+def celery_worker() -> Iterator[Any]:
+    """Run a Celery worker in threads of this process, so that it can call the views of tests;
+    return its Celery app.
+    """
+    pytest.importorskip("celery")
+    from celery.contrib.testing.worker import start_worker
+
+    from flask_asyncroute import celery_task  # noqa: F401 - registers the task
+    from tests.support.brokers import new_celery
+
+    celery = new_celery(
+        "memory://", f"flow-{uuid4().hex}", broker_transport_options={"polling_interval": 0.01}
+    )
+    worker = start_worker(
+        celery, pool="threads", concurrency=8, perform_ping_check=False, loglevel="ERROR"
+    )
+    with worker:
+        yield celery
+
+
+@pytest.fixture(params=["thread", "immediate", "own", "celery"])
 def executor(request: pytest.FixtureRequest) -> Any:
     """Return each kind of executor."""
     return request.getfixturevalue("own_pool") if request.param == "own" else request.param
 
 
-@pytest.fixture(params=["thread", "own"])
+@pytest.fixture(params=["thread", "own", "celery"])
 def later_executor(request: pytest.FixtureRequest) -> Any:
     """Return each kind of executor that runs a task after the start was answered."""
     return request.getfixturevalue("own_pool") if request.param == "own" else request.param

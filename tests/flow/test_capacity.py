@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flask_asyncroute import current_task
-from tests.support.flow import Flow
+from tests.support.flow import NOT_ON_CELERY, Flow
 
 MAX_WORKERS, QUEUE_SIZE = 2, 3
 
@@ -37,6 +37,7 @@ def run_client(
 
 
 @pytest.mark.parametrize("interrupt_after", [None, 0])
+@NOT_ON_CELERY
 def test_the_capacity_of_a_pool_is_unchanged_after_a_storm(
     flow: Flow,
     later_executor: Any,

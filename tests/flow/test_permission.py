@@ -299,6 +299,7 @@ def login(make_app: MakeApp, store_url: str) -> Flow:
     return flow
 
 
+@pytest.mark.parametrize("executor", ["thread", "immediate", "own"], indirect=True)
 def test_flask_login_identifies_the_caller(login: Flow, executor: Any) -> None:
     @login.app.post("/work")
     @login_required

@@ -23,7 +23,7 @@ from flask_asyncroute.task import State, now_us
 from flask_asyncroute.testing import inline
 from flask_asyncroute.workers.runner import Runner
 from tests.support.event_streams import read
-from tests.support.flow import Flow
+from tests.support.flow import NOT_ON_CELERY, Flow
 from tests.support.tasks import new_task
 
 MakeFlow = Callable[..., Flow]
@@ -81,6 +81,7 @@ def never_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lifecycle, "abort_expired", lambda self: None)
 
 
+@NOT_ON_CELERY
 def test_a_task_that_waits_too_long_is_aborted_and_frees_its_slot(
     flow: Flow, later_executor: Any, gate: threading.Event, eventually: Eventually
 ) -> None:

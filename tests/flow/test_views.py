@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flask_asyncroute import TaskAborted, current_task
-from tests.support.flow import Flow, problem
+from tests.support.flow import NOT_ON_CELERY, Flow, problem
 
 MakeFlow = Callable[..., Flow]
 
@@ -187,6 +187,7 @@ def test_at_most_max_workers_stopping_views_are_replaced(
     assert flow.run()["State"] == "Completed"
 
 
+@NOT_ON_CELERY
 @pytest.mark.covers("F18")
 def test_a_waiting_task_that_is_stopped_never_starts(
     flow: Flow, gate: threading.Event, later_executor: Any

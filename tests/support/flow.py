@@ -14,6 +14,9 @@ from tests.support.waiting import eventually_true
 IN_MEMORY = pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 """For tests that do not depend on the store."""
 
+NOT_ON_CELERY = pytest.mark.parametrize("later_executor", ["thread", "own"], indirect=True)
+"""For tests of the slots of a pool, which the concurrency of Celery workers replaces."""
+
 TERMINAL = ("Completed", "Failed", "Aborted")
 PATIENCE = 20.0
 """Seconds to wait for a state. No limit is tested by it: a fork server starts slowly on a busy

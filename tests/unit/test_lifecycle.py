@@ -512,14 +512,14 @@ def test_purge_sends_no_signal_if_another_process_may_have_removed_the_task(
     assert names(received) == ["task-removed"]
 
 
-def test_the_removal_of_an_unstarted_task_sends_no_signal(
+def test_a_task_that_no_executor_accepts_is_removed_with_a_signal(
     lifecycle: Lifecycle, make_task: NewTask, received: list[tuple[str, AsyncRouteTask]]
 ) -> None:
     task = make_task()
     lifecycle.create(task, b"{}", None, ())
-    assert lifecycle.delete_unstarted(task) is True
-    assert lifecycle.delete_unstarted(task) is False
-    assert names(received) == ["task-created"]
+    assert lifecycle.withdraw(task) is True
+    assert lifecycle.withdraw(task) is False
+    assert names(received) == ["task-created", "task-removed"]
 
 
 def test_a_restart_ends_the_limit_of_the_wait(

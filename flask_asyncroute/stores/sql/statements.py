@@ -454,7 +454,7 @@ class Statements:
         """Return the statement that finds a task if it matches ``expect``, and locks it."""
         return _in_dialect(self._dialect_name, _lock_task("id", _as_expected(expect)))
 
-    def waiting_tasks(self, endpoints: int) -> str:
+    def waiting_tasks(self, endpoints: int, only_delayed: bool = False) -> str:
         """Return the statement that finds the next waiting tasks of ``endpoints`` endpoints. The
         statement is a UNION of three SELECTs for each endpoint. Each SELECT reads one range of an
         index up to its limit, even if many tasks are waiting.
@@ -474,6 +474,7 @@ class Statements:
                 ORDER BY {due} LIMIT :limit_{number}) AS part_{number}_{part}"""
             for number in range(endpoints)
             for part, (table, where, due) in enumerate(ranges)
+            if table is _DELAYED or not only_delayed
         ]
         return _in_dialect(self._dialect_name, " UNION ALL ".join(parts))
 

@@ -299,7 +299,7 @@ class SQLTaskStore(SharedTaskStore):
         return self._database.read(read)
 
     def waiting(
-        self, most: Mapping[str, int], before_us: int, start_before_us: int | None = None,
+        self, most: Mapping[str, int], before_us: int | None, start_before_us: int | None = None,
         owner: str = "",
     ) -> list[Waiting]:  # fmt: skip
         self.open()
@@ -309,7 +309,7 @@ class SQLTaskStore(SharedTaskStore):
         }
         endpoints = [endpoint for endpoint in most if endpoint in found]
         if start_before_us is None:
-            start_before_us = before_us
+            start_before_us = before_us or 0
         tasks: list[Waiting] = []
         for start in range(0, len(endpoints), WAITING_ENDPOINTS):
             values = {
@@ -319,7 +319,9 @@ class SQLTaskStore(SharedTaskStore):
             for number, endpoint in enumerate(page):
                 values[f"endpoint_{number}"] = endpoint
                 values[f"limit_{number}"] = most[endpoint]
-            rows = self._database.fetch_all(self._sql.waiting_tasks(len(page)), values)
+            rows = self._database.fetch_all(
+                self._sql.waiting_tasks(len(page), only_delayed=before_us is None), values
+            )
             tasks += [Waiting(row.id, row.endpoint, row.due_us) for row in rows]
         return base.first_due(tasks, most)
 

@@ -1,0 +1,305 @@
+"""The executor behind ``executor="celery"``: sends the ids of tasks to the app's Celery workers.
+
+In a Celery worker, the same executor interrupts views that do not stop; see `celery_task`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from ipaddress import ip_address
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from billiard.process import current_process
+from celery import Celery, shared_task
+from celery.exceptions import OperationalError
+from celery.signals import worker_init, worker_process_init
+from flask import Flask
+from werkzeug.utils import import_string
+
+from ..errors import BrokerUnavailable, ConfigurationError
+from ..task import AsyncRouteTask
+from .base import PoolSettings, TaskExecutor
+from .execution import Execution
+from .interruption import interrupt
+from .registry import CELERY_CHILD
+
+logger = logging.getLogger("flask_asyncroute")
+
+T = TypeVar("T")
+TASK_NAME = "flask_asyncroute.run"
+KILL = "flask_asyncroute_kill"
+"""The remote control command that kills the process of a stopped task."""
+RESPONSE_SECONDS = 4.0
+"""How long the broker may take to respond. A start is refused within 5 s."""
+NOT_FOUND = "404"  # the code in AMQP, which all transports use
+LOG_AGAIN_SECONDS = 60.0  # seconds until the same error is logged again
+ONE_RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+
+
+class CeleryTaskExecutor(TaskExecutor):
+    """Sends tasks to Celery workers. The broker holds the queue, so no slots are counted here."""
+
+    can_kill = False
+    """Whether this process is a worker's child, which runs one task at a time (prefork)."""
+
+    def __init__(self, settings: PoolSettings) -> None:
+        super().__init__(settings)
+        assert settings.host is not None
+        self.interrupt_after = settings.interrupt_after
+        self._celery = settings.host.celery
+        self._options = dict(settings.celery)
+        self._asked: dict[Future[Any], float] = {}
+        """The calls that wait for the broker, and when they began."""
+        self._logged = ""
+        self._log_again_at = 0.0
+
+    def reserve(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def submit(self, task_id: str) -> None:
+        """Send a task to the workers.
+
+        :raises BrokerUnavailable: if the broker does not accept the message.
+        """
+
+        def send() -> None:
+            self._celery.send_task(
+                TASK_NAME, (task_id,), task_id=task_id, ignore_result=True, retry=True,
+                retry_policy=ONE_RETRY, **self._options,
+            )  # fmt: skip
+
+        try:
+            self._ask(send).result(RESPONSE_SECONDS)
+        except (OperationalError, OSError) as error:
+            self._log(error)
+            raise BrokerUnavailable(
+                "The message broker is unavailable at the moment, so the task was not started. Try "
+                "again.",
+                retry_after=5,
+            ) from error
+
+    def takeover_capacity(self) -> int:
+        """Return 0: lost messages are sent again by `workers.lost_messages`."""
+        return 0
+
+    def cancel(self, task: AsyncRouteTask) -> None:
+        if task.owner is None or not task.owner.startswith(CELERY_CHILD):
+            return  # The worker reads the stop from the store, and other pools cannot kill.
+        # Not Celery's command `revoke`, because workers would ignore a later task with this id.
+        pid = int(task.owner.removeprefix(CELERY_CHILD).partition("-")[0])
+        arguments = {"task_id": task.id, "pid": pid}
+
+        def kill() -> None:
+            try:
+                self._celery.control.broadcast(KILL, arguments=arguments)
+            except Exception as error:
+                self._log(error)
+
+        try:
+            self._ask(kill)
+        except OSError as error:
+            self._log(error)
+
+    def interrupt(self, execution: Execution) -> bool:
+        return interrupt(execution)
+
+    def abandon(self, task_id: str) -> None:
+        if self.can_kill:
+            # The abort is stored. Other processes notice the death, and the worker replaces this
+            # child.
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def queue_name(self) -> str | None:
+        """Return the queue of this route; None if only the broker knows it."""
+        queue = self._celery.amqp.router.route(dict(self._options), TASK_NAME).get("queue")
+        return None if queue is None else str(queue.name)
+
+    def waiting_messages(self) -> int | None:
+        """Return the number of messages in the queue of this route; None if it is unknown."""
+        name = self.queue_name()
+
+        def count() -> int:
+            with self._celery.connection_for_read() as connection:
+                declared = connection.default_channel.queue_declare(name, passive=True)
+                return int(declared.message_count)
+
+        if name is None:
+            return None
+        try:
+            return self._ask(count).result(RESPONSE_SECONDS)
+        except Exception as error:
+            if str(getattr(error, "reply_code", "")) == NOT_FOUND:
+                return 0  # Redis has no empty queues.
+            # Some brokers cannot count.
+            logger.debug("The messages of a Celery queue could not be counted: %r", error)
+            return None
+
+    def _ask(self, call: Callable[[], T]) -> Future[T]:
+        """Call a function on a new thread, because a broker that accepts connections but never
+        responds can block it forever.
+
+        :raises TimeoutError: if the broker has not responded to an earlier call, so that only the
+            threads of a few seconds are blocked.
+        """
+        now = time.monotonic()
+        if any(now - began >= RESPONSE_SECONDS for began in list(self._asked.values())):
+            raise TimeoutError("The broker does not respond.")
+        future: Future[T] = Future()
+        self._asked[future] = now
+
+        def work() -> None:
+            try:
+                answer = call()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(answer)
+            finally:
+                del self._asked[future]
+
+        threading.Thread(target=work, name="asyncroute-broker", daemon=True).start()
+        return future
+
+    def _log(self, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error or 'The broker does not respond.'}"
+        now = time.monotonic()
+        if text != self._logged or now >= self._log_again_at:
+            self._logged, self._log_again_at = text, now + LOG_AGAIN_SECONDS
+            logger.error(
+                "The broker of ASYNCROUTE_CELERY cannot be used: %s. Check that it is running.",
+                text,
+            )
+
+
+def register(
+    run: Callable[[Celery, str], None], prepare: Callable[[], None], end: Callable[[], None]
+) -> None:
+    """Make ``run`` the task :data:`TASK_NAME` of all Celery apps of this process.
+
+    :param run: called in a worker with the Celery app and the task's id.
+    :param prepare: called in a worker's main process before it creates its pool.
+    :param end: called on its own thread in a child process that must exit during a run.
+    """
+
+    def call(self: Any, task_id: str) -> None:
+        if not CeleryTaskExecutor.can_kill:
+            run(self.app, task_id)
+            return
+        before = signal.signal(signal.SIGTERM, on_term)
+        try:
+            run(self.app, task_id)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_term(*_: Any) -> None:
+        # Celery would raise SystemExit in the view, which would look like its error. A thread,
+        # because the interrupted code can hold any lock.
+        threading.Thread(target=end_process, name="asyncroute-end", daemon=True).start()
+
+    def end_process() -> None:
+        try:
+            end()
+        finally:
+            os._exit(0)
+
+    def on_worker(**extra: Any) -> None:
+        from celery.worker.control import control_command  # web servers do not need it
+
+        control_command(name=KILL, args=[("task_id", str), ("pid", int)])(_kill)
+        prepare()
+
+    shared_task(name=TASK_NAME, bind=True, ignore_result=True, max_retries=0, typing=False)(call)
+    worker_init.connect(on_worker, weak=False)
+    worker_process_init.connect(_on_process, weak=False)
+
+
+def _on_process(**extra: Any) -> None:
+    # The solo pool also sends this signal, in the worker's only process, which must not be killed.
+    CeleryTaskExecutor.can_kill = current_process().daemon
+
+
+def _kill(state: Any, task_id: str, pid: int) -> None:
+    """Kill the child process that runs a task. All workers receive this command."""
+    from celery.worker.state import requests
+
+    request = requests.get(task_id)
+    if request is not None and request.worker_pid == pid:
+        request.terminate(state.consumer.pool, signal="SIGKILL")
+
+
+def create_celery(app: Flask, settings: Mapping[str, Any]) -> None:
+    """Set ``app.extensions["celery"]`` to a Celery app with these settings.
+
+    :raises ConfigurationError: if the app has another Celery app.
+    """
+    if "celery" in app.extensions:
+        raise ConfigurationError(
+            'ASYNCROUTE_CELERY contains settings, but app.extensions["celery"] is already set. '
+            "Remove one of them."
+        )
+    celery = Celery(app.import_name, set_as_current=False)
+    celery.config_from_object(dict(settings))
+    celery.flask_app = app  # a worker's module may keep only the Celery app
+    app.extensions["celery"] = celery
+
+
+def find_celery(app: Flask, setting: Celery | str | Mapping[str, Any] | None) -> Celery:
+    """Return the Celery app that ``ASYNCROUTE_CELERY`` names, else ``app.extensions["celery"]``.
+
+    :raises ConfigurationError: if the app has no usable Celery app.
+    """
+    found: Any = setting
+    if isinstance(setting, str):
+        try:
+            found = import_string(setting)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"ASYNCROUTE_CELERY: {setting!r} cannot be imported: {error}. Use the import path "
+                "of the Celery app, such as 'package.module:celery'."
+            ) from error
+    elif setting is None or isinstance(setting, Mapping):
+        if isinstance(setting, Mapping) and "celery" not in app.extensions:
+            create_celery(app, setting)
+        found = app.extensions.get("celery")
+        if found is None:
+            raise ConfigurationError(
+                'A route has executor="celery", but the app has no Celery app. Set '
+                'ASYNCROUTE_CELERY, or app.extensions["celery"] as in Flask\'s documentation.'
+            )
+    if not isinstance(found, Celery):
+        raise ConfigurationError(
+            f"ASYNCROUTE_CELERY must be a Celery app, its import path or Celery settings, not "
+            f"{type(found).__name__}."
+        )
+    if found.conf.task_always_eager:
+        raise ConfigurationError(
+            'The Celery setting task_always_eager does not work with executor="celery". In tests, '
+            "use flask_asyncroute.testing.inline()."
+        )
+    return found
+
+
+def is_local(celery: Celery) -> bool:
+    """Return whether the broker is on this machine, or all brokers are if there are several."""
+    connection = celery.connection_for_write()
+    urls = [connection.as_uri(), *filter(None, connection.alt)]
+    return all(_is_local(urlsplit(url).hostname) for url in urls)
+
+
+def _is_local(host: str | None) -> bool:
+    if host is None or host == "localhost":
+        return True
+    try:
+        return ip_address(unquote(host)).is_loopback
+    except ValueError:
+        return False
