@@ -8,10 +8,11 @@ import logging
 from contextvars import Context
 from typing import Any
 
-from .errors import AsyncRouteError, ConfigurationError
+from .errors import ConfigurationError
 from .executors.celery import CeleryTaskExecutor, register
 from .executors.registry import CELERY_CHILD, CELERY_WORKER
 from .runtime import Runtime, runtimes
+from .task import AsyncRouteTask, State
 from .workers import run_task
 from .workers.runner import Runner
 
@@ -24,11 +25,15 @@ def run(celery: Any, task_id: str) -> None:
 
 
 def _run(celery: Any, task_id: str) -> None:
+    found: AsyncRouteTask | None = None
     for runtime in runtimes():
         runner = _runner_of(runtime, celery)
         task = None if runner is None else runner.store.get(task_id)
         if runner is None or task is None:
             continue
+        found = task
+        if task.state is not State.NOT_STARTED:
+            continue  # another app of this process can have a task with this id
         route = runner.routes.get(task.endpoint)
         if route is None:
             raise ConfigurationError(
@@ -37,21 +42,27 @@ def _run(celery: Any, task_id: str) -> None:
             )
         run_task.run(runner, runner.executor_of(route), task_id)
         return
-    logger.warning(
-        "The Celery worker received the task %s, which is in no store of its apps: it was removed, "
-        "or the worker has another ASYNCROUTE_STORE or ASYNCROUTE_NAMESPACE than the web servers.",
-        task_id,
-    )
+    if found is None:
+        logger.warning(
+            "The Celery worker received the task %s, which is in no store of its apps: it was "
+            "removed, or the worker has another ASYNCROUTE_STORE, ASYNCROUTE_NAMESPACE or "
+            "ASYNCROUTE_CELERY than the web servers.",
+            task_id,
+        )
 
 
 def _runner_of(runtime: Runtime, celery: Any) -> Runner | None:
-    """Return the runner of an app whose routes use this Celery app; None for other apps."""
+    """Return the runner of an app whose routes use this Celery app; None for other apps.
+
+    :raises StoreUnavailable: if the app's store cannot be opened now.
+    """
     try:
+        if runtime.celery is not celery:
+            return None
         prefix = CELERY_CHILD if CeleryTaskExecutor.can_kill else CELERY_WORKER
         runtime.become_celery_worker(prefix)
-        runner = runtime.runner
-        return runner if runner.has_celery and runner.celery is celery else None
-    except AsyncRouteError as error:
+        return runtime.runner
+    except ConfigurationError as error:
         logger.error("The app of an async route cannot be used in this Celery worker: %s", error)
         return None
 

@@ -100,6 +100,10 @@ class AsyncRoute:
             if app.blueprints.get(EXTENSION) is not self.blueprint:
                 prefix = runtime.initial.url_prefix or None
                 app.register_blueprint(self.blueprint, url_prefix=prefix)
+            if isinstance(runtime.initial.celery, Mapping):
+                from .executors.celery import create_celery  # imports Celery
+
+                create_celery(app, runtime.initial.celery)
         except BaseException:
             del app.extensions[EXTENSION]
             raise

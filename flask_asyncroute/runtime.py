@@ -126,6 +126,19 @@ class Runtime:
         self._early = self._built = EarlyStore()
         return self._make_runner()
 
+    @property
+    def celery(self) -> Any:
+        """The Celery app that runs tasks of the app; None if no route needs one.
+
+        :raises ConfigurationError: if the app is misconfigured.
+        """
+        config = self.prepare()
+        if not any(kind_of(r.options.executor).runs_elsewhere for r in self.routes.values()):
+            return None
+        from .executors.celery import find_celery
+
+        return find_celery(self._get_app(), config.celery)
+
     def become_celery_worker(self, name_prefix: str) -> None:
         """Only run the tasks that Celery delivers, unless this process already serves requests."""
         with self._lock:

@@ -259,6 +259,22 @@ def postgresql_url(postgresql_database: str) -> Iterator[str]:
                 connection.execute(table.delete())
 
 
+@pytest.fixture(scope="session")
+def redis() -> str:
+    """Return the URL of a Redis database. Without a server, skip the test, or fail if
+    ``REQUIRE_SERVICES`` is 1.
+    """
+    return str(pytest.importorskip("tests.support.brokers").redis_url())
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> str:
+    """Return the URL of RabbitMQ. Without a server, skip the test, or fail if ``REQUIRE_SERVICES``
+    is 1.
+    """
+    return str(pytest.importorskip("tests.support.brokers").rabbitmq_url())
+
+
 @pytest.fixture
 def make_postgresql_store(postgresql_url: str) -> Iterator[Callable[..., TaskStore]]:
     """Return ``make_postgresql_store(namespace="test", create_tables=True)``, which returns a new

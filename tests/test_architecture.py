@@ -29,6 +29,7 @@ ENTRY_POINTS = {"child_main"}
 
 ADAPTERS = {
     "MySQLdb": (),
+    "billiard": ("executors.celery",),
     "celery": ("executors.celery",),
     "psycopg": ("stores.sql",),
     "psycopg_pool": ("stores.sql",),

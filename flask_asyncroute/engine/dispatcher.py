@@ -15,6 +15,7 @@ from .. import errors
 from ..config import Config
 from ..executors.base import TaskExecutor
 from ..executors.execution import Execution
+from ..executors.registry import kind_of
 from ..permissions import Caller, may_read
 from ..request import idempotency
 from ..request.capture import body_refusal, capture, guard, restore_body
@@ -131,7 +132,8 @@ class Dispatcher:
                 self.lifecycle.write_events(run[0])
             aborted = self.lifecycle.abort(current, STOPPED)
             if aborted is not None:
-                if (route := self.routes.get(task.endpoint)) is not None:
+                route = self.routes.get(task.endpoint)
+                if route is not None and kind_of(route.options.executor).runs_elsewhere:
                     self.executor_of(route).cancel(aborted)
                 return aborted
             current = self.store.get(task.id)
@@ -298,7 +300,7 @@ class Dispatcher:
                 logger.exception("The executor of endpoint %s rejected a task.", route.endpoint)
             deleted: list[bool] = []
             self.lifecycle.pending_writes.write(
-                task.id, lambda: deleted.append(self.lifecycle.delete_unstarted(task))
+                task.id, lambda: deleted.append(self.lifecycle.withdraw(task))
             )
             if deleted == [False]:
                 return task  # another process has claimed the task

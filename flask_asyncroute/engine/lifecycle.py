@@ -57,6 +57,8 @@ class Lifecycle:
         self.pending_writes = PendingWrites()
         self.call_at: Callable[[int], None] = lambda time_us: None
         """Called with the start time of each task that waits for a retry."""
+        self.on_restart: Callable[[AsyncRouteTask], None] = lambda task: None
+        """Called with each task that waits again because its worker ended."""
         # Signals hold weak references, so they do not keep this object alive.
         signals.progress_reported.connect(self.on_progress_reported, sender=app)
 
@@ -159,7 +161,7 @@ class Lifecycle:
         if task.state is not State.RUNNING:
             return self._change(task.id, _unchanged(task, stopping=True), stopping=False)
         if task.on_loss == "restart" and task.restarts < MAX_RESTARTS:
-            return self._requeue(task.id, _unchanged(task), None, restarts=task.restarts + 1)
+            return self._restart(task.id, _unchanged(task), restarts=task.restarts + 1)
         return self._abort(task.id, _unchanged(task), LOST, stopping=False)
 
     def cut_short(self, execution: Execution, is_over: bool) -> None:
@@ -174,7 +176,7 @@ class Lifecycle:
         if not execution.restarts_on_loss:
             task = self._abort(execution.task_id, expect, SHUT_DOWN, stopping=not is_over)
         elif is_over:
-            task = self._requeue(execution.task_id, expect, None)
+            task = self._restart(execution.task_id, expect)
         if task is None and is_over:
             self.release(execution)
 
@@ -193,16 +195,15 @@ class Lifecycle:
         expect = Expect((State.ABORTED,), self.owner, execution.epoch, stopping=True)
         self._change(execution.task_id, expect, stopping=False)
 
-    def delete_unstarted(self, task: AsyncRouteTask) -> bool:
-        """Delete a task if it is NotStarted; return whether it was deleted."""
-        return self._store.delete(task.id, Expect((State.NOT_STARTED,))) is not None
+    def withdraw(self, task: AsyncRouteTask) -> bool:
+        """Delete a new task that no executor accepted; return whether it was deleted. It is not
+        deleted if it has been claimed.
+        """
+        return self._delete(task.id, Expect((State.NOT_STARTED,)))
 
     def purge(self, task_id: str) -> bool:
         """Delete a finished task whose code has ended; return whether it was deleted."""
-        endpoint = self._store.delete(task_id, Expect(tuple(TERMINAL), stopping=False))
-        if endpoint:  # empty if another process can have sent the signal
-            self._send((signals.task_removed,), task_id=task_id, endpoint=endpoint)
-        return endpoint is not None
+        return self._delete(task_id, Expect(tuple(TERMINAL), stopping=False))
 
     def delete_expired(self) -> None:
         """Delete tasks whose retention has expired."""
@@ -325,6 +326,18 @@ class Lifecycle:
     ) -> AsyncRouteTask | None:
         return self._finish(task_id, expect, State.ABORTED, {"error": error, **values})
 
+    def _delete(self, task_id: str, expect: Expect) -> bool:
+        endpoint = self._store.delete(task_id, expect)
+        if endpoint:  # empty if another process can have sent the signal
+            self._send((signals.task_removed,), task_id=task_id, endpoint=endpoint)
+        return endpoint is not None
+
+    def _restart(self, task_id: str, expect: Expect, **values: Any) -> AsyncRouteTask | None:
+        task = self._requeue(task_id, expect, None, **values)
+        if task is not None:
+            self.on_restart(task)
+        return task
+
     def _requeue(
         self, task_id: str, expect: Expect, signal: NamedSignal | None, **values: Any
     ) -> AsyncRouteTask | None:
@@ -344,7 +357,7 @@ class Lifecycle:
     def _undo_create(self, task: AsyncRouteTask) -> None:
         found = self._store.get(task.id)
         if found is not None and found.created_us == task.created_us:
-            self.delete_unstarted(task)
+            self._store.delete(task.id, Expect((State.NOT_STARTED,)))
 
     def _undo_claim(self, task_id: str, claimed_us: int) -> None:
         task = self._store.get(task_id)

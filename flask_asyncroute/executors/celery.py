@@ -11,10 +11,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from ipaddress import ip_address
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
+from billiard.process import current_process
 from celery import Celery, shared_task
 from celery.exceptions import OperationalError
 from celery.signals import worker_init, worker_process_init
@@ -30,7 +32,13 @@ from .registry import CELERY_CHILD
 
 logger = logging.getLogger("flask_asyncroute")
 
+T = TypeVar("T")
 TASK_NAME = "flask_asyncroute.run"
+KILL = "flask_asyncroute_kill"
+"""The remote control command that kills the process of a stopped task."""
+ANSWER_SECONDS = 4.0
+"""How long the broker may take to answer. A start is refused within 5 s."""
+NOT_FOUND = 404  # the code in AMQP, which all transports use
 LOG_AGAIN_SECONDS = 60.0  # seconds until the same error is logged again
 ONE_RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
 
@@ -47,6 +55,8 @@ class CeleryTaskExecutor(TaskExecutor):
         self.interrupt_after = settings.interrupt_after
         self._celery = settings.host.celery
         self._options = dict(settings.celery)
+        self._asked: dict[Future[Any], float] = {}
+        """The calls that wait for the broker, and when they began."""
         self._logged = ""
         self._log_again_at = 0.0
 
@@ -61,11 +71,15 @@ class CeleryTaskExecutor(TaskExecutor):
 
         :raises BrokerUnavailable: if the broker does not accept the message.
         """
-        try:
+
+        def send() -> None:
             self._celery.send_task(
                 TASK_NAME, (task_id,), task_id=task_id, ignore_result=True, retry=True,
                 retry_policy=ONE_RETRY, **self._options,
             )  # fmt: skip
+
+        try:
+            self._ask(send).result(ANSWER_SECONDS)
         except (OperationalError, OSError) as error:
             self._log(error)
             raise BrokerUnavailable(
@@ -79,10 +93,22 @@ class CeleryTaskExecutor(TaskExecutor):
         return 0
 
     def cancel(self, task: AsyncRouteTask) -> None:
-        # This waits for the broker, and the worker may learn of the stop from the store first.
-        threading.Thread(
-            target=self._revoke, args=(task,), name="asyncroute-revoke", daemon=True
-        ).start()
+        if task.owner is None or not task.owner.startswith(CELERY_CHILD):
+            return  # The worker learns of the stop from the store, and other pools cannot kill.
+        # Do not use Celery's command `revoke`: workers would also ignore a later task with this id.
+        pid = int(task.owner.removeprefix(CELERY_CHILD).partition("-")[0])
+        arguments = {"task_id": task.id, "pid": pid}
+
+        def kill() -> None:
+            try:
+                self._celery.control.broadcast(KILL, arguments=arguments)
+            except Exception as error:
+                self._log(error)
+
+        try:
+            self._ask(kill)
+        except OSError as error:
+            self._log(error)
 
     def interrupt(self, execution: Execution) -> bool:
         return interrupt(execution)
@@ -93,28 +119,60 @@ class CeleryTaskExecutor(TaskExecutor):
             # child.
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def queue_name(self) -> str | None:
+        """Return the queue of this route; None if only the broker knows it."""
+        queue = self._celery.amqp.router.route(dict(self._options), TASK_NAME).get("queue")
+        return None if queue is None else str(queue.name)
+
     def waiting_messages(self) -> int | None:
         """Return the number of messages in the queue of this route; None if it is unknown."""
-        try:
-            route = self._celery.amqp.router.route(dict(self._options), TASK_NAME)
+        name = self.queue_name()
+
+        def count() -> int:
             with self._celery.connection_for_read() as connection:
-                queue = connection.default_channel.queue_declare(route["queue"].name, passive=True)
-                return int(queue.message_count)
+                declared = connection.default_channel.queue_declare(name, passive=True)
+                return int(declared.message_count)
+
+        if name is None:
+            return None
+        try:
+            return self._ask(count).result(ANSWER_SECONDS)
         except Exception as error:
-            # Some brokers cannot count, and a queue that does not exist raises an error.
+            if getattr(error, "code", None) == NOT_FOUND:
+                return 0  # Redis has no empty queues.
+            # Some brokers cannot count.
             logger.debug("The messages of a Celery queue could not be counted: %r", error)
             return None
 
-    def _revoke(self, task: AsyncRouteTask) -> None:
-        # The solo pool would kill the whole worker, and the others would log errors.
-        can_kill = task.owner is not None and task.owner.startswith(CELERY_CHILD)
-        try:
-            self._celery.control.revoke(task.id, terminate=can_kill, signal="SIGKILL")
-        except Exception as error:
-            self._log(error)
+    def _ask(self, call: Callable[[], T]) -> Future[T]:
+        """Call a function on a new thread, because a broker that accepts connections and does not
+        answer can block it for ever.
+
+        :raises TimeoutError: if the broker does not answer an earlier call, so that at most the
+            threads of a few seconds are blocked.
+        """
+        now = time.monotonic()
+        if any(now - began >= ANSWER_SECONDS for began in list(self._asked.values())):
+            raise TimeoutError("The broker does not answer.")
+        future: Future[T] = Future()
+        self._asked[future] = now
+
+        def work() -> None:
+            try:
+                answer = call()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(answer)
+            finally:
+                del self._asked[future]
+
+        threading.Thread(target=work, name="asyncroute-broker", daemon=True).start()
+        return future
 
     def _log(self, error: Exception) -> None:
-        text, now = f"{type(error).__name__}: {error}", time.monotonic()
+        text = f"{type(error).__name__}: {error or 'The broker does not answer.'}"
+        now = time.monotonic()
         if text != self._logged or now >= self._log_again_at:
             self._logged, self._log_again_at = text, now + LOG_AGAIN_SECONDS
             logger.error(
@@ -137,17 +195,40 @@ def register(run: Callable[[Celery, str], None]) -> None:
     worker_process_init.connect(_on_process, weak=False)
 
 
-_worker_pid: list[int] = []
-"""The main process of this Celery worker."""
-
-
 def _on_worker(**extra: Any) -> None:
-    _worker_pid[:] = [os.getpid()]
+    from celery.worker.control import control_command  # web servers do not need it
+
+    control_command(name=KILL, args=[("task_id", str), ("pid", int)])(_kill)
 
 
 def _on_process(**extra: Any) -> None:
-    # The solo pool sends this signal in the worker's only process, which must not be killed.
-    CeleryTaskExecutor.can_kill = os.getpid() not in _worker_pid
+    # The solo pool also sends this signal, in the worker's only process, which must not be killed.
+    CeleryTaskExecutor.can_kill = current_process().daemon
+
+
+def _kill(state: Any, task_id: str, pid: int) -> None:
+    """Kill the child process that runs a task. All workers receive this command."""
+    from celery.worker.state import requests
+
+    request = requests.get(task_id)
+    if request is not None and request.worker_pid == pid:
+        request.terminate(state.consumer.pool, signal="SIGKILL")
+
+
+def create_celery(app: Flask, settings: Mapping[str, Any]) -> None:
+    """Set ``app.extensions["celery"]`` to a Celery app with these settings.
+
+    :raises ConfigurationError: if the app has another Celery app.
+    """
+    if "celery" in app.extensions:
+        raise ConfigurationError(
+            'ASYNCROUTE_CELERY contains settings, but app.extensions["celery"] is already set. '
+            "Remove one of them."
+        )
+    celery = Celery(app.import_name, set_as_current=False)
+    celery.config_from_object(dict(settings))
+    celery.flask_app = app  # a worker's module may keep only the Celery app
+    app.extensions["celery"] = celery
 
 
 def find_celery(app: Flask, setting: Celery | str | Mapping[str, Any] | None) -> Celery:
@@ -164,12 +245,9 @@ def find_celery(app: Flask, setting: Celery | str | Mapping[str, Any] | None) ->
                 f"ASYNCROUTE_CELERY: {setting!r} cannot be imported: {error}. Use the import path "
                 "of the Celery app, such as 'package.module:celery'."
             ) from error
-    elif isinstance(setting, Mapping):
-        found = app.extensions.get("celery")
-        if found is None:
-            found = app.extensions["celery"] = Celery(app.import_name, set_as_current=False)
-            found.config_from_object(dict(setting))
-    elif setting is None:
+    elif setting is None or isinstance(setting, Mapping):
+        if isinstance(setting, Mapping) and "celery" not in app.extensions:
+            create_celery(app, setting)
         found = app.extensions.get("celery")
         if found is None:
             raise ConfigurationError(
@@ -181,16 +259,25 @@ def find_celery(app: Flask, setting: Celery | str | Mapping[str, Any] | None) ->
             f"ASYNCROUTE_CELERY must be a Celery app, its import path or Celery settings, not "
             f"{type(found).__name__}."
         )
+    if found.conf.task_always_eager:
+        raise ConfigurationError(
+            'The Celery setting task_always_eager does not work with executor="celery". In tests, '
+            "use flask_asyncroute.testing.inline()."
+        )
     return found
 
 
 def is_local(celery: Celery) -> bool:
-    """Return whether the broker is on this machine."""
-    url = celery.connection_for_write().as_uri()
-    host = urlsplit(url).hostname
+    """Return whether the broker is on this machine, or all brokers are if there are several."""
+    connection = celery.connection_for_write()
+    urls = [connection.as_uri(), *filter(None, connection.alt)]
+    return all(_is_local(urlsplit(url).hostname) for url in urls)
+
+
+def _is_local(host: str | None) -> bool:
     if host is None or host == "localhost":
         return True
     try:
-        return ip_address(host).is_loopback
+        return ip_address(unquote(host)).is_loopback
     except ValueError:
         return False

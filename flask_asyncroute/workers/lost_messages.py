@@ -16,13 +16,14 @@ from ..task import now_us
 logger = logging.getLogger("flask_asyncroute")
 
 LOST_SECONDS = 5.0
-"""Seconds after which a message is taken for lost if the queue is empty."""
-OVERDUE_SECONDS = 60.0  # the same if the queue is not empty, or cannot be counted
+"""Seconds after which a message is lost if fewer messages are in the queue than tasks wait."""
+OVERDUE_SECONDS = 60.0
+"""Seconds after which a message is taken for lost in any case: the queue can contain messages of
+other tasks.
+"""
 PAGE = 1000
 MOST_OVERDUE = 20
-"""Maximum messages per route and check while the queue is not empty, so that the queue of busy
-workers does not grow.
-"""
+"""Maximum overdue messages per queue and check, so that the queue of busy workers does not grow."""
 LONGEST_MEMORY = 50_000
 
 
@@ -65,22 +66,32 @@ class LostMessages:
 
     def _send_lost(self) -> None:
         before = now_us() - int(LOST_SECONDS * 1_000_000)
-        waiting = self.store.waiting(dict.fromkeys(self.routes, PAGE), before, 0)
-        counts: dict[str, int | None] = {}
-        left: dict[str, int] = {}
-        for task in waiting:
-            if task.endpoint not in counts:
-                route = self.routes[task.endpoint]
-                counts[task.endpoint] = self.executor_of(route).waiting_messages()
-                left[task.endpoint] = PAGE if counts[task.endpoint] == 0 else MOST_OVERDUE
-            seconds = LOST_SECONDS if counts[task.endpoint] == 0 else OVERDUE_SECONDS
-            now = time.monotonic()
-            sent_at = self._sent.get(task, now - (now_us() - task.due_us) / 1_000_000)
-            if now - sent_at >= seconds and left[task.endpoint] > 0:
-                left[task.endpoint] -= 1
+        queues: dict[str | None, list[Waiting]] = {}
+        for task in self.store.waiting(dict.fromkeys(self.routes, PAGE), before):
+            queues.setdefault(self._executor(task).queue_name(), []).append(task)
+        for waiting in queues.values():
+            count = self._executor(waiting[0]).waiting_messages()
+            # A worker can also hold messages before it runs them. They are sent again once, and are
+            # then in the queue.
+            lost = 0 if count is None else len(waiting) - count
+            overdue = MOST_OVERDUE
+            for task in waiting:  # the oldest first, because their messages were sent first
+                now = time.monotonic()
+                sent_at = self._sent.get(task, now - (now_us() - task.due_us) / 1_000_000)
+                if now - sent_at < LOST_SECONDS:
+                    continue
+                if lost > 0:
+                    lost -= 1
+                elif overdue > 0 and now - sent_at >= OVERDUE_SECONDS:
+                    overdue -= 1
+                else:
+                    continue
                 self._send(task)
 
+    def _executor(self, task: Waiting) -> CeleryTaskExecutor:
+        return self.executor_of(self.routes[task.endpoint])
+
     def _send(self, task: Waiting) -> None:
-        self.executor_of(self.routes[task.endpoint]).submit(task.id)
+        self._executor(task).submit(task.id)
         if len(self._sent) < LONGEST_MEMORY:
             self._sent[task] = time.monotonic()

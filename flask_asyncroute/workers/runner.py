@@ -22,7 +22,7 @@ from ..config import Config, values_for_child
 from ..engine.dispatcher import Dispatcher
 from ..engine.lifecycle import Lifecycle
 from ..engine.notifier import Notifier
-from ..errors import AsyncRouteError, QueueFull
+from ..errors import AsyncRouteError, BrokerUnavailable, QueueFull
 from ..executors.base import ChildSettings, PoolSettings, Run, TaskExecutor
 from ..executors.registry import CELERY_WORKER, kind_of, make_executor
 from ..query import NEWEST_FIRST
@@ -30,7 +30,7 @@ from ..request.identity import IdentityLoader
 from ..routes import Route
 from ..stores.base import Readers, SharedTaskStore, TaskStore
 from ..stores.registry import make_store, modules_of
-from ..task import now_us
+from ..task import AsyncRouteTask, now_us
 from ..webhooks.sender import Sender
 from . import app_identity, run_task
 from .heartbeat import Heartbeat
@@ -95,6 +95,7 @@ class Runner:
         self.timekeeper = Timekeeper(self.dispatcher)
         self.lifecycle.pending_writes.wake = self.maintenance.wake
         self.lifecycle.call_at = self._take_over_at
+        self.lifecycle.on_restart = self._send_restarted
         self._lock = threading.Lock()
         self._has_warned = False
         self._is_open = False
@@ -294,6 +295,12 @@ class Runner:
                     continue
                 capacity[route.pool] -= 1
                 executor.submit(task_id)
+
+    def _send_restarted(self, task: AsyncRouteTask) -> None:
+        route = self.routes.get(task.endpoint)
+        if route is not None and kind_of(route.options.executor).runs_elsewhere:
+            with suppress(BrokerUnavailable):  # lost messages are sent again
+                self.executor_of(route).submit(task.id)
 
     def _take_over_at(self, time_us: int) -> None:
         """Call :meth:`_take_over` at this time, or earlier."""

@@ -23,8 +23,8 @@ from tests.support.waiting import eventually_true
 MakeExecutor = Callable[..., TaskExecutor]
 MAX_WORKERS, QUEUE_SIZE = 2, 3
 SLOTS = MAX_WORKERS + QUEUE_SIZE
-KINDS = [kind.name for kind in registry.KINDS.values() if kind.location] + ["futures"]
-"""All kinds that are available; "futures" is an executor object of the app."""
+KINDS = [kind.name for kind in registry.KINDS.values() if not kind.runs_elsewhere] + ["futures"]
+"""The kinds that run tasks on this machine; "futures" is an executor object of the app."""
 
 
 class Work:

@@ -310,6 +310,19 @@ def test_waiting_includes_tasks_created_before_the_clock_was_set_back(
     assert pairs(store.waiting({"work": 1}, T0)) == [("old", "work")]
 
 
+@SHARED
+def test_waiting_without_a_creation_time_returns_only_delayed_tasks(
+    store: SharedTaskStore, make_task: NewTask
+) -> None:
+    store.add(make_task("new", created_us=T0), b"", None, ())
+    for number in (3, 1, 2):
+        store.add(make_task(f"t{number}", created_us=T0, start_at_us=T0 + number), b"", None, ())
+    found = store.waiting({"work": 9}, None, T0 + 3)
+    assert [(task.id, task.due_us) for task in found] == [("t1", T0 + 1), ("t2", T0 + 2)]
+    assert pairs(store.waiting({"work": 1}, None, T0 + 9)) == [("t1", "work")]
+    assert store.waiting({"work": 9}, None) == []
+
+
 def test_a_poll_without_waiting_tasks_is_one_statement(
     make_sqlite_store: Callable[..., SharedTaskStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def texts(sql: Statements) -> dict[str, str]:
         "lock_task": sql.lock_task(EXPECT),
         "events_since": sql.events_since(True, True),
         "waiting_tasks": sql.waiting_tasks(3),
+        "delayed_tasks": sql.waiting_tasks(3, only_delayed=True),
     }
 
 
@@ -114,4 +115,9 @@ def test_the_poll_for_waiting_tasks_reads_ranges_of_indexes(
     started = "namespace=? AND endpoint=? AND start_at_us>? AND start_at_us<?"
     ranges = [("task_waiting", due), ("task_waiting", ahead), ("task_delayed", started)]
     assert used == ranges * 3
+    assert "TEMP B-TREE" not in steps
+    steps = plan(connection, Statements("sqlite").waiting_tasks(3, only_delayed=True))
+    assert re.findall(r"SEARCH asyncroute_tasks USING INDEX asyncroute_(\w+)", steps) == (
+        ["task_delayed"] * 3
+    )
     assert "TEMP B-TREE" not in steps
