@@ -22,7 +22,7 @@ BLOCK = re.compile(
     r"^( *)\.\. code-block:: python\n(?:\1 +:.*\n)*\n((?:\1 +\S.*\n|[ \t]*\n)+)", re.MULTILINE
 )
 NOT_OURS = (
-    "apiflask", "flask_babel", "flask_caching", "flask_cors", "flask_executor", "flask_httpauth",
+    "apiflask", "celery", "flask_babel", "flask_caching", "flask_cors", "flask_executor", "flask_httpauth",
     "flask_jwt_extended", "flask_limiter", "flask_login", "flask_restx", "flask_smorest",
     "flask_wtf", "opentelemetry", "sentry_sdk", "sseclient",
 )  # fmt: skip
