@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import logging
 from contextvars import Context
+from importlib import import_module
 from typing import Any
 
 from .errors import ConfigurationError
 from .executors.celery import CeleryTaskExecutor, register
 from .executors.registry import CELERY_CHILD, CELERY_WORKER
 from .runtime import Runtime, runtimes
+from .stores.registry import modules_of
 from .task import AsyncRouteTask, State
-from .workers import run_task
+from .workers import run_task, shutdown
 from .workers.runner import Runner
 
 logger = logging.getLogger("flask_asyncroute")
@@ -63,8 +65,28 @@ def _runner_of(runtime: Runtime, celery: Any) -> Runner | None:
         runtime.become_celery_worker(prefix)
         return runtime.runner
     except ConfigurationError as error:
-        logger.error("The app of an async route cannot be used in this Celery worker: %s", error)
+        _log_unusable(error)
         return None
 
 
-register(run)
+def prepare(celery: Any) -> None:
+    """Check the apps of this worker, and import what its child processes need."""
+    for runtime in runtimes():
+        try:
+            if runtime.celery is celery:
+                for name in modules_of(runtime.config.store):
+                    import_module(name)
+        except ConfigurationError as error:
+            _log_unusable(error)
+
+
+def end() -> None:
+    """End the tasks of this process now, because the process must exit."""
+    shutdown.shut_down(dict.fromkeys(shutdown.runners, 0.0))
+
+
+def _log_unusable(error: ConfigurationError) -> None:
+    logger.error("The app of an async route cannot be used in this Celery worker: %s", error)
+
+
+register(run, prepare, end)

@@ -38,7 +38,7 @@ KILL = "flask_asyncroute_kill"
 """The remote control command that kills the process of a stopped task."""
 ANSWER_SECONDS = 4.0
 """How long the broker may take to answer. A start is refused within 5 s."""
-NOT_FOUND = 404  # the code in AMQP, which all transports use
+NOT_FOUND = "404"  # the code in AMQP, which all transports use
 LOG_AGAIN_SECONDS = 60.0  # seconds until the same error is logged again
 ONE_RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
 
@@ -138,7 +138,7 @@ class CeleryTaskExecutor(TaskExecutor):
         try:
             return self._ask(count).result(ANSWER_SECONDS)
         except Exception as error:
-            if getattr(error, "code", None) == NOT_FOUND:
+            if str(getattr(error, "reply_code", "")) == NOT_FOUND:
                 return 0  # Redis has no empty queues.
             # Some brokers cannot count.
             logger.debug("The messages of a Celery queue could not be counted: %r", error)
@@ -181,24 +181,46 @@ class CeleryTaskExecutor(TaskExecutor):
             )
 
 
-def register(run: Callable[[Celery, str], None]) -> None:
+def register(
+    run: Callable[[Celery, str], None], prepare: Callable[[Celery], None], end: Callable[[], None]
+) -> None:
     """Make ``run`` the task :data:`TASK_NAME` of all Celery apps of this process.
 
     :param run: called in a worker with the Celery app and the task's id.
+    :param prepare: called in a worker's main process before it creates its pool.
+    :param end: called on its own thread in a child process that must exit during a run.
     """
 
     def call(self: Any, task_id: str) -> None:
-        run(self.app, task_id)
+        if not CeleryTaskExecutor.can_kill:
+            run(self.app, task_id)
+            return
+        before = signal.signal(signal.SIGTERM, on_term)
+        try:
+            run(self.app, task_id)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_term(*_: Any) -> None:
+        # Celery would raise SystemExit in the view, which would look like its error. A thread,
+        # because the interrupted code can hold any lock.
+        threading.Thread(target=end_process, name="asyncroute-end", daemon=True).start()
+
+    def end_process() -> None:
+        try:
+            end()
+        finally:
+            os._exit(0)
+
+    def on_worker(sender: Any, **extra: Any) -> None:
+        from celery.worker.control import control_command  # web servers do not need it
+
+        control_command(name=KILL, args=[("task_id", str), ("pid", int)])(_kill)
+        prepare(sender.app)
 
     shared_task(name=TASK_NAME, bind=True, ignore_result=True, max_retries=0, typing=False)(call)
-    worker_init.connect(_on_worker, weak=False)
+    worker_init.connect(on_worker, weak=False)
     worker_process_init.connect(_on_process, weak=False)
-
-
-def _on_worker(**extra: Any) -> None:
-    from celery.worker.control import control_command  # web servers do not need it
-
-    control_command(name=KILL, args=[("task_id", str), ("pid", int)])(_kill)
 
 
 def _on_process(**extra: Any) -> None:

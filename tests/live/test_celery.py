@@ -26,7 +26,7 @@ from tests.support.processes import is_running
 from tests.support.server import START, Server, gunicorn
 from tests.support.waiting import eventually_true
 
-from .test_gunicorn import lines, state
+from .test_gunicorn import lines
 
 pytestmark = pytest.mark.live
 
@@ -150,9 +150,7 @@ def site(tmp_path: Path, redis: str) -> Iterator[Site]:
 
 
 def test_a_task_runs_in_the_worker(any_pool: Site) -> None:
-    task = any_pool.ended(
-        any_pool.start("/echo/5", document={"a": [1]}, headers={"X-Own": "own"})
-    )
+    task = any_pool.ended(any_pool.start("/echo/5", document={"a": [1]}, headers={"X-Own": "own"}))
     assert task["State"] == "Completed", task
     result = task["Result"]
     assert result["prepared_in"] == result["pid"] != any_pool.server.workers()[0]
@@ -299,33 +297,32 @@ def test_a_warm_shutdown_waits_for_tasks(site: Site, pool: str) -> None:
     assert "Traceback" not in worker.output()
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
-def test_a_cold_shutdown_ends_tasks(site: Site, pool: str) -> None:
-    worker = site.worker(pool)
-    task_id, again_id = site.start("/slow/20000"), None
+def test_a_cold_shutdown_ends_tasks(site: Site) -> None:
+    """With other pools, Celery cannot end them: it waits, or raises an exception in the view."""
+    worker = site.worker("prefork")
+    task_id, again_id = site.start("/slow/20000"), site.start("/again/300")
     site.begun(task_id)
-    if pool != "solo":
-        again_id = site.start("/again/300")
-        site.begun(again_id)
     worker.send(signal.SIGQUIT)
     task = site.ended(task_id)
-    assert task["State"] == "Aborted"
-    assert task["Error"] in ("Worker lost", "Server shutdown")
-    if again_id is not None:
-        worker.wait()
-        worker.start()
-        assert site.ended(again_id, RESEND_SECONDS)["State"] == "Completed"
+    assert (task["State"], task["Error"]) == ("Aborted", "Server shutdown")
+    worker.wait()
+    worker.start()
+    assert site.ended(again_id, RESEND_SECONDS)["State"] == "Completed"
 
 
 @pytest.mark.parametrize("limit", ["task_time_limit", "task_soft_time_limit"])
 def test_time_limits_of_celery_end_the_task(tmp_path: Path, redis: str, limit: str) -> None:
-    with new_site(tmp_path / "site", redis, **{limit: 1}) as site:
+    with new_site(tmp_path / "site", redis, **{limit: 3}) as site:
         site.worker("prefork", 1)
-        task = site.ended(site.start("/loop"), 5)
+        # The first task of a process also opens the store.
+        assert site.ended(site.start("/work/1"))["State"] == "Completed"
+        task = site.ended(site.start("/loop"))
         if limit == "task_time_limit":
-            assert (task["State"], task["Error"]) == ("Aborted", "Worker lost")
+            # Celery sends SIGTERM and soon after SIGKILL.
+            assert task["State"] == "Aborted"
+            assert task["Error"] in ("Worker lost", "Server shutdown")
         else:
-            assert (task["State"], task["Error"]) == ("Failed", "SoftTimeLimitExceeded")
+            assert task["State"] == "Failed" and "SoftTimeLimitExceeded" in task["Error"]
         assert site.ended(site.start("/work/1"))["State"] == "Completed"
 
 
@@ -400,12 +397,13 @@ def test_failed_attempts_are_retried(any_pool: Site) -> None:
 
 
 def test_a_unique_key_has_one_unfinished_task(prefork: Site) -> None:
-    task_id = prefork.start("/unique/one")
+    headers = {"Authorization": "anna"}
+    task_id = prefork.start("/unique/one", headers=headers)
     prefork.begun(task_id)
-    assert prefork.start("/unique/one") == task_id
+    assert prefork.start("/unique/one", headers=headers) == task_id
     prefork.stop(task_id)
     prefork.ended(task_id)
-    other = prefork.start("/unique/one")
+    other = prefork.start("/unique/one", headers=headers)
     assert other != task_id
     prefork.begun(other)
     prefork.stop(other)

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 from celery import Celery
-from kombu import Connection
+from kombu.connection import Connection
 
 REDIS = "redis://127.0.0.1:6379"
 RABBITMQ = "amqp://guest:guest@127.0.0.1:5672//"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
+from uuid import uuid4
 
 from tests.support.apps.celery_crowd import MODULE
 from tests.support.processes import children
@@ -34,7 +35,7 @@ class CeleryWorker:
         self._environ = {**os.environ, "PYTHONUNBUFFERED": "1", **environ}
         self._command = [
             sys.executable, "-m", "celery", "-A", module, "worker", "--pool", pool, "--concurrency", str(concurrency),
-            "--hostname", f"{log.name}-{os.getpid()}@%h", "--loglevel", "INFO", "--without-gossip", "--without-mingle", *options,
+            "--hostname", f"{uuid4().hex}@%h", "--loglevel", "INFO", "--without-gossip", "--without-mingle", *options,
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -173,9 +173,7 @@ def test_workers_cannot_read_a_memory_store(make_app: MakeApp) -> None:
         ("redis://localhost/0;redis://10.0.0.1/0", False),
     ],
 )  # fmt: skip
-def test_a_file_store_needs_a_local_broker(
-    make_app: MakeApp, broker: str, expected: bool
-) -> None:
+def test_a_file_store_needs_a_local_broker(make_app: MakeApp, broker: str, expected: bool) -> None:
     app = make_app(ASYNCROUTE_STORE="sqlite:///asyncroute.db")
     app.extensions["celery"] = new_celery(broker)
     assert is_local(app.extensions["celery"]) is expected

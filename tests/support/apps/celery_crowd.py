@@ -39,7 +39,7 @@ def create_app() -> Flask:
     settings = {
         name: config.pop(name)
         for name in list(config)
-        if name.startswith(("task_", "worker_", "broker_"))
+        if name.startswith(("task_", "worker_", "broker_", "result_"))
     }
     is_old = config.pop("is_old", False)
     config = {"executor": "celery", "list_anonymous": True, "app": APP, **config}
@@ -113,10 +113,30 @@ def create_app() -> Flask:
         ctypes.PyDLL(None).usleep(60_000_000)
 
     @app.put("/named/<name>")
-    @async_routes.task(id_generator=lambda: request.view_args["name"])
+    @async_routes.task(id_generator=lambda: (request.view_args or {})["name"])
     def named(name: str) -> None:
         note("begin", current_task.id)
         current_task.sleep(60 if request.args.get("long") else 0)
+
+    @app.put("/quick")
+    @async_routes.task()
+    def quick() -> dict[str, int]:
+        return {"answer": 42}
+
+    # The same work as a plain Celery task with a result backend.
+    def answer() -> dict[str, int]:
+        return {"answer": 42}
+
+    plain = app.extensions["celery"].task(name="plain", ignore_result=False)(answer)
+
+    @app.put("/plain")
+    def start_plain() -> Any:
+        return {"Id": plain.delay().id}, 202
+
+    @app.get("/plain/<task_id>")
+    def get_plain(task_id: str) -> Any:
+        result = plain.AsyncResult(task_id)
+        return {"Result": result.get() if result.ready() else None}
 
     if not is_old:
 
