@@ -13,6 +13,7 @@ python := $(firstword $(foreach name,$(or $(PYTHON),python3 python3.14 python3.1
 version := $(if $(python),$(shell $(python) -c 'import platform; print(platform.python_version())'))
 
 PORT ?= 8000
+export REDIS_URL
 ARGS ?=
 SHARE ?= 1
 
@@ -35,7 +36,7 @@ $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --
 endef
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 demo: .venv-demo/.made  ## serve the example application on http://127.0.0.1:8000/ (PORT=… for another port)
@@ -43,6 +44,10 @@ demo: .venv-demo/.made  ## serve the example application on http://127.0.0.1:800
 	@echo "A task, live in the browser: http://127.0.0.1:$(PORT)/live"
 	.venv-demo/bin/python -m gunicorn --config python:example_app.server --workers 4 --threads 4 \
 		--bind 127.0.0.1:$(PORT) --no-control-socket 'example_app:create_app()'
+
+.PHONY: demo-celery
+demo-celery: .venv-demo-celery/.made  ## serve it with a Celery worker too, on the Redis that runs (REDIS_URL=… for another)
+	@.venv-demo-celery/bin/python -m example_app.with_celery $(PORT)
 
 test: .venv/.made  ## run all tests except the long trials (ARGS="-k name" for some of them)
 	.venv/bin/python -m pytest $(ARGS)
@@ -104,6 +109,9 @@ clean:  ## remove the environments and everything that was built
 	$(make_environment)
 
 .venv-demo/.made: requirements/demo.txt $(project)
+	$(make_environment)
+
+.venv-demo-celery/.made: requirements/demo-celery.txt $(project)
 	$(make_environment)
 
 .venv-lowest/.made: requirements/lowest.txt $(project)

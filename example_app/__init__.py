@@ -4,6 +4,9 @@ Run it with ``gunicorn 'example_app:create_app()'``. The async routes are in `sl
 `csv_summary` and `tour`. `people`, `visitor` and `sign_in` identify the visitor. `start_page` shows
 commands to try, `live_page` follows a task in the browser, `protection` and `secret` provide
 security, and `server` configures gunicorn. `extension` contains the setup of flask_asyncroute.
+
+``make demo-celery`` also uses `elsewhere`, an async route that runs on a Celery worker, `worker`,
+which the worker loads, and `with_celery`, which starts everything.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ def create_app(config: Mapping[str, Any] | None = None, instance_path: str | Non
     Tasks and the secret key are stored in the instance folder.
 
     :param config: overrides environment variables such as ``FLASK_ASYNCROUTE_STORE``, which
-        override the defaults below.
+        override the defaults below. With ``CELERY``, the settings of Celery, there is a route that
+        runs on Celery workers.
     :param instance_path: an absolute path; default: the folder ``instance`` next to this package.
     :raises OSError: if a secret key must be created and the instance folder is not writable.
     """
@@ -52,5 +56,10 @@ def create_app(config: Mapping[str, Any] | None = None, instance_path: str | Non
     app.before_request(find_visitor)
     for module in (start_page, live_page, sign_in, sleepers, csv_summary, primes, tour):
         app.register_blueprint(module.blueprint)
+    if "CELERY" in app.config:
+        from . import elsewhere  # needs Celery
+
+        elsewhere.celery_init_app(app)
+        app.register_blueprint(elsewhere.blueprint)
     async_routes.init_app(app)
     return app

@@ -9,7 +9,9 @@ import inspect
 import io
 import os
 import re
+import signal
 import statistics
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from werkzeug.exceptions import BadRequest
 
 from example_app import (
     create_app,
@@ -567,3 +570,48 @@ def test_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "from the environment",
     )
     assert list(tmp_path.iterdir()) == []
+
+
+# With Celery
+
+
+def test_the_celery_route_exists_only_with_settings_of_celery(app: Flask) -> None:
+    assert "celery" not in app.extensions
+    assert "/elsewhere/<int:seconds>" not in {rule.rule for rule in app.url_map.iter_rules()}
+
+
+def test_the_celery_route_reports_its_process(tmp_path: Path) -> None:
+    pytest.importorskip("celery")
+    settings = {"TESTING": True, "CELERY": {"broker_url": "memory://"}}
+    app = create_app(settings, str(tmp_path / "instance"))
+    assert app.extensions["celery"].conf.broker_url == "memory://"
+    with testing.fake_task():
+        view = inspect.unwrap(app.view_functions["elsewhere.elsewhere"])
+        assert view(seconds=0)["process"] == os.getpid()
+        with pytest.raises(BadRequest, match="at most 60 seconds"):
+            view(seconds=61)
+
+
+def test_a_missing_redis_is_explained_without_its_password() -> None:
+    pytest.importorskip("celery")
+    from example_app.with_celery import unreachable
+
+    message = unreachable("redis://:secret@127.0.0.1:1/0")
+    assert message is not None and "REDIS_URL=" in message and "127.0.0.1:1" in message
+    assert "secret" not in message
+
+
+def test_the_demo_ends_when_one_of_its_processes_ends() -> None:
+    pytest.importorskip("celery")
+    from example_app.with_celery import run_all
+
+    python = [sys.executable, "-c"]
+    commands = {
+        "Sleeper": [*python, "import time; time.sleep(60)"],
+        "Leaver": [*python, "raise SystemExit(3)"],
+    }
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_all(commands, dict(os.environ)) == "Leaver has ended with the exit code 3."
+    finally:
+        signal.signal(signal.SIGTERM, before)
