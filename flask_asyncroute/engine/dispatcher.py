@@ -19,7 +19,7 @@ from ..permissions import Caller, may_read
 from ..request import idempotency
 from ..request.capture import body_refusal, capture, guard, restore_body
 from ..request.identity import IdentityLoader, identify
-from ..request.submission import StartRequest, permission_of, take_unique_key
+from ..request.submission import StartRequest, permission_of, take_unique_key, validate
 from ..routes import Route
 from ..snapshot import encode
 from ..stores.base import StartKey, TaskStore
@@ -94,7 +94,7 @@ class Dispatcher:
             except HTTPException as error:
                 raise body_refusal(current, error) from error
         captured, body = capture(current, arguments, config.max_body, config.snapshot_drop)
-        incoming = StartRequest(route, current, caller, captured, body, permission)
+        incoming = StartRequest(route, current, caller, captured, body, permission, arguments)
         try:
             if key_name is not None:
                 return self._submit_once(executor, incoming, key_name)
@@ -233,6 +233,7 @@ class Dispatcher:
 
     def _submit_unique(self, executor: TaskExecutor, incoming: StartRequest) -> AsyncRouteTask:
         """Start a task; if an unfinished task has the same ``unique`` key, return that task."""
+        validate(incoming)
         if incoming.route.options.unique is not False:
             take_unique_key(incoming, self.store.secret())
         if incoming.unique_key is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -26,10 +26,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "application/xml": ("text/xml",),
     "application/yaml": ("text/yaml", "application/x-yaml", "text/x-yaml"),
     "text/event-stream": (),
+    "text/html": ("application/xhtml+xml",),
     "application/problem+json": ("application/json",),
     "application/problem+xml": ("application/xml", "text/xml"),
 }
 """Other names of each media type in Accept headers."""
+
+WITH_HTML = ("application/json", "text/html", "application/xml", "application/yaml")
+"""What a client can prefer where there is a page. Without a preference, it gets JSON."""
 
 NO_STORE = "no-store"
 VARY = "Accept, Authorization, Cookie"
@@ -80,11 +84,19 @@ def _choose(accept: str, offered: tuple[str, ...]) -> str | None:
         if name == "*":
             name = "*/*"
         qualities[name] = max(float(weight), qualities.get(name, 0.0))
+    if _is_browser(qualities) and "text/html" not in offered:
+        # A browser also accepts XML, but shows its reader raw text or an empty page.
+        return offered[0]
     if not qualities:
         return offered[0]
     ranks = {media_type: _rank(media_type, qualities) for media_type in offered}
     best = max(offered, key=ranks.__getitem__)
     return best if ranks[best][0] > 0 else None
+
+
+def _is_browser(qualities: Mapping[str, float]) -> bool:
+    """Return whether HTML is what the client wants most."""
+    return 0 < qualities.get("text/html", 0.0) == max(qualities.values())
 
 
 _chosen = lru_cache(maxsize=256)(_choose)
@@ -215,6 +227,19 @@ def problem_response(refusal: RequestRefused, accept: str | None, instance: str)
         media_type = negotiate(accept, PROBLEM_TYPES)
     except NotAcceptable:
         media_type = PROBLEM_TYPES[0]
+    if media_type == PROBLEM_TYPES[0] and "text/html" in (accept or ""):
+        media_type = "application/json"  # browsers download the other type
+    document = problem_of(refusal, instance)
+    headers = []
+    if refusal.retry_after is not None:
+        headers.append(("Retry-After", str(refusal.retry_after)))
+    if refusal.status == 401:
+        headers.append(("WWW-Authenticate", CHALLENGE))
+    return render(document, media_type, "Problem", refusal.status, headers)
+
+
+def problem_of(refusal: RequestRefused, instance: str) -> dict[str, Any]:
+    """Return the RFC 9457 problem of a refused request; see :func:`problem_response`."""
     detail = _printable(refusal.detail)
     document: dict[str, Any] = {
         "type": f"tag:flask-asyncroute.readthedocs.io,2026:{refusal.slug}",
@@ -228,12 +253,7 @@ def problem_response(refusal: RequestRefused, accept: str | None, instance: str)
     if refusal.task_id is not None:
         document["Id"] = _printable(refusal.task_id)
     document["Error"] = detail
-    headers = []
-    if refusal.retry_after is not None:
-        headers.append(("Retry-After", str(refusal.retry_after)))
-    if refusal.status == 401:
-        headers.append(("WWW-Authenticate", CHALLENGE))
-    return render(document, media_type, "Problem", refusal.status, headers)
+    return document
 
 
 def _printable(text: str) -> str:
