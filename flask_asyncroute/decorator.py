@@ -16,6 +16,7 @@ from .errors import (
     CannotStart,
     ConfigurationError,
     MethodNotAllowed,
+    NotAcceptable,
     RequestRefused,
     StoreUnavailable,
 )
@@ -157,9 +158,13 @@ def _start(
             "A decorator above the async route passed a positional argument. Pass it by keyword."
         )
     runner = runtime.runner
-    has_page = "get" in runner.config.operations and pages.is_form(current)
-    is_page = has_page and pages.wants_page(current, runner.config)
-    media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
+    is_page = pages.redirects_form(current, runner.config)
+    try:
+        media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
+    except NotAcceptable:
+        if route.options.respond is None:
+            raise
+        media_type = route.options.response_types[0]  # respond can return other media types
     this = object()
     # While the task is started, the app can call the view again, even on other threads.
     if vars(current).setdefault(_START, this) is not this:
@@ -206,9 +211,8 @@ def _own_answer(
             route.endpoint, task.id,
         )  # fmt: skip
         return None
-    has_status = isinstance(value, SansIOResponse) or (
-        isinstance(value, tuple) and isinstance(value[1], (int, str))
-    )
+    body, *rest = value if isinstance(value, tuple) else (value,)
+    has_status = isinstance(body, SansIOResponse) or (rest and isinstance(rest[0], (int, str)))
     if not has_status:
         response.status_code = 202
     if "get" in runner.config.operations:

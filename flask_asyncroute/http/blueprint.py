@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from flask import Blueprint, Flask, Request, Response, has_request_context, request
@@ -67,7 +68,7 @@ def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
         paths = [f"{one}/<task_id>"] if "path" in config.task_id_in else []
         if set(config.task_id_in) - {"path"}:
             paths.append(one)
-        form_paths = paths if config.pages else []
+        form_paths = paths if config.pages and "get" in config.operations else []
         rules: list[tuple[str, str, str, tuple[str, ...]]] = [
             *(("get", path, "get", ("GET",)) for path in paths),
             *(("get", f"{path}/result", "result", ("GET",)) for path in paths),
@@ -206,7 +207,8 @@ def stop_by_form(runner: Runner, current: Request, task_id: str | None) -> Respo
     if not may_write(caller, task.user, task.granted, runner.config.admins):
         raise NotPermitted("You may read this task, but not stop it.", task_id=task.id)
     pages.check_token(runner, current, task.id, caller)
-    runner.dispatcher.stop(task)
+    with suppress(TaskFinished):  # its page shows how it ended
+        runner.dispatcher.stop(task)
     return pages.redirect_to_task(runner, current, task)
 
 

@@ -32,8 +32,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Other names of each media type in Accept headers."""
 
-WITH_HTML = ("application/json", "text/html", "application/xml", "application/yaml")
+HTML = "text/html"
+WITH_HTML = ("application/json", HTML, "application/xml", "application/yaml")
 """What a client can prefer where there is a page. Without a preference, it gets JSON."""
+
+_JAVA = {HTML, "image/gif", "image/jpeg", "*/*"}
+"""Java's HTTP client accepts these by default, but its programs expect JSON."""
 
 NO_STORE = "no-store"
 VARY = "Accept, Authorization, Cookie"
@@ -84,29 +88,43 @@ def _choose(accept: str, offered: tuple[str, ...]) -> str | None:
         if name == "*":
             name = "*/*"
         qualities[name] = max(float(weight), qualities.get(name, 0.0))
-    if _is_browser(qualities) and "text/html" not in offered:
+    if HTML not in offered and _prefers_html(qualities):
         # A browser also accepts XML, but shows its reader raw text or an empty page.
         return offered[0]
-    if not qualities:
+    if not qualities or qualities.keys() == _JAVA:
         return offered[0]
     ranks = {media_type: _rank(media_type, qualities) for media_type in offered}
     best = max(offered, key=ranks.__getitem__)
     return best if ranks[best][0] > 0 else None
 
 
-def _is_browser(qualities: Mapping[str, float]) -> bool:
-    """Return whether HTML is what the client wants most."""
-    return 0 < qualities.get("text/html", 0.0) == max(qualities.values())
+def _prefers_html(qualities: dict[str, float]) -> bool:
+    """Return whether the client is a browser: it prefers HTML to JSON, XML and YAML."""
+    if qualities.keys() == _JAVA or _rank(HTML, qualities)[1] < 3:
+        return False
+    return max(WITH_HTML, key=lambda media_type: _rank(media_type, qualities)) == HTML
 
 
 _chosen = lru_cache(maxsize=256)(_choose)
 
 
+def is_browser(accept: str) -> bool:
+    """Return whether an Accept header prefers HTML, as those of browsers do."""
+    if "html" not in accept.lower():  # for speed: most clients are programs
+        return False
+    try:
+        return negotiate(accept, WITH_HTML) == HTML
+    except NotAcceptable:
+        return False
+
+
 def _rank(media_type: str, qualities: dict[str, float]) -> tuple[float, int]:
     """Return a type's quality, and the specificity of the range that determines this quality."""
-    if media_type in qualities:
-        return qualities[media_type], 4
     named = [qualities[alias] for alias in ALIASES[media_type] if alias in qualities]
+    if media_type in qualities:
+        quality = qualities[media_type]
+        # Browsers before 2012 prefer XHTML to HTML, and both mean a page.
+        return max([quality, *named]) if media_type == HTML else quality, 4
     if named:
         return max(named), 3
     for precision, media_range in ((2, f"{media_type.partition('/')[0]}/*"), (1, "*/*")):
@@ -227,7 +245,7 @@ def problem_response(refusal: RequestRefused, accept: str | None, instance: str)
         media_type = negotiate(accept, PROBLEM_TYPES)
     except NotAcceptable:
         media_type = PROBLEM_TYPES[0]
-    if media_type == PROBLEM_TYPES[0] and "text/html" in (accept or ""):
+    if is_browser(accept or ""):
         media_type = "application/json"  # browsers download the other type
     document = problem_of(refusal, instance)
     headers = []

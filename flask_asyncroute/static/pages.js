@@ -1,39 +1,69 @@
-// Updates the page of a task while the task runs: with an event stream, or else by polling.
+// Shows times in the reader's time zone, and updates the page of a task: with an event stream, or
+// else by polling.
 "use strict";
 
 const POLL_MS = 2000;
+const PARTS = ["status", "progress", "outcome", "actions", "facts"];
+const task = document.getElementById("task");
 let source = null;
+let loading = Promise.resolve();
+let waiting = null;
 
-function task() {
-  return document.getElementById("task");
+function isLive() {
+  return task !== null && "live" in task.dataset;
 }
 
-// Replaces the content with the page as it is now on the server. Returns false if that failed.
-async function refresh() {
-  try {
-    const answer = await fetch(location.href, { headers: { Accept: "text/html" }, cache: "no-store" });
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    const fresh = page.getElementById("task");
-    if (fresh === null) {
-      document.querySelector("main").replaceChildren(...page.querySelector("main").childNodes);
-      return true;
-    }
-    task().replaceWith(fresh);
-    document.title = page.title;
-    return true;
-  } catch {
-    return false;
+function showLocalTimes(part) {
+  for (const time of part.querySelectorAll("time")) {
+    time.title = time.textContent;
+    time.textContent = new Date(time.dateTime).toLocaleString();
   }
+}
+
+// Loads the page once more after the current load, so that an older page never replaces a newer one.
+function refresh() {
+  waiting ??= loading.then(() => {
+    waiting = null;
+    loading = load();
+    return loading;
+  });
+  return waiting;
+}
+
+// Updates the parts that differ from the page on the server, so that a focused button stays.
+async function load() {
+  let response, page;
+  try {
+    response = await fetch(location.href, { headers: { Accept: "text/html" }, cache: "no-store" });
+    page = new DOMParser().parseFromString(await response.text(), "text/html");
+  } catch {
+    return; // no connection
+  }
+  if (response.status >= 500) return;
+  const fresh = page.getElementById("task");
+  if (fresh === null) {
+    // The task was removed, or the reader has to sign in again.
+    location.reload();
+    return;
+  }
+  showLocalTimes(fresh);
+  for (const id of PARTS) {
+    const part = document.getElementById(id);
+    const other = page.getElementById(id);
+    if (part?.textContent !== other?.textContent) part?.replaceChildren(...(other?.childNodes ?? []));
+  }
+  if (!("live" in fresh.dataset)) delete task.dataset.live;
+  document.title = page.title;
 }
 
 async function poll() {
   await refresh();
-  if (task() !== null && "live" in task().dataset) setTimeout(poll, POLL_MS);
+  if (isLive()) setTimeout(poll, POLL_MS);
 }
 
 function follow(url) {
   source = new EventSource(url);
-  source.addEventListener("task.state", () => refresh());
+  source.addEventListener("task.state", refresh);
   source.addEventListener("task.progress", (event) => showProgress(JSON.parse(event.data)));
   source.addEventListener("task.completed", () => {
     source.close();
@@ -45,20 +75,22 @@ function follow(url) {
   });
 }
 
-async function showProgress(data) {
-  let bar = task().querySelector("progress");
-  if (bar === null) {
-    await refresh();
-    bar = task().querySelector("progress");
+function showProgress(data) {
+  const bar = document.querySelector("#progress progress");
+  const message = document.querySelector("#progress .message");
+  if (bar === null || (message === null && data.ProgressMessage)) {
+    refresh();
+    return;
   }
-  if (bar === null) return;
   bar.value = data.Progress;
-  task().querySelector(".percent").textContent = `${Number(data.Progress.toPrecision(4))} %`;
-  task().querySelector(".message").textContent = data.ProgressMessage ?? "";
+  document.querySelector("#progress .percent").textContent = `${Number(data.Progress.toPrecision(4))} %`;
+  if (message !== null) message.textContent = data.ProgressMessage ?? "";
 }
 
-if (task() !== null && "live" in task().dataset) {
-  if (task().dataset.events) follow(task().dataset.events);
+showLocalTimes(document);
+if (isLive()) {
+  if (task.dataset.events) follow(task.dataset.events);
   else setTimeout(poll, POLL_MS);
   addEventListener("pagehide", () => source?.close());
+  addEventListener("pageshow", (event) => event.persisted && location.reload());
 }
