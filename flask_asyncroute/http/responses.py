@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -90,7 +90,7 @@ def _choose(accept: str, offered: tuple[str, ...]) -> str | None:
         qualities[name] = max(float(weight), qualities.get(name, 0.0))
     if HTML not in offered and _prefers_html(qualities):
         # A browser also accepts XML, but shows its reader raw text or an empty page.
-        return offered[0]
+        return next((name for name in offered if name.endswith("json")), offered[0])
     if not qualities or qualities.keys() == _JAVA:
         return offered[0]
     ranks = {media_type: _rank(media_type, qualities) for media_type in offered}

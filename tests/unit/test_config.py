@@ -72,6 +72,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "NAMESPACE": ["", 5, [], True, "x" * 256, b"x"],
     "CREATE_TABLES": NOT_BOOLEANS,
+    "PAGES": NOT_BOOLEANS,
     "OPERATIONS": [*NOT_LISTS, [], (), ["get", "get"], ["Get"], ["get", "callback"], [5], [["get"]]],
     "URL_PREFIX": [value for value in NOT_PATHS if value != ""],
     "TASK_PATH": [*NOT_PATHS, "/tasks"],
@@ -121,6 +122,8 @@ BAD: dict[str, list[Any]] = {
     "RETENTION": [*NOT_SECONDS, None],
     "RETRY": [None, True, -1, "3"],
     "UNIQUE": ["key", 1],
+    "VALIDATE": ["check", 1],
+    "RESPOND": ["answer", 1],
     "ON_LOSS": [None, "", "Abort", True],
 }  # fmt: skip
 
@@ -132,6 +135,7 @@ GOOD: dict[str, list[Any]] = {
     "APP": [None, "x", "x.y", "x:app", "x.y:create_app()", "x:create_app('a', b=5)", "été:app"],
     "NAMESPACE": ["x", "x" * 255, None],
     "CREATE_TABLES": [True, False],
+    "PAGES": [True, False],
     "OPERATIONS": [["get"], ("query", "stop"), ["get", "stop", "query"], ["events"]],
     "URL_PREFIX": ["", "/api", "/api/v1", "/a.b-c_d~e"],
     "TASK_PATH": ["/job", "/api/task"],
@@ -172,6 +176,8 @@ GOOD: dict[str, list[Any]] = {
     "RETENTION": [0, 5.5, timedelta(days=7)],
     "RETRY": [0, 3, Retry(times=2)],
     "UNIQUE": [None, False, True, lambda: "key"],
+    "VALIDATE": [None, print],
+    "RESPOND": [None, print],
     "ON_LOSS": ["abort", "restart"],
 }  # fmt: skip
 
@@ -362,6 +368,7 @@ def test_a_configuration_error_at_first_use_is_raised_until_it_is_fixed(make_app
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("PAGES", False),
         ("OPERATIONS", ["get"]),
         ("URL_PREFIX", "/x"),
         ("TASK_PATH", "/x"),
