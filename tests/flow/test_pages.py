@@ -465,7 +465,7 @@ def test_a_stop_from_another_site_is_refused(running: Flow) -> None:
 
 def test_a_large_form_does_not_stop_a_task(running: Flow) -> None:
     location = send_form(running).location
-    data = {**data_of(page(running, location)), "f": (io.BytesIO(b"x" * 1_100_000), "f")}
+    data = {**data_of(page(running, location)), "title": "x" * 1_100_000}
     response = browse(running, f"{location}/stop", "POST", data=data)
     assert (response.status_code, response.mimetype) == (413, "text/html")
 
