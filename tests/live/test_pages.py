@@ -37,7 +37,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     def start(**config: Any) -> Server:
         values = {"folder": str(tmp_path), **config}
-        factory = f"tests.support.apps.forms:create_app(**{values!r})"
+        parameters = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        factory = f"tests.support.apps.forms:create_app({parameters})"
         server = gunicorn(tmp_path / "log", factory, "--workers", "2", "--threads", "6", conf=START)
         servers.append(server)
         return server.__enter__()
