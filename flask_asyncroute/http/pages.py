@@ -222,8 +222,8 @@ def _shown_result(task: AsyncRouteTask) -> tuple[str | None, bool]:
     return text[:MAX_RESULT], len(text) > MAX_RESULT
 
 
-def _percent(task: AsyncRouteTask) -> str | None:
-    return None if task.progress is None else f"{task.progress:.4g}"
+def _percent(task: AsyncRouteTask) -> int | None:
+    return None if task.progress is None else int(task.progress)  # 99.9 is not yet 100
 
 
 def _utc(time: datetime) -> str:
@@ -234,8 +234,10 @@ def _duration(task: AsyncRouteTask) -> str | None:
     """Return how long the task ran, in words; None if it has not ended or never started."""
     if task.started_us is None or task.completed_us is None:
         return None
-    seconds = (task.completed_us - task.started_us) // 1_000_000
-    minutes, seconds = divmod(seconds, 60)
+    exact = (task.completed_us - task.started_us) / 1_000_000
+    if exact < 10:
+        return f"{exact:.1f} s"
+    minutes, seconds = divmod(int(exact), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"

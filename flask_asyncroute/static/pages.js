@@ -83,7 +83,7 @@ function showProgress(data) {
     return;
   }
   bar.value = data.Progress;
-  document.querySelector("#progress .percent").textContent = `${Number(data.Progress.toPrecision(4))} %`;
+  document.querySelector("#progress .percent").textContent = `${Math.floor(data.Progress)} %`;
   if (message !== null) message.textContent = data.ProgressMessage ?? "";
 }
 

@@ -582,7 +582,7 @@ def test_links_work_under_prefixes_and_with_the_id_in_the_query(
         assert response.status_code == 200, url
         response.close()
     listed = page(flow, "/api/tasks", **mounted)
-    (link,) = re.findall(r'<a href="([^"]*)"><code>', listed)
+    (link,) = re.findall(r'<td class="name"><a href="([^"]*)">', listed)
     page(flow, path_of(link), **mounted)
     response = browse(flow, path_of(action_of(html)), "POST", data=data_of(html), **mounted)
     assert (response.status_code, response.location) == (303, location)
