@@ -101,7 +101,10 @@ def submit(page: Page, path: str | None = None) -> str:
 
 
 def assert_fits(page: Page) -> None:
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), page.url
+    """Check that nothing scrolls horizontally, neither the page nor the table of a list."""
+    for name in ("html", ".wide"):
+        for element in page.query_selector_all(name):
+            assert element.evaluate("element => element.scrollWidth <= element.clientWidth"), name
 
 
 @pytest.mark.parametrize(
