@@ -35,7 +35,7 @@ from .validators import (
 PREFIX = "ASYNCROUTE_"
 MIN_SECRET = 24
 """Minimum bytes of a callback secret (Standard Webhooks)."""
-ROUTING = ("OPERATIONS", "URL_PREFIX", "TASK_PATH", "TASKS_PATH", "TASK_ID_IN")
+ROUTING = ("PAGES", "OPERATIONS", "URL_PREFIX", "TASK_PATH", "TASKS_PATH", "TASK_ID_IN")
 """The keys that define the URL rules that ``init_app`` registers."""
 OPERATIONS = ("get", "stop", "query", "events")
 
@@ -118,6 +118,7 @@ class Config:
     task_id_name: str = setting(
         matching("[A-Za-z0-9-]{1,64}", "a name of letters, digits and '-', at most 64"), "Id"
     )
+    pages: bool = setting(boolean, True)
     accepted_status: int = setting(_accepted_status, 202)
     max_body: int = setting(whole(1), 64 * 1024 * 1024)
     max_result: int = setting(whole(1), 1024 * 1024)

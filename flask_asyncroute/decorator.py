@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from flask import Request, Response, current_app, has_request_context, request
+from werkzeug.sansio.response import Response as SansIOResponse
 
 from .config import task_path
 from .current_task import is_in_task
@@ -16,18 +17,20 @@ from .errors import (
     CannotStart,
     ConfigurationError,
     MethodNotAllowed,
+    NotAcceptable,
     RequestRefused,
     StoreUnavailable,
 )
 from .executors import interruption
 from .executors.registry import IMMEDIATE, kind_of
+from .http import pages
 from .http.params import preferred_wait
-from .http.responses import negotiate, refuse, render, task_answer
+from .http.responses import NO_STORE, negotiate, render, task_answer
 from .http.waits import held, longest
 from .options import checked
-from .routes import MARK, Declaration, Start, View, check_view, declaration_of
+from .routes import MARK, Declaration, Route, Start, View, check_view, declaration_of
 from .runtime import current_runtime
-from .task import AsyncRouteTask
+from .task import AsyncRouteTask, now_us
 from .workers.runner import Runner
 
 logger = logging.getLogger("flask_asyncroute")
@@ -63,7 +66,7 @@ def declare(view: View, options: dict[str, Any]) -> Declaration:
         try:
             return _start(view, current, passed, arguments)
         except RequestRefused as refusal:
-            response = refuse(refusal, current)
+            response = pages.refuse(refusal, current)
             if isinstance(refusal, MethodNotAllowed):
                 response.headers["Allow"] = _allowed(current)
             return response
@@ -163,7 +166,13 @@ def _start(
             "A decorator above the async route passed a positional argument. Pass it by keyword."
         )
     runner = runtime.runner
-    media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
+    is_page = pages.redirects_form(current, runner.config)
+    try:
+        media_type = negotiate(current.environ.get("HTTP_ACCEPT"), route.options.response_types)
+    except NotAcceptable:
+        if route.options.respond is None:
+            raise
+        media_type = route.options.response_types[0]  # respond can return other media types
     this = object()
     # While the task is started, the app can call the view again, even on other threads.
     if vars(current).setdefault(_START, this) is not this:
@@ -174,10 +183,15 @@ def _start(
         delattr(current, _START)  # nothing was stored, so a decorator may call again
         raise
     config = runner.config
-    # A task that has ended was started by an earlier request with the same idempotency key.
-    status = 200 if task.is_completed else config.accepted_status
     if kind_of(route.options.executor).runs_inline:
         task = runner.store.get(task.id) or task
+    if route.options.respond is not None:
+        response = _own_answer(route, runner, current, task)
+        if response is not None:
+            return response
+    if is_page:
+        return pages.redirect_to_task(runner, current, task)
+    status = 200 if is_replay and task.is_completed else config.accepted_status
     headers = []
     if "get" in config.operations:
         headers.append(("Location", task_path(config, current.root_path, task.id)))
@@ -188,6 +202,35 @@ def _start(
         return task_answer(task, runner.dispatcher.run_times, media_type, status, headers)
     seconds = longest(current.environ, seconds)
     return _answer_later(runner, task, seconds, media_type, status, headers)
+
+
+def _own_answer(
+    route: Route, runner: Runner, current: Request, task: AsyncRouteTask
+) -> Response | None:
+    """Return the response of the route's ``respond`` function; None if it raises an exception."""
+    assert route.options.respond is not None
+    try:
+        value = route.options.respond(task)
+        response = current_app.make_response(value)
+    except Exception:
+        logger.exception(
+            "The respond function of endpoint %s raised an exception, so the client got the task "
+            "object of task %s.",
+            route.endpoint, task.id,
+        )  # fmt: skip
+        return None
+    body, *rest = value if isinstance(value, tuple) else (value,)
+    has_status = isinstance(body, SansIOResponse) or (rest and isinstance(rest[0], (int, str)))
+    if not has_status:
+        response.status_code = 202
+    if "get" in runner.config.operations:
+        path = task_path(runner.config, current.root_path, task.id)
+        response.headers.setdefault("Location", path)
+    if not task.is_completed:
+        seconds = runner.dispatcher.run_times.rest(task, now_us())
+        response.headers.setdefault("Retry-After", str(seconds))
+    response.headers.setdefault("Cache-Control", NO_STORE)
+    return response
 
 
 def _answer_later(

@@ -93,6 +93,8 @@ class DefaultedOptions:
     interrupt_after: float | None = setting(optional(validators.seconds), 1.0)
     id_generator: Callable[[], Any] = setting(validators.function, _new_id)
     permission: Permission | Callable[[], Any] | None = setting(optional(_permission), None)
+    validate: Callable[..., Any] | None = setting(optional(validators.function), None)
+    respond: Callable[[Any], Any] | None = setting(optional(validators.function), None)
     callback: Callback | None = setting(optional(instance_of(Callback, "a Callback")), None)
     sse: Sse | None = setting(_sse, Sse())
     response_types: tuple[str, ...] = setting(

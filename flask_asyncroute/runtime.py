@@ -174,8 +174,9 @@ class Runtime:
             self._early.check(config)
             if config.routing != self.initial.routing:
                 raise ConfigurationError(
-                    "ASYNCROUTE_OPERATIONS, _URL_PREFIX, _TASK_PATH, _TASKS_PATH or _TASK_ID_IN "
-                    "was changed after init_app() created the URL rules. Set it before init_app()."
+                    "ASYNCROUTE_PAGES, _OPERATIONS, _URL_PREFIX, _TASK_PATH, _TASKS_PATH or "
+                    "_TASK_ID_IN was changed after init_app() created the URL rules. Set it before "
+                    "init_app()."
                 )
             executor = IMMEDIATE.name if self.is_inline else None
             self.routes = resolve_routes(app, self._declared, config.defaults, executor)

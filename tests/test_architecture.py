@@ -52,7 +52,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml"}
 """The distribution of an imported name, if the two differ."""
 WITH_FLASK = {"click", "jinja2", "markupsafe"}
 """Dependencies of Flask."""
-IF_THE_APP_HAS_IT = {"flask_login"}
+IF_THE_APP_HAS_IT = {"flask_login", "flask_wtf"}
 TYPES_ONLY = {"_typeshed"}
 
 

@@ -20,7 +20,7 @@ from ..permissions import Caller, Permission, is_anonymous, may_read
 from ..request import idempotency
 from ..request.capture import body_refusal, capture, guard, restore_body
 from ..request.identity import IdentityLoader, identify
-from ..request.submission import StartRequest, permission_of, take_unique_key
+from ..request.submission import StartRequest, permission_of, take_unique_key, validate
 from ..routes import Route
 from ..snapshot import encode
 from ..stores.base import Joined, SharedTaskStore, StartKey, TaskStore
@@ -99,7 +99,7 @@ class Dispatcher:
             except HTTPException as error:
                 raise body_refusal(current, error) from error
         captured, body = capture(current, arguments, config.max_body, config.snapshot_drop)
-        incoming = StartRequest(route, current, caller, captured, body, permission)
+        incoming = StartRequest(route, current, caller, captured, body, permission, arguments)
         try:
             if key_name is not None:
                 return self._submit_once(executor, incoming, key_name)
@@ -143,7 +143,7 @@ class Dispatcher:
         captured, body = capture(current, arguments, config.max_body, config.snapshot_drop)
         permission = option if isinstance(option, Permission) else None
         incoming = StartRequest(
-            route, current, caller, captured, body, permission, start_at_us=start_at_us,
+            route, current, caller, captured, body, permission, arguments, start_at_us=start_at_us,
             joined=joined, is_from_code=True,
         )  # fmt: skip
         try:
@@ -304,6 +304,7 @@ class Dispatcher:
         self, executor: TaskExecutor | None, incoming: StartRequest
     ) -> AsyncRouteTask:
         """Start a task; if an unfinished task has the same ``unique`` key, return that task."""
+        validate(incoming)
         if incoming.route.options.unique is not False:
             take_unique_key(incoming, self.store.secret())
         if incoming.unique_key is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from flask import Blueprint, Flask, Request, Response, has_request_context, request
@@ -30,13 +31,12 @@ from ..stores.base import Readers
 from ..task import AsyncRouteTask, State, now_us
 from ..validators import is_name
 from ..workers.runner import Runner
-from . import params
+from . import pages, params
 from .responses import (
     document_of,
     etag_of,
     negotiate,
     problem_response,
-    refuse,
     render,
     task_answer,
 )
@@ -57,7 +57,7 @@ def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
 
     :param decorators: the app's decorators for every operation, the last outermost.
     """
-    blueprint = Blueprint(EXTENSION, __name__)
+    blueprint = Blueprint(EXTENSION, __name__, template_folder=str(pages.TEMPLATES))
     views = {name: _view(operation, decorators) for name, operation in _OPERATIONS.items()}
 
     @blueprint.record
@@ -68,10 +68,12 @@ def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
         paths = [f"{one}/<task_id>"] if "path" in config.task_id_in else []
         if set(config.task_id_in) - {"path"}:
             paths.append(one)
+        form_paths = paths if config.pages and "get" in config.operations else []
         rules: list[tuple[str, str, str, tuple[str, ...]]] = [
             *(("get", path, "get", ("GET",)) for path in paths),
             *(("get", f"{path}/result", "result", ("GET",)) for path in paths),
             *(("stop", path, "stop", ("DELETE",)) for path in paths),
+            *(("stop", f"{path}/stop", "stop_by_form", ("POST",)) for path in form_paths),
             ("query", many, "query", ("GET", "POST")),
             ("query", f"{many}/query", "query", ("POST",)),
             *(("events", f"{path}/events", "events", ("GET",)) for path in paths),
@@ -82,8 +84,16 @@ def make_blueprint(decorators: Sequence[Decorator]) -> Blueprint:
             if operation in config.operations:
                 for host in hosts:
                     state.add_url_rule(path, endpoint, views[endpoint], methods=methods, **host)
+        if config.pages:
+            for host in hosts:
+                rule = f"{one}-pages/<path:filename>"
+                state.add_url_rule(rule, "asset", _asset, methods=["GET"], **host)
 
     return blueprint
+
+
+def _asset(filename: str, **host: str) -> Response:
+    return pages.asset(filename)
 
 
 def _hosts(app: Flask) -> list[dict[str, str]]:
@@ -111,7 +121,7 @@ def _view(operation: Operation, decorators: Sequence[Decorator]) -> Callable[...
         try:
             return operation(current_runtime().runner, current, task_id)
         except RequestRefused as refusal:
-            return refuse(refusal, current)
+            return pages.refuse(refusal, current)
 
     decorated: Callable[..., Any] = view
     for decorator in decorators:
@@ -121,6 +131,10 @@ def _view(operation: Operation, decorators: Sequence[Decorator]) -> Callable[...
 
 def get(runner: Runner, current: Request, task_id: str | None) -> Response:
     """Return a task. With ``?wait=``, wait for its end or a change."""
+    if pages.wants_page(current, runner.config):
+        task, caller = _readable(runner, current, task_id)
+        may_stop = may_write(caller, task.user, task.granted, runner.config.admins)
+        return pages.task_page(runner, current, task, caller, may_stop)
     media_type = negotiate(current.environ.get("HTTP_ACCEPT"), MEDIA_TYPES)
     seconds = params.requested_wait(current, runner.config.max_wait)
     task, _ = _readable(runner, current, task_id)
@@ -186,9 +200,22 @@ def stop(runner: Runner, current: Request, task_id: str | None) -> Response:
     return render(b"", media_type, "", 204)
 
 
+def stop_by_form(runner: Runner, current: Request, task_id: str | None) -> Response:
+    """Stop a task for the form on its page, and redirect to the page."""
+    params.refuse_cross_site(current, runner.config)
+    task, caller = _readable(runner, current, task_id)
+    if not may_write(caller, task.user, task.granted, runner.config.admins):
+        raise NotPermitted("You may read this task, but not stop it.", task_id=task.id)
+    pages.check_token(runner, current, task.id, caller)
+    with suppress(TaskFinished):  # its page shows how it ended
+        runner.dispatcher.stop(task)
+    return pages.redirect_to_task(runner, current, task)
+
+
 def query(runner: Runner, current: Request, task_id: str | None) -> Response:
     """Return a page of the matching tasks that the caller may list."""
-    media_type = negotiate(current.headers.get("Accept"), MEDIA_TYPES)
+    is_page = current.method == "GET" and pages.wants_page(current, runner.config)
+    media_type = "" if is_page else negotiate(current.headers.get("Accept"), MEDIA_TYPES)
     parsed = params.query(current)
     caller = runner.dispatcher.caller()
     caller_id = None if caller is None else caller.id
@@ -201,10 +228,13 @@ def query(runner: Runner, current: Request, task_id: str | None) -> Response:
     page = found[: parsed.limit]
     if not page and readers is not None and not readers.anonymous:
         runner.warn_about_unlisted()
-    headers = []
+    next_url = None
     if len(found) > len(page):
         cursor = seal_cursor(position_of(page[-1], parsed.sort), parsed, caller_id, secret)
-        headers.append(params.next_link(current, cursor))
+        next_url = params.next_url(current, cursor)
+    if is_page:
+        return pages.tasks_page(runner, current, page, next_url)
+    headers = [] if next_url is None else [("Link", f'<{next_url}>; rel="next"')]
     document = [document_of(task, media_type) for task in page]
     return render(document, media_type, "AsyncRouteTasks", 200, headers)
 
@@ -236,8 +266,8 @@ def events_of_group(runner: Runner, current: Request, task_id: str | None) -> Re
 
 
 _OPERATIONS: dict[str, Operation] = {
-    "get": get, "result": result, "stop": stop, "query": query, "events": events,
-    "group_events": events_of_group,
+    "get": get, "result": result, "stop": stop, "stop_by_form": stop_by_form, "query": query,
+    "events": events, "group_events": events_of_group,
 }  # fmt: skip
 
 

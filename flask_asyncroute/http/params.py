@@ -140,13 +140,14 @@ def refuse_cross_site(request: Request, config: Config) -> None:
         )
 
 
-def next_link(request: Request, cursor: str) -> tuple[str, str]:
+def next_url(request: Request, cursor: str) -> str:
+    """Return the URL of the next page of a list, as a path."""
     parts = request.query_string.decode("latin-1").split("&")
     kept = [part for part in parts if part and unquote_plus(part.partition("=")[0]) != "cursor"]
     target = "&".join([*kept, f"cursor={cursor}"])
     # Leave printable ASCII unchanged, except <, > and ".
     safe = quote(target, safe="!#$%&'()*+,/:;=?@[\\]^`{|}", encoding="latin-1")
-    return "Link", f'<{quote(request.root_path + request.path)}?{safe}>; rel="next"'
+    return f"{quote(request.root_path + request.path)}?{safe}"
 
 
 def requested_wait(request: Request, longest: float) -> float:

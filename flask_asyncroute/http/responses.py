@@ -26,10 +26,18 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "application/xml": ("text/xml",),
     "application/yaml": ("text/yaml", "application/x-yaml", "text/x-yaml"),
     "text/event-stream": (),
+    "text/html": ("application/xhtml+xml",),
     "application/problem+json": ("application/json",),
     "application/problem+xml": ("application/xml", "text/xml"),
 }
 """Other names of each media type in Accept headers."""
+
+HTML = "text/html"
+WITH_HTML = ("application/json", HTML, "application/xml", "application/yaml")
+"""What a client can prefer where there is a page. Without a preference, it gets JSON."""
+
+_JAVA = {HTML, "image/gif", "image/jpeg", "*/*"}
+"""Java's HTTP client accepts these by default, but its programs expect JSON."""
 
 NO_STORE = "no-store"
 VARY = "Accept, Authorization, Cookie"
@@ -80,21 +88,43 @@ def _choose(accept: str, offered: tuple[str, ...]) -> str | None:
         if name == "*":
             name = "*/*"
         qualities[name] = max(float(weight), qualities.get(name, 0.0))
-    if not qualities:
+    if HTML not in offered and _prefers_html(qualities):
+        # A browser also accepts XML, but shows its reader raw text or an empty page.
+        return next((name for name in offered if name.endswith("json")), offered[0])
+    if not qualities or qualities.keys() == _JAVA:
         return offered[0]
     ranks = {media_type: _rank(media_type, qualities) for media_type in offered}
     best = max(offered, key=ranks.__getitem__)
     return best if ranks[best][0] > 0 else None
 
 
+def _prefers_html(qualities: dict[str, float]) -> bool:
+    """Return whether the client is a browser: it prefers HTML to JSON, XML and YAML."""
+    if qualities.keys() == _JAVA or _rank(HTML, qualities)[1] < 3:
+        return False
+    return max(WITH_HTML, key=lambda media_type: _rank(media_type, qualities)) == HTML
+
+
 _chosen = lru_cache(maxsize=256)(_choose)
+
+
+def is_browser(accept: str) -> bool:
+    """Return whether an Accept header prefers HTML, as those of browsers do."""
+    if "html" not in accept.lower():  # for speed: most clients are programs
+        return False
+    try:
+        return negotiate(accept, WITH_HTML) == HTML
+    except NotAcceptable:
+        return False
 
 
 def _rank(media_type: str, qualities: dict[str, float]) -> tuple[float, int]:
     """Return a type's quality, and the specificity of the range that determines this quality."""
-    if media_type in qualities:
-        return qualities[media_type], 4
     named = [qualities[alias] for alias in ALIASES[media_type] if alias in qualities]
+    if media_type in qualities:
+        quality = qualities[media_type]
+        # Browsers before 2012 prefer XHTML to HTML, and both mean a page.
+        return max([quality, *named]) if media_type == HTML else quality, 4
     if named:
         return max(named), 3
     for precision, media_range in ((2, f"{media_type.partition('/')[0]}/*"), (1, "*/*")):
@@ -215,6 +245,19 @@ def problem_response(refusal: RequestRefused, accept: str | None, instance: str)
         media_type = negotiate(accept, PROBLEM_TYPES)
     except NotAcceptable:
         media_type = PROBLEM_TYPES[0]
+    if is_browser(accept or ""):
+        media_type = "application/json"  # browsers download the other type
+    document = problem_of(refusal, instance)
+    headers = []
+    if refusal.retry_after is not None:
+        headers.append(("Retry-After", str(refusal.retry_after)))
+    if refusal.status == 401:
+        headers.append(("WWW-Authenticate", CHALLENGE))
+    return render(document, media_type, "Problem", refusal.status, headers)
+
+
+def problem_of(refusal: RequestRefused, instance: str) -> dict[str, Any]:
+    """Return the RFC 9457 problem of a refused request; see :func:`problem_response`."""
     detail = _printable(refusal.detail)
     document: dict[str, Any] = {
         "type": f"tag:flask-asyncroute.readthedocs.io,2026:{refusal.slug}",
@@ -228,12 +271,7 @@ def problem_response(refusal: RequestRefused, accept: str | None, instance: str)
     if refusal.task_id is not None:
         document["Id"] = _printable(refusal.task_id)
     document["Error"] = detail
-    headers = []
-    if refusal.retry_after is not None:
-        headers.append(("Retry-After", str(refusal.retry_after)))
-    if refusal.status == 401:
-        headers.append(("WWW-Authenticate", CHALLENGE))
-    return render(document, media_type, "Problem", refusal.status, headers)
+    return document
 
 
 def _printable(text: str) -> str:

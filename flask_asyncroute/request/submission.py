@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 from urllib.parse import quote
@@ -48,6 +48,7 @@ class StartRequest:
     captured: Snapshot
     body: Body | None
     permission: Permission | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # the view's, without the fixed ones
     key: StartKey | None = None
     unique_key: str | None = None
     delivery: Delivery | None = None
@@ -167,6 +168,17 @@ def permission_of(route: Route, caller: Caller | None) -> Permission | None:
         )  # fmt: skip
         raise NotPermitted("The permission for this task could not be determined.")
     return permission
+
+
+def validate(incoming: StartRequest) -> None:
+    """Call the route's ``validate`` function. Its exceptions are those of the caller."""
+    options = incoming.route.options
+    if options.validate is not None:
+        restore_body(incoming.current, incoming.captured, incoming.body)
+        try:
+            options.validate(**{**options.arguments, **incoming.arguments})
+        except (ClientDisconnected, RequestEntityTooLarge) as error:
+            raise body_refusal(incoming.current, error) from error
 
 
 def take_unique_key(incoming: StartRequest, secret: bytes) -> None:

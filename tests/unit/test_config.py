@@ -72,6 +72,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "NAMESPACE": ["", 5, [], True, "x" * 256, b"x"],
     "CREATE_TABLES": NOT_BOOLEANS,
+    "PAGES": NOT_BOOLEANS,
     "OPERATIONS": [*NOT_LISTS, [], (), ["get", "get"], ["Get"], ["get", "callback"], [5], [["get"]]],
     "URL_PREFIX": [value for value in NOT_PATHS if value != ""],
     "TASK_PATH": [*NOT_PATHS, "/tasks"],
@@ -122,6 +123,8 @@ BAD: dict[str, list[Any]] = {
     "CELERY": [5, [], object()],
     "RETRY": [None, True, -1, "3"],
     "UNIQUE": ["key", 1],
+    "VALIDATE": ["check", 1],
+    "RESPOND": ["answer", 1],
     "ON_LOSS": [None, "", "Abort", True],
 }  # fmt: skip
 
@@ -133,6 +136,7 @@ GOOD: dict[str, list[Any]] = {
     "APP": [None, "x", "x.y", "x:app", "x.y:create_app()", "x:create_app('a', b=5)", "été:app"],
     "NAMESPACE": ["x", "x" * 255, None],
     "CREATE_TABLES": [True, False],
+    "PAGES": [True, False],
     "OPERATIONS": [["get"], ("query", "stop"), ["get", "stop", "query"], ["events"]],
     "URL_PREFIX": ["", "/api", "/api/v1", "/a.b-c_d~e"],
     "TASK_PATH": ["/job", "/api/task"],
@@ -174,6 +178,8 @@ GOOD: dict[str, list[Any]] = {
     "CELERY": [None, "package.module:celery"],
     "RETRY": [0, 3, Retry(times=2)],
     "UNIQUE": [None, False, True, lambda: "key"],
+    "VALIDATE": [None, print],
+    "RESPOND": [None, print],
     "ON_LOSS": ["abort", "restart"],
 }  # fmt: skip
 
@@ -364,6 +370,7 @@ def test_a_configuration_error_at_first_use_is_raised_until_it_is_fixed(make_app
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("PAGES", False),
         ("OPERATIONS", ["get"]),
         ("URL_PREFIX", "/x"),
         ("TASK_PATH", "/x"),

@@ -37,6 +37,10 @@ def some_function() -> None:
     """A function of the app."""
 
 
+async def some_async_function() -> None:
+    """A function that needs an event loop."""
+
+
 NOT_BOOLEANS: list[Any] = [None, 0, 1, "True", "False", "", [], 1.0]
 NOT_WHOLE: list[Any] = [None, "5", 1.5, 1.0, True, math.nan, [], -1]
 NOT_SECONDS = [
@@ -83,6 +87,8 @@ BAD: dict[str, list[Any]] = {
     "retry": [None, True, -1, 1.5, "3", Retry, {"times": 3}, 1_000_001],
     "unique": ["key", 1, Retry],
     "celery": [*NOT_MAPPINGS, {"queues": "x"}, {"queue": ""}, {"priority": "high"}],
+    "validate": ["check", 1, True, Retry, some_async_function],
+    "respond": ["answer", 1, True, Retry, some_async_function],
     "on_loss": [None, "Abort", "", True, ["abort"], "restart "],
     "pool": NOT_NAMES,
     "arguments": [*NOT_MAPPINGS, {5: 1}, {"a b": 1}, {"class": 1}, {"": 1}, {"1a": 1}, {None: 1}],
@@ -122,6 +128,8 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {
     "retry": [(0, None), (Retry(times=0), None), (3, Retry(times=3)), (Retry(2), Retry(times=2))],
     "unique": [(None, False), (False, False), (True, True), (some_function, some_function)],
     "celery": [({}, {}), ({"queue": "slow", "priority": 3}, {"queue": "slow", "priority": 3})],
+    "validate": [(None, None), (some_function, some_function)],
+    "respond": [(None, None), (some_function, some_function)],
     "on_loss": [("abort", "abort"), ("restart", "restart")],
     "pool": [("p", "p"), ("x" * 255, "x" * 255), (None, None)],
     "arguments": [({"a": 1}, {"a": 1}), ({}, {})],

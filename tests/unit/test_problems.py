@@ -65,7 +65,7 @@ def test_problems_are_json_by_default():
         ("application/problem+json;q=0.2, application/xml;q=0.1", "application/problem+json"),
         ("application/yaml", "application/yaml; charset=utf-8"),
         ("text/x-yaml", "application/yaml; charset=utf-8"),
-        ("text/html", "application/problem+json"),
+        ("text/html", "application/json"),
         ("*/*;q=0", "application/problem+json"),
         ("nonsense", "application/problem+json"),
     ],
