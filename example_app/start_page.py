@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from urllib.parse import urlsplit
 
 from flask import Blueprint, Response, make_response, render_template, request
 
@@ -51,8 +52,14 @@ def latest_tasks() -> list[AsyncRouteTask]:
     return list(islice(tasks, MAX_SHOWN))
 
 
+def path_of(url: str) -> str:
+    """Return the path of a task's URL, without the host."""
+    return urlsplit(url).path
+
+
 def _private(template: str, **values: object) -> Response:
     """Render a template with the visitor's tasks. Caches must not store the response."""
-    response = make_response(render_template(template, tasks=latest_tasks(), **values))
+    page = render_template(template, tasks=latest_tasks(), path_of=path_of, **values)
+    response = make_response(page)
     response.cache_control.no_store = True
     return response

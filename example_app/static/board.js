@@ -82,7 +82,7 @@ function connect() {
   source.addEventListener("task.progress", (event) => showProgress(JSON.parse(event.data)));
   source.addEventListener("task.completed", (event) => {
     const task = JSON.parse(event.data);
-    part("news").textContent = `${task.Method} ${task.Url}: ${task.State}`;
+    part("news").textContent = `${task.Method} ${new URL(task.Url).pathname}: ${task.State}`;
     refresh();
   });
   source.addEventListener("error", () => {
