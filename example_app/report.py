@@ -1,5 +1,5 @@
-"""``POST /report``: reads figures from an unreliable service, as an example of the options ``retry``
-and ``unique``.
+"""``POST /report``: reads figures from an unreliable service, as an example of ``retry`` and
+``unique``.
 """
 
 from __future__ import annotations
