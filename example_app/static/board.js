@@ -2,6 +2,7 @@
 // Without this script, the page is a plain list, and its forms lead to the pages of the tasks.
 "use strict";
 
+const RETRY_MS = 3000;
 const part = (id) => document.getElementById(id);
 const board = part("board");
 let source = null;
@@ -51,7 +52,7 @@ function showButtons() {
 
 function showProgress(task) {
   for (const place of document.querySelectorAll(`[data-task="${task.Id}"]`)) {
-    const bar = place.querySelector("progress");
+    const bar = place.querySelector(".going progress");
     if (bar === null) {
       refresh();
       return;
@@ -72,7 +73,7 @@ board.addEventListener("click", (event) => {
 // --- The event stream ---
 
 function connect() {
-  if (source !== null) return;
+  if (source !== null || document.hidden) return;
   source = new EventSource(board.dataset.events);
   source.addEventListener("open", () => {
     part("connection").textContent = "Live";
@@ -86,8 +87,12 @@ function connect() {
     refresh();
   });
   source.addEventListener("error", () => {
-    // Streams end at their maximum age, or at once if the server has too many. The browser reconnects.
-    if (source?.readyState === EventSource.CLOSED) part("connection").textContent = "Not connected";
+    // Streams end at their maximum age, or at once if the server has too many. Then the browser
+    // reconnects by itself, unless the server has refused the stream.
+    if (source?.readyState !== EventSource.CLOSED) return;
+    disconnect();
+    part("connection").textContent = "Not connected";
+    setTimeout(connect, RETRY_MS);
   });
 }
 
