@@ -69,7 +69,9 @@ def serving(folder: Path, log: Path, *command: str) -> Iterator[str]:
         finally:
             process.kill()
             process.wait()
-    assert "Traceback" not in log.read_text(), log.read_text()
+    text = log.read_text()
+    # The first attempts of a report of the example fail on purpose.
+    assert text.count("Traceback") == text.count("failed; the task runs again"), text
 
 
 GUNICORN = (
