@@ -41,7 +41,6 @@ help:  ## list these targets
 
 demo: .venv-demo/.made  ## serve the example application on http://127.0.0.1:8000/ (PORT=… for another port)
 	@echo "The example application: http://127.0.0.1:$(PORT)/ (Ctrl-C stops it)"
-	@echo "A task, live in the browser: http://127.0.0.1:$(PORT)/live"
 	.venv-demo/bin/python -m gunicorn --config python:example_app.server --workers 4 --threads 4 \
 		--bind 127.0.0.1:$(PORT) --no-control-socket 'example_app:create_app()'
 

@@ -1,9 +1,10 @@
 """An example application for flask_asyncroute, and a template for real ones.
 
-Run it with ``gunicorn 'example_app:create_app()'``. The async routes are in `sleepers`, `primes`,
-`csv_summary` and `tour`. `people`, `visitor` and `sign_in` identify the visitor. `start_page` shows
-commands to try, `live_page` follows a task in the browser, `protection` and `secret` provide
-security, and `server` configures gunicorn. `extension` contains the setup of flask_asyncroute.
+Run it with ``gunicorn 'example_app:create_app()'``. The async routes are in `tour`, `csv_summary`,
+`primes`, `report` and `sleepers`. `people`, `visitor` and `sign_in` identify the visitor.
+`start_page` shows the visitor's tasks, the `works` to run and the `trials` with curl. `protection`
+and `secret` provide security, and `server` configures gunicorn. `extension` contains the setup of
+flask_asyncroute.
 
 ``make demo-celery`` also uses `elsewhere`, an async route that runs on a Celery worker, `worker`,
 which the worker loads, and `with_celery`, which starts everything.
@@ -17,7 +18,7 @@ from typing import Any
 
 from flask import Flask
 
-from . import csv_summary, live_page, primes, sign_in, sleepers, start_page, tour
+from . import csv_summary, primes, report, sign_in, sleepers, start_page, tour
 from .extension import async_routes
 from .protection import protect
 from .secret import secret_key
@@ -43,6 +44,7 @@ def create_app(config: Mapping[str, Any] | None = None, instance_path: str | Non
     app.config.update(
         # Child processes, which run the tasks of `primes`, create the app in the same way.
         ASYNCROUTE_APP=f"{__name__}:create_app(instance_path={instance_path!r})",
+        ASYNCROUTE_DRAIN=5,
         ASYNCROUTE_LIST_ANONYMOUS=True,
         ASYNCROUTE_MAX_BODY=MAX_UPLOAD,
         MAX_CONTENT_LENGTH=MAX_UPLOAD,
@@ -54,7 +56,7 @@ def create_app(config: Mapping[str, Any] | None = None, instance_path: str | Non
         app.config["SECRET_KEY"] = secret_key(Path(app.instance_path))
     protect(app)
     app.before_request(find_visitor)
-    for module in (start_page, live_page, sign_in, sleepers, csv_summary, primes, tour):
+    for module in (start_page, sign_in, tour, csv_summary, primes, report, sleepers):
         app.register_blueprint(module.blueprint)
     if "CELERY" in app.config:
         from . import elsewhere  # needs Celery

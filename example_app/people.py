@@ -1,7 +1,7 @@
 """The users of the example: three people, two of them in the group "analysts".
 
-A real app would store users in its database. The passwords are for demonstration, and the start
-page shows them.
+A real app would store users in its database. The passwords are for demonstration: each is the
+same as the name.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from werkzeug.security import check_password_hash
-
-from flask_asyncroute import AsyncRouteTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +57,3 @@ def authenticate(name: str, password: str) -> Person | None:
     person = PEOPLE.get(name)
     is_right = check_password_hash((person or _EVERYBODY[0]).password_hash, password)
     return person if is_right else None
-
-
-def may_read(person: Person | None, task: AsyncRouteTask) -> bool:
-    """Return whether this visitor may read a task, by the rules of the package's own operations."""
-    permission = task.permission
-    if permission is None:
-        return True
-    if person is None:
-        return False
-    return any(
-        person.id in access.users or not person.groups.isdisjoint(access.groups)
-        for access in (permission.read, permission.write)
-    )

@@ -56,11 +56,11 @@ def refuse_other_sites() -> None:
 
 
 def add_headers(response: Response) -> Response:
-    """Add the security headers to a response."""
-    for name, value in HEADERS.items():
-        response.headers[name] = value
+    """Add the security headers that a response does not have."""
     is_page = response.mimetype == "text/html"
-    response.headers["Content-Security-Policy"] = PAGE_POLICY if is_page else DATA_POLICY
+    policy = PAGE_POLICY if is_page else DATA_POLICY
+    for name, value in {**HEADERS, "Content-Security-Policy": policy}.items():
+        response.headers.setdefault(name, value)
     return response
 
 

@@ -25,7 +25,7 @@ MAX_MESSAGE = 200
 ANALYSTS = Access(groups=("analysts",))
 
 
-@blueprint.put("/asyncParam")
+@blueprint.route("/asyncParam", methods=["PUT", "POST"])  # forms cannot send PUT
 @async_routes.task(arguments={"sleep_time": 2, "message": "coming from an argument"})
 def async_param(sleep_time: float, message: str) -> dict[str, str]:
     """Sleep and return an argument of the decorator. This is plain code that does not use tasks."""

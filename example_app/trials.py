@@ -1,4 +1,4 @@
-"""The shell commands that the start page offers to try, with the URL that the visitor used."""
+"""Shell commands for more operations on tasks, with the URL that the visitor used."""
 
 from __future__ import annotations
 
@@ -99,25 +99,6 @@ def trials(root: str) -> tuple[Group, ...]:
                         f"ID=$(curl -s -X POST -d traveller=Ada {url('/tour')}{an_id})",
                         f"curl -N {one_task}/events",
                     ),
-                ),
-            ),
-        ),
-        Group(
-            "Real work",
-            (
-                Trial(
-                    "A summary of a CSV file",
-                    "The view computes statistics of each column. The command sends a small table "
-                    "of this app. Try your own file, too.",
-                    (
-                        f"curl -s {url('/static/planets.csv')} | curl -F file=@- "
-                        f"{url('/csv-summary')}",
-                    ),
-                ),
-                Trial(
-                    "Prime numbers",
-                    "The view computes in a child process, with progress, and can be stopped.",
-                    (f"curl -X POST {url('/primes/1000000000')}",),
                 ),
             ),
         ),

@@ -29,7 +29,7 @@ def find_visitor() -> None:
 
 def current_visitor() -> Person | None:
     """Return the visitor of the current request; None if nobody is signed in."""
-    visitor: Person | None = g.visitor
+    visitor: Person | None = g.get("visitor")
     return visitor
 
 

@@ -28,11 +28,14 @@ from example_app import (
     csv_summary,
     people,
     primes,
+    report,
     server,
     sleepers,
+    start_page,
     table,
     tour,
     trials,
+    works,
 )
 from example_app.column import Column
 from example_app.extension import async_routes
@@ -185,35 +188,29 @@ def test_a_long_traveller_name_is_refused(
     )
 
 
-def test_the_live_page_loads_only_its_own_resources(client: FlaskClient) -> None:
-    answer = client.get("/live")
-    policy = answer.headers["Content-Security-Policy"]
-    assert "script-src 'self'; connect-src 'self';" in policy and "unsafe" not in policy
-    assert re.findall(r"<script[^>]*>(.*?)</script>", answer.text, re.DOTALL) == [""]
-    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", answer.text)
-    assert 'action="/tour"' in answer.text
-    assert 'href="/live"' in client.get("/").text
+# The report
 
 
-def test_the_script_inserts_text_only(client: FlaskClient) -> None:
-    with client.get("/static/live.js") as answer:
-        script = answer.text
-    assert "textContent" in script
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", script
-    )
-    page = client.get("/live").text
-    ids_in_script = set(re.findall(r'part\("(\w+)"\)', script))
-    assert ids_in_script <= set(re.findall(r'\sid="(\w+)"', page))
+def test_a_report_succeeds_in_the_third_attempt(
+    client: FlaskClient,
+    finished: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "SECONDS", 0)
+    task = finished(client.post("/report"))
+    assert task["Result"] == {"attempts": 3, "visitors": [17, 25, 31]}
+    assert task["LastError"] == "ServiceUnavailable: The service did not respond."
 
 
-def test_the_live_page_under_a_path_prefix(client: FlaskClient) -> None:
-    page = client.get("/live", environ_overrides={"SCRIPT_NAME": "/demo"}).text
-    assert 'action="/demo/tour"' in page and 'src="/demo/static/live.js"' in page
-    start = client.post("/tour", environ_overrides={"SCRIPT_NAME": "/demo"})
-    assert json_of(start)["Sse"]["Url"] == f"{start.headers['Location']}/events"
-    assert start.headers["Location"].startswith("/demo/task/")
-    client.delete(start.headers["Location"].removeprefix("/demo"))
+def test_a_person_has_one_report_at_a_time(client: FlaskClient) -> None:
+    def start(auth: tuple[str, str] | None = None) -> str:
+        return str(client.post("/report", auth=auth).headers["Location"])
+
+    alice, bob, anonymous = start(("alice", "alice")), start(("bob", "bob")), start()
+    assert start(("alice", "alice")) == alice
+    assert len({alice, bob, anonymous, start()}) == 4
+    assert client.delete(alice, auth=("alice", "alice")).status_code == 200
+    assert start(("alice", "alice")) != alice
 
 
 def test_a_gunicorn_worker_starts_the_runner(app: Flask) -> None:
@@ -458,6 +455,14 @@ def statuses(client: FlaskClient, method: str, path: str) -> dict[str, int]:
     }
 
 
+@pytest.fixture
+def long_naps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tasks of the routes under ``/auth`` run until they are stopped."""
+    doze = sleepers.doze
+    monkeypatch.setattr(sleepers, "doze", lambda sleep_time, message: doze(600, message))
+
+
+@pytest.mark.usefixtures("long_naps")
 def test_permissions(client: FlaskClient) -> None:
     url = client.put("/auth/asyncUsing", auth=("alice", "alice")).headers["Location"]
     assert statuses(client, "GET", url) == {"bob": 200, "carol": 404, "alice": 200}
@@ -471,28 +476,83 @@ def test_permissions(client: FlaskClient) -> None:
     assert client.delete(url, auth=("alice", "alice")).status_code == 200
 
 
-def test_the_page_lists_the_tasks_that_the_visitor_may_read(client: FlaskClient) -> None:
-    starts = {
-        "anonymous": client.put("/asyncUsing"),
-        "alice's": client.put("/auth/asyncUsing", auth=("alice", "alice")),
-        "carol's": client.put("/auth/asyncUsing", auth=("carol", "carol")),
-    }
+def test_one_click_signs_a_person_in(client: FlaskClient) -> None:
+    page = client.get("/").text
+    forms = re.findall(r'<form class="person".*?</form>', page, re.DOTALL)
+    assert len(forms) == len(people.PEOPLE)
+    fields = dict(re.findall(r'name="(\w+)" value="(\w+)"', forms[1]))
+    page = client.post("/sign-in", data=fields, follow_redirects=True).text
+    assert "Signed in as <strong>bob</strong>" in page
+    assert "Sign in as bob" not in page and "Sign in as alice" in page
 
-    def listed(auth: tuple[str, str] | None = None) -> set[str]:
-        page = client.get("/", auth=auth).text
-        by_query = {task["Id"] for task in json_of(client.get("/tasks", auth=auth))}
-        shown = {
+
+def test_the_board_lists_the_tasks_of_the_visitor_only(client: FlaskClient) -> None:
+    starts = {
+        person: client.put("/auth/asyncUsing", auth=(person, person))
+        for person in ("alice", "bob", "carol")
+    }
+    starts["nobody"] = client.put("/asyncUsing")
+
+    def listed(path: str, auth: tuple[str, str] | None) -> set[str]:
+        page = client.get(path, auth=auth).text
+        return {
             name for name, start in starts.items() if f'href="{start.headers["Location"]}"' in page
         }
-        assert shown == {name for name, start in starts.items() if json_of(start)["Id"] in by_query}
-        return shown
 
-    assert listed() == {"anonymous"}
-    assert listed(("bob", "bob")) == {"anonymous", "alice's"} | {"carol's"}
-    assert listed(("carol", "carol")) == {"anonymous", "carol's"}
-    for person, name in (("alice", "alice's"), ("carol", "carol's")):
-        client.delete(starts[name].headers["Location"], auth=(person, person))
-    client.delete(starts["anonymous"].headers["Location"])
+    for path in ("/", "/board"):
+        assert listed(path, None) == {"nobody"}
+        for person in ("alice", "bob", "carol"):
+            assert listed(path, (person, person)) == {person}
+
+
+def test_the_board_shows_the_latest_tasks(client: FlaskClient) -> None:
+    starts = [client.post("/primes/1") for _ in range(start_page.MAX_SHOWN + 1)]
+    shown = re.findall(r'<li data-task="([^"]+)"', client.get("/board").text)
+    assert shown == [json_of(start)["Id"] for start in starts[:0:-1]]
+
+
+def test_the_board_shows_state_progress_and_error(
+    client: FlaskClient, finished: Callable[..., dict[str, Any]]
+) -> None:
+    assert "There are no tasks yet" in client.get("/board").text
+    finished(client.post("/primes/1000"))
+    board = client.get("/board").text
+    assert "<code>POST /primes/1000</code>" in board
+    assert '<span class="state Completed">Completed</span>' in board
+    assert '<progress max="100" value="100' in board and ">100 %<" in board
+    finished(client.post("/tour", data={"traveller": "x" * 41}))
+    board = client.get("/board").text
+    assert "400 Bad Request: The traveller&#39;s name is too long" in board
+    assert 'class="stop"' not in board
+    client.put("/asyncUsing")
+    assert 'class="stop"' in client.get("/board").text
+
+
+def test_a_form_leads_to_the_page_of_its_task_and_back(client: FlaskClient) -> None:
+    browser = {"Accept": "text/html,*/*;q=0.8"}
+    page = client.get("/").text
+    forms = re.findall(r'<form class="work" method="post" action="([^"]+)"', page)
+    assert forms == [work.path for work in works.works("http://localhost")]
+    start = client.post(forms[0], data={"next": "/", "traveller": "Ada"}, headers=browser)
+    assert start.status_code == 303
+    task_page = client.get(start.headers["Location"], headers=browser)
+    assert "flask_asyncroute</a>" in task_page.text and 'class="person"' in task_page.text
+    policy = task_page.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+    client.delete(start.headers["Location"].partition("?")[0])
+
+
+def test_the_start_page_under_a_path_prefix(client: FlaskClient) -> None:
+    prefix = {"SCRIPT_NAME": "/demo"}
+    page = client.get("/", environ_overrides=prefix).text
+    for text in ('action="/demo/tour"', 'src="/demo/static/board.js"', 'data-url="/demo/board"'):
+        assert text in page
+    assert 'data-events="/demo/tasks/events"' in page
+    assert "http://localhost/demo/tour" in page
+    start = client.post("/tour", environ_overrides=prefix)
+    assert json_of(start)["Sse"]["Url"] == f"{start.headers['Location']}/events"
+    assert start.headers["Location"].startswith("/demo/task/")
+    client.delete(start.headers["Location"].removeprefix("/demo"))
 
 
 # The page and its security headers
@@ -507,9 +567,22 @@ def test_the_page_has_security_headers(client: FlaskClient) -> None:
         and "unsafe" not in policy
         and "frame-ancestors 'none'" in policy
     )
-    assert not re.search(r"<script|<style|\sstyle=|\son\w+=|javascript:", answer.text)
+    assert "script-src 'self'; connect-src 'self';" in policy
+    assert re.findall(r"<script[^>]*>(.*?)</script>", answer.text, re.DOTALL) == [""]
+    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", answer.text)
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert "script" not in client.get("/tasks").headers["Content-Security-Policy"]
+
+
+def test_the_script_inserts_no_text_as_html(client: FlaskClient) -> None:
+    with client.get("/static/board.js") as answer:
+        script = answer.text
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", script
+    )
+    page = client.get("/").text
+    ids_in_script = set(re.findall(r'part\("(\w+)"\)', script))
+    assert ids_in_script and ids_in_script <= set(re.findall(r'\sid="(\w+)"', page))
 
 
 @pytest.mark.parametrize("host", ["demo.example:8080", "localhost"])
@@ -520,10 +593,15 @@ def test_commands_use_the_host_of_the_request(client: FlaskClient, host: str) ->
 
 
 def test_commands_are_quoted() -> None:
-    for group in trials.trials("http://x/$(reboot)"):
-        for trial in group.trials:
-            for command in trial.commands:
-                assert re.search(r"'http://x/\$\(reboot\)[^']*'", command), command
+    root = "http://x/$(reboot)"
+    commands = [
+        command
+        for group in trials.trials(root)
+        for trial in group.trials
+        for command in trial.commands
+    ]
+    for command in [*commands, *(work.command for work in works.works(root))]:
+        assert re.search(r"'http://x/\$\(reboot\)[^']*'", command), command
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from example_app import trials
+from example_app import trials, works
 from tests.support.event_streams import messages
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,7 +69,9 @@ def serving(folder: Path, log: Path, *command: str) -> Iterator[str]:
         finally:
             process.kill()
             process.wait()
-    assert "Traceback" not in log.read_text(), log.read_text()
+    text = log.read_text()
+    # The first attempts of a report of the example fail on purpose.
+    assert text.count("Traceback") == text.count("failed; the task runs again"), text
 
 
 GUNICORN = (
@@ -251,8 +253,6 @@ def test_the_commands_on_the_start_page(shell: Shell) -> None:
         "Stop": [[202], [200]],
         "Wait": [[202], [200], [200]],
         "Follow": [[202], [200]],
-        "A summary of a CSV file": [[200, 202]],
-        "Prime numbers": [[202]],
         "Simple": [[200]],
         "deepObject": [[200]],
         "JSON": [[200]],
@@ -266,6 +266,8 @@ def test_the_commands_on_the_start_page(shell: Shell) -> None:
             found = [sorted(shell.run(command)[0]) for command in trial.commands]
             assert found == expected.pop(trial.title), trial
     assert not expected
+    for work in works.works(shell.address):
+        assert set(shell.run(work.command)[0]) <= {200, 202}, work
     running: Any = shell.task(f"curl {shell.address}/tasks?State=Running")
     for task in running:
         shell.run(f"curl -X DELETE {shell.address}/task/{task['Id']}")
