@@ -143,13 +143,14 @@ class AsyncRouteClient:
             answer = self._transport.request("POST", url, headers, data=body, params=params)
             page = _page(answer)
             yield from page
-            following = requests.utils.parse_header_links(answer.headers.get("Link", ""))
-            targets = [link["url"] for link in following if link.get("rel") == "next"]
+            links = requests.utils.parse_header_links(answer.headers.get("Link", ""))
+            targets = [link["url"] for link in links if link.get("rel") == "next"]
             if not targets:
                 return
-            if not page:
-                raise InvalidResponseError(f"{answer.url}: a page is empty, but not the last one.")
-            url, params = self._transport.resolve(targets[0], answer.url), {}
+            following = self._transport.resolve(targets[0], answer.url)
+            if not page or following == url:
+                raise InvalidResponseError(f"{answer.url}: the pages have no end.")
+            url, params = following, {}
 
     def _url(self, path: str) -> str:
         return f"{self._transport.base_url}/{path.lstrip('/')}"
