@@ -222,17 +222,18 @@ class Follower:
         return max(min(dues, default=0.0) - time.monotonic(), 0.0)
 
     def _read(self, followed: _Followed) -> bool:
-        """Read a task; return whether the server responded."""
+        """Read a task; return whether to read the next one at once."""
         try:
             after = followed.task.read(once=True)
         except TRANSIENT as error:
             now = time.monotonic()
             followed.due = now + min(delay(error, 1.0), LONGEST_PAUSE)
             if isinstance(error, UnreachableError):
+                is_first = self._unreachable_since is None
                 self._unreachable_since = self._unreachable_since or now
                 if now - self._unreachable_since >= self._transport.retry_for:
                     self._fail_all(error)
-                return False
+                return is_first  # one lost response does not delay the other tasks
             self._unreachable_since = None
             followed.failing_since = followed.failing_since or now
             if now - followed.failing_since >= self._transport.retry_for:

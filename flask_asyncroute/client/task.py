@@ -22,7 +22,7 @@ from .errors import (
 from .sse import ServerEvent
 from .transport import Answer, Transport, delay, pauses
 
-logger = logging.getLogger("flask_asyncroute.client")
+logger = logging.getLogger("flask_asyncroute")
 
 STATES = ("NotStarted", "Running", "Completed", "Failed", "Aborted")
 ENDED = STATES[2:]
@@ -224,7 +224,7 @@ def task_of(answer: Answer, task_id: str | None = None) -> dict[str, Any]:
     """Return the task object in a response.
 
     :param task_id: the expected id; None: any.
-    :raises InvalidResponseError: if there is none, or it is another task's.
+    :raises InvalidResponseError: if the response has no task object, or that of another task.
     """
     document = checked(answer.json(), answer.url)
     if task_id is not None and document["Id"] != task_id:

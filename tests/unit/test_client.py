@@ -327,7 +327,7 @@ def test_cancel_raises_if_the_caller_may_not_stop_the_task(serve: Start) -> None
         client.task("one").cancel()
 
 
-def test_a_task_is_followed_once_whoever_asks_for_it(serve: Start) -> None:
+def test_two_requests_for_one_task_return_the_same_object(serve: Start) -> None:
     client, _ = serve(answering(document("Running", Progress=5.0)))
     first = client.start("PUT", "/work")
     seen: list[float] = []
