@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -76,3 +77,11 @@ def response(status: str, document: Any = None, *fields: str, kind: str = "json"
     head = [f"HTTP/1.1 {status}", f"Content-Type: application/{kind}", "Connection: close"]
     head += [f"Content-Length: {len(body)}", *fields, "", ""]
     return "\r\n".join(head).encode() + body
+
+
+def drip(piece: bytes, *before: bytes) -> Iterator[bytes]:
+    """Yield a piece every 50 ms, for ten seconds."""
+    yield from before
+    for _ in range(200):
+        time.sleep(0.05)
+        yield piece

@@ -20,7 +20,7 @@ from flask_asyncroute.client import (
     UnavailableError,
     UnreachableError,
 )
-from tests.support.raw_server import RawServer, Serve, response
+from tests.support.raw_server import RawServer, Serve, drip, response
 
 SECONDS = 10.0
 LIMIT = 100_000
@@ -30,8 +30,6 @@ COMPLETED = {"Id": "one", "State": "Completed", "Result": 1}
 OWNED = {**RUNNING, "User": "ann", "Sse": {"Url": "/task/one/events", "SendResult": False}}
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 KINDS = ["start", "get", "cancel", "query", "events"]
-
-pytestmark = pytest.mark.covers("A93")
 
 
 @pytest.fixture
@@ -86,6 +84,7 @@ def first(line: str) -> Iterable[bytes] | None:
     return None
 
 
+@pytest.mark.covers("A93")
 @pytest.mark.parametrize("status", ["301 X", "302 X", "303 X", "307 X", "308 X"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_redirect_is_followed(serve: Start, other: RawServer, status: str, kind: str) -> None:
@@ -97,6 +96,7 @@ def test_no_redirect_is_followed(serve: Start, other: RawServer, status: str, ki
     assert other.url in caught.value.detail
 
 
+@pytest.mark.covers("A93")
 def test_the_body_of_a_redirect_is_limited(serve: Start) -> None:
     client, server = serve(lambda *_: flood("302 X", "Location: /elsewhere"))
     with pytest.raises(InvalidResponseError, match="larger than max_response"):
@@ -104,6 +104,7 @@ def test_the_body_of_a_redirect_is_limited(serve: Start) -> None:
     assert server.sent < 100 * LIMIT
 
 
+@pytest.mark.covers("A93")
 @pytest.mark.parametrize(
     "target",
     [
@@ -141,6 +142,7 @@ def test_urls_of_other_origins_are_refused(
     assert len(server.requests) == 1
 
 
+@pytest.mark.covers("A93")
 @pytest.mark.parametrize("target", ["http:////{host}/x", "{own}\\@{host}/x", "/\\{host}/x"])
 def test_ambiguous_urls_lead_to_the_own_server(serve: Start, other: RawServer, target: str) -> None:
     def answer(line: str, request: bytes) -> Iterable[bytes]:
@@ -176,6 +178,7 @@ def test_only_task_objects_are_accepted(serve: Start, document: Any) -> None:
         list(client.query())
 
 
+@pytest.mark.covers("A93")
 def test_another_task_in_place_of_the_requested_one_is_refused(serve: Start) -> None:
     def answer(line: str, request: bytes) -> Iterable[bytes]:
         if line.startswith("PUT"):
@@ -189,6 +192,7 @@ def test_another_task_in_place_of_the_requested_one_is_refused(serve: Start) -> 
         client.task("one")
 
 
+@pytest.mark.covers("A93")
 @pytest.mark.parametrize("kind", KINDS)
 def test_errors_for_a_long_time_are_raised(serve: Start, kind: str) -> None:
     client, server = serve(lambda line, _: first(line) or [response("503 X", {}, SOON)])
@@ -199,6 +203,7 @@ def test_errors_for_a_long_time_are_raised(serve: Start, kind: str) -> None:
     assert 3 <= len(server.requests) <= 20
 
 
+@pytest.mark.covers("A93")
 def test_errors_for_a_long_time_end_a_followed_task(serve: Start) -> None:
     def answer(line: str, request: bytes) -> Iterable[bytes]:
         if line.startswith("PUT"):
@@ -217,13 +222,6 @@ def endless(*pieces: bytes) -> Iterator[bytes]:
 def flood(status: str = "200 OK", *fields: str) -> Iterator[bytes]:
     head = "\r\n".join([f"HTTP/1.1 {status}", "Content-Length: 1000000000", *fields, "", ""])
     return endless(head.encode(), b"x" * 65536)
-
-
-def drip(piece: bytes, *before: bytes) -> Iterator[bytes]:
-    yield from before
-    for _ in range(200):
-        time.sleep(0.05)
-        yield piece
 
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -246,6 +244,7 @@ SLOW: dict[str, Callable[[], Iterable[bytes]]] = {
 }
 
 
+@pytest.mark.covers("A93")
 @pytest.mark.parametrize("name", SLOW)
 def test_a_response_that_does_not_end_is_abandoned(serve: Start, name: str) -> None:
     client, server = serve(lambda *_: SLOW[name](), timeout=0.6)
@@ -266,6 +265,7 @@ LARGE: dict[str, Callable[[], Iterable[bytes]]] = {
 }
 
 
+@pytest.mark.covers("A93")
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("kind", ["start", "get", "query"])
 def test_a_large_response_is_refused(serve: Start, name: str, kind: str) -> None:
@@ -308,6 +308,7 @@ BAD_STREAMS: dict[str, Callable[[], Iterable[bytes]]] = {
 }
 
 
+@pytest.mark.covers("A93")
 @pytest.mark.parametrize("name", BAD_STREAMS)
 def test_a_bad_stream_is_abandoned(serve: Start, name: str) -> None:
     """The task is polled instead."""
