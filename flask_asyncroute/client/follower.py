@@ -94,12 +94,10 @@ class Follower:
     def close(self) -> None:
         """End the thread; wait at most five seconds for it. Unfinished tasks raise an error."""
         with self._lock:
-            self._transport.closed.set()
             left = list(self._followed.values())
             self._followed.clear()
             thread = self._thread
-            if self._stream is not None:
-                self._stream.abort()
+            self._transport.close()
             self._wake.set()
         for followed in left:
             followed.task.fail(ClientError("The client was closed. The task goes on."))

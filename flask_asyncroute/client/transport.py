@@ -110,9 +110,16 @@ class Transport:
         self._timeout = timeout
         self._max_response = max_response
         self._pid = os.getpid()
+        self._active: set[_Deadline] = set()
         adapter = session.get_adapter(self._origin)
         if type(adapter) is HTTPAdapter:
             session.mount(self._origin, _Adapter(max_retries=adapter.max_retries))
+
+    def close(self) -> None:
+        """Refuse new requests; abort those in progress."""
+        self.closed.set()
+        for deadline in list(self._active):
+            deadline.abort()
 
     def request(
         self,
@@ -169,10 +176,11 @@ class Transport:
             _refuse_encoding(response)
         except BaseException:
             response.close()
+            self._active.discard(deadline)
             raise
         finally:
             deadline.cancel()
-        return Stream(response, deadline, self._max_response)
+        return Stream(response, deadline, self._max_response, self._active)
 
     def resolve(self, target: str, source: str | None = None) -> str:
         """Return an absolute URL.
@@ -225,6 +233,7 @@ class Transport:
                 return self._read(response, deadline)
         finally:
             deadline.cancel()
+            self._active.discard(deadline)
 
     def _send(
         self, prepared: requests.PreparedRequest, deadline: _Deadline, silence: float
@@ -232,11 +241,18 @@ class Transport:
         assert prepared.url is not None
         settings = self._session.merge_environment_settings(prepared.url, {}, True, None, None)
         _current.deadline = deadline
+        self._active.add(deadline)
+        if self.closed.is_set():
+            deadline.abort()
         try:
             with _translated(prepared.url, deadline):
                 return self._session.send(
                     prepared, allow_redirects=False, timeout=(self._timeout, silence), **settings
                 )
+        except BaseException:
+            deadline.cancel()
+            self._active.discard(deadline)
+            raise
         finally:
             del _current.deadline
 
@@ -300,18 +316,26 @@ def delay(error: ClientError, pause: float) -> float:
 class Stream:
     """An open stream of server-sent events. Only `abort` may be called by another thread."""
 
-    def __init__(self, response: requests.Response, deadline: _Deadline, max_event: int) -> None:
+    def __init__(
+        self,
+        response: requests.Response,
+        deadline: _Deadline,
+        max_event: int,
+        active: set[_Deadline],
+    ) -> None:
         self.is_over = response.status_code == 204
         """Whether the task has ended and there are no more events."""
         self.parser = SseParser(max_event)
         self._response = response
         self._deadline = deadline
+        self._active = active
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._response.close()
+        self._active.discard(self._deadline)
 
     def abort(self) -> None:
         """End the stream; `pieces` raises UnreachableError."""

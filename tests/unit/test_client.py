@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, as_completed
 from concurrent.futures import wait as wait_for
@@ -31,7 +32,7 @@ from flask_asyncroute.client import (
     UnavailableError,
     UnreachableError,
 )
-from tests.support.raw_server import RawServer, Serve, response
+from tests.support.raw_server import RawServer, Serve, drip, response
 
 PROBLEM = "tag:flask-asyncroute.readthedocs.io,2026:"
 SECONDS = 10.0
@@ -418,6 +419,19 @@ def test_close_ends_the_thread_and_fails_what_is_unfinished(
         task.wait(0)
     with pytest.raises(ClientError, match="closed"):
         client.start("PUT", "/work")
+    assert "asyncroute-client" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_close_aborts_a_request_in_progress(serve: Start, eventually: Callable[..., Any]) -> None:
+    def answer(line: str, request: bytes) -> Iterable[bytes]:
+        return [accepted()] if line.startswith("PUT") else drip(b"x")
+
+    client, server = serve(answer, timeout=60.0)
+    client.start("PUT", "/work")
+    eventually(lambda: len(server.requests) == 2)
+    begin = time.monotonic()
+    client.close()
+    assert time.monotonic() - begin < 4
     assert "asyncroute-client" not in {thread.name for thread in threading.enumerate()}
 
 
