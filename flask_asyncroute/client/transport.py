@@ -10,7 +10,6 @@ import http.client
 import json
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -24,9 +23,8 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 from requests.utils import rewind_body
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from .connections import REDIRECT, Adapter, Deadline, current
 from .errors import (
     OF_STATUS,
     OF_TYPE,
@@ -48,10 +46,8 @@ MAX_TEXT = 2000
 """Characters of a problem's text in an exception."""
 
 _PIECE = 64 * 1024
-_REDIRECT = "X-Asyncroute-Redirect"
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError,
                    http.client.HTTPException)  # fmt: skip
-_current = threading.local()
 
 
 @dataclass(frozen=True)
@@ -110,10 +106,10 @@ class Transport:
         self._timeout = timeout
         self._max_response = max_response
         self._pid = os.getpid()
-        self._active: set[_Deadline] = set()
+        self._active: set[Deadline] = set()
         adapter = session.get_adapter(self._origin)
         if type(adapter) is HTTPAdapter:
-            session.mount(self._origin, _Adapter(max_retries=adapter.max_retries))
+            session.mount(self._origin, Adapter(max_retries=adapter.max_retries))
 
     def close(self) -> None:
         """Refuse new requests; abort those in progress."""
@@ -163,7 +159,7 @@ class Transport:
         if last_id is not None:
             headers["Last-Event-ID"] = last_id
         prepared = self._prepare("GET", url, headers)
-        deadline = _Deadline(self._timeout)
+        deadline = Deadline(self._timeout)
         response = self._send(prepared, deadline, STREAM_SILENCE)
         try:
             if response.status_code != 200:
@@ -226,7 +222,7 @@ class Transport:
         return prepared
 
     def _attempt(self, prepared: requests.PreparedRequest) -> Answer:
-        deadline = _Deadline(self._timeout)
+        deadline = Deadline(self._timeout)
         try:
             response = self._send(prepared, deadline, self._timeout)
             with response:
@@ -236,11 +232,11 @@ class Transport:
             self._active.discard(deadline)
 
     def _send(
-        self, prepared: requests.PreparedRequest, deadline: _Deadline, silence: float
+        self, prepared: requests.PreparedRequest, deadline: Deadline, silence: float
     ) -> requests.Response:
         assert prepared.url is not None
         settings = self._session.merge_environment_settings(prepared.url, {}, True, None, None)
-        _current.deadline = deadline
+        current.deadline = deadline
         self._active.add(deadline)
         if self.closed.is_set():
             deadline.abort()
@@ -254,9 +250,9 @@ class Transport:
             self._active.discard(deadline)
             raise
         finally:
-            del _current.deadline
+            del current.deadline
 
-    def _read(self, response: requests.Response, deadline: _Deadline) -> Answer:
+    def _read(self, response: requests.Response, deadline: Deadline) -> Answer:
         _refuse_encoding(response)
         body = bytearray()
         with _translated(response.url, deadline):
@@ -292,7 +288,7 @@ def refusal(answer: Answer) -> RefusedError:
         if isinstance(value := problem.get(name), str)
     }
     texts.setdefault("title", http.client.responses.get(answer.status, ""))
-    if location := answer.headers.get(_REDIRECT):
+    if location := answer.headers.get(REDIRECT):
         texts["detail"] = f"Redirects are not followed; this one leads to {location[:MAX_TEXT]!r}."
     kind = OF_TYPE.get(texts.get("type", "").rpartition(":")[2])
     kind = kind or OF_STATUS.get(answer.status, RefusedError)
@@ -319,9 +315,9 @@ class Stream:
     def __init__(
         self,
         response: requests.Response,
-        deadline: _Deadline,
+        deadline: Deadline,
         max_event: int,
-        active: set[_Deadline],
+        active: set[Deadline],
     ) -> None:
         self.is_over = response.status_code == 204
         """Whether the task has ended and there are no more events."""
@@ -356,83 +352,8 @@ class Stream:
                 raise OSError
 
 
-class _Deadline:
-    """Shuts down the socket of one exchange after a time, because timeouts of sockets limit only
-    each single read.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.is_over = False
-        self._sockets: list[socket.socket] = []
-        self._timer = threading.Timer(seconds, self.abort)
-        self._timer.daemon = True
-        self._timer.name = "asyncroute-client-deadline"
-
-    def watch(self, connection: socket.socket) -> None:
-        """Begin to count. An authentication scheme can send a second request on a new socket."""
-        self._sockets.append(connection)
-        if self.is_over:
-            self.abort()
-        elif self._timer.ident is None:
-            self._timer.start()
-
-    def cancel(self) -> None:
-        self._timer.cancel()
-
-    def abort(self) -> None:
-        self.is_over = True
-        for each in self._sockets:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-
-class _Watched(HTTPConnection):
-    def getresponse(self) -> Any:
-        _watch(self.sock)
-        return super().getresponse()
-
-
-class _WatchedTLS(HTTPSConnection):
-    def getresponse(self) -> Any:
-        _watch(self.sock)
-        return super().getresponse()
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Watched
-
-
-class _TLSPool(HTTPSConnectionPool):
-    ConnectionCls = _WatchedTLS
-
-
-def _watch(connection: socket.socket | None) -> None:
-    deadline: _Deadline | None = getattr(_current, "deadline", None)
-    if deadline is not None and connection is not None:
-        deadline.watch(connection)
-
-
-class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
-        super().init_poolmanager(*arguments, **options)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-
-    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        manager = super().proxy_manager_for(proxy, **options)
-        manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-        return manager
-
-    def send(self, *arguments: Any, **options: Any) -> requests.Response:
-        response = super().send(*arguments, **options)
-        if response.is_redirect:
-            # Without this, requests reads the whole body of a redirect, even if it is not followed.
-            response.headers[_REDIRECT] = response.headers.pop("Location")
-        return response
-
-
 @contextmanager
-def _translated(url: str, deadline: _Deadline) -> Iterator[None]:
+def _translated(url: str, deadline: Deadline) -> Iterator[None]:
     try:
         yield
     except _NETWORK_ERRORS as error:
