@@ -24,7 +24,8 @@ BLOCK = re.compile(
 NOT_OURS = (
     "apiflask", "celery", "flask_babel", "flask_caching", "flask_cors", "flask_executor", "flask_httpauth",
     "flask_jwt_extended", "flask_limiter", "flask_login", "flask_restx", "flask_smorest",
-    "flask_wtf", "opentelemetry", "sentry_sdk", "sseclient",
+    "flask_wtf", "opentelemetry", "rich", "sentry_sdk", "sseclient",
+    "tqdm",
 )  # fmt: skip
 """Other packages that blocks import. These blocks run if the package is installed."""
 
