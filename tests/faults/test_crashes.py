@@ -14,7 +14,7 @@ import pytest
 
 from flask_asyncroute.executors.process.executor import fork_server_of
 from flask_asyncroute.runtime import runtime_of
-from tests.flow.test_processes import disconnect_receivers, is_alive
+from tests.flow.test_processes import is_alive
 from tests.support.apps import child_app, close_app
 from tests.support.flow import Flow
 from tests.support.waiting import eventually_true
@@ -27,7 +27,7 @@ def shared_flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
     app = child_app.create_app(TESTING=True, instance_path=str(tmp_path_factory.mktemp("instance")))
     yield Flow(app, app.extensions["child_app"])
     close_app(app)
-    disconnect_receivers(app)
+    child_app.disconnect_receivers(app)
 
 
 @pytest.fixture
