@@ -54,9 +54,11 @@ def _run(celery: Any, task_id: str) -> None:
 
 
 def _runner_of(runtime: Runtime, celery: Any) -> Runner | None:
-    """Return the runner of an app whose routes use this Celery app; None for other apps.
+    """Return the runner of one Flask app; None if its routes do not use the Celery app.
 
-    :raises StoreUnavailable: if the app's store cannot be opened now.
+    :param runtime: the runtime of the Flask app.
+    :param celery: the Celery app.
+    :raises StoreUnavailable: if the store of the Flask app cannot be opened now.
     """
     try:
         if runtime.celery is not celery:

@@ -182,8 +182,9 @@ class AsyncRouteTask(msgspec.Struct, frozen=True, gc=False):
         return msgspec.json.decode(self.callback_json, type=Shown)
 
     def as_in(self, state: State) -> AsyncRouteTask:
-        """Return the task as it was when its current run entered ``state``: NotStarted, Running or
-        its current state.
+        """Return the task as it was when it entered a state.
+
+        :param state: NotStarted, Running, or the state that the task has now.
         """
         if state is self.state and state is not State.RUNNING:
             return self

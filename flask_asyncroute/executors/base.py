@@ -155,7 +155,10 @@ class TaskExecutor(ABC):
         return [task_id for task_id in list(self._futures) if self.discard(task_id)]
 
     def cancel(self, task: AsyncRouteTask) -> None:  # noqa: B027 - most executors run tasks in this process
-        """Stop a task that perhaps runs on another system; return at once. The abort is stored."""
+        """Stop the code of a task that perhaps runs on another system, without waiting for its end.
+
+        :param task: the record after the abort, which is already stored.
+        """
 
     def interrupt(self, execution: Execution) -> bool:
         """Interrupt a run that has not stopped by itself; return False if this must be called again

@@ -92,7 +92,8 @@ class Execution:
             longer.
         :param ago: seconds since the client requested the stop. The interruption is that much
             earlier.
-        :return: False if the view was already asked to stop. Such a call can only shorten the wait.
+        :return: False if the view was already asked to stop. Then this call can bring the
+            interruption forward, but not delay it.
         """
         with self._lock:
             is_first = not self.stop.is_set()

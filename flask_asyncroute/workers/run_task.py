@@ -342,11 +342,11 @@ def _await(view: View, arguments: dict[str, Any], execution: Execution) -> Any:
 
 
 def _report(app: Flask, error: BaseException, execution: Execution, is_last: bool) -> None:
-    """Log an exception of a view, and send the signal got_request_exception. If the task runs
-    again, log a warning instead. Errors of log handlers and receivers are also logged.
+    """Log an exception of a view. In the last attempt, also send got_request_exception.
 
-    In the last attempt, an HTTPException of the view is ignored: it is not an error of the app.
-    TaskAborted is always ignored.
+    Earlier attempts are logged as warnings. In the last attempt, an HTTPException of the view is
+    ignored, because it is not an error of the app. TaskAborted is always ignored. Errors of log
+    handlers and receivers are logged too.
     """
     task_id = execution.task_id
     extra = {"task_id": task_id}

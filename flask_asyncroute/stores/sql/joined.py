@@ -35,8 +35,10 @@ class ConnectionCursor:
 
 
 class JoinedTransaction:
-    """See `stores.base.Joined`. Takes no lock that another start, claim or reader needs, except the
-    index entry of a ``unique`` key.
+    """See `stores.base.Joined`.
+
+    The transaction of the app delays no other task and no reader. Only another start with the same
+    ``unique`` key waits for it.
 
     :param add_related: adds the rows of a task in other tables; see `SQLTaskStore.add_related`.
     """
