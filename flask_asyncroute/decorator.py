@@ -188,9 +188,9 @@ def _start(
     if route.options.respond is not None:
         response = _own_answer(route, runner, current, task)
         if response is not None:
-            return response
+            return _marked(response, is_replay)
     if is_page:
-        return pages.redirect_to_task(runner, current, task)
+        return _marked(pages.redirect_to_task(runner, current, task), is_replay)
     status = 200 if is_replay and task.is_completed else config.accepted_status
     headers = []
     if "get" in config.operations:
@@ -202,6 +202,12 @@ def _start(
         return task_answer(task, runner.dispatcher.run_times, media_type, status, headers)
     seconds = longest(current.environ, seconds)
     return _answer_later(runner, task, seconds, media_type, status, headers)
+
+
+def _marked(response: Response, is_replay: bool) -> Response:
+    if is_replay:
+        response.headers["Idempotency-Replayed"] = "true"
+    return response
 
 
 def _own_answer(

@@ -109,6 +109,7 @@ class AsyncRoute:
             del app.extensions[EXTENSION]
             raise
         self._apps.add(app)
+        runtime.on_first_request = _on_request
         request_started.connect(_on_request, sender=app, weak=False)
 
     @overload

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from flask import Flask, current_app
+from flask import Flask, current_app, request_started
 from werkzeug.routing import Rule
 
 from . import app_loader
@@ -66,6 +66,8 @@ class Runtime:
         self.routes: dict[str, Route] = {}  # the async routes by endpoint; empty before first use
         self._lock = threading.RLock()
         self._runner: Runner | None = None
+        self.on_first_request: Callable[..., None] | None = None
+        """Connected to `request_started` until the first request, and again after a fork."""
         self._early = self._built = EarlyStore()
         """The store before first use. `testing.inline` ends by restoring ``_built``."""
         _runtimes.add(self)
@@ -107,7 +109,7 @@ class Runtime:
         if self.is_child:
             return
         runner = self._runner or self._make_runner()
-        runner.dispatcher.is_runner = True
+        runner.dispatcher.is_runner = not runner.is_celery_worker
         try:
             runner.open()
         except StoreUnavailable:
@@ -215,6 +217,9 @@ class Runtime:
             left_behind.append(self._runner)
             self._runner = None
         self._built.forget_process()
+        app = self._app()
+        if app is not None and self.on_first_request is not None:
+            request_started.connect(self.on_first_request, sender=app, weak=False)
 
     def _read_config(self) -> Config:
         config = configuration.read(self._get_app())

@@ -108,7 +108,6 @@ def resolve(host: str, port: int) -> list[str]:
 
 def _resolve_within(host: str, port: int, seconds: float) -> list[Address]:
     # The system's resolver cannot be interrupted, so it runs on a separate thread.
-    # The system's resolver cannot be interrupted, so it runs on a separate thread.
     answers: list[list[Address]] = []
 
     def look_up() -> None:

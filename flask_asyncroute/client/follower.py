@@ -114,11 +114,17 @@ class Follower:
                     self._thread = self._last_id = None
                     return
                 is_streamed = self._is_streamed()
-            if is_streamed:
-                pause = self._follow_stream()
-            else:
-                self._last_id = None
-                pause = self._read_due()
+            try:
+                if is_streamed:
+                    pause = self._follow_stream()
+                else:
+                    self._last_id = None
+                    pause = self._read_due()
+            except Exception as error:  # such as from the authentication of the caller's session
+                failure = ClientError(f"The client could not follow its tasks: {error!r}")
+                failure.__cause__ = error
+                self._fail_all(failure)
+                pause = LEAST_PAUSE
             self._wake.wait(pause)
 
     def _is_streamed(self) -> bool:

@@ -20,7 +20,7 @@ from .errors import (
     TaskFinishedError,
 )
 from .sse import ServerEvent
-from .transport import Answer, Transport, delay, pauses
+from .transport import LEAST_PAUSE, Answer, Transport, delay, pauses
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -78,7 +78,9 @@ class RemoteTask(Future[Any]):
     def progress(self) -> float | None:
         """0 to 100; None if the view reports no progress."""
         value = self.task.get("Progress")
-        return float(value) if isinstance(value, (int, float)) else None
+        if not isinstance(value, (int, float)) or not 0 <= value <= 100:
+            return None
+        return float(value)
 
     def running(self) -> bool:
         """Return whether the view is running."""
@@ -155,7 +157,8 @@ class RemoteTask(Future[Any]):
                                 return
                     if stream.is_over:
                         return
-                    pause = 1.0 if stream.parser.retry is None else min(stream.parser.retry, 10.0)
+                    wanted = stream.parser.retry
+                    pause = 1.0 if wanted is None else min(max(wanted, LEAST_PAUSE), 10.0)
             except TRANSIENT as error:
                 now = time.monotonic()
                 failing_since = failing_since or now

@@ -85,7 +85,6 @@ def refuse(value: Any) -> None:
     The error contains advice for the developer.
     """
     # The JSON provider or msgspec would accept some of these types.
-    # The JSON provider or msgspec would accept some of these types.
     if issubclass(type(value), LocalProxy):  # isinstance() would check the proxied object
         raise NotStorable(_a(value), "return the data that you need from the object")
     if isinstance(value, (set, frozenset)):

@@ -137,7 +137,7 @@ class Dispatcher:
             executor = self.executor_of(route)
         elif self.is_closing:
             raise _shutting_down()
-        else:
+        elif self.is_runner or kind.is_bound or not self.store.is_shared:
             self.start_maintenance()
         config, option = self.config, route.options.permission
         captured, body = capture(current, arguments, config.max_body, config.snapshot_drop)

@@ -196,11 +196,17 @@ class Lifecycle:
             self.release(execution)
 
     def abort_later(self, task_id: str, error: str) -> None:
-        """Abort a task in the background. Only for tasks that no other process can run."""
+        """Abort a task in the background. Only for tasks that no other process can run.
+
+        A task that waits for a start time is not taken for lost, because this process looks for it
+        again.
+        """
 
         def abort() -> None:
             task = self._store.get(task_id)
-            if task is not None and not task.state.is_terminal:
+            if task is None or task.state.is_terminal:
+                return
+            if error != LOST or task.start_at_us is None:
                 self._abort(task_id, _unchanged(task), error)
 
         self.pending_writes.keep(task_id, abort)

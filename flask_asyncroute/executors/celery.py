@@ -38,6 +38,7 @@ KILL = "flask_asyncroute_kill"
 """The remote control command that kills the process of a stopped task."""
 RESPONSE_SECONDS = 4.0
 """How long the broker may take to respond. A start is refused within 5 s."""
+FORGET_SECONDS = 60.0  # seconds after which a call without a response no longer counts
 NOT_FOUND = "404"  # the code in AMQP, which all transports use
 LOG_AGAIN_SECONDS = 60.0  # seconds until the same error is logged again
 ONE_RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
@@ -152,7 +153,8 @@ class CeleryTaskExecutor(TaskExecutor):
             threads of a few seconds are blocked.
         """
         now = time.monotonic()
-        if any(now - began >= RESPONSE_SECONDS for began in list(self._asked.values())):
+        ages = [now - began for began in list(self._asked.values())]
+        if any(RESPONSE_SECONDS <= age < FORGET_SECONDS for age in ages):
             raise TimeoutError("The broker does not respond.")
         future: Future[T] = Future()
         self._asked[future] = now
@@ -167,7 +169,11 @@ class CeleryTaskExecutor(TaskExecutor):
             finally:
                 del self._asked[future]
 
-        threading.Thread(target=work, name="asyncroute-broker", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="asyncroute-broker", daemon=True).start()
+        except RuntimeError as error:  # the system has no more threads
+            del self._asked[future]
+            raise OSError(str(error)) from error
         return future
 
     def _log(self, error: Exception) -> None:
@@ -230,11 +236,13 @@ def _on_process(**extra: Any) -> None:
 
 def _kill(state: Any, task_id: str, pid: int) -> None:
     """Kill the child process that runs a task. All workers receive this command."""
-    from celery.worker.state import requests
+    from celery.worker.state import active_requests
 
-    request = requests.get(task_id)
-    if request is not None and request.worker_pid == pid:
-        request.terminate(state.consumer.pool, signal="SIGKILL")
+    # Not by id alone: a second message for the task replaces the first in other tables.
+    for request in list(active_requests):
+        if request.id == task_id and request.worker_pid == pid:
+            request.terminate(state.consumer.pool, signal="SIGKILL")
+            return
 
 
 def create_celery(app: Flask, settings: Mapping[str, Any]) -> None:

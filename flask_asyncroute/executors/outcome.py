@@ -37,8 +37,6 @@ def is_http_error(error: BaseException) -> TypeGuard[HTTPException]:
     """Check whether a view answered with an HTTP status, as by ``abort(404)``."""
     # The package's own HTTPExceptions, such as TaskNotFound, do not count: they are about another
     # task.
-    # The package's own HTTPExceptions, such as TaskNotFound, do not count: they are about another
-    # task.
     return isinstance(error, HTTPException) and not isinstance(error, AsyncRouteError)
 
 

@@ -74,7 +74,6 @@ class EventIds:
 def frame(event: Event, ids: EventIds) -> bytes:
     """Encode an event in the format of server-sent events."""
     # Progress has no id, because a client that resumes does not need all of it.
-    # Progress has no id, because a client that resumes does not need all of it.
     if event.name == PROGRESS:
         wire = event.task.to_wire()
         names = ("Id", "Progress", "ProgressMessage")

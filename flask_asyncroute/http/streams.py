@@ -160,7 +160,6 @@ class Stream:
     def _guarded(self) -> Iterator[bytes]:
         """Yield the encoded events. If the store fails, end the stream without an error."""
         # `subscribed` disconnects a client that stops reading.
-        # `subscribed` disconnects a client that stops reading.
         subscriber = Subscriber(hanging_up(self.environ))
         try:
             notifier, feed = self.runner.notifier, (self.task_id, self.group)
@@ -231,7 +230,6 @@ class Stream:
                 subscriber.wait(max(due - time.monotonic(), 0.0))
 
     def _read_after(self, since: int) -> _EncodedPage:
-        # Streams share the result. Each stream skips the events that its caller may not read.
         # Streams share the result. Each stream skips the events that its caller may not read.
 
         read = partial(_read_page, self.runner.store, self.ids, self.task_id, self.group)

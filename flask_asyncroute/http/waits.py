@@ -167,5 +167,4 @@ class _Held(Response):
 @lru_cache
 def _held_class(base: type[Response]) -> Any:
     # Flask would convert any other response to `base`, and so remove the wait.
-    # Flask would convert any other response to `base`, and so remove the wait.
     return type("HeldResponse", (_Held, base), {})

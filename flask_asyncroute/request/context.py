@@ -43,7 +43,6 @@ def in_app(app: Flask) -> Iterator[None]:
 def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
     """Within the block, the context of an earlier request is active. The request has no body."""
     # It serves to identify the caller again.
-    # It serves to identify the caller again.
     with app.request_context({**environ, "wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr}):
         yield
 
@@ -160,7 +159,6 @@ def _load_session(data: str | None) -> dict[str, Any]:
 
 def _warn_of_writes(session: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
     # Each combination of route and keys is logged once per process.
-    # Each combination of route and keys is logged once per process.
     names = [
         name
         for name in {**saved, **session}
@@ -186,7 +184,6 @@ def _warn_once(subject: str, message: str, *arguments: Any) -> None:
 
 
 def _stored_form(values: Mapping[Any, Any], name: Any) -> str | None:
-    # Stored forms are compared, because comparing the values themselves fails for arrays.
     # Stored forms are compared, because comparing the values themselves fails for arrays.
     if name not in values:
         return None

@@ -178,6 +178,8 @@ def validate(incoming: StartRequest) -> None:
         try:
             options.validate(**{**options.arguments, **incoming.arguments})
         except (ClientDisconnected, RequestEntityTooLarge) as error:
+            if error.description != type(error).description:
+                raise  # the function itself refuses the request
             raise body_refusal(incoming.current, error) from error
 
 

@@ -20,7 +20,6 @@ from ..task import AsyncRouteTask
 AT_ONCE = 0
 """The due time of a callback that must be sent immediately, whatever the clock says."""
 # No retry waits this long, so the clock was set back.
-# No retry waits this long, so the clock was set back.
 LONGEST_US = 7_200_000_000
 """Maximum microseconds until a callback is due. A callback with a later due time is sent now."""
 PER_HOST = 2

@@ -56,8 +56,8 @@ class LostMessages:
             for task in self.store.waiting(limits, None, now_us + self.look_ahead_us):
                 if task.due_us > now_us:
                     self.call_at(task.due_us)
-                elif task not in self._sent:
-                    self._send(task)
+                elif task not in self._sent and now_us - task.due_us < LOST_SECONDS * 1_000_000:
+                    self._send(task)  # `_send_lost` sends older ones again
             if now >= self._next_check:
                 self._next_check = now + LOST_SECONDS
                 self._send_lost()

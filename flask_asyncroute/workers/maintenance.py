@@ -99,10 +99,11 @@ class Maintenance(Loop):
         works: list[Callable[[], float]] = [partial(self._report, run) for run, _ in runs]
         works += [partial(_do_once, *self._calls.popleft()) for _ in range(len(self._calls))]
         pending_writes = self._lifecycle.pending_writes
+        works.append(lambda: pending_writes.retry(time.monotonic()))
         for job in self._jobs:
-            # Retry pending writes before each job, not once per round: a job can take long while a
-            # view keeps the processor busy.
-            works += [lambda: pending_writes.retry(time.monotonic()), job.do]
+            # Retry pending writes also after each job, not once per round: a job can take long
+            # while a view keeps the processor busy.
+            works += [job.do, lambda: pending_writes.retry(time.monotonic())]
         due = min([time.monotonic() + LONGEST_SLEEP, *(work() for work in works)])
         return max(due - time.monotonic(), 0.0)
 

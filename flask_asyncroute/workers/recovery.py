@@ -21,8 +21,6 @@ logger = logging.getLogger("flask_asyncroute")
 
 # The gap is longer than a check of a slow store takes. It is shorter than the lease (LEASE_SECONDS
 # of `heartbeat`) by more than a heartbeat interval.
-# The gap is longer than a check of a slow store takes. It is shorter than the lease (LEASE_SECONDS
-# of `heartbeat`) by more than a heartbeat interval.
 GAP_SECONDS = 15.0
 """Maximum seconds between two checks of the heartbeats.
 

@@ -193,7 +193,6 @@ class Runner:
         :meth:`open`.
         """
         self.open()
-        self.dispatcher.is_runner = not self.is_celery_worker
         if self.heartbeat is not None:
             self.heartbeat.enter()
         self.timekeeper.start()
@@ -278,6 +277,8 @@ class Runner:
             for name, route in self.routes.items()
             if not kind_of(route.options.executor).runs_inline
             and not kind_of(route.options.executor).runs_elsewhere
+            # A process that is no runner takes only tasks that no other process can run.
+            and (route.options.is_bound or self.dispatcher.is_runner or not self.store.is_shared)
         }
         capacity = {
             pool: self._takeover_capacity(pool) for pool in {r.pool for r in waiting.values()}
@@ -297,15 +298,29 @@ class Runner:
             route = waiting[endpoint]
             executor = self.executor_of(route)
             if capacity[route.pool] and not executor.holds(task_id):
-                try:
-                    executor.reserve()
-                except QueueFull:
-                    continue
                 capacity[route.pool] -= 1
-                executor.submit(task_id)
+                if not self._submit(route, task_id):
+                    capacity[route.pool] = 0
         if any(not capacity[waiting[endpoint].pool] for endpoint in limits):
             # More tasks may wait than one look takes over. Their slots are perhaps free soon.
             self._take_over_job.hasten(time.monotonic() + ENDING_SECONDS)
+
+    def _submit(self, route: Route, task_id: str) -> bool:
+        """Pass a waiting task to its executor. Return False if that failed."""
+        executor = self.executor_of(route)
+        try:
+            executor.reserve()
+            executor.submit(task_id)
+        except QueueFull:
+            return False
+        except Exception:
+            if route.pool not in self._broken_pools:
+                self._broken_pools.add(route.pool)
+                logger.exception(
+                    "The executor of %s accepts no tasks, so its tasks wait.", route.pool
+                )
+            return False
+        return True
 
     def publish_soon(self) -> None:
         """Publish tasks that transactions of the app have added. Returns immediately."""
@@ -330,6 +345,8 @@ class Runner:
             return
         if self.dispatcher.is_closing or self.superseded_by() is not None:
             return
+        if not self.dispatcher.is_runner:
+            return
         capacity: dict[str, int] = {}
         for task in store.unpublished(PUBLISH_PAGE):
             route = self.routes.get(task.endpoint)
@@ -343,11 +360,8 @@ class Runner:
             is_due = task.start_at_us is None or task.start_at_us <= self.store.now_us()
             if published is None or route is None or not (has_room and is_due):
                 continue
-            executor = self.executor_of(route)
-            with suppress(QueueFull):  # then a runner takes it over
-                executor.reserve()
-                capacity[pool] -= 1
-                executor.submit(task.id)
+            capacity[pool] -= 1
+            self._submit(route, task.id)  # if this fails, a runner takes the task over later
 
     def _send_restarted(self, task: AsyncRouteTask) -> None:
         route = self.routes.get(task.endpoint)

@@ -65,7 +65,6 @@ def is_server_ending() -> bool:
     The time limit ``ASYNCROUTE_DRAIN`` begins when this function first returns True.
     """
     # gunicorn stops a process after a signal or after `max_requests`.
-    # gunicorn stops a process after a signal or after `max_requests`.
     is_ending = any(
         not getattr(server, "alive", True) or getattr(server, "should_exit", False)
         for server in _known_servers()
@@ -89,7 +88,6 @@ def restart_gunicorn_timeout() -> float:
 
 
 def _known_servers() -> list[Any]:
-    # A server is found if a signal handler of this process is its method.
     # A server is found if a signal handler of this process is its method.
     for number in _SIGNALS:
         server = getattr(signal.getsignal(number), "__self__", None)
@@ -255,14 +253,10 @@ def _record(runner: Runner, waiting: list[str]) -> None:
 
 
 def _bound_retries(runner: Runner) -> list[str]:
-    """Return the ids of tasks that wait for a retry in no queue, although only this process can run
-    them.
+    """Return the ids of tasks that wait in no queue for their start time, and that only this
+    process can run.
     """
-    limits = {
-        name: MOST_RETRIES
-        for name, route in runner.routes.items()
-        if route.options.is_bound and route.options.retry is not None
-    }
+    limits = {name: MOST_RETRIES for name, route in runner.routes.items() if route.options.is_bound}
     if not limits:
         return []
     owner = runner.lifecycle.owner

@@ -30,7 +30,7 @@ from flask_asyncroute.stores.base import (
     ViewEvent,
 )
 from flask_asyncroute.stores.registry import make_store
-from flask_asyncroute.task import TERMINAL, AsyncRouteTask, State
+from flask_asyncroute.task import TERMINAL, AsyncRouteTask, State, now_us
 from tests.support.databases import engine_of, new_postgresql_database
 from tests.support.tasks import new_task
 from tests.support.waiting import eventually_true
@@ -139,6 +139,9 @@ class OpenTransaction:
 
     def __exit__(self, *error: object) -> None:
         self._connection.close()
+
+    def now_us(self) -> int:
+        return now_us()
 
     def fetch_one(self, sql: Any, values: Any) -> Any:
         return self._connection.execute(sql, values).fetchone()

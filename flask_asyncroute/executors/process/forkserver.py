@@ -103,8 +103,6 @@ def _is_unsafe_to_share(descriptor: int) -> bool:
 def _restart_without_app(ours: str, control: int, kill_end: int) -> None:
     # A fork of a process with threads can copy a lock that is never released. Children with a
     # shared connection would read each other's responses.
-    # A fork of a process with threads can copy a lock that is never released. Children with a
-    # shared connection would read each other's responses.
     logger.warning(
         "The app starts threads or opens files or connections at import, so each child process "
         "must import the app again, and tasks start more slowly."

@@ -218,8 +218,6 @@ def _kill_pipe(ours: ExitStack, theirs: ExitStack) -> KillPipe:
 def _python_executable() -> str:
     # In servers that embed Python, such as uWSGI, get_executable() returns the server, or an
     # interpreter outside the virtual environment.
-    # In servers that embed Python, such as uWSGI, get_executable() returns the server, or an
-    # interpreter outside the virtual environment.
     named = os.fsdecode(get_executable())
     found = Path(sys.prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     return str(found) if found.exists() and Path(named).parent != found.parent else named

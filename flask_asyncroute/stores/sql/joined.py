@@ -94,6 +94,7 @@ class JoinedTransaction:
             with self._connection.begin_nested():
                 yield ConnectionCursor(self._connection)
         except DBAPIError as error:
+            error.hide_parameters = True  # they contain the request
             if _sqlstate(error) == LOCK_NOT_AVAILABLE:
                 raise StoreUnavailable(LOCKED, retry_after=5) from error
             raise

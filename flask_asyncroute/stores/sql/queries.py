@@ -197,7 +197,6 @@ def _page(query: Select[Any], order: Sequence[Any]) -> Select[Any]:
 
 def _conditions(shape: Shape, table: FromClause) -> list[ColumnElement[bool]]:
     # Columns that the grants table repeats are taken from `table`, so that its indexes are used.
-    # Columns that the grants table repeats are taken from `table`, so that its indexes are used.
     where = []
     for number, (name, compare) in enumerate(shape):
         attribute = FIELDS[name].attribute
