@@ -102,7 +102,7 @@ class AsyncRoute:
                 prefix = runtime.initial.url_prefix or None
                 app.register_blueprint(self.blueprint, url_prefix=prefix)
             if isinstance(runtime.initial.celery, Mapping):
-                from .executors.celery import create_celery  # imports Celery
+                from .executors.celery_app import create_celery  # imports Celery
 
                 create_celery(app, runtime.initial.celery)
         except BaseException:

@@ -138,7 +138,7 @@ class Runtime:
         config = self.prepare()
         if not any(kind_of(r.options.executor).runs_elsewhere for r in self.routes.values()):
             return None
-        from .executors.celery import find_celery
+        from .executors.celery_app import find_celery
 
         return find_celery(self._get_app(), config.celery)
 
@@ -279,7 +279,7 @@ def runtimes() -> list[Runtime]:
 
 def refuse_unreachable(app: Flask, config: Config) -> None:
     """Raise ConfigurationError if Celery workers cannot use the store."""
-    from .executors.celery import find_celery, is_local
+    from .executors.celery_app import find_celery, is_local
 
     celery = find_celery(app, config.celery)
     kind = stores.kind_of(config.store)

@@ -30,7 +30,7 @@ ENTRY_POINTS = {"child_main"}
 ADAPTERS = {
     "MySQLdb": (),
     "billiard": ("executors.celery",),
-    "celery": ("executors.celery",),
+    "celery": ("executors.celery", "executors.celery_app"),
     "psycopg": ("stores.sql",),
     "psycopg_pool": ("stores.sql",),
     "pymysql": ("stores.sql",),

@@ -158,7 +158,7 @@ class Runner:
 
         :raises ConfigurationError: if the app has no usable Celery app.
         """
-        from ..executors.celery import find_celery
+        from ..executors.celery_app import find_celery
 
         return find_celery(self.app, self.config.celery)
 

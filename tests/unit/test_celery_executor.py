@@ -23,7 +23,7 @@ from celery import Celery
 from flask_asyncroute import AsyncRoute, ConfigurationError, current_task, task_created
 from flask_asyncroute import testing as asyncroute_testing
 from flask_asyncroute.executors import registry
-from flask_asyncroute.executors.celery import is_local
+from flask_asyncroute.executors.celery_app import is_local
 from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.signals import task_removed, task_started
 from tests.support.brokers import new_celery
