@@ -658,7 +658,7 @@ def test_a_symbolic_link_to_the_file(
 def test_a_fork_while_the_file_is_created_does_not_keep_the_lock(sqlite_path: Path) -> None:
     """The child inherits the descriptor of the folder lock."""
     sqlite_path.parent.mkdir()
-    with sqlite._lock(sqlite_path.parent):
+    with sqlite._creation_lock(sqlite_path.parent):
         read_end, write_end = os.pipe()
         copy = os.fork()
         if copy == 0:
@@ -666,7 +666,7 @@ def test_a_fork_while_the_file_is_created_does_not_keep_the_lock(sqlite_path: Pa
             os.read(read_end, 1)
             os._exit(0)
     try:
-        with sqlite._lock(sqlite_path.parent):
+        with sqlite._creation_lock(sqlite_path.parent):
             pass
     finally:
         os.close(write_end)
@@ -681,7 +681,7 @@ def test_a_folder_that_stays_locked_is_unavailable(
 ) -> None:
     sqlite_path.parent.mkdir()
     store = make_sqlite_store()
-    with sqlite._lock(sqlite_path.parent), pytest.raises(StoreUnavailable):
+    with sqlite._creation_lock(sqlite_path.parent), pytest.raises(StoreUnavailable):
         store.open()
     assert "Find the program that locks the file" in caplog.text
     store.open()
