@@ -188,6 +188,8 @@ def test_an_upload_shows_its_progress_and_then_that_of_its_task(
     expect(started).to_have_text(re.compile("^Uploading"))
     expect(started.get_by_role("progressbar", name="Upload")).to_be_visible()
     expect(form.locator("button")).to_be_disabled()
+    while not held:
+        page.wait_for_timeout(10)  # handles the browser's events
     held[0].continue_()
     expect(started.locator(".state")).to_have_text("Completed")
     expect(started.locator(".doing")).to_have_text("100000 rows")

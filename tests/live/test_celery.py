@@ -201,14 +201,19 @@ def test_a_wait_returns_when_the_task_ends(any_pool: Site) -> None:
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 @pytest.mark.parametrize("path", ["/loop", "/slow/60000"])
-def test_a_stop_ends_a_running_task(any_pool: Site, path: str) -> None:
-    task_id = any_pool.start(path)
-    any_pool.begun(task_id)
-    stopped = any_pool.stop(task_id)
+def test_a_stop_ends_a_running_task(
+    sites: Callable[[str, str], Site], redis: str, pool: str, path: str
+) -> None:
+    """With gevent, a view is only asked to stop."""
+    site = sites(redis, pool)
+    task_id = site.start(path)
+    site.begun(task_id)
+    stopped = site.stop(task_id)
     assert (stopped["State"], stopped["Error"]) == ("Aborted", "Aborted by the user")
-    any_pool.ended(task_id, 5)
-    assert any_pool.ended(any_pool.start("/work/1"))["State"] == "Completed"
+    site.ended(task_id, 5)
+    assert site.ended(site.start("/work/1"))["State"] == "Completed"
 
 
 @pytest.mark.parametrize("path", ["/loop", "/deaf/60000", "/gil"])
@@ -248,9 +253,12 @@ def test_a_stopped_waiting_task_does_not_start(site: Site) -> None:
     assert site.runs(task_id) == 0
 
 
-def test_a_timeout_ends_the_task(any_pool: Site) -> None:
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_timeout_ends_the_task(sites: Callable[[str, str], Site], redis: str, pool: str) -> None:
+    """With gevent, a view is only asked to stop."""
+    site = sites(redis, pool)
     began = time.monotonic()
-    task = any_pool.ended(any_pool.start("/short"))
+    task = site.ended(site.start("/short"))
     assert (task["State"], task["Error"]) == ("Aborted", "Timeout")
     assert time.monotonic() - began < 5
 
