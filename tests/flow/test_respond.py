@@ -136,6 +136,7 @@ def test_respond_is_called_for_replays_and_unique_hits(
     flow.ended(answers[0])
     response = flow.request("POST", "/work", headers=keyed)
     assert response.get_json() == {"job_id": answers[0], "state": "Completed"}
+    assert response.headers["Idempotency-Replayed"] == "true"
     assert "Retry-After" not in response.headers
 
 

@@ -195,3 +195,11 @@ def test_validate_knows_the_user(flow: Flow) -> None:
     flow.route(validate=check, permission=Permission(read=Access(users=["bert"])))(lambda: None)
     assert flow.request("POST", "/work", headers={"X-User": "bert"}).status_code == 403
     flow.start(headers={"X-User": "anna"})
+
+
+def test_validate_can_refuse_with_413(flow: Flow) -> None:
+    """The description tells it from a body over a limit of the app."""
+    flow.route(validate=lambda: abort(413, "At most 100 rows."))(lambda: None)
+    response = flow.request("POST", "/work")
+    assert response.status_code == 413
+    assert "At most 100 rows." in response.get_data(as_text=True)

@@ -501,3 +501,21 @@ def test_an_answer_that_is_no_task_raises_invalid_response_error(serve: Start) -
     client, _ = serve(lambda *_: [response("200 OK", b"<p>Please sign in", kind="xhtml")])
     with pytest.raises(InvalidResponseError, match="is not JSON"):
         client.start("PUT", "/work")
+
+
+def test_an_error_of_the_callers_session_ends_the_futures_and_not_the_client(serve: Start) -> None:
+    """Such as an authentication that cannot refresh its token."""
+    session = requests.Session()
+    calls: list[str] = []
+
+    def authenticate(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        calls.append(str(request.method))
+        if len(calls) == 2:
+            raise RuntimeError("no token")
+        return request
+
+    session.auth = authenticate
+    client, _ = serve(answering(document("Completed", Result=5)), session=session)
+    with pytest.raises(ClientError, match="no token"):
+        client.start("PUT", "/work").result(SECONDS)
+    assert client.start("PUT", "/work").result(SECONDS) == 5

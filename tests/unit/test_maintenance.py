@@ -453,6 +453,16 @@ def test_pending_outcomes_are_written_between_jobs(clock: Clock, make_process: M
     assert done == ["outcome", "job"]
 
 
+def test_pending_outcomes_are_written_without_any_job(app: Flask) -> None:
+    """A Celery worker has no jobs."""
+    lifecycle = Lifecycle(app, MemoryTaskStore(), "owner")
+    done: list[str] = []
+    maintenance = Maintenance(app, lifecycle, FakeDispatcher(), ())  # type: ignore[arg-type]
+    lifecycle.pending_writes.keep("task", lambda: done.append("outcome"))
+    maintenance._step()
+    assert done == ["outcome"]
+
+
 # Errors
 
 
