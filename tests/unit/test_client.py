@@ -351,6 +351,7 @@ def test_a_route_with_its_own_answer_is_found_by_its_location(serve: Start) -> N
         return [response("200 OK", document("Completed", Result=5))]
 
     client, _ = serve(answer)
+    assert client.start("PUT", "/work").result(SECONDS) == 5
 
 
 def test_a_query_reads_all_pages(serve: Start) -> None:
