@@ -100,7 +100,8 @@ class Load(Crew):
             self._stops.remove(stop)
             reply = send(self._port, "DELETE", f"/task/{task_id}")
             assert reply.status in (200, 409, 410), reply.body
-            if reply.status == 200:
+            # A task that has lost its worker is also answered with 200.
+            if reply.status == 200 and "user" in reply.json()["Error"]:
                 self.stopped.add(task_id)
 
 
