@@ -88,10 +88,6 @@ def _description_of(error: HTTPException) -> str:
     # A custom description comes first, then the message of an extension, then the standard text of
     # the status. Flask-RESTX, Flask-RESTful and webargs put their message into the attribute
     # `data`; abort(response) puts it into the response.
-    # Flask-RESTX, Flask-RESTful and webargs put their message into the attribute `data`;
-    # abort(response) puts it into the response.
-    # Flask-RESTX, Flask-RESTful and webargs put their message into the attribute `data`;
-    # abort(response) puts it into the response.
     data: Any = getattr(error, "data", None)
     if error.description is not type(error).description:
         data = error.description

@@ -142,7 +142,6 @@ def rebuilt(app: Flask, snapshot: Snapshot, body: Body | None) -> Iterator[dict[
 
 def _with_session(app: Flask, environ: dict[str, Any], session: SecureCookieSession) -> Any:
     # Without a given session, Flask would open another session.
-    # Otherwise Flask would open another session.
     # Flask.request_context() takes no session. Creating a second context from its request would
     # bind the URL map twice.
     rebuilt_request = app.request_class(environ)

@@ -246,8 +246,6 @@ class EngineDatabase(Database):
         self, sql: str, values: Mapping[str, Any], is_write: bool = False
     ) -> Sequence[Any]:
         # Call the driver directly, because SQLAlchemy's Connection would use six times the CPU.
-        # This calls the driver directly, because SQLAlchemy's Connection would use six times the
-        # CPU.
 
         def execute(attempt: _Attempt) -> Sequence[Any]:
             with self._driver_connection(attempt) as connection:

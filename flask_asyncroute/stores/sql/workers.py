@@ -1,7 +1,5 @@
 """Store the worker processes of one namespace (the part of the tables that one app uses)."""
 
-# Writes to their rows have no change numbers.
-
 # Writes to their rows have no change numbers, because no client needs them.
 
 from __future__ import annotations
