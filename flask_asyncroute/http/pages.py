@@ -49,8 +49,9 @@ def wants_page(current: Request, config: Config) -> bool:
 
 def redirects_form(current: Request, config: Config) -> bool:
     """Return whether a browser's form has sent the request, and a link to the task can work."""
-    is_form = current.method == "POST" and current.mimetype in FORMS
-    return is_form and _has_links(config) and wants_page(current, config)
+    # The content type is parsed last, because most starts come from other clients.
+    is_post = current.method == "POST" and wants_page(current, config)
+    return is_post and current.mimetype in FORMS and _has_links(config)
 
 
 def _has_links(config: Config) -> bool:
