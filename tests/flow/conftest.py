@@ -64,12 +64,15 @@ def own_pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def celery_worker() -> Iterator[Any]:
     """Run a Celery worker in threads of this process, so that it can call the views of tests;
     return its Celery app.
+
+    All tests share it, because it takes 4 s to end.
     """
     pytest.importorskip("celery")
+    from celery import signals as celery_signals
     from celery.contrib.testing.worker import start_worker
 
     from flask_asyncroute import celery_task  # noqa: F401 - registers the task
@@ -78,11 +81,17 @@ def celery_worker() -> Iterator[Any]:
     celery = new_celery(
         "memory://", f"flow-{uuid4().hex}", broker_transport_options={"polling_interval": 0.01}
     )
-    worker = start_worker(
-        celery, pool="threads", concurrency=8, perform_ping_check=False, loglevel="ERROR"
-    )
-    with worker:
-        yield celery
+
+    def leave_logging_alone(**extra: object) -> None:
+        """Celery would set the level of the root logger, for all later tests too."""
+
+    celery_signals.setup_logging.connect(leave_logging_alone)
+    worker = start_worker(celery, pool="threads", concurrency=8, perform_ping_check=False)
+    try:
+        with worker:
+            yield celery
+    finally:
+        celery_signals.setup_logging.disconnect(leave_logging_alone)
 
 
 @pytest.fixture(params=["thread", "immediate", "own", "celery"])
