@@ -119,7 +119,7 @@ class Runtime:
                 runner.config.namespace,
             )
         if runner.store.is_shared:
-            runner.maintenance.start()
+            runner.start_maintenance()
 
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""
