@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..engine.lifecycle import Lifecycle
@@ -29,6 +30,7 @@ that a worker is dead.
 """
 CONFIRM_SECONDS = 0.4  # a lock can be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
+UNSERVED_SECONDS = 10.0  # how long a task waits before a missing worker is reported
 ROUTE_GONE = "Route gone"
 PAGE = 500
 FAR_FUTURE_US = 2**62
@@ -41,6 +43,8 @@ class Recovery:
     store: SharedTaskStore
     lifecycle: Lifecycle
     heartbeat: Heartbeat
+    queued: Collection[str] = ()
+    """The endpoints of the app whose tasks any worker process can run."""
     _beats: dict[str, tuple[int, float]] = field(default_factory=dict)
     """The last heartbeat of each worker, and the monotonic time when this process first saw it."""
     _free: dict[str, float] = field(default_factory=dict)
@@ -48,7 +52,11 @@ class Recovery:
     _differences: set[str] = field(default_factory=set)
     """The differences between apps that were already logged."""
     _running: set[str] = field(default_factory=set)
-    """The workers that serve requests and were not found dead."""
+    """The workers that were not found dead, except those of Celery."""
+    _served: set[str] | None = None
+    """The endpoints whose tasks any of these workers runs; None before the first check."""
+    _reported: set[str] = field(default_factory=set)
+    """The endpoints that were logged because no worker runs their tasks."""
     _checked_at: float = field(default_factory=lambda: time.monotonic())
     _unlisted: dict[str, float] = field(default_factory=dict)
     """For each endpoint that no worker has: the monotonic time when this was first seen."""
@@ -72,11 +80,13 @@ class Recovery:
             for name in seen.keys() - listed.keys():
                 del seen[name]
         self._running = {name for name in listed if not name.startswith(CELERY_WORKER)}
+        served: set[str] = set()
         for worker in listed.values():
             is_alive = worker.name == self.heartbeat.name or self._is_alive(worker, now)
             if is_alive:
                 self._warn_of_other_app(worker)
             if is_alive is not False:
+                served |= worker.endpoints
                 continue
             self._running.discard(worker.name)
             held = self.store.workers.held(worker.name)
@@ -88,6 +98,7 @@ class Recovery:
                     "The worker %s died; its %d unfinished tasks were aborted or restarted.",
                     worker.name, len(held),
                 )  # fmt: skip
+        self._served = served
 
     def is_first(self) -> bool:
         """Return whether this process is the one that does what only one process should do. For a
@@ -107,9 +118,9 @@ class Recovery:
             )  # fmt: skip
 
     def abort_unroutable(self) -> None:
-        """Abort the waiting tasks of endpoints that no worker has had for an hour."""
+        """Abort the waiting tasks of endpoints that no worker's app has had for an hour."""
         workers = self.store.workers
-        listed = {endpoint for worker in workers.listed() for endpoint in worker.endpoints}
+        listed = {name for w in workers.listed() for name in (*w.endpoints, *w.views)}
         unlisted = [endpoint for endpoint in workers.wanted() if endpoint not in listed]
         now = time.monotonic()
         self._unlisted = {name: self._unlisted.get(name, now) for name in unlisted}
@@ -126,6 +137,28 @@ class Recovery:
                 task = self.store.get(found.id)
                 if task is not None and task.state is State.NOT_STARTED:
                     self.lifecycle.abort(task, ROUTE_GONE)
+
+    def warn_of_unserved(self) -> None:
+        """Log once if tasks wait although no living worker runs the tasks of their endpoint."""
+        if self._served is None:
+            return
+        unserved = set(self.queued) - self._served
+        self._reported &= unserved
+        unserved -= self._reported
+        if not unserved or not self.is_first():
+            return
+        age_us = int(UNSERVED_SECONDS * 1_000_000)
+        waiting = self.store.waiting(
+            dict.fromkeys(unserved, 1), now_us() - age_us, self.store.now_us() - age_us
+        )
+        found = {task.endpoint for task in waiting}
+        self._reported |= found
+        if found:
+            logger.warning(
+                "Tasks of these endpoints wait, but no running worker takes them: %s. Start one "
+                "with: flask asyncroute worker",
+                ", ".join(sorted(found)),
+            )
 
     def _is_alive(self, worker: Worker, now: float) -> bool | None:
         """Check whether another worker is alive. Returns None if it is too early to decide."""

@@ -1,0 +1,45 @@
+"""Which waiting tasks a process takes from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..executors.registry import kind_of
+from ..routes import Route
+from ..stores.base import TaskStore
+from ..task import now_us
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    endpoints: frozenset[str]  # the endpoints whose tasks this process takes
+    slots: int | None = None  # tasks of each pool to run at once; None: ``max_workers``
+    is_worker: bool = False  # whether this process only runs tasks; see `cli.worker`
+
+
+def runs_in_any_worker(route: Route) -> bool:
+    """Return whether any process of the app can run the tasks of a route."""
+    kind = kind_of(route.options.executor)
+    return not kind.is_bound and not kind.runs_elsewhere
+
+
+def role_of_server(routes: Mapping[str, Route], run_tasks: bool) -> Role:
+    """Return the role of a process that serves requests.
+
+    :param run_tasks: the value of ``ASYNCROUTE_RUN_TASKS``.
+    """
+    taken = [name for name, route in routes.items() if run_tasks and runs_in_any_worker(route)]
+    return Role(frozenset(taken))
+
+
+def endpoints_of_celery(routes: Mapping[str, Route]) -> frozenset[str]:
+    """Return the endpoints whose tasks Celery workers run."""
+    names = (n for n, route in routes.items() if kind_of(route.options.executor).runs_elsewhere)
+    return frozenset(names)
+
+
+def count_waiting(store: TaskStore, endpoints: list[str], most: int) -> int:
+    """Return how many tasks of these endpoints wait and are due; at most about ``most``."""
+    limits = dict.fromkeys(endpoints, most)
+    return len(store.waiting(limits, now_us(), store.now_us()))
