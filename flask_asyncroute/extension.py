@@ -15,6 +15,7 @@ from flask import Blueprint, Flask, Request, has_request_context, request, reque
 from werkzeug.routing import Rule
 
 from . import options, validators
+from .cli import group
 from .decorator import declare, is_bare, register_task, view_function_of
 from .engine.dispatcher import unknown
 from .engine.lifecycle import purge
@@ -101,6 +102,7 @@ class AsyncRoute:
             if app.blueprints.get(EXTENSION) is not self.blueprint:
                 prefix = runtime.initial.url_prefix or None
                 app.register_blueprint(self.blueprint, url_prefix=prefix)
+            app.cli.add_command(group)
             if isinstance(runtime.initial.celery, Mapping):
                 from .executors.celery_app import create_celery  # imports Celery
 

@@ -1,0 +1,7 @@
+"""The commands of ``flask asyncroute``."""
+
+from __future__ import annotations
+
+from flask.cli import AppGroup
+
+group = AppGroup("asyncroute", help="Operate the async routes of this app.")
