@@ -203,7 +203,8 @@ class AsyncRoute:
     def start(self, app: Flask) -> None:
         """Make this process run waiting tasks and background maintenance of ``app``.
 
-        The first request does the same. Call this method in a process that possibly gets no
+        If ``ASYNCROUTE_RUN_TASKS`` is False, it leaves the tasks to workers. The first request does
+        the same as this method. Call this method in a process that possibly gets no
         request, and in gunicorn's ``post_worker_init``: then streams and waits end as soon as the
         worker receives the signal to exit. Further calls, and calls in children of
         ``executor="process"``, do nothing.

@@ -17,6 +17,11 @@ class Role:
     slots: int | None = None  # tasks of each pool to run at once; None: ``max_workers``
     is_worker: bool = False  # whether this process only runs tasks; see `cli.worker`
 
+    def takes(self, route: Route) -> bool:
+        """Return whether this process takes the tasks of a route, or is the only one that can."""
+        kind = kind_of(route.options.executor)
+        return route.endpoint in self.endpoints or (kind.is_bound and not kind.runs_inline)
+
 
 def runs_in_any_worker(route: Route) -> bool:
     """Return whether any process of the app can run the tasks of a route."""

@@ -80,7 +80,7 @@ class Runner:
         self.store = store
         self.is_celery_worker = name_prefix.startswith(CELERY_WORKER)
         self.role = role_of_server(routes, config.run_tasks) if role is None else role
-        self._taken = {n: route for n, route in routes.items() if self._takes(route)}
+        self._taken = {n: route for n, route in routes.items() if self.role.takes(route)}
         self.lifecycle = Lifecycle(app, self.store, f"{name_prefix}{os.getpid()}-{uuid.uuid4()}")
         self.dispatcher = Dispatcher(
             app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes,
@@ -291,12 +291,10 @@ class Runner:
             options.interrupt_after, options.executor, options.is_bound, options.celery, self,
         )  # fmt: skip
 
-    def _takes(self, route: Route) -> bool:
-        kind = kind_of(route.options.executor)
-        return route.endpoint in self.role.endpoints or (kind.is_bound and not kind.runs_inline)
-
     def take_over_soon(self) -> None:
         """Take tasks that wait for a runner. Returns immediately."""
+        if not self._taken:
+            return
         self._take_over_job.hasten(max(time.monotonic(), self._looked_at + REST_SECONDS))
         self.maintenance.wake()
 
