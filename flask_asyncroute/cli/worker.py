@@ -24,6 +24,16 @@ from ..workers.runner import Runner
 logger = logging.getLogger("flask_asyncroute")
 
 CUT_OFF = 1  # the exit code if tasks did not end in the drain time
+LONGEST_DRAIN = 366 * 86400
+
+
+def _checked(
+    context: click.Context, parameter: click.Parameter, seconds: float | None
+) -> float | None:
+    # FloatRange would accept nan.
+    if seconds is not None and not 0 <= seconds <= LONGEST_DRAIN:
+        raise click.BadParameter(f"{seconds:g} is invalid; use seconds from 0 to {LONGEST_DRAIN}.")
+    return seconds
 
 
 @click.command()
@@ -37,7 +47,7 @@ CUT_OFF = 1  # the exit code if tasks did not end in the drain time
     help="Run at most this many tasks of each pool at once. Default: max_workers of the route.",
 )  # fmt: skip
 @click.option(
-    "--drain", type=click.FloatRange(0), metavar="SECONDS",
+    "--drain", type=float, callback=_checked, metavar="SECONDS",
     help="How long running tasks may continue after the signal to exit. Default: ASYNCROUTE_DRAIN.",
 )  # fmt: skip
 @click.pass_context
@@ -56,32 +66,35 @@ def worker(
       flask --app reports asyncroute worker --route 'films.*' --slots 1 --drain 3600
     """
     runtime = current_runtime()
-    try:
-        config = runtime.prepare()
-        if not stores.kind_of(config.store).is_shared:
-            raise ConfigurationError(
-                "A worker cannot read the tasks of other processes in ASYNCROUTE_STORE memory://. "
-                "Use the default store or PostgreSQL."
-            )
-    except ConfigurationError as error:
-        raise click.UsageError(str(error)) from error
-    endpoints = _selected(runtime.routes, patterns)
-    _show_log()
     # A socket, because the handler can interrupt code that holds any lock.
     received, ended = socket.socketpair()
     with received, ended:
-        _send_on_signal(ended)
-        runner = runtime.become_worker(Role(endpoints, slots, is_worker=True))
-        _log_start(runner, config)
+        try:
+            config = runtime.prepare()
+            _refuse_memory(config)
+            role = Role(_selected(runtime.routes, patterns), slots, is_worker=True)
+            _show_log()
+            _send_on_signal(ended)
+            runner = runtime.become_worker(role)
+        except ConfigurationError as error:
+            raise click.UsageError(str(error)) from error
+        _log_start(runner)
         name = signal.Signals(received.recv(1)[0]).name
-    seconds = config.drain if drain is None else drain
     logger.info(
         "The worker received %s and takes no more tasks. Send the signal again to end it at once.",
         name,
     )
-    cut = shutdown.shut_down({runner: seconds})
+    cut = shutdown.shut_down({runner: config.drain if drain is None else drain})
     runtime.close()
     context.exit(CUT_OFF if cut else 0)
+
+
+def _refuse_memory(config: Config) -> None:
+    if not stores.kind_of(config.store).is_shared:
+        raise ConfigurationError(
+            "A worker cannot read the tasks of other processes in ASYNCROUTE_STORE memory://. Use "
+            "the default store or PostgreSQL."
+        )
 
 
 def _selected(routes: Mapping[str, Route], patterns: Collection[str]) -> frozenset[str]:
@@ -133,10 +146,11 @@ def _send_on_signal(receiver: socket.socket) -> None:
         signal.signal(number, handle)
 
 
-def _log_start(runner: Runner, config: Config) -> None:
-    slots: dict[str, int] = {}
-    for name in sorted(runner.role.endpoints):
-        slots[name] = runner.role.slots or runner.routes[name].options.max_workers
+def _log_start(runner: Runner) -> None:
+    slots = {
+        name: runner.role.slots or runner.routes[name].options.max_workers
+        for name in sorted(runner.role.endpoints)
+    }
     others = [
         f"{name} ({kind_of(route.options.executor).name})"
         for name, route in runner.routes.items()
@@ -144,7 +158,7 @@ def _log_start(runner: Runner, config: Config) -> None:
     ]
     logger.info(
         "The worker %s runs tasks from %s, namespace %s. Slots: %s.%s",
-        runner.lifecycle.owner, runner.store.label, config.namespace,
+        runner.lifecycle.owner, runner.store.label, runner.config.namespace,
         ", ".join(f"{name} {count}" for name, count in slots.items()),
         f" Not run by workers: {', '.join(others)}." if others else "",
     )  # fmt: skip

@@ -185,7 +185,9 @@ def test_a_worker_for_some_routes_leaves_the_others(
     [
         (["--route", "x*"], "'x*' matches no async route. Use one of these endpoints: again,"),
         (["--slots", "0"], "0 is not in the range x>=1"),
-        (["--drain", "-1"], "-1.0 is not in the range x>=0"),
+        (["--drain", "-1"], "-1 is invalid; use seconds from 0 to 31622400."),
+        (["--drain", "nan"], "nan is invalid; use seconds from 0 to"),
+        (["--drain", "inf"], "inf is invalid; use seconds from 0 to"),
         (["--drain", "long"], "'long' is not a valid float"),
     ],
 )
