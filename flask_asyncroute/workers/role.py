@@ -23,6 +23,18 @@ class Role:
         return route.endpoint in self.endpoints or (kind.is_bound and not kind.runs_inline)
 
 
+def endpoints_of(role: Role, routes: Mapping[str, Route], is_celery_worker: bool) -> frozenset[str]:
+    """Return the endpoints whose tasks a process runs, for the list of workers."""
+
+    def runs(route: Route) -> bool:
+        kind = kind_of(route.options.executor)
+        if is_celery_worker:
+            return kind.runs_elsewhere
+        return route.endpoint in role.endpoints or (kind.is_bound and not role.is_worker)
+
+    return frozenset(name for name, route in routes.items() if runs(route))
+
+
 def runs_in_any_worker(route: Route) -> bool:
     """Return whether any process of the app can run the tasks of a route."""
     kind = kind_of(route.options.executor)
@@ -36,12 +48,6 @@ def role_of_server(routes: Mapping[str, Route], run_tasks: bool) -> Role:
     """
     taken = [name for name, route in routes.items() if run_tasks and runs_in_any_worker(route)]
     return Role(frozenset(taken))
-
-
-def endpoints_of_celery(routes: Mapping[str, Route]) -> frozenset[str]:
-    """Return the endpoints whose tasks Celery workers run."""
-    names = (n for n, route in routes.items() if kind_of(route.options.executor).runs_elsewhere)
-    return frozenset(names)
 
 
 def count_waiting(store: TaskStore, endpoints: list[str], most: int) -> int:

@@ -36,7 +36,7 @@ from . import app_identity, run_task
 from .heartbeat import Heartbeat
 from .maintenance import Job, Maintenance, Timekeeper
 from .recovery import Recovery
-from .role import Role, count_waiting, endpoints_of_celery, role_of_server, runs_in_any_worker
+from .role import Role, count_waiting, endpoints_of, role_of_server, runs_in_any_worker
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -97,7 +97,7 @@ class Runner:
             app, config, self.store.outbox, self.lifecycle, self.enter, self._send_callbacks
         )
         if isinstance(self.store, SharedTaskStore):
-            runs = endpoints_of_celery(routes) if self.is_celery_worker else self._taken.keys()
+            runs = endpoints_of(self.role, routes, self.is_celery_worker)
             views = app_identity.views_of(app, routes)
             self.heartbeat = Heartbeat(self.store.workers, self.lifecycle.owner, runs, views)
         self._looked_at = 0.0

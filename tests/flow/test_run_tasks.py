@@ -152,6 +152,28 @@ def test_immediate_tasks_and_those_of_an_own_executor_run_in_the_web_server(
     assert [web.result(path) for path in ("/at-once", "/own")] == ["/at-once", "/own"]
 
 
+def test_each_process_lists_the_endpoints_that_it_runs(
+    make_pair: MakePair, own_pool: ThreadPoolExecutor
+) -> None:
+    web, worker = make_pair()
+    for flow in (web, worker):
+
+        @flow.route("/at-once", executor="immediate")
+        def at_once() -> None: ...
+
+        @flow.route("/own", executor=own_pool)
+        def own() -> None: ...
+
+    begin(worker, "hold")
+    runners = [runtime_of(flow.app).runner for flow in (web, worker)]
+    for runner in runners:
+        runner.enter()
+    listed = {row.name: row for row in runners[0].store.workers.listed()}
+    rows = [listed[runner.lifecycle.owner] for runner in runners]
+    assert [row.endpoints for row in rows] == [{"at_once", "own"}, {"hold"}]
+    assert [set(row.views) for row in rows] == [{"work", "hold", "at_once", "own"}] * 2
+
+
 def test_a_worker_for_some_routes_leaves_the_others(
     make_pair: MakePair, eventually: Callable[..., Any]
 ) -> None:
