@@ -203,11 +203,11 @@ class AsyncRoute:
     def start(self, app: Flask) -> None:
         """Make this process run waiting tasks and background maintenance of ``app``.
 
-        If ``ASYNCROUTE_RUN_TASKS`` is False, it leaves the tasks to workers. The first request does
-        the same as this method. Call this method in a process that possibly gets no
+        The first request does the same. Call this method in a process that possibly gets no
         request, and in gunicorn's ``post_worker_init``: then streams and waits end as soon as the
         worker receives the signal to exit. Further calls, and calls in children of
-        ``executor="process"``, do nothing.
+        ``executor="process"``, do nothing. If ``ASYNCROUTE_RUN_TASKS`` is False, the process leaves
+        the tasks to workers and does only the maintenance.
 
         If the store cannot be opened, a warning is logged and maintenance retries, so the server
         can start without its database.

@@ -24,7 +24,7 @@ from ..workers.runner import Runner
 logger = logging.getLogger("flask_asyncroute")
 
 CUT_OFF = 1  # the exit code if tasks did not end in the drain time
-LONGEST_DRAIN = 366 * 86400
+LONGEST_DRAIN = 366 * 86400  # infinity would overflow the timeouts of waits
 
 
 def _checked(

@@ -193,8 +193,8 @@ class TaskExecutor(ABC):
         self.release()
 
 
-def queue_full(queue_size: int) -> QueueFull:
+def queue_full(waiting: int) -> QueueFull:
     return QueueFull(
-        f"The queue of this route is full: {queue_size} tasks are waiting. Try again later.",
+        f"The queue of this route is full: {waiting} tasks are waiting. Try again later.",
         retry_after=5,
     )

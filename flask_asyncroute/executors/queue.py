@@ -15,8 +15,7 @@ class QueueTaskExecutor(TaskExecutor):
 
     Refuses tasks if as many wait in the store as one worker process would accept.
 
-    :param count: returns the number of tasks of the pool that wait in the store, at most the
-        number in its argument.
+    :param count: counts the tasks of the pool that wait in the store, up to its argument.
     """
 
     is_queue = True
@@ -33,7 +32,7 @@ class QueueTaskExecutor(TaskExecutor):
                 self._taken = self._count(most)
                 self._count_at = time.monotonic() + COUNT_SECONDS
             if self._taken >= most:
-                raise queue_full(self._queue_size)
+                raise queue_full(most)
             self._taken += 1
 
     def submit(self, task_id: str) -> None:

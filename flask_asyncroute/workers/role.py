@@ -51,6 +51,6 @@ def role_of_server(routes: Mapping[str, Route], run_tasks: bool) -> Role:
 
 
 def count_waiting(store: TaskStore, endpoints: list[str], most: int) -> int:
-    """Return how many tasks of these endpoints wait and are due; at most about ``most``."""
+    """Return how many tasks of these endpoints wait and are due; at most ``most``."""
     limits = dict.fromkeys(endpoints, most)
-    return len(store.waiting(limits, now_us(), store.now_us()))
+    return min(len(store.waiting(limits, now_us(), store.now_us())), most)

@@ -56,7 +56,7 @@ def accepted(queue: TaskExecutor) -> int:
         try:
             queue.reserve()
         except QueueFull as error:
-            assert "3 tasks are waiting" in str(error)
+            assert "5 tasks are waiting" in str(error)
             return number
         queue.submit(f"task {number}")
     raise AssertionError("the queue has no limit")
