@@ -108,6 +108,7 @@ class Config:
     celery: Any = setting(optional(_celery_app), None)
     namespace: str = setting(optional(validators.short_name), None)
     create_tables: bool = setting(boolean, True)
+    run_tasks: bool = setting(boolean, True)
     operations: tuple[str, ...] = setting(validators.some_of(*OPERATIONS), OPERATIONS)
     url_prefix: str = setting(matching(f"({_PATH})?", "a path such as '/api'"), "")
     task_path: str = setting(_path, "/task")
@@ -205,6 +206,12 @@ def read(app: Flask) -> Config:
     if values["task_path"] == values["tasks_path"]:
         raise ConfigurationError(
             "ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH are the same; they must differ."
+        )
+    if not values["run_tasks"] and not registry.kind_of(values["store"]).is_shared:
+        raise ConfigurationError(
+            "ASYNCROUTE_RUN_TASKS is False, but ASYNCROUTE_STORE is memory://, whose tasks only "
+            "this process could run. Use the default store or PostgreSQL, or remove "
+            "ASYNCROUTE_RUN_TASKS."
         )
     fallbacks = {
         "namespace": app.name[:MAX_NAME],

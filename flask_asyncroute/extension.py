@@ -15,6 +15,7 @@ from flask import Blueprint, Flask, Request, has_request_context, request, reque
 from werkzeug.routing import Rule
 
 from . import options, validators
+from .cli import group
 from .decorator import declare, is_bare, register_task, view_function_of
 from .engine.dispatcher import unknown
 from .engine.lifecycle import purge
@@ -101,6 +102,7 @@ class AsyncRoute:
             if app.blueprints.get(EXTENSION) is not self.blueprint:
                 prefix = runtime.initial.url_prefix or None
                 app.register_blueprint(self.blueprint, url_prefix=prefix)
+            app.cli.add_command(group)
             if isinstance(runtime.initial.celery, Mapping):
                 from .executors.celery_app import create_celery  # imports Celery
 
@@ -204,7 +206,8 @@ class AsyncRoute:
         The first request does the same. Call this method in a process that possibly gets no
         request, and in gunicorn's ``post_worker_init``: then streams and waits end as soon as the
         worker receives the signal to exit. Further calls, and calls in children of
-        ``executor="process"``, do nothing.
+        ``executor="process"``, do nothing. If ``ASYNCROUTE_RUN_TASKS`` is False, the process leaves
+        the tasks to workers and does only the maintenance.
 
         If the store cannot be opened, a warning is logged and maintenance retries, so the server
         can start without its database.

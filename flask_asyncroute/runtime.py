@@ -27,6 +27,7 @@ from .stores import registry as stores
 from .stores.base import SharedTaskStore, TaskStore
 from .stores.registry import MEMORY
 from .workers import app_identity, shutdown
+from .workers.role import Role
 from .workers.runner import Runner
 
 logger = logging.getLogger("flask_asyncroute")
@@ -56,6 +57,7 @@ class Runtime:
         self.is_child = _is_child_process
         """Whether this process runs a single task for its parent; see `child_main`."""
         self.name_prefix = ""  # of this process's name as a worker
+        self.role: Role | None = None  # which tasks this process takes; None: as configured
         self.is_inline = False
         """Whether all routes run inside the request, on ``memory://``; see `testing`."""
         self.initial = self.config = configuration.read(app)
@@ -121,6 +123,16 @@ class Runtime:
         if runner.store.is_shared:
             runner.start_maintenance()
 
+    def become_worker(self, role: Role) -> Runner:
+        """Take and run waiting tasks as ``role`` says, whatever ``ASYNCROUTE_RUN_TASKS`` is."""
+        if self._runner is not None:
+            self.close()  # the app has called `start` while it was loaded
+        self.role = role
+        self.become_runner()
+        runner = self._runner or self._make_runner()
+        runner.take_over_soon()
+        return runner
+
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""
         self.is_child = True
@@ -155,7 +167,7 @@ class Runtime:
                 self._runner = Runner(
                     app, config, self._early.take(app, config), self.routes, self._before_task,
                     self._identity_loader, shutdown.is_server_ending, self.is_inline,
-                    self.name_prefix,
+                    self.name_prefix, self.role,
                 )  # fmt: skip
                 shutdown.runners.add(self._runner)
             return self._runner

@@ -361,6 +361,9 @@ class Dispatcher:
             self.start_maintenance()
         try:
             executor.reserve()
+            if executor.is_queue:
+                # Without a start time, workers would first leave the task to this process.
+                incoming.start_at_us = self.store.now_us()
             try:
                 task = self._create(incoming)
             except BaseException:

@@ -111,6 +111,7 @@ class Notifier(Loop):
         end.
     :param on_submitted: called when transactions of the app have added tasks; see
         `SharedTaskStore.joined`. Must return immediately, and not keep its runner alive.
+    :param on_delayed: the same for new tasks with a start time; see `SharedTaskStore.listen`.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Notifier(Loop):
         on_change: Callable[[AsyncRouteTask], None],
         is_server_ending: Callable[[], bool] = lambda: False,
         on_submitted: Callable[[], None] = lambda: None,
+        on_delayed: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("asyncroute-watcher")
         self._store = store
@@ -140,6 +142,7 @@ class Notifier(Loop):
         self._idle_since: float | None = None
         self._poll_after = 0.0
         self._on_submitted = on_submitted
+        self._on_delayed = on_delayed
         self._listening = threading.Lock()
         self._listener: Listener | None = None
         self._has_listened = False
@@ -169,10 +172,17 @@ class Notifier(Loop):
         with self._listening:
             if self._has_listened or not isinstance(self._store, SharedTaskStore):
                 return
-            self._listener = self._store.listen(self._wake.set, self._on_submitted)
+            self._listener = self._store.listen(
+                self._wake.set, self._on_submitted, self._on_delayed
+            )
             self._has_listened = True
             if self._listener is not None:
                 when_gone(self, self._listener.close)
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether the store sends notifications to this process."""
+        return self._listener is not None
 
     def _begin(self, is_follower: bool = False) -> None:
         with self._waiting_lock:

@@ -66,6 +66,8 @@ class TaskExecutor(ABC):
     """Runs tasks of one pool in one process. Thread-safe."""
 
     interrupt_after: float | None = None
+    is_queue: bool = False
+    """Whether tasks only wait in the store, for worker processes to take them at once."""
 
     def __init__(self, settings: PoolSettings) -> None:
         self.is_bound = settings.is_bound
@@ -87,11 +89,7 @@ class TaskExecutor(ABC):
         """
         with self._lock:
             if self._taken >= self._max_workers + self._queue_size:
-                raise QueueFull(
-                    f"The queue of this route is full: {self._queue_size} tasks are waiting. Try "
-                    "again later.",
-                    retry_after=5,
-                )
+                raise queue_full(self._queue_size)
             self._taken += 1
 
     def release(self) -> None:
@@ -193,3 +191,10 @@ class TaskExecutor(ABC):
 
     def _leave(self, task_id: str) -> None:
         self.release()
+
+
+def queue_full(waiting: int) -> QueueFull:
+    return QueueFull(
+        f"The queue of this route is full: {waiting} tasks are waiting. Try again later.",
+        retry_after=5,
+    )

@@ -7,6 +7,7 @@ kinds by name.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +17,7 @@ from typing import Any, cast
 from ..errors import ConfigurationError
 from ..validators import refuse
 from .base import PoolSettings, TaskExecutor
+from .queue import QueueTaskExecutor
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,14 @@ def check_usable(label: str, value: str | Executor) -> None:
         raise ConfigurationError(
             f'{label}: executor="{kind.name}" works only on {kind.platform}; use "thread" here.'
         )
+
+
+def make_queue(settings: PoolSettings, count: Callable[[int], int]) -> TaskExecutor:
+    """Return the executor of a process that leaves the tasks to worker processes.
+
+    :param count: see `QueueTaskExecutor`.
+    """
+    return QueueTaskExecutor(settings, count)
 
 
 def make_executor(settings: PoolSettings) -> TaskExecutor:

@@ -114,10 +114,10 @@ class Worker:
     lock_file: str  # the name of its lock file, see `heartbeat`; empty: no file
     number: int  # the byte that it locks in the lock file
     process: str  # from its `process_lock.this_process()`
-    endpoints: frozenset[str]  # the endpoints whose tasks it can run
+    endpoints: frozenset[str]  # the endpoints whose tasks it runs
     beat: int = 0  # number of heartbeats written
     views: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """From its `app_identity.views_of()`, by endpoint; empty if unknown."""
+    """From its `app_identity.views_of()`, by endpoint of its app; empty if unknown."""
 
 
 class TaskStore(ABC):
@@ -371,11 +371,15 @@ class SharedTaskStore(TaskStore):
         """
 
     def listen(
-        self, notify: Callable[[], None], submitted: Callable[[], None] = lambda: None
+        self,
+        notify: Callable[[], None],
+        submitted: Callable[[], None] = lambda: None,
+        delayed: Callable[[], None] = lambda: None,
     ) -> Listener | None:
         """Begin to call ``notify``, on any thread, soon after another process has stopped a task.
         While :meth:`keep_notifying` applies, it is also called after each other write of another
-        process. Call ``submitted`` soon after unpublished tasks of any process are committed.
+        process. Call ``submitted`` soon after unpublished tasks of any process are committed, and
+        ``delayed`` soon after :meth:`add` has stored a task with a start time, which can be now.
 
         Return a listener to close, or None if the store sends no notifications.
 

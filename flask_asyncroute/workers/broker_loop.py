@@ -50,6 +50,10 @@ class BrokerLoop(Loop):
         """Return whether this process is the one that does this work."""
         return self._recovery.is_first(self._endpoints)
 
+    def sends(self, endpoint: str) -> bool:
+        """Return whether this process sends the messages of an endpoint again."""
+        return endpoint in self._endpoints and self.is_first()
+
     def send_at(self, time_us: int) -> None:
         """Send the tasks with this start time, by the store's clock, when it has come."""
         seconds = max((time_us - self._store.now_us()) / 1_000_000, 0.0)

@@ -30,6 +30,7 @@ that a worker is dead.
 """
 CONFIRM_SECONDS = 0.4  # a lock can be free by accident for a shorter time
 ROUTE_GONE_SECONDS = 3600.0
+UNSERVED_SECONDS = 10.0  # how long a task waits before a missing worker is reported
 ROUTE_GONE = "Route gone"
 PAGE = 500
 FAR_FUTURE_US = 2**62
@@ -42,14 +43,20 @@ class Recovery:
     store: SharedTaskStore
     lifecycle: Lifecycle
     heartbeat: Heartbeat
+    queued: Collection[str] = ()
+    """The endpoints of the app whose tasks any worker process can run."""
     _beats: dict[str, tuple[int, float]] = field(default_factory=dict)
     """The last heartbeat of each worker, and the monotonic time when this process first saw it."""
     _free: dict[str, float] = field(default_factory=dict)
     """For each worker whose lock is free: the monotonic time when a check first found it free."""
     _differences: set[str] = field(default_factory=set)
     """The differences between apps that were already logged."""
-    _running: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """The endpoints of each worker that serves requests and was not found dead."""
+    _running: Mapping[str, set[str]] = field(default_factory=dict)
+    """The workers that were not found dead, except those of Celery, with their app's endpoints."""
+    _served: set[str] | None = None
+    """The endpoints whose tasks any of these workers runs; None before the first check."""
+    _reported: set[str] = field(default_factory=set)
+    """The endpoints that were logged because no worker runs their tasks."""
     _checked_at: float = field(default_factory=lambda: time.monotonic())
     _unlisted: dict[str, float] = field(default_factory=dict)
     """For each endpoint that no worker has: the monotonic time when this was first seen."""
@@ -73,15 +80,17 @@ class Recovery:
             for name in seen.keys() - listed.keys():
                 del seen[name]
         running = {
-            worker.name: worker.endpoints
+            worker.name: {*worker.endpoints, *worker.views}
             for worker in listed.values()
             if not worker.name.startswith(CELERY_WORKER)
         }
+        served: set[str] = set()
         for worker in listed.values():
             is_alive = worker.name == self.heartbeat.name or self._is_alive(worker, now)
             if is_alive:
                 self._warn_of_other_app(worker)
             if is_alive is not False:
+                served |= worker.endpoints
                 continue
             running.pop(worker.name, None)
             held = self.store.workers.held(worker.name)
@@ -94,6 +103,7 @@ class Recovery:
                     worker.name, len(held),
                 )  # fmt: skip
         self._running = running
+        self._served = served
 
     def is_first(self, endpoints: Collection[str]) -> bool:
         """Return whether this process is the one that does what only one process should do for
@@ -115,9 +125,9 @@ class Recovery:
             )  # fmt: skip
 
     def abort_unroutable(self) -> None:
-        """Abort the waiting tasks of endpoints that no worker has had for an hour."""
+        """Abort the waiting tasks of endpoints that no worker's app has had for an hour."""
         workers = self.store.workers
-        listed = {endpoint for worker in workers.listed() for endpoint in worker.endpoints}
+        listed = {name for w in workers.listed() for name in (*w.endpoints, *w.views)}
         unlisted = [endpoint for endpoint in workers.wanted() if endpoint not in listed]
         now = time.monotonic()
         self._unlisted = {name: self._unlisted.get(name, now) for name in unlisted}
@@ -134,6 +144,28 @@ class Recovery:
                 task = self.store.get(found.id)
                 if task is not None and task.state is State.NOT_STARTED:
                     self.lifecycle.abort(task, ROUTE_GONE)
+
+    def warn_of_unserved(self) -> None:
+        """Log once if tasks wait although no living worker runs the tasks of their endpoint."""
+        if self._served is None:
+            return
+        unserved = set(self.queued) - self._served
+        self._reported &= unserved
+        unserved -= self._reported
+        if not unserved or not self.is_first(unserved):
+            return
+        age_us = int(UNSERVED_SECONDS * 1_000_000)
+        waiting = self.store.waiting(
+            dict.fromkeys(unserved, 1), now_us() - age_us, self.store.now_us() - age_us
+        )
+        found = {task.endpoint for task in waiting}
+        self._reported |= found
+        if found:
+            logger.warning(
+                "Tasks of these endpoints wait, but no running worker takes them: %s. Start one "
+                "with: flask asyncroute worker",
+                ", ".join(sorted(found)),
+            )
 
     def _is_alive(self, worker: Worker, now: float) -> bool | None:
         """Check whether another worker is alive. Returns None if it is too early to decide."""

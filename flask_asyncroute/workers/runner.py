@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask
@@ -24,7 +24,7 @@ from ..engine.lifecycle import Lifecycle
 from ..engine.notifier import Notifier
 from ..errors import AsyncRouteError, BrokerUnavailable, QueueFull
 from ..executors.base import ChildSettings, PoolSettings, Run, TaskExecutor
-from ..executors.registry import CELERY_WORKER, kind_of, make_executor
+from ..executors.registry import CELERY_WORKER, kind_of, make_executor, make_queue
 from ..query import NEWEST_FIRST
 from ..request.identity import IdentityLoader
 from ..routes import Route
@@ -36,6 +36,7 @@ from . import app_identity, run_task
 from .heartbeat import Heartbeat
 from .maintenance import Job, Maintenance, Timekeeper
 from .recovery import Recovery
+from .role import Role, count_waiting, endpoints_of, role_of_server, runs_in_any_worker
 
 if TYPE_CHECKING:
     from .broker_loop import BrokerLoop
@@ -46,6 +47,8 @@ LOOK_SECONDS = 0.5
 ENDING_SECONDS = 0.05  # until the thread of an ending run has probably left its slot
 MAINTAIN_SECONDS = 1.0
 SEND_SECONDS = 0.5
+POLL_SECONDS = 0.02  # Interval at which a worker looks for tasks if the store does not notify it.
+REST_SECONDS = 0.005  # Pause after a look for tasks, so that the next look takes many.
 PUBLISH_PAGE = 200  # maximum number of tasks to publish at once
 TAKEOVER_AFTER_US = 1_000_000  # Any process may run a task that has waited this long.
 
@@ -61,6 +64,8 @@ class Runner:
 
     Its threads start when they are needed. :meth:`close` ends them. In a Celery worker, it only
     runs the tasks that Celery delivers; the processes of the web servers do the rest.
+
+    :param role: which waiting tasks this process takes; None: as ``ASYNCROUTE_RUN_TASKS`` says.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class Runner:
         before_task: Sequence[Callable[[], Any]],
         identity_loader: Callable[[], IdentityLoader | None],
         is_ending: Callable[[], bool] = lambda: False, is_inline: bool = False,
-        name_prefix: str = "",
+        name_prefix: str = "", role: Role | None = None,
     ) -> None:  # fmt: skip
         self.app = app
         self.config = config
@@ -77,6 +82,8 @@ class Runner:
         self.before_task = before_task
         self.store = store
         self.is_celery_worker = name_prefix.startswith(CELERY_WORKER)
+        self.role = role_of_server(routes, config.run_tasks) if role is None else role
+        self._taken = {n: route for n, route in routes.items() if self.role.takes(route)}
         self.lifecycle = Lifecycle(app, self.store, f"{name_prefix}{os.getpid()}-{uuid.uuid4()}")
         self.dispatcher = Dispatcher(
             app, config, self.store, self.lifecycle, identity_loader, self.executor_of, routes,
@@ -84,7 +91,8 @@ class Runner:
         )  # fmt: skip
         self.notifier = Notifier(
             app, self.store, self.lifecycle.owner, self.dispatcher.on_change, is_ending,
-            _publishes(weakref.ref(self)),
+            _calls(weakref.ref(self), Runner.publish_soon),
+            _calls(weakref.ref(self), Runner.take_over_soon),
         )  # fmt: skip
         self.stream_slots = threading.BoundedSemaphore(config.max_streams)
         self.heartbeat: Heartbeat | None = None
@@ -92,9 +100,10 @@ class Runner:
             app, config, self.store.outbox, self.lifecycle, self.enter, self._send_callbacks
         )
         if isinstance(self.store, SharedTaskStore):
-            self.heartbeat = Heartbeat(
-                self.store.workers, self.lifecycle.owner, routes, app_identity.views_of(app, routes)
-            )
+            runs = endpoints_of(self.role, routes, self.is_celery_worker)
+            views = app_identity.views_of(app, routes)
+            self.heartbeat = Heartbeat(self.store.workers, self.lifecycle.owner, runs, views)
+        self._looked_at = 0.0
         self._take_over_job = Job(LOOK_SECONDS, self._take_over)
         self._publish_job = Job(math.inf, self._publish_free)
         self._broker_loop: BrokerLoop | None = None
@@ -102,7 +111,8 @@ class Runner:
         self.maintenance = Maintenance(app, self.lifecycle, self.dispatcher, jobs)
         self.timekeeper = Timekeeper(self.dispatcher)
         self.lifecycle.pending_writes.wake = self.maintenance.wake
-        self.lifecycle.call_at = self._take_over_at
+        if self._taken or self._broker_loop is not None:
+            self.lifecycle.call_at = self._take_over_at
         self.lifecycle.on_restart = self._send_restarted
         self._lock = threading.Lock()
         self._has_warned = False
@@ -124,11 +134,13 @@ class Runner:
             Job(MAINTAIN_SECONDS, self.lifecycle.abort_expired),
         ]
         if isinstance(self.store, SharedTaskStore) and self.heartbeat is not None:
-            recovery = Recovery(self.store, self.lifecycle, self.heartbeat)
+            queued = [name for name, route in self.routes.items() if runs_in_any_worker(route)]
+            recovery = Recovery(self.store, self.lifecycle, self.heartbeat, queued)
             jobs += [
                 Job(LOOK_SECONDS, self._publish_all),
                 self._publish_job,
                 Job(LOOK_SECONDS, recovery.recover_tasks),
+                Job(MAINTAIN_SECONDS, recovery.warn_of_unserved),
                 Job(MAINTAIN_SECONDS, self.store.maintain),
                 Job(interval, recovery.abort_unroutable),
             ]
@@ -154,11 +166,17 @@ class Runner:
         return find_celery(self.app, self.config.celery)
 
     def executor_of(self, route: Route) -> TaskExecutor:
-        """Return the executor of a route's pool; the first call creates it."""
+        """Return the executor of a route's pool; the first call creates it.
+
+        If this process does not take the route's tasks, it is the queue for the workers.
+        """
+        is_left = runs_in_any_worker(route) and route.endpoint not in self.role.endpoints
+        key = f"queue of {route.pool}" if is_left else route.pool
         with self._lock:
-            executor = self._executors.get(route.pool)
+            executor = self._executors.get(key)
             if executor is None:
-                executor = self._executors[route.pool] = self._make_executor(route)
+                make = self._make_queue if is_left else self._make_executor
+                executor = self._executors[key] = make(route)
             return executor
 
     @property
@@ -261,14 +279,34 @@ class Runner:
         )
 
     def _make_executor(self, route: Route) -> TaskExecutor:
+        return make_executor(self._settings(route))
+
+    def _make_queue(self, route: Route) -> TaskExecutor:
+        endpoints = [name for name, other in self.routes.items() if other.pool == route.pool]
+        return make_queue(self._settings(route), partial(count_waiting, self.store, endpoints))
+
+    def _settings(self, route: Route) -> PoolSettings:
         options = route.options
-        settings = PoolSettings(
-            route.pool, self._run, options.max_workers, options.queue_size, options.min_workers,
+        slots = self.role.slots or options.max_workers
+        return PoolSettings(
+            route.pool, self._run, slots, options.queue_size, min(options.min_workers, slots),
             options.interrupt_after, options.executor, options.is_bound, options.celery, self,
         )  # fmt: skip
-        return make_executor(settings)
+
+    def take_over_soon(self) -> None:
+        """Take tasks that wait for a runner. Returns immediately."""
+        if not self._taken:
+            return
+        self._take_over_job.hasten(max(time.monotonic(), self._looked_at + REST_SECONDS))
+        self.maintenance.wake()
 
     def _take_over(self) -> None:
+        self._looked_at = time.monotonic()
+        self._submit_waiting()
+        if self.role.is_worker and not self.notifier.is_listening:
+            self._take_over_job.hasten(time.monotonic() + POLL_SECONDS)
+
+    def _submit_waiting(self) -> None:
         """Submit tasks that have waited for over a second, and tasks whose start time has come, up
         to the capacity of each executor.
         """
@@ -276,15 +314,14 @@ class Runner:
             return
         waiting = {
             name: route
-            for name, route in self.routes.items()
-            if not kind_of(route.options.executor).runs_inline
-            and not _runs_elsewhere(route)
+            for name, route in self._taken.items()
             # A process that is no runner takes only tasks that no other process can run.
-            and (route.options.is_bound or self.dispatcher.is_runner or not self.store.is_shared)
+            if route.options.is_bound or self.dispatcher.is_runner or not self.store.is_shared
         }
-        capacity = {
-            pool: self._takeover_capacity(pool) for pool in {r.pool for r in waiting.values()}
-        }
+        capacity: dict[str, int] = {}
+        for route in waiting.values():
+            if route.pool not in capacity:
+                capacity[route.pool] = self._takeover_capacity(route)
         limits = {name: capacity[route.pool] for name, route in waiting.items()}
         limits = {name: limit for name, limit in limits.items() if limit}
         if not limits:
@@ -352,15 +389,12 @@ class Runner:
             return
         capacity: dict[str, int] = {}
         for task in store.unpublished(PUBLISH_PAGE):
-            route = self.routes.get(task.endpoint)
+            route = self._taken.get(task.endpoint)
             pool = "" if route is None else route.pool
             if route is not None and pool not in capacity:
-                capacity[pool] = self._takeover_capacity(pool)
+                capacity[pool] = self._takeover_capacity(route)
             has_room = capacity.get(pool, 0) > 0
-            is_sender = (
-                self._broker_loop is not None and route is not None and _runs_elsewhere(route)
-                and self._broker_loop.is_first()
-            )  # fmt: skip
+            is_sender = self._broker_loop is not None and self._broker_loop.sends(task.endpoint)
             if is_for_free_slots and not (has_room or is_sender):
                 continue
             published = self.lifecycle.publish(task)
@@ -387,15 +421,14 @@ class Runner:
         if self._broker_loop is not None:
             self._broker_loop.send_at(time_us)
 
-    def _takeover_capacity(self, pool: str) -> int:
-        route = next(route for route in self.routes.values() if route.pool == pool)
+    def _takeover_capacity(self, route: Route) -> int:
         try:
             return self.executor_of(route).takeover_capacity()
         except Exception:
-            if pool not in self._broken_pools:
-                self._broken_pools.add(pool)
+            if route.pool not in self._broken_pools:
+                self._broken_pools.add(route.pool)
                 logger.exception(
-                    "The executor of %s could not be created, so its tasks wait.", pool
+                    "The executor of %s could not be created, so its tasks wait.", route.pool
                 )
             return 0
 
@@ -404,17 +437,15 @@ def _runs_elsewhere(route: Route) -> bool:
     return kind_of(route.options.executor).runs_elsewhere
 
 
-def _publishes(reference: weakref.ref[Runner]) -> Callable[[], None]:
-    """Return the function that a listener calls when the app's transactions have added tasks. The
-    function does not keep the runner alive.
-    """
+def _calls(reference: weakref.ref[Runner], method: Callable[[Runner], None]) -> Callable[[], None]:
+    """Return a function that calls a method of a runner, but does not keep the runner alive."""
 
-    def publish() -> None:
+    def call() -> None:
         runner = reference()
         if runner is not None:
-            runner.publish_soon()
+            method(runner)
 
-    return publish
+    return call
 
 
 def _runs(reference: weakref.ref[Runner]) -> Run:

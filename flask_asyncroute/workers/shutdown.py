@@ -157,13 +157,14 @@ def _chained(
     return handle
 
 
-def shut_down(seconds: Mapping[Runner, float]) -> None:
+def shut_down(seconds: Mapping[Runner, float]) -> int:
     """Start no more tasks. Give running tasks time to end, then abort or requeue them.
 
     Tasks that have not started stay in the store for other processes. This function returns at most
     1.5 seconds after the longest time limit.
 
     :param seconds: how long the running tasks of each runner can continue.
+    :return: the number of tasks that did not end in time.
     """
     # The runners shut down concurrently. Only maintenance threads wait for stores.
     began = time.monotonic()
@@ -213,6 +214,7 @@ def shut_down(seconds: Mapping[Runner, float]) -> None:
             "The store did not respond in time during the shutdown; other workers will recover the "
             "remaining tasks."
         )
+    return len(cut)
 
 
 def _is_idle_by(runner: Runner, deadline: float) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flask_asyncroute.stores.base import Expect, SharedTaskStore, ViewEvent
+from flask_asyncroute.stores.base import Expect, SharedTaskStore, StartKey, ViewEvent
 from flask_asyncroute.stores.sql.statements import CHANNEL
 from flask_asyncroute.task import AsyncRouteTask, State
 from tests.support.databases import SHARED, engine_of
@@ -168,6 +168,37 @@ def test_a_listener_is_notified_of_every_kind_of_write_by_another_process(
             eventually(notified.is_set)
     finally:
         listener.close()
+
+
+def test_a_new_task_with_a_start_time_notifies_all_processes(
+    make_postgresql_store: NewStore, make_task: NewTask, eventually: Eventually
+) -> None:
+    """Also with rows in other tables, and if no process has asked for notifications."""
+    ours, store = make_postgresql_store(), make_postgresql_store()
+    other = make_postgresql_store("other")
+    for each in (ours, store, other):
+        each.open()
+    changed, delayed, elsewhere = (threading.Event() for _ in range(3))
+    listeners = [
+        ours.listen(changed.set, delayed=delayed.set),
+        other.listen(lambda: None, delayed=elsewhere.set),
+    ]
+    try:
+        for event in (changed, delayed, elsewhere):
+            eventually(event.is_set)
+        for task in (make_task("plain", start_at_us=1), make_task("keyed", start_at_us=1)):
+            for event in (changed, delayed, elsewhere):
+                event.clear()
+            key = StartKey("k" * 64, "f" * 64) if task.id == "keyed" else None
+            store.add(make_task(f"without {task.id}"), b"", None, ())
+            assert not delayed.is_set()
+            store.add(task, b"", None, (), key)
+            eventually(delayed.is_set)
+            assert not changed.is_set() and not elsewhere.is_set()
+    finally:
+        for listener in listeners:
+            assert listener is not None
+            listener.close()
 
 
 @SHARED

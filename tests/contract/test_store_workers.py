@@ -54,6 +54,15 @@ def test_enter_beat_and_leave(store: SharedTaskStore, workers: Workers) -> None:
     assert store.newest() == change, "workers do not change the change number"
 
 
+def test_a_worker_lists_the_endpoints_that_it_runs_and_the_views_of_its_app(
+    workers: Workers,
+) -> None:
+    views = {"work": ["shop", "/srv", "shop.work"], "mail": ["shop", "/srv", "shop.mail"]}
+    shown = Worker("1-one", "place", 1, "pid", frozenset({"mail"}), views=views)
+    workers.enter(shown)
+    assert workers.listed() == [shown]
+
+
 def test_a_worker_lists_the_views_of_its_app(workers: Workers) -> None:
     views = {"work": ["shop", "/srv/é", "shop.work"], "mail": ["shop", "/srv/é", "shop.mail"]}
     shown = Worker("1-one", "place", 1, "pid", frozenset(views), views=views)

@@ -146,8 +146,8 @@ def test_an_executor_that_cannot_be_created_leaves_other_pools_alone(
     monkeypatch.setattr(runner, "_make_executor", failing)
     caplog.set_level(logging.ERROR)
     for _ in range(2):
-        assert runner._takeover_capacity("pool broken") == 0
-    assert runner._takeover_capacity("endpoint work") > 0
+        assert runner._takeover_capacity(runner.routes["broken"]) == 0
+    assert runner._takeover_capacity(runner.routes["work"]) > 0
     assert caplog.text.count("The executor of pool broken could not be created") == 1
 
 

@@ -12,17 +12,20 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from statistics import median
 
 import pytest
 
+from tests.support.apps.crowd import read_journal
 from tests.support.client import send
 from tests.support.crew import Crew
 from tests.support.processes import wait_until_gone
 from tests.support.server import START, Server, gunicorn
 from tests.support.waiting import eventually_true
+from tests.support.worker_processes import WorkerProcesses
 
 ROUNDS = 20
 DRAIN = 1.0
@@ -99,16 +102,64 @@ def test_workers_exit_in_time_and_fail_no_more_requests(
     assert failed <= plain_failed / plain_sent * sent + 1, f"{failed} requests failed"
 
 
-def start_patiently(port: int, path: str) -> None:
-    """Start a task on any worker; try again while workers are replaced."""
+@pytest.mark.covers("F04")
+def test_worker_processes_exit_in_time_and_fail_no_request(
+    tmp_path: Path, store_url: str, scaled: Callable[..., int], figures: Callable[[str], None]
+) -> None:
+    """The web servers run no tasks, and are not recycled."""
+    rounds = scaled(ROUNDS, 2)
+    took, cut = [], []
+    arguments = f"{str(tmp_path)!r}, store={store_url!r}, run_tasks=False, drain={DRAIN}"
+    app = f"tests.support.apps.crowd:create_app({arguments})"
+    options = ("--workers", "2", "--threads", "4")
+    with (
+        gunicorn(tmp_path / "log", app, *options, conf=START) as server,
+        WorkerProcesses(tmp_path, app, 2) as workers,
+        Clients(server.port, "PUT", "/work/30") as clients,
+    ):
+        for number in range(rounds):
+            victim = workers.running[number % 2]
+            cut += [start_patiently(server.port, path) for path in ("/work/60000", "/deaf/60000")]
+            eventually_true(partial(have_begun, tmp_path, cut[-2:]), 60, 0.05)
+            ran_by = {line["id"]: line["pid"] for line in read_journal(tmp_path)}
+            has_long = any(ran_by[task_id] == victim.pid for task_id in cut[-2:])
+            began = time.monotonic()
+            victim.send(signal.SIGTERM)
+            assert victim.wait(60) in ((1,) if has_long else (0, 1))
+            took.append(time.monotonic() - began)
+            eventually_true(lambda: len(workers.pids()) >= 2, 60, 0.05)
+        for task_id in cut:
+            send(server.port, "DELETE", f"/task/{task_id}")
+    ends = {
+        line["id"]: line["state"] for line in read_journal(tmp_path) if line["what"] == "finished"
+    }
+    figures(
+        f"out after {median(took):.2f} s, at most {max(took):.2f} s; failed {clients.failed} of "
+        f"{clients.sent}"
+    )
+    assert {ends[task_id] for task_id in cut} == {"Aborted"}
+    assert max(took) <= MOST_SECONDS, f"a worker exited only after {max(took):.2f} s"
+    assert clients.failed <= 1, f"{clients.failed} requests failed"  # one is chance
+    server.assert_no_traceback()
+    workers.assert_no_traceback()
 
-    def is_started() -> bool:
+
+def have_begun(folder: Path, task_ids: list[str]) -> bool:
+    begun = {line["id"] for line in read_journal(folder) if line["what"] == "begin"}
+    return begun.issuperset(task_ids)
+
+
+def start_patiently(port: int, path: str) -> str:
+    """Start a task on any worker; return its id. Try again while workers are replaced."""
+
+    def start() -> str | None:
         try:
-            return send(port, "PUT", path).status == 202
+            reply = send(port, "PUT", path)
+            return str(reply.json()["Id"]) if reply.status == 202 else None
         except (OSError, HTTPException):
-            return False
+            return None
 
-    eventually_true(is_started, 30, 0.02)
+    return str(eventually_true(start, 30, 0.02))
 
 
 class Clients(Crew):

@@ -24,8 +24,9 @@ from tests.support.apps.crowd import read_journal
 from tests.support.client import get_patiently, send
 from tests.support.crew import Crew
 from tests.support.processes import descendants, wait_until_gone
-from tests.support.server import START, Server, gunicorn
+from tests.support.server import START, gunicorn
 from tests.support.waiting import eventually_true
+from tests.support.worker_processes import WorkerProcesses
 
 CYCLES = 200
 WORKERS = 3
@@ -79,10 +80,37 @@ def test_no_task_is_lost_when_workers_are_killed(
     options = ("--workers", str(WORKERS), "--threads", "4")
     with gunicorn(tmp_path / "log", app, *options, conf=START + NOTE_READY) as server:
         with Load(server.port, cycles) as load:
-            kills = kill_workers(server, cycles)
+            kills = kill_workers(server.workers, WORKERS, cycles)
         tasks = wait_for_ends(server.port, load)
         figures(check_results(load, tasks, kills, tmp_path))
         server.assert_no_traceback()
+
+
+@pytest.mark.covers("F01", "F02", "I1", "I3")
+def test_no_task_is_lost_when_web_servers_and_workers_are_killed(
+    tmp_path: Path, store_url: str, scaled: Callable[..., int], figures: Callable[[str], None]
+) -> None:
+    """The web servers run no tasks. All processes are killed, and replaced."""
+    cycles = scaled(CYCLES, 5)
+    arguments = f"{str(tmp_path)!r}, store={store_url!r}, run_tasks=False"
+    app = f"tests.support.apps.crowd:create_app({arguments})"
+    options = ("--workers", "2", "--threads", "4")
+    with (
+        gunicorn(tmp_path / "log", app, *options, conf=START + NOTE_READY) as server,
+        WorkerProcesses(tmp_path, app, 2) as workers,
+    ):
+        with Load(server.port, cycles) as load:
+            kills = kill_workers(lambda: server.workers() + workers.pids(), 4, cycles)
+        tasks = wait_for_ends(server.port, load, workers.pids)
+        figures(check_results(load, tasks, kills, tmp_path))
+        server.assert_no_traceback()
+        workers.assert_no_traceback()
+    ran = {
+        line.get("worker", line["pid"])
+        for line in read_journal(tmp_path)
+        if line["what"] == "begin"
+    }
+    assert not ran & set(server.workers()), "a web server ran tasks"
 
 
 @dataclass
@@ -117,18 +145,22 @@ class Kills:
         return self.worker_of(begin) in self.at or self.worker_of(begin) <= 1
 
 
-def kill_workers(server: Server, cycles: int) -> Kills:
-    """Kill one worker after the other, each time when all are running."""
+def kill_workers(running: Callable[[], list[int]], count: int, cycles: int) -> Kills:
+    """Kill one worker after the other, each time when all are running.
+
+    :param running: returns the pids of the workers, and replaces those that were killed.
+    :param count: the number of workers.
+    """
     chance = random.Random(cycles)
     kills = Kills()
     for _ in range(cycles):
         eventually_true(
-            lambda: len(living_workers(server, kills)) >= WORKERS,
+            lambda: len(living(running(), kills)) >= count,
             30,
-            otherwise="the arbiter has not replaced a killed worker within 30 s",
+            otherwise="a killed worker was not replaced within 30 s",
         )
         time.sleep(chance.uniform(0.2, 1.5))
-        victim = chance.choice(living_workers(server, kills))
+        victim = chance.choice(living(running(), kills))
         started = descendants(victim)
         kills.at[victim] = killed_at = time.monotonic()
         os.kill(victim, signal.SIGKILL)
@@ -138,16 +170,22 @@ def kill_workers(server: Server, cycles: int) -> Kills:
     return kills
 
 
-def living_workers(server: Server, kills: Kills) -> list[int]:
+def living(pids: list[int], kills: Kills) -> list[int]:
     """Return the workers that were not killed."""
-    return [pid for pid in server.workers() if pid not in kills.at]
+    return [pid for pid in pids if pid not in kills.at]
 
 
-def wait_for_ends(port: int, load: Load) -> dict[str, Any]:
-    """Wait until all accepted tasks have ended; return them by id."""
+def wait_for_ends(
+    port: int, load: Load, replace: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """Wait until all accepted tasks have ended; return them by id.
+
+    :param replace: replaces killed workers.
+    """
     deadline = time.monotonic() + SETTLED_SECONDS
     ended: dict[str, Any] = {}
     while True:
+        replace()
         open_ids = [task_id for task_id in load.acknowledged if task_id not in ended]
         if not open_ids:
             return ended

@@ -53,23 +53,34 @@ class Program:
 
     def start(self) -> None:
         """Start the program, perhaps again, and wait until it is ready."""
+        self.launch()
+        self.wait_until_ready()
+
+    def launch(self) -> None:
+        """Start the program, perhaps again."""
         if self._process is None:
             self.log.write_bytes(b"")
         self._printed = len(self.output())
         with self.log.open("ab") as output:
             # A new session, so that all its processes can be killed together.
-            self._process = process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 self._command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, env=self._environ, start_new_session=True,
             )  # fmt: skip
+
+    def wait_until_ready(self) -> None:
+        """Wait until the program is ready, and stop it if it does not become so."""
         try:
-            eventually_true(
-                lambda: self._is_ready() or process.poll() is not None, self.patience, 0.02
-            )
+            eventually_true(lambda: self._is_ready() or self.has_ended, self.patience, 0.02)
             assert self._is_ready(), f"{self._command} did not start:\n{self.output()}"
         except BaseException:
             self.stop()
             raise
+
+    @property
+    def has_ended(self) -> bool:
+        assert self._process is not None, "used outside its context"
+        return self._process.poll() is not None
 
     def _is_ready(self) -> bool:
         raise NotImplementedError

@@ -72,6 +72,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "NAMESPACE": ["", 5, [], True, "x" * 256, b"x"],
     "CREATE_TABLES": NOT_BOOLEANS,
+    "RUN_TASKS": NOT_BOOLEANS,
     "PAGES": NOT_BOOLEANS,
     "OPERATIONS": [*NOT_LISTS, [], (), ["get", "get"], ["Get"], ["get", "callback"], [5], [["get"]]],
     "URL_PREFIX": [value for value in NOT_PATHS if value != ""],
@@ -136,6 +137,7 @@ GOOD: dict[str, list[Any]] = {
     "APP": [None, "x", "x.y", "x:app", "x.y:create_app()", "x:create_app('a', b=5)", "été:app"],
     "NAMESPACE": ["x", "x" * 255, None],
     "CREATE_TABLES": [True, False],
+    "RUN_TASKS": [True, False],
     "PAGES": [True, False],
     "OPERATIONS": [["get"], ("query", "stop"), ["get", "stop", "query"], ["events"]],
     "URL_PREFIX": ["", "/api", "/api/v1", "/a.b-c_d~e"],
@@ -283,6 +285,12 @@ def test_keys_without_the_prefix_are_ignored(make_app: MakeApp) -> None:
 def test_the_two_paths_must_differ(make_app: MakeApp) -> None:
     with pytest.raises(ConfigurationError, match="ASYNCROUTE_TASK_PATH and ASYNCROUTE_TASKS_PATH"):
         config.read(make_app(ASYNCROUTE_TASK_PATH="/x", ASYNCROUTE_TASKS_PATH="/x"))
+
+
+def test_a_store_in_memory_needs_a_process_that_runs_tasks(make_app: MakeApp) -> None:
+    app = make_app(ASYNCROUTE_RUN_TASKS=False, ASYNCROUTE_STORE="memory://")
+    with pytest.raises(ConfigurationError, match="ASYNCROUTE_RUN_TASKS is False"):
+        AsyncRoute(app)
 
 
 def test_values_are_normalised(make_app: MakeApp) -> None:

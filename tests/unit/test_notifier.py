@@ -1105,12 +1105,12 @@ def test_a_notification_wakes_the_poll(
     listening = threading.Event()
     listen = ours.listen
 
-    def listen_and_report(notify: Callable[[], None], submitted: Callable[[], None]) -> Any:
+    def listen_and_report(notify: Callable[[], None], *others: Callable[[], None]) -> Any:
         def report() -> None:
             notify()
             listening.set()
 
-        return listen(report, submitted)
+        return listen(report, *others)
 
     monkeypatch.setattr(ours, "listen", listen_and_report)
     if kind == "subscriber":

@@ -467,6 +467,68 @@ def test_a_task_is_aborted_after_an_hour_without_a_worker_for_its_route(
     assert "removed" in caplog.text
 
 
+def test_tasks_wait_while_any_app_has_their_endpoint(
+    make_process: Callable[[str], Process], store: TaskStore, make_task: NewTask, clock: Clock
+) -> None:
+    """As long as a web server has the route, its tasks wait for a worker that runs them."""
+    mine = make_process("1-mine")
+    recover(mine, clock, 1)
+    assert store.workers is not None
+    views = {"rendered": ["shop", "/srv", "shop.rendered"]}
+    store.workers.enter(Worker("2-web", "", 1, "", frozenset(), views=views))
+    store.add(make_task("waits", endpoint="rendered"), b"", None, ())
+    for _ in range(2):
+        mine.recovery.abort_unroutable()
+        clock.now += module.ROUTE_GONE_SECONDS
+    assert state(store, "waits") == ("NotStarted", None)
+
+
+def test_waiting_tasks_without_a_worker_are_logged_once(
+    make_process: Callable[[str], Process], store: TaskStore, make_task: NewTask, clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    mine = make_process("1-mine")
+    mine.recovery.queued = ("work", "film", "sent")
+    old = now_us() - int(2 * module.UNSERVED_SECONDS * 1_000_000)
+    store.add(make_task("served", endpoint="work", created_us=old), b"", None, ())
+    store.add(make_task("new", endpoint="film", start_at_us=now_us()), b"", None, ())
+    mine.recovery.warn_of_unserved()
+    recover(mine, clock, 1)
+    mine.recovery.warn_of_unserved()
+    assert "no running worker takes them" not in caplog.text
+
+    store.add(make_task("old", endpoint="film", start_at_us=old), b"", None, ())
+    for _ in range(3):
+        mine.recovery.warn_of_unserved()
+    assert caplog.text.count("wait, but no running worker takes them: film. Start one") == 1
+
+    other = make_process("2-other")
+    other.heartbeat._endpoints = frozenset({"film"})
+    other.heartbeat.enter()
+    recover(mine, clock, 1)
+    mine.recovery.warn_of_unserved()
+    other.heartbeat.leave()
+    recover(mine, clock, 1)
+    mine.recovery.warn_of_unserved()
+    assert caplog.text.count("takes them: film") == 2, "a worker has run meanwhile"
+
+
+def test_only_one_process_logs_that_tasks_wait_without_a_worker(
+    make_process: Callable[[str], Process], store: TaskStore, make_task: NewTask, clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    both = [make_process("1-mine"), make_process("2-other")]
+    store.add(make_task("old", endpoint="film", start_at_us=1), b"", None, ())
+    for process in both:
+        process.heartbeat.views = {"film": ("app", "film", "/film")}
+        process.heartbeat.enter()
+    for process in both:
+        process.recovery.queued = ("film",)
+        recover(process, clock, 1)
+        process.recovery.warn_of_unserved()
+    assert caplog.text.count("takes them: film") == 1
+
+
 def test_a_waiting_task_bound_to_a_dead_process_is_aborted(
     make_process: Callable[[str], Process], store: TaskStore, make_task: NewTask, clock: Clock
 ) -> None:

@@ -24,9 +24,11 @@ from . import tables
 
 CHANNEL = "asyncroute"
 """The PostgreSQL channel on which commits send notifications. Their payload is the namespace's
-key, for unpublished tasks followed by :data:`SUBMITTED`.
+key, followed by :data:`SUBMITTED` for unpublished tasks, or by :data:`DELAYED` for new tasks with a
+start time.
 """
 SUBMITTED = " submitted"
+DELAYED = " delayed"
 
 NOW = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 """The time of a PostgreSQL server in microseconds since the epoch."""
@@ -114,18 +116,21 @@ _NOTIFY = f"pg_notify('{CHANNEL}', CAST(key AS TEXT))"
 # A notification wakes all processes of the app, so most writes send one only if a process has asked
 # for it.
 _NOTIFY_IF_ASKED = f"CASE WHEN notify_until_us > {NOW} THEN {_NOTIFY} END"
+_NOTIFY_IF_DELAYED = f"""CASE WHEN CAST(:start_at_us AS BIGINT) IS NOT NULL
+    THEN pg_notify('{CHANNEL}', CAST(key AS TEXT) || '{DELAYED}') END"""
 _NEXT = "(SELECT change FROM counter)"
 # Another process can have changed the task after this statement began.
 _IF_LOCKED = "[postgresql: AND EXISTS (SELECT 1 FROM counter)]"
 
 
-def _counter(where: str = "", is_urgent: bool = False) -> str:
+def _counter(where: str = "", is_urgent: bool = False, more: str = "") -> str:
     """Return the WITH clause of a statement that changes a task. :data:`_NEXT` reads the change
     number from it.
 
     :param is_urgent: whether to send a notification even if no process has asked for it.
     :param where: the condition of the statement. If no task meets the condition, nothing is locked,
         and no notification is sent.
+    :param more: further columns of the counter for PostgreSQL.
     """
     notify = _NOTIFY if is_urgent else _NOTIFY_IF_ASKED
     found = f"""
@@ -135,7 +140,7 @@ def _counter(where: str = "", is_urgent: bool = False) -> str:
         WITH [postgresql: {_LOCKED} {found if where else ""},]
         counter AS [postgresql: MATERIALIZED] (
             [sqlite: SELECT {_HIGHEST} + 1 AS change FROM asyncroute_namespaces WHERE key = :ns]
-            [postgresql: SELECT {_NEXT_NUMBER} AS change, {notify}
+            [postgresql: SELECT {_NEXT_NUMBER} AS change, {notify} {more}
                 FROM asyncroute_namespaces, {"found" if where else "locked"} WHERE key = :ns])"""
 
 
@@ -261,7 +266,7 @@ class Statements:
     _new_task = _insert(
         tables.tasks, "waiting_change", "started_change", "completed_change", "remove_after_us"
     )
-    add_task = f"{_counter()} {_new_task.replace(':change', _NEXT)}"
+    add_task = f"{_counter(more=f', {_NOTIFY_IF_DELAYED}')} {_new_task.replace(':change', _NEXT)}"
     # Without a change number: the number of an open transaction would stop all readers of changes.
     add_unpublished_task = f"{_new_task} ON CONFLICT DO NOTHING RETURNING id"
     unpublished_tasks = f"""

@@ -21,7 +21,7 @@ from .migrations import Namespace
 from .outbox import SQLOutbox
 from .queries import Queries
 from .rows import columns_of, record_of, row_of
-from .statements import CHANNEL, SUBMITTED, Statements, expectation
+from .statements import CHANNEL, DELAYED, SUBMITTED, Statements, expectation
 from .workers import SQLWorkers
 
 T = TypeVar("T")
@@ -354,11 +354,14 @@ class SQLTaskStore(SharedTaskStore):
         return self._events.read(since, most, task_id, group)
 
     def listen(
-        self, notify: Callable[[], None], submitted: Callable[[], None] = lambda: None
+        self,
+        notify: Callable[[], None],
+        submitted: Callable[[], None] = lambda: None,
+        delayed: Callable[[], None] = lambda: None,
     ) -> base.Listener | None:
         self.open()
         changed = str(self._ns)
-        calls = {changed: notify, changed + SUBMITTED: submitted}
+        calls = {changed: notify, changed + SUBMITTED: submitted, changed + DELAYED: delayed}
         return self._database.listen(CHANNEL, calls, {changed})
 
     def keep_notifying(self, seconds: float) -> None:

@@ -34,7 +34,7 @@ class SQLWorkers(Workers):
 
     def enter(self, worker: Worker) -> None:
         row = asdict(worker)
-        endpoints = json.dumps(worker.views or sorted(worker.endpoints))
+        endpoints = json.dumps({"endpoints": sorted(worker.endpoints), "views": worker.views})
         row.update(ns=self._namespace.key, beat=0, endpoints=endpoints)
 
         def enter(cursor: Cursor) -> None:
@@ -72,7 +72,9 @@ class SQLWorkers(Workers):
 
 def _worker_of(row: Any) -> Worker:
     held = json.loads(row.endpoints)
-    views = held if isinstance(held, dict) else {}
+    if not isinstance(held, dict) or held.keys() != {"endpoints", "views"}:
+        held = {"endpoints": held, "views": {}}  # a worker of an earlier release
     return Worker(
-        row.name, row.lock_file, row.number, row.process, frozenset(held), row.beat, views
-    )
+        row.name, row.lock_file, row.number, row.process, frozenset(held["endpoints"]), row.beat,
+        held["views"],
+    )  # fmt: skip
