@@ -21,7 +21,7 @@ SHARE ?= 1
 project := setup.cfg setup.py pyproject.toml
 
 # The contents of the sdist; the wheel has only the first of these.
-shipped := flask_asyncroute benchmarks docs example_app requirements tests \
+shipped := flask_asyncroute flask_asyncroute_pytest.py benchmarks docs example_app requirements tests \
 	CHANGES.rst LICENSE MANIFEST.in Makefile README.rst $(project)
 sources = find $(wildcard $(1)) -type f ! -path '*/__pycache__/*' ! -path 'docs/_build/*' ! -name '*.db*' | sort
 
@@ -86,7 +86,7 @@ dist: .venv/.made  ## build sdist and wheel in dist/ and compare their contents 
 	rm -rf build dist *.egg-info
 	.venv/bin/python -m build --outdir dist .
 	@mkdir -p build
-	@$(call sources,flask_asyncroute) >build/wheel.wanted
+	@$(call sources,flask_asyncroute flask_asyncroute_pytest.py) >build/wheel.wanted
 	@.venv/bin/python -m zipfile --list dist/*.whl | awk 'NR > 1 && $$1 !~ /dist-info/ {print $$1}' | sort >build/wheel.found
 	diff build/wheel.wanted build/wheel.found
 	@$(call sources,$(shipped)) >build/sdist.wanted

@@ -232,6 +232,8 @@ def _own_answer(
     if "get" in runner.config.operations:
         path = task_path(runner.config, current.root_path, task.id)
         response.headers.setdefault("Location", path)
+        # The route may have a Location of its own, but a client must find the task (RFC 8631).
+        response.headers.add("Link", f'<{path}>; rel="status"')
     if not task.is_completed:
         seconds = runner.dispatcher.run_times.rest(task, now_us())
         response.headers.setdefault("Retry-After", str(seconds))

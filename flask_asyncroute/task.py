@@ -264,8 +264,22 @@ _AT_THE_START: dict[str, Any] = {
 _AT_THE_CREATION: dict[str, Any] = {**_AT_THE_START, "started_us": None, "expires_us": None}
 
 
+_skipped_us = 0
+
+
 def now_us() -> int:
-    return time.time_ns() // 1000
+    return time.time_ns() // 1000 + _skipped_us
+
+
+def skipped_us() -> int:
+    """Return by how much `skip` has set this clock ahead."""
+    return _skipped_us
+
+
+def skip(microseconds: int) -> None:
+    """Set the clock of this process ahead, or back again. Only `testing.Clock` does this."""
+    global _skipped_us
+    _skipped_us += microseconds
 
 
 def moment(microseconds: int) -> datetime:

@@ -31,6 +31,9 @@ from tests.support.databases import engine_of, new_postgresql_database, new_sqli
 from tests.support.tasks import new_task
 from tests.support.waiting import eventually_true
 
+pytest_plugins = ["flask_asyncroute_pytest", "pytester"]
+"""An environment that is older than its entry point does not load it."""
+
 collect_ignore = ["integrations"]
 """Needs a separate environment: ``make integrations``."""
 

@@ -51,7 +51,7 @@ PLANETS = Path(__file__).parent.parent / "example_app" / "static" / "planets.csv
 def app(tmp_path: Path) -> Iterator[Flask]:
     app = create_app({"TESTING": True}, str(tmp_path / "instance"))
     yield app
-    runtime_of(app).close()
+    testing.close(app)
 
 
 @pytest.fixture
@@ -60,13 +60,12 @@ def client(app: Flask) -> FlaskClient:
 
 
 @pytest.fixture
-def finished(app: Flask, client: FlaskClient) -> Callable[..., dict[str, Any]]:
+def finished(client: FlaskClient) -> Callable[..., dict[str, Any]]:
     """Return ``finished(response)``, which waits for the started task and returns it."""
 
     def wait(response: Any) -> dict[str, Any]:
         assert response.status_code == 202, response.text
-        with app.app_context():
-            return async_routes.wait(response.json["Id"], 10).to_dict()
+        return testing.wait_task(client, response)
 
     return wait
 
@@ -145,6 +144,41 @@ def test_primes_can_be_stopped(
     start = client.post("/primes/1000000000")
     assert json_of(client.delete(start.headers["Location"]))["State"] == "Aborted"
     assert finished(start)["Error"] == "Aborted by the user"
+
+
+@pytest.mark.parametrize(("path", "timeout"), [("/primes/1000000000", 600), ("/tour", 60)])
+def test_a_long_task_times_out(
+    client: FlaskClient,
+    finished: Callable[..., dict[str, Any]],
+    asyncroute_clock: testing.Clock,
+    eventually: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    timeout: int,
+) -> None:
+    monkeypatch.setattr(tour, "SECONDS", 600)
+    start = client.post(path)
+    eventually(lambda: json_of(client.get(start.headers["Location"]))["State"] == "Running", 20)
+    asyncroute_clock.advance(timeout - 30)
+    assert json_of(client.get(start.headers["Location"]))["State"] == "Running"
+    asyncroute_clock.advance(31)
+    assert finished(start)["Error"] == "Timeout"
+
+
+@pytest.mark.usefixtures("asyncroute_inline")
+def test_every_work_of_the_start_page_runs_inline(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (tour, report):
+        monkeypatch.setattr(module, "SECONDS", 0)
+    monkeypatch.setattr(works, "PRIMES_UP_TO", 1000)
+    with PLANETS.open("rb") as file:
+        fields = {"/csv-summary": {"file": (file, "planets.csv")}}
+        found = {
+            work.path: json_of(client.post(work.path, data=fields.get(work.path)))["State"]
+            for work in works.works("http://localhost")
+        }
+    assert len(found) >= 4 and set(found.values()) == {"Completed"}
 
 
 # The tour and its page

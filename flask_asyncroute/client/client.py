@@ -13,7 +13,7 @@ from requests.structures import CaseInsensitiveDict
 
 from .errors import InvalidResponseError
 from .follower import Follower
-from .task import ENDED, ID, ProgressHook, RemoteTask, checked, task_of
+from .task import ID, ProgressHook, RemoteTask, checked, is_task, task_of
 from .transport import Answer, Transport
 
 
@@ -97,17 +97,15 @@ class AsyncRouteClient:
         answer = self._transport.request(
             method, self._url(path), fields, json=json, data=data, files=files, params=params
         )
-        location = answer.headers.get("Location")
+        # The route can have an answer of its own (the option `respond`), whose Link names the task.
+        link = answer.link("status")
+        location = link or answer.headers.get("Location")
         url = None if location is None else self._transport.resolve(location, answer.url)
-        after = answer.retry_after
-        try:
-            document = task_of(answer)
-        except InvalidResponseError:
-            if url is None:
-                raise
-            # The route has an answer of its own (the option `respond`).
+        if url is not None and (link or not is_task(answer)):
             document = task_of(self._transport.request("GET", url))
-        return self._remote_task(document, url, after, on_progress)
+        else:
+            document = task_of(answer)
+        return self._remote_task(document, url, answer.retry_after, on_progress)
 
     def task(self, task_id: str, *, on_progress: ProgressHook | None = None) -> RemoteTask:
         """Find a task by its id and follow it.
@@ -143,11 +141,10 @@ class AsyncRouteClient:
             answer = self._transport.request("POST", url, headers, data=body, params=params)
             page = _page(answer)
             yield from page
-            links = requests.utils.parse_header_links(answer.headers.get("Link", ""))
-            targets = [link["url"] for link in links if link.get("rel") == "next"]
-            if not targets:
+            target = answer.link("next")
+            if target is None:
                 return
-            following = self._transport.resolve(targets[0], answer.url)
+            following = self._transport.resolve(target, answer.url)
             if not page or following == url:
                 raise InvalidResponseError(f"{answer.url}: the pages have no end.")
             url, params = following, {}
@@ -163,16 +160,16 @@ class AsyncRouteClient:
         on_progress: ProgressHook | None,
     ) -> RemoteTask:
         found = self._follower.find(document["Id"])
-        if found is not None:
-            found.update(document)
-            if on_progress is not None:
-                found.add_progress_callback(on_progress)
-            return found
-        url = url or f"{self._task_url}/{document['Id']}"
-        task = RemoteTask(self._transport, url, document, on_progress)
-        if task.state not in ENDED:
-            self._follower.follow(task, after)
-        return task
+        if found is None:
+            url = url or f"{self._task_url}/{document['Id']}"
+            task = RemoteTask(self._transport, url, document, on_progress)
+            found = self._follower.follow(task, after)
+            if found is task:
+                return task
+        found.update(document)
+        if on_progress is not None:
+            found.add_progress_callback(on_progress)
+        return found
 
 
 def _page(answer: Answer) -> list[dict[str, Any]]:

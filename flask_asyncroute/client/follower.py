@@ -62,12 +62,19 @@ class Follower:
             found = self._followed.get(task_id)
         return None if found is None else found.task
 
-    def follow(self, task: RemoteTask, after: float | None) -> None:
-        """Follow an unfinished task until it ends.
+    def follow(self, task: RemoteTask, after: float | None) -> RemoteTask:
+        """Follow a task until it ends; return the object that is followed.
+
+        This is another object with the same id if another thread has just followed it.
 
         :param after: seconds until its first read, if it is polled.
         """
         with self._lock:
+            found = self._followed.get(task.id)
+            if found is not None:
+                return found.task
+            if task.done():
+                return task
             if self._transport.closed.is_set():
                 raise ClientError("The client is closed.")
             now = time.monotonic()
@@ -90,6 +97,7 @@ class Follower:
             # The thread can be blocked until the stream's next data.
             with suppress(ClientError):
                 task.refresh()
+        return task
 
     def close(self) -> None:
         """End the thread; wait at most five seconds for it. Unfinished tasks raise an error."""

@@ -39,7 +39,7 @@ class SseParser:
         self.retry: float | None = None
         """Seconds after which the server wants the client to reconnect."""
         self._max = max_event
-        self._rest = b""
+        self._rest = bytearray()
         self._name = ""
         self._id: str | None = None
         self._data: list[bytes] = []
@@ -51,13 +51,16 @@ class SseParser:
         :raises InvalidResponseError: if an event is too large or its data is not JSON.
         """
         found = []
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            line = line.removesuffix(b"\r")
-            if line:
-                self._take(line)
-            else:
-                found += self._end()
+        self._rest += data
+        if b"\n" in data:  # else a long line in small pieces would be searched again and again
+            *lines, rest = bytes(self._rest).split(b"\n")
+            self._rest = bytearray(rest)
+            for line in lines:
+                line = line.removesuffix(b"\r")
+                if line:
+                    self._take(line)
+                else:
+                    found += self._end()
         self._limit(len(self._rest))
         return found
 

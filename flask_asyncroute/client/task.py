@@ -237,6 +237,15 @@ def task_of(answer: Answer, task_id: str | None = None) -> dict[str, Any]:
     return document
 
 
+def is_task(answer: Answer) -> bool:
+    """Return whether a response has a task object."""
+    try:
+        task_of(answer)
+    except InvalidResponseError:
+        return False
+    return True
+
+
 def checked(document: Any, source: str) -> dict[str, Any]:
     """Return ``document`` if it is a task object.
 

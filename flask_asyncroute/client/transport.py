@@ -71,6 +71,11 @@ class Answer:
         value = self.headers.get("Retry-After", "")
         return float(value) if re.fullmatch("[0-9]{1,9}", value) else None
 
+    def link(self, relation: str) -> str | None:
+        """Return the URL of a Link header (RFC 8288), or None."""
+        links = requests.utils.parse_header_links(self.headers.get("Link", ""))
+        return next((link["url"] for link in links if link.get("rel") == relation), None)
+
 
 class Transport:
     """Sends the requests of one client. Thread-safe if the session is.
@@ -131,7 +136,8 @@ class Transport:
         :param url: resolved against the base URL.
         :param once: do not repeat it.
         :param body: ``params``, ``data``, ``json`` and ``files`` of :class:`requests.Request`.
-        :raises RefusedError: for any status except 2xx and 304.
+        :raises RefusedError: for any status except 2xx and 304, unless a Link names the task that
+            the request has started.
         :raises UnreachableError: if there is no response within ``retry_for``.
         :raises InvalidResponseError: if the response is too large, or the URL is of another origin.
         """
@@ -269,7 +275,7 @@ class Transport:
 
 
 def _checked(answer: Answer) -> Answer:
-    if 200 <= answer.status < 300 or answer.status == 304:
+    if 200 <= answer.status < 300 or answer.status == 304 or answer.link("status"):
         return answer
     raise refusal(answer)
 

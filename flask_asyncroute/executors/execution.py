@@ -123,6 +123,12 @@ class Execution:
         if is_stopped and cancel is not None:
             cancel()
 
+    def skip(self, seconds: float) -> None:
+        """Bring the deadline forward, if there is one. Only `testing.Clock` does this."""
+        with self._lock:
+            if self.deadline is not None:
+                self.deadline -= seconds
+
     @property
     def is_time_up(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline

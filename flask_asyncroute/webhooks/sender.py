@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -257,7 +258,8 @@ def headers_of(delivery: Delivery, body: bytes, secrets: Sequence[str]) -> dict[
         headers["User-Agent"] = "flask-asyncroute"
     headers["Content-Type"] = CONTENT_TYPES[delivery.content_type]
     headers[DEPTH_HEADER] = str(delivery.depth)
-    seconds = now_us() // 1_000_000
+    # Not now_us(): `testing.Clock` does not set the clock of the receiver.
+    seconds = int(time.time())
     return headers | signature_headers(secrets, delivery.webhook_id, seconds, body)
 
 
@@ -273,7 +275,7 @@ def signature_headers(
     """
     fields = {"webhook-id": webhook_id, "webhook-timestamp": str(at)}
     if secrets:
-        time, text = datetime.fromtimestamp(at, UTC), body.decode()
-        signatures = (Webhook(secret).sign(webhook_id, time, text) for secret in secrets)
+        sent_at, text = datetime.fromtimestamp(at, UTC), body.decode()
+        signatures = (Webhook(secret).sign(webhook_id, sent_at, text) for secret in secrets)
         fields["webhook-signature"] = " ".join(signatures)
     return fields

@@ -94,6 +94,16 @@ class Maintenance(Loop):
             _do_once(work, done)
         return done
 
+    def do_all(self) -> threading.Event:
+        """Do the work of all jobs now, whether or not it is due. Otherwise like :meth:`call`."""
+
+        def work() -> None:
+            for job in self._jobs:
+                job.hasten(time.monotonic())
+                job.do()
+
+        return self.call(work)
+
     def _step(self) -> float:
         runs = list(self._dispatcher.running.values())
         works: list[Callable[[], float]] = [partial(self._report, run) for run, _ in runs]

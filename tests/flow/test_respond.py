@@ -72,6 +72,8 @@ def test_headers_of_the_answer_are_kept(make_flow: MakeFlow, gate: threading.Eve
     flow.route(respond=respond)(lambda: gate.wait() and None)
     response = flow.request("POST", "/work")
     assert (response.status_code, response.headers["Location"]) == (303, "/jobs/1")
+    (task,) = flow.query()
+    assert response.headers["Link"] == f'</task/{task["Id"]}>; rel="status"'
     assert response.headers["Retry-After"] == "17"
     assert response.headers["Cache-Control"] == "private"
 

@@ -32,6 +32,7 @@ from flask_asyncroute.client import (
     UnavailableError,
     UnreachableError,
 )
+from flask_asyncroute.client.follower import Follower
 from tests.support.raw_server import RawServer, Serve, drip, response
 
 PROBLEM = "tag:flask-asyncroute.readthedocs.io,2026:"
@@ -352,6 +353,42 @@ def test_a_route_with_its_own_answer_is_found_by_its_location(serve: Start) -> N
 
     client, _ = serve(answer)
     assert client.start("PUT", "/work").result(SECONDS) == 5
+
+
+@pytest.mark.parametrize("status", ["201 X", "202 X", "302 X", "303 X", "418 X"])
+def test_a_route_with_its_own_answer_and_location_is_found_by_its_link(
+    serve: Start, status: str
+) -> None:
+    def answer(line: str, request: bytes) -> Iterable[bytes]:
+        if line.startswith("PUT"):
+            links = ["Link: </help>; rel=help", 'Link: </task/one>; rel="status"']
+            own = document("Completed", "other", Result="not of the task")
+            return [response(status, own, "Location: /jobs/1", *links)]
+        return [response("200 OK", document("Completed", Result=5))]
+
+    client, server = serve(answer)
+    assert client.start("PUT", "/work").result(SECONDS) == 5
+    assert server.requests == ["PUT /work", "GET /task/one"]
+
+
+def test_two_threads_that_find_a_task_get_the_same_object(
+    serve: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def answer(line: str, request: bytes) -> Iterable[bytes]:
+        state = document("Completed", Result=1) if ended.is_set() else document("Running")
+        return [response("200 OK", {**state, "Progress": 5}, SOON)]
+
+    client, _ = serve(answer)
+    # Both threads have looked for the task before one of them follows it.
+    monkeypatch.setattr(Follower, "find", lambda *_: None)
+    seen: list[RemoteTask] = []
+    first = client.task("one")
+    second = client.task("one", on_progress=lambda task, *_: seen.append(task))
+    assert second is first and first in seen
+    ended.set()
+    assert first.result(SECONDS) == 1
 
 
 def test_a_query_reads_all_pages(serve: Start) -> None:

@@ -20,6 +20,7 @@ from flask_asyncroute.client import (
     UnavailableError,
     UnreachableError,
 )
+from flask_asyncroute.client.sse import SseParser
 from tests.support.raw_server import RawServer, Serve, drip, response
 
 SECONDS = 10.0
@@ -120,7 +121,7 @@ def test_the_body_of_a_redirect_is_limited(serve: Start) -> None:
         "file:///etc/passwd",
     ],
 )
-@pytest.mark.parametrize("where", ["Location", "Link", "Sse"])
+@pytest.mark.parametrize("where", ["Location", "Link", "Status", "Sse"])
 def test_urls_of_other_origins_are_refused(
     serve: Start, other: RawServer, target: str, where: str
 ) -> None:
@@ -131,6 +132,8 @@ def test_urls_of_other_origins_are_refused(
             return [response("200 OK", [RUNNING], f'Link: <{url}>; rel="next"')]
         if where == "Location":
             return [response("202 ACCEPTED", RUNNING, f"Location: {url}")]
+        if where == "Status":
+            return [response("302 X", RUNNING, f'Link: <{url}>; rel="status"')]
         return [response("202 ACCEPTED", {**RUNNING, "Sse": {"Url": url}}, "Retry-After: 9")]
 
     client, server = serve(answer)
@@ -306,6 +309,17 @@ BAD_STREAMS: dict[str, Callable[[], Iterable[bytes]]] = {
     "a page": lambda: [response("200 OK", b"<p>", kind="xhtml")],
     "bytes that are not UTF-8": lambda: [STREAM + b"data: \xff\xfe\n\n"],
 }
+
+
+@pytest.mark.covers("A93")
+def test_a_long_line_in_small_pieces_is_not_searched_again_for_each_piece() -> None:
+    """Otherwise, these 4 MB in pieces of 16 bytes would take minutes."""
+    parser = SseParser(5_000_000)
+    text = b'data: "' + b"x" * 4_000_000 + b'"'
+    for start in range(0, len(text), 16):
+        assert parser.feed(text[start : start + 16]) == []
+    (found,) = parser.feed(b"\n\n")
+    assert found.data == "x" * 4_000_000
 
 
 @pytest.mark.covers("A93")

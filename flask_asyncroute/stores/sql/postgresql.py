@@ -25,6 +25,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
 from ...errors import ConfigurationError, StoreUnavailable
+from ...task import skipped_us
 from ..base import Listener
 from .database import Cursor, Database, Duplicate, logger, read_url
 from .joined import LOCK_NOT_AVAILABLE, LOCKED, ConnectionCursor
@@ -182,7 +183,7 @@ class EngineDatabase(Database):
                 except StoreUnavailable:
                     if self._ahead_us is None:
                         raise
-            return self._ahead_us + _monotonic_us()
+            return self._ahead_us + _monotonic_us() + skipped_us()
 
     def _measure_clock(self) -> int:
         """Return the server's clock minus the monotonic clock of this process."""
