@@ -87,11 +87,16 @@ def test_a_finished_task_does_not_count(flow: Flow, gate: threading.Event) -> No
 
 
 @pytest.mark.covers("A70")
-def test_a_start_with_a_large_body_over_the_quota_is_refused(flow: Flow) -> None:
-    for _ in range(2):
-        flow.start(headers=ANNA, data=b"x" * 600_000)
-    refused(flow, headers=ANNA, data=b"x" * 600_000)
-    refused(flow, headers={**ANNA, "Idempotency-Key": "k"}, data=b"x" * 600_000)
+def test_a_start_with_a_large_body_over_the_quota_is_refused(
+    flow: Flow, gate: threading.Event
+) -> None:
+    flow.headers = ANNA
+    ids = [flow.start(data=b"x" * 600_000)["Id"] for _ in range(2)]
+    refused(flow, data=b"x" * 600_000)
+    refused(flow, headers={"Idempotency-Key": "k"}, data=b"x" * 600_000)
+    gate.set()
+    for task_id in ids:  # so that no run reads its body from a store that is deleted
+        flow.ended(task_id)
 
 
 @pytest.mark.covers("A70")
