@@ -274,11 +274,11 @@ class Dispatcher:
                 raise body_refusal(incoming.current, error) from error
             try:
                 return Started(self._submit_unique(executor, incoming), is_replay=False)
-            except (errors.KeyTaken, errors.QueueFull) as error:
+            except (errors.KeyTaken, errors.QueueFull, errors.TooManyTasks) as error:
                 # A concurrent request with this key started its task first, perhaps in the
                 # last slot of the queue.
                 task = self._started_with(key)
-                if task is None and isinstance(error, errors.QueueFull):
+                if task is None and not isinstance(error, errors.KeyTaken):
                     raise
                 if task is None:
                     raise errors.QueueFull(
@@ -360,7 +360,7 @@ class Dispatcher:
             # start no task at all.
             self.start_maintenance()
         try:
-            executor.reserve()
+            self._reserve(executor, incoming)
             if executor.is_queue:
                 # Without a start time, workers would first leave the task to this process.
                 incoming.start_at_us = self.store.now_us()
@@ -392,6 +392,20 @@ class Dispatcher:
                 "The server's executor rejected the task. Try again.", retry_after=5
             ) from error
         return task
+
+    def _reserve(self, executor: TaskExecutor, incoming: StartRequest) -> None:
+        """Reserve a slot of the executor. If the queue is full, check the quota first: waiting for
+        the queue does not help a user who is over it.
+        """
+        try:
+            executor.reserve()
+        except errors.QueueFull:
+            caller, quota = incoming.caller, self.config.max_tasks_per_user
+            if caller is None or quota is None:
+                raise
+            if self.store.count_unfinished(caller.id, quota) < quota:
+                raise
+            raise errors.TooManyTasks.of(quota) from None
 
     def _create(self, incoming: StartRequest) -> AsyncRouteTask:
         data = encode(incoming.captured)

@@ -171,6 +171,10 @@ class TaskStore(ABC):
         """
 
     @abstractmethod
+    def count_unfinished(self, user: str, limit: int) -> int:
+        """Return the number of a user's unfinished tasks, counted up to ``limit``."""
+
+    @abstractmethod
     def get(self, task_id: str) -> AsyncRouteTask | None:
         """Return a task's current record; None if the id is unknown."""
 

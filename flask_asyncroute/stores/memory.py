@@ -157,6 +157,9 @@ class MemoryTaskStore(TaskStore):
             is_key = entry.key is not None and entry.key.name == key_name
             return entry.task, entry.key.fingerprint if is_key and entry.key is not None else ""
 
+    def count_unfinished(self, user: str, limit: int) -> int:
+        return min(self._unfinished[user], limit)
+
     def claim(self, task_id: str, owner: str, now_us: int) -> Claim | None:
         with self._lock:
             entry = self._tasks.get(task_id)

@@ -351,6 +351,13 @@ def _report(app: Flask, error: BaseException, execution: Execution, is_last: boo
     task_id = execution.task_id
     extra = {"task_id": task_id}
     try:
+        if isinstance(error, RetryRequested) and not is_last:
+            app.logger.warning(
+                "Attempt %d of task %s ended with current_task.retry(reason=%r); the task runs "
+                "again.",
+                execution.attempt, task_id, str(error), extra=extra,
+            )  # fmt: skip
+            return
         if not is_last:
             app.logger.warning(
                 "Attempt %d of task %s failed; the task runs again.",

@@ -268,6 +268,8 @@ def test_a_quota_counts_the_unfinished_tasks_of_the_user(
     store.add(make_task("a", user="anna"), b"{}", None, (), quota=2)
     store.add(make_task("b", user="anna"), b"{}", None, (), quota=2)
     store.claim("b", "me", CREATED)
+    assert [store.count_unfinished(user, 9) for user in ("anna", "ben", "carol")] == [2, 1, 0]
+    assert store.count_unfinished("anna", 1) == 1
     body = Body([b"data"])
     with pytest.raises(TooManyTasks, match="You have 2 unfinished tasks"):
         store.add(make_task("c", user="anna", body_size=4), b"{}", body, [("groups", "g")], quota=2)
@@ -292,6 +294,7 @@ def test_ended_and_deleted_tasks_do_not_count(
     store.add(make_task("c", user="anna"), b"{}", None, (), quota=1)
     store.claim("c", "me", CREATED)
     store.update("c", ANY_STATE, {"state": State.NOT_STARTED, "owner": None})
+    assert store.count_unfinished("anna", 9) == 1
     with pytest.raises(TooManyTasks):
         store.add(make_task("d", user="anna"), b"{}", None, (), quota=1)
 

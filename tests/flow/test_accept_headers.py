@@ -37,6 +37,10 @@ BROWSERS = {
     "w3m": "text/html, text/*;q=0.5, image/*",
     "Turbo": "text/vnd.turbo-stream.html, text/html, application/xhtml+xml",
     "a page's own script": "text/html",
+    "htmx 4": "text/html",
+    "Mastodon's link preview": "text/html",
+    "Miniflux, which looks for feeds in pages": "application/xml, application/atom+xml, application/rss+xml, "
+                                                "application/rdf+xml, application/feed+json, text/html, */*;q=0.9",
     "jQuery load()": "text/html, */*; q=0.01",
     "Googlebot": "text/html,application/xhtml+xml,application/signed-exchange;v=b3,application/xml;q=0.9,*/*;q=0.8",
     "Bingbot": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
@@ -54,7 +58,8 @@ PROGRAMS: dict[str, tuple[str | None, str, str]] = {
     "axios": ("application/json, text/plain, */*", JSON, PROBLEM),
     "Angular": ("application/json, text/plain, */*", JSON, PROBLEM),
     "jQuery getJSON()": ("application/json, text/javascript, */*; q=0.01", JSON, PROBLEM),
-    "htmx": ("*/*", JSON, PROBLEM),
+    "htmx 2": ("*/*", JSON, PROBLEM),
+    "link previews of Slack, Twitter and Facebook": ("*/*", JSON, PROBLEM),
     "HTTPie": ("application/json, */*;q=0.5", JSON, PROBLEM),
     "Postman": ("*/*", JSON, PROBLEM),
     "Swagger UI": ("application/json", JSON, PROBLEM),
@@ -68,6 +73,11 @@ PROGRAMS: dict[str, tuple[str | None, str, str]] = {
     "Internet Explorer 8": ("image/gif, image/jpeg, image/pjpeg, application/x-ms-application, */*", JSON, PROBLEM),
     "feedparser": ("application/atom+xml,application/rdf+xml,application/rss+xml,application/x-netcdf,"
                    "application/xml;q=0.9,text/xml;q=0.2,*/*;q=0.1", XML, "application/problem+xml; charset=utf-8"),
+    "SimplePie": ("application/atom+xml, application/rss+xml, application/rdf+xml;q=0.9, application/xml;q=0.8, "
+                  "text/xml;q=0.8, text/html;q=0.7, unknown/unknown;q=0.1, application/unknown;q=0.1, */*;q=0.1",
+                  XML, "application/problem+xml; charset=utf-8"),
+    "NewsBlur": ("application/atom+xml, application/rss+xml, application/xml;q=0.8, text/xml;q=0.6, */*;q=0.2", XML,
+                 "application/problem+xml; charset=utf-8"),
     "an XML client": ("application/xml", XML, "application/problem+xml; charset=utf-8"),
 }  # fmt: skip
 

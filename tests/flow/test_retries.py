@@ -340,7 +340,9 @@ def test_inline_tasks_run_again_without_a_delay(make_flow: MakeFlow) -> None:
 # --- current_task.retry()
 
 
-def test_a_view_can_end_its_attempt(flow: Flow, executor: Any) -> None:
+def test_a_view_can_end_its_attempt(
+    flow: Flow, executor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     @flow.route(retry=soon(on=KeyError), executor=executor)
     def work() -> int:
         try:
@@ -354,6 +356,13 @@ def test_a_view_can_end_its_attempt(flow: Flow, executor: Any) -> None:
 
     task = flow.run()
     assert (task["Result"], task["LastError"]) == (3, "RetryRequested")
+    records = [each for each in caplog.records if each.name == flow.app.logger.name]
+    assert [each.getMessage() for each in records] == [
+        f"Attempt {attempt} of task {task['Id']} ended with current_task.retry(reason={reason}); "
+        "the task runs again."
+        for attempt, reason in ((1, "'the printer is busy'"), (2, "''"))
+    ]
+    assert all(not each.exc_info and each.__dict__["task_id"] == task["Id"] for each in records)
 
 
 def test_after_replaces_the_delay(flow: Flow) -> None:

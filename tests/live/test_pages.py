@@ -183,6 +183,31 @@ def test_the_button_stops_a_task(
     assert page.url == url
 
 
+@pytest.mark.parametrize(
+    ("config", "has_javascript"),
+    [({}, True), ({"max_streams": 0}, True), ({}, False)],
+    ids=["stream", "streams at their limit", "no JavaScript"],
+)
+def test_the_page_shows_when_the_code_of_a_stopped_task_has_ended(
+    serve: Callable[..., Server],
+    open_page: Callable[..., Page],
+    tmp_path: Path,
+    config: dict[str, Any],
+    has_javascript: bool,
+) -> None:
+    from playwright.sync_api import expect
+
+    page = open_page(serve(**config), java_script_enabled=has_javascript)
+    submit(page, "/deaf")
+    expect(page.locator("#progress .message")).to_have_text("Calling the other office")
+    page.click("text=Stop")
+    expect(page.locator("#status")).to_have_text("Stopping")
+    expect(page.locator("#outcome")).to_contain_text("Aborted by the user")
+    (tmp_path / "go-0").touch()
+    expect(page.locator("#status")).to_have_text("Aborted")
+    expect(page.locator("#task")).not_to_have_attribute("data-live", re.compile(""))
+
+
 def test_a_stop_from_elsewhere_is_shown(
     serve: Callable[..., Server], open_page: Callable[..., Page]
 ) -> None:

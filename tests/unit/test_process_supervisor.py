@@ -82,6 +82,17 @@ def test_a_closed_server_ends_after_its_last_child(
     eventually(lambda: not os.path.exists(f"/proc/{parent}"))
 
 
+def test_a_server_leaves_the_session_of_its_parent_before_it_imports_anything(
+    serve: Callable[..., ForkServer],
+) -> None:
+    """Otherwise, Ctrl-C interrupts imports, and each process logs a KeyboardInterrupt."""
+    server = serve()
+    child = server.start()
+    assert os.getsid(pid_of(server)) == pid_of(server)
+    ready(child)
+    child.drop()
+
+
 def test_a_server_ends_when_its_object_is_collected(
     serve: Callable[..., ForkServer], eventually: Eventually
 ) -> None:

@@ -58,8 +58,6 @@ def main(modules: str, control: int, kill_end: int) -> None:
     kill_pipe.attach(kill_end, os.getpid())
     for descriptor in (control, kill_end):
         os.set_inheritable(descriptor, False)
-    with suppress(PermissionError):
-        os.setsid()
     ours, _, app = modules.rpartition(",")
     for module in ours.split(","):
         import_module(module)
@@ -93,7 +91,6 @@ def _descriptors() -> set[int]:
 
 def _is_unsafe_to_share(descriptor: int) -> bool:
     # Child processes can share log files and devices, but not connections.
-    # Log files and devices are harmless.
     kind = os.fstat(descriptor).st_mode
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     is_log = stat.S_ISREG(kind) and access == os.O_WRONLY

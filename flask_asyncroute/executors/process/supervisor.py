@@ -184,6 +184,7 @@ def _start_server(modules: str) -> tuple[socket.socket, int, ExitStack]:
                 *((os.POSIX_SPAWN_DUP2, *pair) for pair in zip(ends, numbers, strict=True)),
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             ],
+            setsid=True,  # so that Ctrl-C in the terminal does not interrupt its imports
             setsigmask=(),
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
         )

@@ -147,6 +147,11 @@ class SQLTaskStore(SharedTaskStore):
         row = self._database.fetch_one(self._sql.get_task_of_key, which)
         return None if row is None else (record_of(row), row.fingerprint)
 
+    def count_unfinished(self, user: str, limit: int) -> int:
+        values = {"ns": self._ns, "user": user, "limit": limit}
+        row = self._database.fetch_one(self._sql.count_unfinished, values)
+        return 0 if row is None else row.unfinished
+
     def now_us(self) -> int:
         return self._database.now_us()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ def create_app(folder: str, **config: Any) -> Flask:
     def fail() -> None:
         current_task.set_progress(40)
         raise ValueError("row 17: 'twelve' is not a number <script>alert(1)</script>")
+
+    @app.post("/deaf")
+    @async_routes.task(name="A call that ends late", interrupt_after=None)
+    def deaf() -> None:
+        current_task.set_progress(30, "Calling the other office")
+        while not (Path(folder) / "go-0").exists():
+            time.sleep(0.02)
 
     @app.post("/endless")
     @async_routes.task(name="An import that can be stopped")
