@@ -104,6 +104,12 @@ class Runtime:
                     return self._early.open(self._get_app(), self._read_config())
         return self.runner.store
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether this process has served a request of the app."""
+        waiting = list(request_started.receivers_for(self._get_app()))
+        return self._runner is not None and self.on_first_request not in waiting
+
     def become_runner(self) -> None:
         """Run waiting tasks and maintenance in this process as soon as the store can be opened."""
         if self.is_child:
