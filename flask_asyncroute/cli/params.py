@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 import click
-from click.shell_completion import CompletionItem
 from flask.cli import ScriptInfo
 
 from ..errors import AsyncRouteError
@@ -22,43 +21,35 @@ MOST_VALUES = 100
 MOST_IN_VALUE = 8000  # characters; servers and proxies refuse longer URLs
 
 
-class Filter(click.ParamType[str]):
-    """A condition on tasks, such as ``State=Failed``."""
-
-    name = "filter"
-
-    def shell_complete(
-        self, context: click.Context, parameter: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        field, equals, _ = incomplete.partition("=")
-        found = [f"{name}=" for name in FIELDS]
-        if equals:
-            values: Mapping[str, Sequence[str]] = {
-                "state": list(State),
-                "iscompleted": BOOLEANS,
-                "cancellable": BOOLEANS,
-            }
-            found = [f"{field}={value}" for value in values.get(field.lower(), ())]
-        return [CompletionItem(each) for each in found if _begins(each, incomplete)]
+def complete_filter(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    """Complete the name of a field, or the value of a field that has few values."""
+    field, equals, _ = incomplete.partition("=")
+    found = [f"{name}=" for name in FIELDS]
+    if equals:
+        values: Mapping[str, Sequence[str]] = {
+            "state": list(State),
+            "iscompleted": BOOLEANS,
+            "cancellable": BOOLEANS,
+        }
+        found = [f"{field}={value}" for value in values.get(field.lower(), ())]
+    return [each for each in found if _begins(each, incomplete)]
 
 
-class Endpoint(click.ParamType[str]):
-    """The endpoint of an async route."""
-
-    name = "endpoint"
-
-    def shell_complete(
-        self, context: click.Context, parameter: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        script = context.find_object(ScriptInfo)
-        if script is None:
-            return []
-        try:
-            runtime = runtime_of(script.load_app())
-            runtime.prepare()
-        except AsyncRouteError:
-            return []
-        return [CompletionItem(name) for name in runtime.routes if _begins(name, incomplete)]
+def complete_endpoint(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    """Complete the endpoint of an async route."""
+    script = context.find_object(ScriptInfo)
+    if script is None:
+        return []
+    try:
+        runtime = runtime_of(script.load_app())
+        runtime.prepare()
+    except AsyncRouteError:
+        return []  # the command will show the error
+    return [name for name in runtime.routes if _begins(name, incomplete)]
 
 
 def _begins(text: str, start: str) -> bool:
@@ -83,7 +74,7 @@ def parse_filters(filters: Sequence[str], sort: str | None = None) -> Query:
         if name in PAGING:
             raise fail(f"{name} is not a field. Use the options --limit and --sort.", USAGE)
         # In a URL, "+" would be a space. "%" is not quoted, so that %2C is a comma.
-        raw = quote(value.encode("utf-8", "surrogateescape"), safe=",%")
+        raw = quote(value.encode("utf-8", "surrogateescape"), safe=",=%")
         parameters.append(f"{quote(name.encode('utf-8', 'surrogateescape'), safe='[],')}={raw}")
     if sort is not None:
         parameters.append(f"sort={quote(sort.encode('utf-8', 'surrogateescape'))}")

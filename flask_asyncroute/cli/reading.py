@@ -18,7 +18,7 @@ from ..stores.base import SharedTaskStore, TaskStore
 from ..task import AsyncRouteTask, moment, now_us
 from ..workers import process_lock
 from .base import find, open_runner
-from .params import Filter, parse_filters
+from .params import complete_filter, parse_filters
 from .text import cut, echo_json, print_fields, print_table
 
 PAGE = 200
@@ -56,7 +56,7 @@ def routes(as_json: bool) -> None:
 
 
 @click.command("list")
-@click.argument("filters", metavar="[FILTER]...", nargs=-1, type=Filter())
+@click.argument("filters", metavar="[FILTER]...", nargs=-1, shell_complete=complete_filter)
 @click.option(
     "--limit", type=click.IntRange(1), default=50, show_default=True, help="Show at most this many."
 )

@@ -21,16 +21,15 @@ from ..stores import registry as stores
 from ..task import AsyncRouteTask
 from ..workers.runner import Runner, new_store
 from .base import USAGE, fail, find, for_each, not_found, open_runner
-from .params import Endpoint, Filter, parse_filters, parse_values
+from .params import complete_endpoint, complete_filter, parse_filters, parse_values
 from .reading import matching
-from .text import escape
 from .watching import follow
 
 IS_COMPLETED = Condition(FIELDS["IsCompleted"], Operator.EQ, True)
 
 
 @click.command()
-@click.argument("endpoint", type=Endpoint())
+@click.argument("endpoint", shell_complete=complete_endpoint)
 @click.option(
     "--value", "given", multiple=True, metavar="NAME=VALUE",
     help="A variable of the URL. Can be repeated.",
@@ -101,7 +100,7 @@ def _read(body: IO[bytes], most: int) -> bytes:
             USAGE,
         )
     try:
-        decode_json(data, f"--json: {escape(body.name)}")
+        decode_json(data, "--json: the body")
     except InvalidQuery as error:
         raise fail(str(error), USAGE) from error
     return data
@@ -127,7 +126,9 @@ def stop(task_ids: tuple[str, ...]) -> None:
 
 
 @click.command(short_help="Remove finished tasks.")
-@click.argument("which", metavar="ID... | FILTER...", nargs=-1, required=True, type=Filter())
+@click.argument(
+    "which", metavar="ID... | FILTER...", nargs=-1, required=True, shell_complete=complete_filter
+)
 @click.option("--yes", is_flag=True, help="Do not ask before several tasks are removed.")
 def purge(which: tuple[str, ...], yes: bool) -> None:
     """Remove finished tasks with their results, events and callbacks.
