@@ -22,6 +22,7 @@ from .params import complete_filter, parse_filters
 from .text import cut, echo_json, print_fields, print_table
 
 PAGE = 200
+MOST_IN_LIST = 500
 MOST_IN_FIELD = 2000  # characters
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, with one object per line in lists."
@@ -91,16 +92,16 @@ def list_tasks(
     now = now_us()
     rows = [
         [
-            task.id, task.async_route_id, task.state.value, percent(task), task.user or "",
-            short_time(task.created_us), duration(task, now), cut(detail(task), 500),
+            task.id, task.state.value, percent(task), duration(task, now), task.async_route_id,
+            cut(detail(task), MOST_IN_LIST), task.user or "", short_time(task.created_us),
         ]
         for task in found
     ]  # fmt: skip
     if not rows:
         click.echo("No task matches." if filters else "There are no tasks.", err=True)
         return
-    header = ("Id", "Route", "State", "%", "User", "Created (UTC)", "Took", "Detail")
-    print_table(header, rows, whole=("Id", "State"))
+    header = ("Id", "State", "%", "Took", "Route", "Detail", "User", "Created (UTC)")
+    print_table(header, rows, whole=("Id", "State", "%", "Took", "Created (UTC)"))
 
 
 @click.command()

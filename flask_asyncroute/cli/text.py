@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MOST_IN_CELL = 60  # characters of a table cell without rich, which fits columns to the terminal
+LEAST = 12  # characters of a column that can be cut on a terminal
+GAP = 2  # characters between two columns
 # Control characters, marks and overrides of the text direction, line separators, surrogates.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -69,13 +71,34 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*(), box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for name in header:
-        is_whole = name in whole
-        table.add_column(name, no_wrap=True, overflow="fold" if is_whole else "ellipsis")
+    columns = _fitting(header, safe, whole, terminal.width)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, GAP, 0, 0))
+    for number, width in columns.items():
+        least = width if header[number] in whole else None
+        table.add_column(header[number], min_width=least, no_wrap=True, overflow="ellipsis")
     for row in safe:
-        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Text(row[n], style=STYLES.get(row[n], "")) for n in columns))
     terminal.print(table)
+
+
+def _fitting(
+    header: Sequence[str], rows: Sequence[Sequence[str]], whole: Sequence[str], width: int
+) -> dict[int, int]:
+    """Return the numbers and the widths of the columns that fit on a terminal.
+
+    Empty columns are left out, and so are the last columns on a narrow terminal.
+    """
+    found: dict[int, int] = {}
+    used = 0
+    for number, cells in enumerate(zip(*rows, strict=True)):
+        wide = max(len(header[number]), *map(len, cells))
+        if not any(cells):
+            continue
+        used += (wide if header[number] in whole else min(wide, LEAST)) + GAP
+        if used > width + GAP and found:
+            break
+        found[number] = wide
+    return found
 
 
 def _print_plain(
@@ -88,7 +111,7 @@ def _print_plain(
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        click.echo((" " * GAP).join(cells).rstrip())
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:

@@ -19,7 +19,7 @@ from flask.cli import FlaskGroup, ScriptInfo
 
 from flask_asyncroute import AsyncRoute, Callback, current_task
 from flask_asyncroute.cli import group
-from flask_asyncroute.cli.text import escape
+from flask_asyncroute.cli.text import _fitting, escape
 from flask_asyncroute.runtime import runtime_of
 
 ESCAPES = "\x1b[31mred\x9b\n\r\u202eevil\u2028\x07"
@@ -442,6 +442,16 @@ def test_a_large_result_is_cut_except_in_json(make_app: Callable[..., Flask]) ->
 )
 def test_escape(text: str, escaped: str) -> None:
     assert escape(text) == escaped
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [(200, [0, 2, 3]), (36 + 2 + 12 + 2 + 7, [0, 2, 3]), (55, [0, 2]), (40, [0]), (1, [0])],
+)
+def test_a_narrow_terminal_shows_the_first_columns(width: int, columns: list[int]) -> None:
+    rows = [[UNKNOWN, "", "x" * 100, "Running"], [UNKNOWN, "", "", "Failed"]]
+    found = _fitting(("Id", "Empty", "Route", "State"), rows, ("Id", "State"), width)
+    assert list(found) == columns
 
 
 def test_long_cells_are_cut(run: Run) -> None:
