@@ -105,10 +105,9 @@ class Runtime:
         return self.runner.store
 
     @property
-    def is_serving(self) -> bool:
-        """Whether this process has served a request of the app."""
-        waiting = list(request_started.receivers_for(self._get_app()))
-        return self._runner is not None and self.on_first_request not in waiting
+    def has_runner(self) -> bool:
+        """Whether this process has a runner at the moment."""
+        return self._runner is not None
 
     def become_runner(self) -> None:
         """Run waiting tasks and maintenance in this process as soon as the store can be opened."""

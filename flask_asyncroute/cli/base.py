@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 from flask import current_app
-from flask.cli import AppGroup, with_appcontext
+from flask.cli import AppGroup, FlaskGroup, with_appcontext
 from werkzeug.exceptions import HTTPException
 
 from ..errors import (
@@ -57,6 +57,15 @@ class Failure(click.ClickException):
         self.exit_code = code  # type: ignore[misc]
 
 
+def is_loading() -> bool:
+    """Return whether ``flask`` is loading the app because the app defines the command to run.
+
+    ``flask run`` and ``flask shell`` are commands of Flask, which load the app later.
+    """
+    context = click.get_current_context(silent=True)
+    return context is not None and isinstance(context.command, FlaskGroup)
+
+
 def fail(message: str, code: int = FAILED) -> click.ClickException:
     """Return the error that ends the command with a message and an exit code."""
     return Failure(escape(message), code)
@@ -99,8 +108,7 @@ def open_runner() -> Runner:
             "The command line cannot see the tasks in ASYNCROUTE_STORE memory://, which are in the "
             "memory of the server process. Use the default store or PostgreSQL."
         )
-    if not runtime.is_serving:
-        runtime.close()  # the app can have called `start` while it was loaded
+    if not runtime.has_runner:  # a process that serves requests can call a command, as in a test
         click.get_current_context().call_on_close(runtime.close)
     handler = logging.NullHandler()  # without it, an error would be printed twice
     logger.addHandler(handler)

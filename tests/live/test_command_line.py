@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.server import ROOT, START, gunicorn
+from tests.support.server import ROOT, START, Server, gunicorn
 
 pytestmark = pytest.mark.live
 
@@ -220,6 +220,34 @@ def test_without_rich_the_output_is_plain_text(command: CommandLine, tmp_path: P
         terminal = Terminal([*command.words, *words], PYTHONPATH=path)
         assert terminal.wait() == 0
         assert task_id.encode() in terminal.output and b"\x1b" not in terminal.output
+
+
+STARTS = """
+from tests.support.apps.operated import create_app
+
+app = create_app({folder!r})
+app.extensions["async_routes"].start(app)
+"""
+
+
+def test_a_command_is_no_runner_even_if_the_app_calls_start(
+    tmp_path: Path, eventually: Callable[..., Any]
+) -> None:
+    module = tmp_path / "wsgi.py"
+    module.write_text(STARTS.format(folder=str(tmp_path)), "utf-8")
+    command = CommandLine(str(module))
+    task_id = command.submit("double", "--value", "number=4")
+    assert "No process" in command.run("workers").stderr
+    # A runner would take over a task that has waited for over a second.
+    with pytest.raises(subprocess.TimeoutExpired), command.begin("watch", task_id) as watch:
+        try:
+            watch.wait(2.5)
+        finally:
+            watch.kill()
+    assert command.task(task_id)["State"] == "NotStarted"
+    # In `flask run`, the call works.
+    with Server(tmp_path / "log", "flask", "--app", str(module), "run", "--port", "0"):
+        assert command.run("watch", task_id).returncode == 0
 
 
 def test_a_wrong_app_is_an_error_without_a_traceback(tmp_path: Path) -> None:

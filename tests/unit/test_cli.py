@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import Result
@@ -358,30 +357,9 @@ def test_a_misconfigured_app_is_a_usage_error(app: Flask, run: Run) -> None:
     refused(run("list"), 2, "ASYNCROUTE_DRIAN")
 
 
-def test_a_command_runs_no_tasks_and_closes_the_store(
-    app: Flask, run: Run, make_app: Callable[..., Flask]
-) -> None:
-    """Also if the app has called ``start()`` while it was loaded."""
-    submit(run, "report", "--value", "year=2026")
-    runtime = runtime_of(app)
-    app.extensions["asyncroute"].become_runner()
-    assert runtime.runner.dispatcher.is_runner
-    seen: list[Any] = []
-    group_command = click.Command("peek", callback=lambda: seen.append(_peek(app)))
-    group.add_command(group_command)
-    try:
-        assert run("peek").exit_code == 0
-    finally:
-        del group.commands["peek"]
-    assert seen == [(False, False)]
-    assert runtime._runner is None
-
-
-def _peek(app: Flask) -> tuple[bool, bool]:
-    from flask_asyncroute.cli.base import open_runner
-
-    runner = open_runner()
-    return runner.dispatcher.is_runner, runner.maintenance.is_running
+def test_a_command_closes_the_store(app: Flask, run: Run) -> None:
+    assert run("list").exit_code == 0
+    assert not runtime_of(app).has_runner
 
 
 def test_a_command_leaves_the_runner_of_a_serving_process(app: Flask, run: Run) -> None:

@@ -40,4 +40,12 @@ def create_app(folder: str, **config: Any) -> Flask:
             current_task.sleep(0.02)
             current_task.check()
 
+    @app.put("/steps/<int:count>")
+    @async_routes.task
+    def steps(count: int) -> dict[str, int]:
+        for number in range(1, count + 1):
+            current_task.set_progress(100 * number / count, f"step {number} of {count}")
+            current_task.sleep(0.15)
+        return {"steps": count}
+
     return app
