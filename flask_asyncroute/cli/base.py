@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -110,10 +110,20 @@ def open_runner() -> Runner:
         )
     if not runtime.has_runner:  # a process that serves requests can call a command, as in a test
         click.get_current_context().call_on_close(runtime.close)
-    handler = logging.NullHandler()  # without it, an error would be printed twice
+    with errors_printed_once():
+        return runtime.runner
+
+
+@contextmanager
+def errors_printed_once() -> Iterator[None]:
+    """Do not print log messages in the block, unless the app has configured logging.
+
+    The store logs each error that it raises, and the command prints it.
+    """
+    handler = logging.NullHandler()
     logger.addHandler(handler)
     try:
-        return runtime.runner
+        yield
     finally:
         logger.removeHandler(handler)
 

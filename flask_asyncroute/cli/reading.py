@@ -19,7 +19,7 @@ from ..task import AsyncRouteTask, moment, now_us
 from ..workers import process_lock
 from .base import find, open_runner
 from .params import complete_filter, parse_filters
-from .text import cut, echo_json, print_fields, print_table
+from .text import cut, echo_json, preview, print_fields, print_table
 
 PAGE = 200
 MOST_IN_LIST = 500
@@ -44,6 +44,9 @@ def routes(as_json: bool) -> None:
     if as_json:
         for each in found:
             echo_json(each)
+        return
+    if not found:
+        click.echo("The app has no async routes.", err=True)
         return
     rows = [
         [
@@ -121,12 +124,8 @@ def show(task_id: str, as_json: bool) -> None:
         return
     fields = task.to_wire()
     if task.result_json is not None:
-        # The first bytes are enough: a character has at least one.
-        first = task.result_json[: 4 * MOST_IN_FIELD].decode("utf-8", "ignore")
-        is_cut = len(task.result_json) > MOST_IN_FIELD
-        size = f" ({len(task.result_json):,} bytes; use --json)" if is_cut else ""
-        fields["Result"] = cut(first, MOST_IN_FIELD) + size
-    print_fields((name, _value(value)) for name, value in fields.items())
+        fields["Result"] = preview(task.result_json, MOST_IN_FIELD)
+    print_fields((name, _value(name, value)) for name, value in fields.items())
 
 
 @click.command(short_help="List the processes that run tasks.")
@@ -212,8 +211,9 @@ def _seconds(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else encode_json(value).decode()
+def _value(name: str, value: Any) -> str:
+    text = value if isinstance(value, str) else encode_json(value).decode()
+    return text if name == "Result" else cut(text, MOST_IN_FIELD)
 
 
 def _route_object(route: Route) -> dict[str, Any]:

@@ -36,6 +36,15 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def preview(json: bytes, most: int) -> str:
+    """Return the first characters of a JSON value, and its size if it is longer."""
+    # A character has at most four bytes.
+    text = json[: 4 * (most + 1)].decode("utf-8", "ignore")
+    if len(text) <= most:
+        return text
+    return f"{cut(text, most)} ({len(json):,} bytes; use 'show --json')"
+
+
 def echo_json(value: Any) -> None:
     """Print a value as JSON on one line. The terminal cannot interpret any character of it."""
     text = encode_json(value).decode()

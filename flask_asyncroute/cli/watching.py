@@ -13,12 +13,11 @@ from ..errors import StoreUnavailable
 from ..task import AsyncRouteTask, State, now_us
 from ..workers.runner import Runner
 from .base import FAILED, INTERRUPTED, fail, find, not_found, open_runner
-from .reading import duration, json_option, percent
-from .text import console, cut, echo_json, escape
+from .reading import MOST_IN_FIELD, duration, json_option, percent
+from .text import console, echo_json, escape, preview
 
 OUTAGE_SECONDS = 30.0  # how long an outage of the store may last while a task is watched
 RETRY_SECONDS = 0.5
-MOST_OF_RESULT = 2000  # characters
 
 
 @click.command()
@@ -75,10 +74,7 @@ def _print_end(task: AsyncRouteTask) -> None:
         raise fail(f"Task {task.id} is {task.state} ({took}): {task.error}", FAILED)
     click.echo(f"Task {task.id} is {task.state} ({took}).")
     if task.result_json is not None:
-        size = len(task.result_json)
-        text = task.result_json[: 4 * MOST_OF_RESULT].decode("utf-8", "ignore")
-        more = "" if len(text) <= MOST_OF_RESULT else f" ({size:,} bytes; see 'show --json')"
-        click.echo(f"Result: {escape(cut(text, MOST_OF_RESULT))}{more}")
+        click.echo(f"Result: {escape(preview(task.result_json, MOST_IN_FIELD))}")
 
 
 def changes(runner: Runner, task: AsyncRouteTask) -> Iterator[AsyncRouteTask]:

@@ -20,7 +20,7 @@ from ..runtime import current_runtime
 from ..stores import registry as stores
 from ..task import AsyncRouteTask
 from ..workers.runner import Runner, new_store
-from .base import USAGE, fail, find, for_each, not_found, open_runner
+from .base import USAGE, errors_printed_once, fail, find, for_each, not_found, open_runner
 from .params import complete_endpoint, complete_filter, parse_filters, parse_values
 from .reading import matching
 from .watching import follow
@@ -59,10 +59,7 @@ def submit(
     """
     values = parse_values(given)
     runner = open_runner()
-    try:
-        task = _submit(runner, endpoint, values, body, method, user)
-    except ValueError as error:
-        raise fail(str(error), USAGE) from error
+    task = _submit(runner, endpoint, values, body, method, user)
     click.echo(task.id)
     if waits:
         follow(runner, task, prints_changes=False)
@@ -80,11 +77,16 @@ def _submit(
             'and this command ends before they do. Use executor="thread" or "process" for the '
             "route."
         )
-    caller = None if user is None else caller_of(user, None, runner.config.user_id_field)
     data, headers = None, None
     if body is not None:
         data, headers = _read(body, runner.config.max_body), {"Content-Type": "application/json"}
-    environ = from_code.environ_of(runner.app, endpoint, values, method, None, None, data, headers)
+    try:
+        caller = None if user is None else caller_of(user, None, runner.config.user_id_field)
+        environ = from_code.environ_of(
+            runner.app, endpoint, values, method, None, None, data, headers
+        )
+    except ValueError as error:
+        raise fail(str(error), USAGE) from error
 
     def start(current: Request, arguments: Mapping[str, Any]) -> AsyncRouteTask:
         return runner.dispatcher.submit(route, current, arguments, caller, None, None)
@@ -218,7 +220,8 @@ def init_db() -> None:
         raise ConfigurationError("ASYNCROUTE_STORE is memory://, which has no tables.")
     store = new_store(current_app, replace(config, create_tables=True))
     try:
-        store.open()
+        with errors_printed_once():
+            store.open()
         click.echo(f"{store.label} has the tables of flask_asyncroute.")
     finally:
         store.close()

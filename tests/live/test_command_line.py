@@ -222,6 +222,24 @@ def test_without_rich_the_output_is_plain_text(command: CommandLine, tmp_path: P
         assert task_id.encode() in terminal.output and b"\x1b" not in terminal.output
 
 
+@pytest.mark.parametrize("words", [["list"], ["submit", "fail"], ["init-db"]])
+@pytest.mark.parametrize(
+    ("store", "part"),
+    [
+        ("postgresql+psycopg://ann:secret@127.0.0.1:1/db", "127.0.0.1"),
+        ("sqlite:////proc/none/asyncroute.db", "/proc/none"),
+    ],
+)
+def test_an_unreachable_store_is_one_line(
+    tmp_path: Path, store: str, part: str, words: list[str]
+) -> None:
+    app = f"tests.support.apps.operated:create_app({str(tmp_path)!r}, store={store!r})"
+    done = CommandLine(app).run(*words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+    assert part in done.stderr and "secret" not in done.stderr
+
+
 STARTS = """
 from tests.support.apps.operated import create_app
 

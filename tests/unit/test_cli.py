@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable
@@ -16,10 +15,12 @@ from click.testing import Result
 from flask import Flask, abort, request
 from flask.cli import FlaskGroup, ScriptInfo
 
-from flask_asyncroute import AsyncRoute, Callback, current_task
-from flask_asyncroute.cli import group
-from flask_asyncroute.cli.text import _fitting, escape
+from flask_asyncroute import AsyncRoute, Callback, State, StoreUnavailable, current_task
+from flask_asyncroute.cli import group, watching
+from flask_asyncroute.cli.text import _fitting, escape, preview
+from flask_asyncroute.engine.notifier import Notifier
 from flask_asyncroute.runtime import runtime_of
+from flask_asyncroute.stores.base import Expect
 
 ESCAPES = "\x1b[31mred\x9b\n\r\u202eevil\u2028\x07"
 UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]")
@@ -261,6 +262,62 @@ def test_a_task_that_has_ended_can_be_watched(run: Run) -> None:
     assert result.exit_code == 1 and lines(result)[-1]["Error"] == "ValueError: no"
 
 
+@pytest.fixture
+def at_wait(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return ``at_wait(*functions)``: each wait for a task first calls the next function."""
+
+    def prepare(*functions: Callable[[], Any]) -> None:
+        left, wait = list(functions), Notifier.wait
+
+        def first_call(self: Notifier, *words: Any) -> Any:
+            if left:
+                left.pop(0)()
+            return wait(self, *words)
+
+        monkeypatch.setattr(Notifier, "wait", first_call)
+        monkeypatch.setattr(watching, "RETRY_SECONDS", 0.01)
+
+    return prepare
+
+
+def be_unavailable() -> None:
+    raise StoreUnavailable("The store is down.")
+
+
+def test_watch_survives_a_short_outage_of_the_store(
+    app: Flask, run: Run, at_wait: Callable[..., None]
+) -> None:
+    task_id = submit(run, "report", "--value", "year=2026")
+
+    def stop() -> None:
+        runner = runtime_of(app).runner
+        task = runner.store.get(task_id)
+        assert task is not None
+        runner.dispatcher.stop(task)
+
+    at_wait(be_unavailable, be_unavailable, stop)
+    result = run("watch", task_id)
+    assert result.exit_code == 1 and "Aborted by the user" in result.stderr
+
+
+def test_watch_ends_if_the_store_stays_unavailable(
+    run: Run, at_wait: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = submit(run, "report", "--value", "year=2026")
+    monkeypatch.setattr(watching, "OUTAGE_SECONDS", 0.02)
+    at_wait(*[be_unavailable] * 100)
+    refused(run("watch", task_id), 1, "asyncroute.db", "ASYNCROUTE_STORE")
+
+
+def test_watch_of_a_task_that_is_removed_has_the_exit_code_3(
+    app: Flask, run: Run, at_wait: Callable[..., None]
+) -> None:
+    task_id = submit(run, "report", "--value", "year=2026")
+    expect = Expect((State.NOT_STARTED,))
+    at_wait(lambda: runtime_of(app).runner.store.delete(task_id, expect))
+    refused(run("watch", task_id), 3, task_id)
+
+
 def test_several_tasks_are_stopped_and_the_exit_code_reports_errors(run: Run) -> None:
     one, two = (submit(run, "report", "--value", "year=2026") for _ in range(2))
     fixed, done = submit(run, "fixed"), finished(run)
@@ -432,6 +489,17 @@ def test_a_narrow_terminal_shows_the_first_columns(width: int, columns: list[int
     assert list(found) == columns
 
 
+@pytest.mark.parametrize("length", [1, 99, 100, 101, 1000])
+@pytest.mark.parametrize("character", ["x", "ü", "😀"])
+def test_a_preview_shows_the_size_of_a_longer_value(length: int, character: str) -> None:
+    value = (length * character).encode()
+    if length <= 100:
+        assert preview(value, 100) == length * character
+    else:
+        start = 99 * character
+        assert preview(value, 100) == f"{start}… ({len(value):,} bytes; use 'show --json')"
+
+
 def test_long_cells_are_cut(run: Run) -> None:
     finished(run, error="x" * 1000)
     assert max(map(len, run("list").stdout.splitlines())) < 250
@@ -470,9 +538,9 @@ def test_the_help_of_each_command_has_an_example(run: Run, name: str) -> None:
     assert max(map(len, help.splitlines())) <= 90
 
 
-def test_errors_are_not_logged_twice(make_app: Callable[..., Flask]) -> None:
-    app = make_app(ASYNCROUTE_STORE="sqlite:////proc/none/asyncroute.db")
+def test_an_app_without_async_routes(make_app: Callable[..., Flask]) -> None:
+    app = make_app()
     AsyncRoute(app)
-    before = list(logging.getLogger("flask_asyncroute").handlers)
-    app.test_cli_runner().invoke(args=["asyncroute", "list"])
-    assert logging.getLogger("flask_asyncroute").handlers == before
+    assert app.test_cli_runner().invoke(args=["asyncroute", "routes"]).stderr == (
+        "The app has no async routes.\n"
+    )
