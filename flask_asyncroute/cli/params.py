@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from urllib.parse import quote
 
 import click
@@ -25,16 +25,21 @@ def complete_filter(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[str]:
     """Complete the name of a field, or the value of a field that has few values."""
-    field, equals, _ = incomplete.partition("=")
-    found = [f"{name}=" for name in FIELDS]
+    before = [word for word in context.params.get(str(parameter.name)) or () if word != "="]
+    field, equals, start = incomplete.partition("=")
+    if before and before[-1].lower() in map(str.lower, FIELDS):
+        # bash splits words at "=", so the field is the word before, and only the value is replaced.
+        return [value for value in _values_of(before[-1]) if _begins(value, incomplete)]
     if equals:
-        values: Mapping[str, Sequence[str]] = {
-            "state": list(State),
-            "iscompleted": BOOLEANS,
-            "cancellable": BOOLEANS,
-        }
-        found = [f"{field}={value}" for value in values.get(field.lower(), ())]
-    return [each for each in found if _begins(each, incomplete)]
+        return [f"{field}={value}" for value in _values_of(field) if _begins(value, start)]
+    return [f"{name}=" for name in FIELDS if _begins(name, incomplete)]
+
+
+def _values_of(field: str) -> Sequence[str]:
+    values: dict[str, Sequence[str]] = {
+        "state": list(State), "iscompleted": BOOLEANS, "cancellable": BOOLEANS
+    }  # fmt: skip
+    return values.get(field.lower(), ())
 
 
 def complete_endpoint(

@@ -528,6 +528,10 @@ def test_the_shell_completes_commands_endpoints_and_states(app: Flask) -> None:
     assert completions(app, "submit", "r") == ["report"]
     assert completions(app, "list", "comp") == ["CompletedTime="]
     assert completions(app, "list", "State=A") == ["State=Aborted"]
+    # bash splits a word at "=".
+    assert completions(app, "list", "Method=PUT", "State", "=", "A") == ["Aborted"]
+    assert completions(app, "list", "State", "=") == list(State)
+    assert completions(app, "list", "Method", "=", "PUT", "St") == ["State=", "StartingTime="]
     assert completions(app, "purge", "Cancellable=") == ["Cancellable=true", "Cancellable=false"]
 
 
