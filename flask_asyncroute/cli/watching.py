@@ -37,10 +37,10 @@ def watch(task_id: str, as_json: bool) -> None:
     """
     runner = open_runner()
     task = find(runner, task_id)
-    if not as_json:
-        follow(runner, task, prints_changes=True)
-        return
     with interruptible(task_id):
+        if not as_json:
+            follow(runner, task, prints_changes=True)
+            return
         for changed in changes(runner, task):
             echo_json(changed.to_wire())
             if changed.is_completed and changed.state is not State.COMPLETED:
@@ -61,7 +61,7 @@ def follow(runner: Runner, task: AsyncRouteTask, prints_changes: bool) -> None:
         from .progress import progress_bar
 
         show = progress_bar(terminal)
-    with interruptible(task.id), show as show_change:
+    with show as show_change:
         for changed in changes(runner, task):
             show_change(changed)
             task = changed

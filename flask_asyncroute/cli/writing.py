@@ -23,7 +23,7 @@ from ..workers.runner import Runner, new_store
 from .base import USAGE, errors_printed_once, fail, find, for_each, not_found, open_runner
 from .params import complete_endpoint, complete_filter, parse_filters, parse_values
 from .reading import matching
-from .watching import follow
+from .watching import follow, interruptible
 
 IS_COMPLETED = Condition(FIELDS["IsCompleted"], Operator.EQ, True)
 
@@ -60,8 +60,11 @@ def submit(
     values = parse_values(given)
     runner = open_runner()
     task = _submit(runner, endpoint, values, body, method, user)
-    click.echo(task.id)
-    if waits:
+    if not waits:
+        click.echo(task.id)
+        return
+    with interruptible(task.id):  # from the moment at which a program can read the id
+        click.echo(task.id)
         follow(runner, task, prints_changes=False)
 
 
