@@ -83,4 +83,4 @@ def end() -> None:
     shutdown.shut_down(dict.fromkeys(shutdown.runners, 0.0))
 
 
-register(run, prepare, end)
+register(run, prepare, end, during=run_task.execute.__code__)

@@ -124,7 +124,7 @@ class Runtime:
                 runner.config.namespace,
             )
         if runner.store.is_shared:
-            runner.maintenance.start()
+            runner.start_maintenance()
 
     def become_child(self) -> Runner:
         """Prepare this process to run a single task for its parent, without opening the store."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 from billiard.process import current_process
@@ -184,24 +185,32 @@ class CeleryTaskExecutor(TaskExecutor):
 
 
 def register(
-    run: Callable[[Celery, str], None], prepare: Callable[[], None], end: Callable[[], None]
-) -> None:
+    run: Callable[[Celery, str], None], prepare: Callable[[], None], end: Callable[[], None],
+    during: CodeType,
+) -> None:  # fmt: skip
     """Make ``run`` the task :data:`TASK_NAME` of all Celery apps of this process.
 
     :param run: called in a worker with the Celery app and the task's id.
     :param prepare: called in a worker's main process before it creates its pool.
     :param end: called on its own thread in a child process that must exit during a run.
+    :param during: the code that handles all exceptions of a view. Celery's soft time limit
+        raises its exception only while this code runs.
     """
 
     def call(self: Any, task_id: str) -> None:
         if not CeleryTaskExecutor.can_kill:
             run(self.app, task_id)
             return
-        before = signal.signal(signal.SIGTERM, on_term)
+        handlers: dict[int, Callable[..., None]] = {signal.SIGTERM: on_term}
+        on_soft_limit = signal.getsignal(signal.SIGUSR1)  # Celery's pool sends this signal
+        if callable(on_soft_limit):
+            handlers[signal.SIGUSR1] = _only_within(during, on_soft_limit)
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             run(self.app, task_id)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_term(*_: Any) -> None:
         # Celery would raise SystemExit in the view, which would look like its error. A thread,
@@ -223,6 +232,24 @@ def register(
     shared_task(name=TASK_NAME, bind=True, ignore_result=True, max_retries=0, typing=False)(call)
     worker_init.connect(on_worker, weak=False)
     worker_process_init.connect(_on_process, weak=False)
+
+
+def _only_within(code: CodeType, handler: Callable[..., Any]) -> Callable[..., None]:
+    """Return a signal handler that calls ``handler`` if the signal interrupts this code.
+
+    Celery's handler raises an exception. While a task is claimed or its outcome is stored, that
+    would leave the task Running without an end.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        caller = frame
+        while caller is not None:
+            if caller.f_code is code:
+                handler(number, frame)
+                return
+            caller = caller.f_back
+
+    return handle
 
 
 def _on_process(**extra: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from ..engine.lifecycle import Lifecycle
@@ -47,8 +48,8 @@ class Recovery:
     """For each worker whose lock is free: the monotonic time when a check first found it free."""
     _differences: set[str] = field(default_factory=set)
     """The differences between apps that were already logged."""
-    _running: set[str] = field(default_factory=set)
-    """The workers that serve requests and were not found dead."""
+    _running: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """The endpoints of each worker that serves requests and was not found dead."""
     _checked_at: float = field(default_factory=lambda: time.monotonic())
     _unlisted: dict[str, float] = field(default_factory=dict)
     """For each endpoint that no worker has: the monotonic time when this was first seen."""
@@ -71,14 +72,18 @@ class Recovery:
         for seen in (self._beats, self._free):
             for name in seen.keys() - listed.keys():
                 del seen[name]
-        self._running = {name for name in listed if not name.startswith(CELERY_WORKER)}
+        running = {
+            worker.name: worker.endpoints
+            for worker in listed.values()
+            if not worker.name.startswith(CELERY_WORKER)
+        }
         for worker in listed.values():
             is_alive = worker.name == self.heartbeat.name or self._is_alive(worker, now)
             if is_alive:
                 self._warn_of_other_app(worker)
             if is_alive is not False:
                 continue
-            self._running.discard(worker.name)
+            running.pop(worker.name, None)
             held = self.store.workers.held(worker.name)
             for task in held:
                 self.lifecycle.recover(task)
@@ -88,12 +93,15 @@ class Recovery:
                     "The worker %s died; its %d unfinished tasks were aborted or restarted.",
                     worker.name, len(held),
                 )  # fmt: skip
+        self._running = running
 
-    def is_first(self) -> bool:
-        """Return whether this process is the one that does what only one process should do. For a
-        moment, several or none can be the first.
+    def is_first(self, endpoints: Collection[str]) -> bool:
+        """Return whether this process is the one that does what only one process should do for
+        these endpoints. For a moment, several or none can be the first. Thread-safe.
         """
-        return min(self._running, default=self.heartbeat.name) == self.heartbeat.name
+        # Processes of another release may not have these endpoints.
+        running = (name for name, own in self._running.items() if not own.isdisjoint(endpoints))
+        return min(running, default=self.heartbeat.name) == self.heartbeat.name
 
     def _warn_of_other_app(self, worker: Worker) -> None:
         found = difference(self.heartbeat.views, worker.views)

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 
@@ -36,6 +36,9 @@ from . import app_identity, run_task
 from .heartbeat import Heartbeat
 from .maintenance import Job, Maintenance, Timekeeper
 from .recovery import Recovery
+
+if TYPE_CHECKING:
+    from .broker_loop import BrokerLoop
 
 logger = logging.getLogger("flask_asyncroute")
 
@@ -94,6 +97,7 @@ class Runner:
             )
         self._take_over_job = Job(LOOK_SECONDS, self._take_over)
         self._publish_job = Job(math.inf, self._publish_free)
+        self._broker_loop: BrokerLoop | None = None
         jobs = [] if self.is_celery_worker else self._jobs()
         self.maintenance = Maintenance(app, self.lifecycle, self.dispatcher, jobs)
         self.timekeeper = Timekeeper(self.dispatcher)
@@ -128,29 +132,16 @@ class Runner:
                 Job(MAINTAIN_SECONDS, self.store.maintain),
                 Job(interval, recovery.abort_unroutable),
             ]
-            if self.has_celery:
-                jobs.append(self._celery_job(self.store, recovery))
+            self._broker_loop = self._new_broker_loop(self.store, recovery)
         return jobs
 
-    def _celery_job(self, store: SharedTaskStore, recovery: Recovery) -> Job:
-        from .lost_messages import LostMessages  # imports Celery
+    def _new_broker_loop(self, store: SharedTaskStore, recovery: Recovery) -> BrokerLoop | None:
+        routes = {name: route for name, route in self.routes.items() if _runs_elsewhere(route)}
+        if not routes:
+            return None
+        from .broker_loop import BrokerLoop  # imports Celery
 
-        routes = {
-            name: route
-            for name, route in self.routes.items()
-            if kind_of(route.options.executor).runs_elsewhere
-        }
-        messages = LostMessages(
-            store, routes, cast(Any, self.executor_of), recovery.is_first,
-            lambda time_us: self._hasten(job, time_us), int(LOOK_SECONDS * 1_000_000),
-        )  # fmt: skip
-        job = Job(LOOK_SECONDS, messages.send_again)
-        return job
-
-    @property
-    def has_celery(self) -> bool:
-        """Whether Celery workers run the tasks of any route."""
-        return any(kind_of(r.options.executor).runs_elsewhere for r in self.routes.values())
+        return BrokerLoop(store, self.lifecycle, routes, self.executor_of, recovery)
 
     @cached_property
     def celery(self) -> Any:
@@ -196,11 +187,20 @@ class Runner:
         if self.heartbeat is not None:
             self.heartbeat.enter()
         self.timekeeper.start()
+        self.start_maintenance()
+
+    def start_maintenance(self) -> None:
+        """Start the threads that do background work.
+
+        :raises RuntimeError: if the system has no more threads. Call this again to retry.
+        """
         self.maintenance.start()
+        if self._broker_loop is not None:
+            self._broker_loop.start()
 
     def _start_maintenance(self) -> None:
-        with suppress(RuntimeError):  # the system has no more threads; the next start tries again
-            self.maintenance.start()
+        with suppress(RuntimeError):  # the next start tries again
+            self.start_maintenance()
 
     def _send_callbacks(self) -> None:
         if self.is_celery_worker:
@@ -224,6 +224,8 @@ class Runner:
         self.sender.close()
         self.timekeeper.close()
         self.maintenance.close()
+        if self._broker_loop is not None:
+            self._broker_loop.close()
         self.lifecycle.pending_writes.retry(math.inf)
         self.notifier.close()
         if self.heartbeat is not None and self.dispatcher.running:
@@ -276,7 +278,7 @@ class Runner:
             name: route
             for name, route in self.routes.items()
             if not kind_of(route.options.executor).runs_inline
-            and not kind_of(route.options.executor).runs_elsewhere
+            and not _runs_elsewhere(route)
             # A process that is no runner takes only tasks that no other process can run.
             and (route.options.is_bound or self.dispatcher.is_runner or not self.store.is_shared)
         }
@@ -338,7 +340,8 @@ class Runner:
         """Publish tasks that transactions of the app have added, and start those for which a slot
         is free.
 
-        :param is_for_free_slots: leave the other tasks to runners that have free slots.
+        :param is_for_free_slots: leave the other tasks to runners that have free slots, or send
+            Celery messages.
         """
         store = self.store
         if not isinstance(store, SharedTaskStore) or not store.has_unpublished:
@@ -354,7 +357,11 @@ class Runner:
             if route is not None and pool not in capacity:
                 capacity[pool] = self._takeover_capacity(pool)
             has_room = capacity.get(pool, 0) > 0
-            if is_for_free_slots and not has_room:
+            is_sender = (
+                self._broker_loop is not None and route is not None and _runs_elsewhere(route)
+                and self._broker_loop.is_first()
+            )  # fmt: skip
+            if is_for_free_slots and not (has_room or is_sender):
                 continue
             published = self.lifecycle.publish(task)
             is_due = task.start_at_us is None or task.start_at_us <= self.store.now_us()
@@ -365,20 +372,20 @@ class Runner:
 
     def _send_restarted(self, task: AsyncRouteTask) -> None:
         route = self.routes.get(task.endpoint)
-        if route is not None and kind_of(route.options.executor).runs_elsewhere:
+        if self._broker_loop is not None:
+            self._broker_loop.send_restarted(task)
+        elif route is not None and _runs_elsewhere(route):
             with suppress(BrokerUnavailable):  # lost messages are sent again
                 self.executor_of(route).submit(task.id)
 
     def _take_over_at(self, time_us: int) -> None:
-        """Call :meth:`_take_over` soon after this time, or earlier."""
+        """Call :meth:`_take_over` soon after this time, or earlier; send Celery messages then."""
         # A failed attempt still occupies its slot until its thread has ended.
-        self._hasten(self._take_over_job, time_us, at_least=ENDING_SECONDS)
-
-    def _hasten(self, job: Job, time_us: int, at_least: float = 0.0) -> None:
-        """Do a job at this time of the store's clock, but not within ``at_least`` seconds."""
-        seconds = (time_us - self.store.now_us()) / 1_000_000
-        job.hasten(time.monotonic() + max(seconds, at_least))
+        seconds = max((time_us - self.store.now_us()) / 1_000_000, ENDING_SECONDS)
+        self._take_over_job.hasten(time.monotonic() + seconds)
         self.maintenance.wake()
+        if self._broker_loop is not None:
+            self._broker_loop.send_at(time_us)
 
     def _takeover_capacity(self, pool: str) -> int:
         route = next(route for route in self.routes.values() if route.pool == pool)
@@ -391,6 +398,10 @@ class Runner:
                     "The executor of %s could not be created, so its tasks wait.", pool
                 )
             return 0
+
+
+def _runs_elsewhere(route: Route) -> bool:
+    return kind_of(route.options.executor).runs_elsewhere
 
 
 def _publishes(reference: weakref.ref[Runner]) -> Callable[[], None]:

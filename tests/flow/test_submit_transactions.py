@@ -41,6 +41,7 @@ from flask_asyncroute.stores.registry import make_store
 from flask_asyncroute.stores.sql.postgresql import EngineDatabase
 from flask_asyncroute.stores.sql.store import SQLTaskStore
 from flask_asyncroute.testing import inline
+from flask_asyncroute.workers.runner import Runner
 from tests.support.databases import engine_of, new_postgresql_database
 from tests.support.flow import Flow
 from tests.support.tasks import new_task
@@ -114,6 +115,23 @@ def test_a_task_begins_after_the_commit(
         ("task-created", task.id), ("task-completed", task.id),
     ]  # fmt: skip
     assert received[0][1].change > 0
+
+
+@pytest.mark.parametrize("executor", ["celery"])
+def test_a_celery_task_is_sent_when_its_transaction_is_committed(
+    make_flow: MakeFlow, postgresql_url: str, engine: Engine, executor: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The regular checks, twice a second, are not needed for it."""
+    monkeypatch.setattr("flask_asyncroute.workers.broker_loop.SEND_SECONDS", 600.0)
+    monkeypatch.setattr(Runner, "_publish_all", lambda runner: runner.notifier.listen())
+    flow = make_flow(ASYNCROUTE_STORE=postgresql_url)
+    flow.route("/work/<int:n>", endpoint="work", executor=executor)(lambda n: n)
+    flow.async_routes.start(flow.app)
+    for _ in range(3):
+        with engine.begin() as connection:
+            task = submit(flow, connection)
+        assert ended(flow, task).result == 5
 
 
 @pytest.mark.covers("F50")

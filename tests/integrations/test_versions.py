@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 
-from tests.support.server import ROOT
+from tests.support.programs import ROOT
 
 PAGE = ROOT / "docs" / "howto" / "extensions.rst"
 

@@ -23,7 +23,8 @@ import pytest
 
 from tests.support.browser import accessibility_violations, running_browser
 from tests.support.client import send
-from tests.support.server import LISTENING, ROOT, gunicorn
+from tests.support.programs import ROOT
+from tests.support.server import LISTENING, gunicorn
 from tests.support.waiting import eventually_true
 
 if TYPE_CHECKING:

@@ -14,15 +14,17 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from pytest_httpserver import HTTPServer
 
 pytest.importorskip("celery")
 
 from tests.support.apps.celery_crowd import APP, environ
 from tests.support.brokers import delete_queue, new_celery, purge_queue
 from tests.support.celery_workers import CeleryWorker
-from tests.support.client import send
+from tests.support.client import Connection, send
 from tests.support.event_streams import Stream
 from tests.support.processes import is_running
+from tests.support.redis_server import RedisServer
 from tests.support.server import START, Server, gunicorn
 from tests.support.waiting import eventually_true
 
@@ -36,6 +38,10 @@ LOST_SECONDS = 2.5
 """The time within which a lost process on the same host is detected."""
 RESEND_SECONDS = 10.0
 """The time within which a task starts whose message was lost."""
+OVERDUE_SECONDS = 15.0
+"""The time within which a web server kills code that has not ended. A worker also needs some
+seconds to connect to a broker that is back.
+"""
 TASK = "flask_asyncroute.run"
 
 
@@ -193,6 +199,24 @@ def test_progress_and_events_are_streamed_by_the_web_server(any_pool: Site) -> N
     assert (task["Progress"], task["Result"]) == (100, "said")
 
 
+def test_the_web_server_sends_the_callback(tmp_path: Path, redis: str) -> None:
+    hosts = {"callback_allowed_hosts": ["127.0.0.1"]}
+    with (
+        HTTPServer("127.0.0.1", threaded=True) as receiver,
+        new_site(tmp_path / "site", redis, **hosts) as site,
+    ):
+        receiver.expect_request("/hook").respond_with_data(status=204)
+        site.worker("threads")
+        task_id = site.start("/calling", document={"callbackUrl": receiver.url_for("/hook")})
+        (sent,) = eventually_true(lambda: lines(site.folder, "sent")[task_id], 15, 0.02)
+        assert sent["pid"] in site.server.workers()
+        ((request, _),) = receiver.log
+        document = request.get_json()
+        assert (document["Id"], document["State"]) == (task_id, "Completed")
+        assert document["Result"] == "called"
+        assert site.task(task_id)["CallbackInfo"]["State"] == "Completed"
+
+
 def test_a_wait_returns_when_the_task_ends(any_pool: Site) -> None:
     task_id = any_pool.start("/work/300")
     began = time.monotonic()
@@ -231,6 +255,37 @@ def test_a_stop_kills_a_prefork_process(
     assert site.ended(task_id, 5)["State"] == "Aborted"
     assert site.runs(task_id) == 1
     assert site.ended(site.start("/work/1"))["State"] == "Completed"
+
+
+def test_a_timeout_kills_a_prefork_process_that_holds_the_gil(prefork: Site) -> None:
+    task_id = prefork.start("/short-gil")
+    pid = prefork.begun(task_id)
+    task = prefork.ended(task_id, OVERDUE_SECONDS)
+    assert (task["State"], task["Error"]) == ("Aborted", "Timeout")
+    assert not is_running(pid)
+    assert prefork.runs(task_id) == 1
+    assert prefork.ended(prefork.start("/work/1"))["State"] == "Completed"
+
+
+def test_a_stop_while_the_broker_is_down(tmp_path: Path) -> None:
+    """The worker reads the stop from the store. It needs the broker only to kill code that holds
+    the GIL.
+    """
+    with RedisServer(tmp_path) as redis, new_site(tmp_path / "site", redis.url) as site:
+        site.worker("prefork", 2)
+        held, slow = site.start("/gil"), site.start("/slow/60000")
+        pid = site.begun(held)
+        site.begun(slow)
+        redis.kill()
+        for task_id in (held, slow):
+            stopped = site.stop(task_id)
+            assert (stopped["State"], stopped["Error"]) == ("Aborted", "Aborted by the user")
+        site.ended(slow)
+        assert site.task(held)["Stopping"] and is_running(pid)
+        redis.start()
+        site.ended(held, OVERDUE_SECONDS)
+        assert not is_running(pid)
+        assert site.ended(site.start("/work/1"))["State"] == "Completed"
 
 
 def test_a_view_that_cannot_be_killed_is_reported_as_stopping(
@@ -332,6 +387,64 @@ def test_time_limits_of_celery_end_the_task(tmp_path: Path, redis: str, limit: s
         else:
             assert task["State"] == "Failed" and "SoftTimeLimitExceeded" in task["Error"]
         assert site.ended(site.start("/work/1"))["State"] == "Completed"
+
+
+def test_late_acknowledgements_run_no_task_twice(tmp_path: Path, rabbitmq: str) -> None:
+    """RabbitMQ delivers the messages of a dead worker again at once."""
+    with new_site(tmp_path / "site", rabbitmq, task_acks_late=True) as site:
+        worker = site.worker("prefork", 2)
+        task_id, again_id = site.start("/deaf/60000"), site.start("/again/300")
+        site.begun(task_id)
+        site.begun(again_id)
+        worker.kill()
+        worker.start()
+        assert site.ended(task_id)["Error"] == "Worker lost"
+        assert site.ended(again_id, RESEND_SECONDS)["State"] == "Completed"
+        assert site.ended(site.start("/work/1"))["State"] == "Completed"
+        assert (site.runs(task_id), site.runs(again_id)) == (1, 2)
+
+
+@pytest.mark.covers("F36")
+def test_a_preloaded_app_that_has_sent_a_message(tmp_path: Path, any_broker: str) -> None:
+    """Each process that gunicorn forks needs its own connection to the broker."""
+    with ExitStack() as stack:
+        folder = tmp_path / "site"
+        folder.mkdir()
+        queue = f"live-{uuid4().hex}"
+        stack.callback(delete_queue, any_broker, queue)
+        variables = environ(folder, any_broker, queue)
+        module = tmp_path / "used_app.py"
+        module.write_text(
+            "from tests.support.apps.celery_crowd import create_app\n"
+            "app = create_app()\n"
+            "assert app.test_client().put('/named/before').status_code == 202\n"
+        )
+        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        server = stack.enter_context(
+            gunicorn(
+                tmp_path / "web", "used_app:app", "--workers", "2", "--preload",
+                environ={**variables, "PYTHONPATH": path}, conf=START,
+            )
+        )  # fmt: skip
+        stack.enter_context(CeleryWorker(tmp_path / "worker", variables, pool="threads"))
+        started: dict[str, int] = {}
+
+        def have_both_started() -> bool:
+            with Connection(server.port) as connection:
+                reply = connection.send("PUT", "/quick")
+                assert reply.status == 202, reply.body
+                started[reply.json()["Id"]] = reply.pid
+            return set(started.values()) == set(server.workers())
+
+        eventually_true(have_both_started, 20, 0.02)
+        for task_id in ("before", *started):
+            eventually_true(
+                lambda path=f"/task/{task_id}": (
+                    send(server.port, "GET", path).json()["State"] == "Completed"
+                ),
+                15, 0.02,
+            )  # fmt: skip
+        server.assert_no_traceback()
 
 
 def test_a_doubled_message_runs_the_task_once(any_broker: str, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.server import ROOT, START, Server, gunicorn
+from tests.support.programs import ROOT
+from tests.support.server import START, Server, gunicorn
 
 pytestmark = pytest.mark.live
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.programs import ROOT
 from tests.support.recording import Terminal, draw
-from tests.support.server import ROOT, START, gunicorn
+from tests.support.server import START, gunicorn
 
 pytestmark = pytest.mark.live
 

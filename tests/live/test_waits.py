@@ -17,7 +17,8 @@ import pytest
 
 from tests.support.client import send
 from tests.support.event_streams import Stream
-from tests.support.server import GRACE, PATIENCE, ROOT, gunicorn
+from tests.support.programs import GRACE, PATIENCE, ROOT
+from tests.support.server import gunicorn
 from tests.support.waiting import eventually_true
 
 pytestmark = pytest.mark.live

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import queries
 from tests.support.machine import slowness
-from tests.support.server import ROOT
+from tests.support.programs import ROOT
 
 STORED = 100_000
 ROUNDS = 10

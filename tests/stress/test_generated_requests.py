@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from tests.support.server import ROOT
+from tests.support.programs import ROOT
 
 REQUESTS = 20_000
 COUNT = "ASYNCROUTE_FUZZ"

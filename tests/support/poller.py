@@ -12,7 +12,7 @@ import time
 from typing import cast
 
 from tests.support.client import Connection
-from tests.support.server import ROOT
+from tests.support.programs import ROOT
 
 PAUSE = 0.01
 

@@ -7,23 +7,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from http.client import HTTPException
 from pathlib import Path
-from types import TracebackType
 
 from tests.support.client import send
-from tests.support.processes import children
+from tests.support.programs import PATIENCE, Program, module
 from tests.support.waiting import eventually_true
 
-ROOT = Path(__file__).parents[2]
 LISTENING = re.compile(r"(?:Listening at|Running on|Serving on)\S* http://127\.0\.0\.1:(\d+)")
-PATIENCE = 30.0
-"""Seconds for a server to start."""
-GRACE = 15.0
-"""Seconds for a server to exit."""
 
 START = """
 def post_worker_init(worker):
@@ -34,7 +26,7 @@ def post_worker_init(worker):
 """
 
 
-class Server:
+class Server(Program):
     """Runs ``python -m command…`` in the project folder while the context lasts.
 
     :param log: the file for its output.
@@ -42,47 +34,17 @@ class Server:
     """
 
     def __init__(self, log: Path, *command: str, environ: dict[str, str] | None = None) -> None:
-        self.log = log
+        super().__init__(log, module(*command), environ)
         self.port = 0
-        self._command = [sys.executable, "-m", *command]
-        self._environ = {**os.environ, "PYTHONUNBUFFERED": "1", **(environ or {})}
-        self._process: subprocess.Popen[bytes] | None = None
 
-    @property
-    def pid(self) -> int:
-        """The process id of the server; for gunicorn that of the arbiter."""
-        assert self._process is not None, "used outside its context"
-        return self._process.pid
-
-    def __enter__(self) -> Server:
-        with self.log.open("wb") as output:
-            # A new session, so that all its processes can be killed together.
-            self._process = subprocess.Popen(
-                self._command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, env=self._environ, start_new_session=True,
-            )  # fmt: skip
-        try:
-            self.port = self._wait_for_port()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    def output(self) -> str:
-        """Return its output so far."""
-        return self.log.read_text("utf-8", "replace")
+    def _is_ready(self) -> bool:
+        found = LISTENING.search(self.output(), self._printed)
+        self.port = int(found[1]) if found is not None else 0
+        return found is not None
 
     def workers(self) -> list[int]:
         """Return the pids of its child processes (Linux)."""
-        return children(self.pid)
+        return self.children()
 
     def a_worker(self) -> int:
         """Return the process id of a worker that responds. A worker that is still starting could
@@ -115,33 +77,6 @@ class Server:
         """Fail if the server has logged a traceback."""
         log = self.output()
         assert "Traceback" not in log, f"the server logged an error:\n{log[-3000:]}"
-
-    def stop(self) -> None:
-        """Terminate the server, and kill remaining processes of its session after the grace period."""
-        process = self._process
-        if process is None:
-            return
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-
-    def _wait_for_port(self) -> int:
-        process = self._process
-        assert process is not None
-        eventually_true(
-            lambda: LISTENING.search(self.output()) or process.poll() is not None, PATIENCE, 0.02
-        )
-        found = LISTENING.search(self.output())
-        assert found is not None, f"The server did not start:\n{self.output()}"
-        return int(found[1])
 
 
 def gunicorn(

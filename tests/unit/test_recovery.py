@@ -539,3 +539,21 @@ def test_leave_releases_the_lock_if_the_store_is_unavailable(
     with pytest.raises(StoreUnavailable):
         heartbeat.leave()
     assert not file.is_held(heartbeat._number)
+
+
+def test_one_process_with_the_endpoint_is_the_first(
+    make_process: Callable[[str], Process], store: TaskStore, clock: Clock
+) -> None:
+    mine, other = make_process("2-mine"), make_process("3-other")
+    assert store.workers is not None
+    store.workers.enter(replace(ELSEWHERE, name="1-older", endpoints=frozenset({"old"})))
+    store.workers.enter(replace(ELSEWHERE, name="celery-1"))
+    for process in (mine, other):
+        process.heartbeat.enter()
+    for process in (mine, other):
+        process.recovery.recover_tasks()
+    assert (mine.recovery.is_first({"work"}), other.recovery.is_first({"work"})) == (True, False)
+    assert not mine.recovery.is_first({"old"}), "the process of the older release has this endpoint"
+    die(mine)
+    recover(other, clock, 1)
+    assert other.recovery.is_first({"work"})

@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Flask
 
-from flask_asyncroute.runtime import EXTENSION, runtime_of
+from flask_asyncroute.runtime import EXTENSION, _runtimes, runtime_of
 
 
 def new_app(name: str, instance_path: Path | str, config: dict[str, Any]) -> Flask:
@@ -22,6 +22,10 @@ def new_app(name: str, instance_path: Path | str, config: dict[str, Any]) -> Fla
 
 
 def close_app(app: Flask) -> None:
-    """Close the runtime of the app in this process."""
+    """Close the runtime of the app in this process. The app cannot be used again."""
     if EXTENSION in app.extensions:
-        runtime_of(app).close()
+        runtime = runtime_of(app)
+        runtime.close()
+        # The garbage collector can free the app much later. Until then, the Celery worker that
+        # tests share would open the runtime again when it receives a message of a later test.
+        _runtimes.discard(runtime)

@@ -14,7 +14,15 @@ from typing import Any
 
 from flask import Flask, g, request
 
-from flask_asyncroute import AsyncRoute, Callback, Retry, RetryRequested, current_task
+from flask_asyncroute import (
+    AsyncRoute,
+    AsyncRouteTask,
+    Callback,
+    Retry,
+    RetryRequested,
+    callback_sent,
+    current_task,
+)
 from tests.support.apps import crowd
 from tests.support.brokers import new_celery
 
@@ -105,12 +113,18 @@ def create_app() -> Flask:
     def calling() -> str:
         return "called"
 
-    @app.put("/gil")
-    @async_routes.task()
+    def on_callback_sent(sender: Flask, task: AsyncRouteTask, **extra: Any) -> None:
+        note("sent", task.id)
+
+    callback_sent.connect(on_callback_sent, sender=app, weak=False)
+
     def gil() -> None:
         """Sleep in C with the GIL, so that no other thread of the process runs."""
         note("begin", current_task.id)
         ctypes.PyDLL(None).usleep(60_000_000)
+
+    app.put("/gil", endpoint="gil")(async_routes.task()(gil))
+    app.put("/short-gil", endpoint="short-gil")(async_routes.task(timeout=0.5)(gil))
 
     @app.put("/named/<name>")
     @async_routes.task(id_generator=lambda: (request.view_args or {})["name"])
