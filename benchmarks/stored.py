@@ -82,6 +82,7 @@ def _rows(
     key: int, count: int, chance: random.Random
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """Yield the row of each task, and the row of its grant, if any."""
+    empty = dict.fromkeys(column.name for column in tasks.columns)
     for number in range(count):
         user = "" if chance.random() < 0.1 else f"user{chance.randrange(USERS)}"
         group = f"group{chance.randrange(GROUPS)}" if user and chance.random() < 0.2 else None
@@ -92,24 +93,21 @@ def _rows(
             state = chance.choice(("NotStarted", "Running"))
         is_over = state not in ("NotStarted", "Running")
         permission = None if group is None else PERMISSION % group.encode()
-        task = {
-            "namespace": key, "id": f"{chance.getrandbits(128):032x}",
+        task: dict[str, Any] = {
+            **empty, "namespace": key, "id": f"{chance.getrandbits(128):032x}",
             "async_route_id": "[Put]/archive", "endpoint": "archive", "state": state,
             "cancellable": 1, "user": user, "url": "http://127.0.0.1:8000/archive", "method": "PUT",
             "created_us": created, "started_us": None if state == "NotStarted" else created + 1000,
-            "completed_us": created + 900_000 if is_over else None, "expires_us": None,
-            "progress": None, "progress_message": None,
+            "completed_us": created + 900_000 if is_over else None,
             "result_json": b'{"InnerValue":"Hello"}' if state == "Completed" else None,
-            "error": "ValueError: no" if state == "Failed" else None, "error_status": None,
-            "stopping": 0, "permission_json": permission, "timeout_us": None, "start_by_us": None,
+            "error": "ValueError: no" if state == "Failed" else None,
+            "stopping": 0, "permission_json": permission,
             "retention_us": 100 * YEAR_US, "on_loss": "abort", "body_size": 0,
             "owner": None if state == "NotStarted" else "1-somewhere", "restarts": 0,
             "epoch": int(state != "NotStarted"), "revision": 3 if is_over else 2,
-            "change": number + 1, "waiting_change": None, "started_change": None,
-            "completed_change": number + 1 if is_over else None, "callback_json": None,
-            "callback_state": None, "callback_attempts": 0, "sse_group": "/archive",
-            "sse_url": None, "sse_result": 0,
-            "remove_after_us": created + 100 * YEAR_US if is_over else None, "request": None,
+            "change": number + 1, "completed_change": number + 1 if is_over else None,
+            "callback_attempts": 0, "sse_group": "/archive", "sse_result": 0,
+            "remove_after_us": created + 100 * YEAR_US if is_over else None,
         }  # fmt: skip
         grant = None
         if group is not None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "flask_asyncroute"
 copyright = "2026 flask_asyncroute contributors"
@@ -10,9 +14,9 @@ author = "flask_asyncroute contributors"
 release = installed_version("flask-asyncroute")
 version = release
 
-extensions = ["sphinx.ext.autodoc", "pallets_sphinx_themes"]
+extensions = ["sphinx.ext.autodoc", "pallets_sphinx_themes", "command_help"]
 # The page benchmark.rst includes the results.
-exclude_patterns = ["_build", "explanation/benchmark-results.rst"]
+exclude_patterns = ["_build", "_extensions", "explanation/benchmark-results.rst"]
 default_role = "code"
 # Types stand in the signatures; the docstrings do not repeat them.
 autodoc_member_order = "bysource"

@@ -16,6 +16,7 @@ from werkzeug.routing import Rule
 
 from . import options, validators
 from .cli import group
+from .cli.base import is_loading
 from .decorator import declare, is_bare, register_task, view_function_of
 from .engine.dispatcher import unknown
 from .engine.lifecycle import purge
@@ -205,9 +206,10 @@ class AsyncRoute:
 
         The first request does the same. Call this method in a process that possibly gets no
         request, and in gunicorn's ``post_worker_init``: then streams and waits end as soon as the
-        worker receives the signal to exit. Further calls, and calls in children of
-        ``executor="process"``, do nothing. If ``ASYNCROUTE_RUN_TASKS`` is False, the process leaves
-        the tasks to workers and does only the maintenance.
+        worker receives the signal to exit. Further calls do nothing, nor do calls in
+        children of ``executor="process"``, or while ``flask`` loads the app for one of the app's
+        own commands. If ``ASYNCROUTE_RUN_TASKS`` is False, the process leaves the tasks to workers
+        and does only the maintenance.
 
         If the store cannot be opened, a warning is logged and maintenance retries, so the server
         can start without its database.
@@ -215,7 +217,7 @@ class AsyncRoute:
         :raises ConfigurationError: if the app is misconfigured.
         """
         runtime = runtime_of(app)
-        if runtime.is_child:
+        if runtime.is_child or is_loading():
             return
         runtime.become_runner()
         shutdown.notice(shutdown.end_waits)

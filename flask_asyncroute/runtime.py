@@ -106,6 +106,11 @@ class Runtime:
                     return self._early.open(self._get_app(), self._read_config())
         return self.runner.store
 
+    @property
+    def has_runner(self) -> bool:
+        """Whether this process has a runner at the moment."""
+        return self._runner is not None
+
     def become_runner(self) -> None:
         """Run waiting tasks and maintenance in this process as soon as the store can be opened."""
         if self.is_child:

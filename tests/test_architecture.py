@@ -35,6 +35,7 @@ ADAPTERS = {
     "psycopg_pool": ("stores.sql",),
     "pymysql": ("stores.sql",),
     "redis": (),
+    "rich": ("cli",),
     "sqlite3": ("stores.sql",),
 }
 """Each driver, and the only modules or folders that may import it."""

@@ -108,6 +108,13 @@ def test_endpoints() -> None:
     assert missing(endpoints, reference()) == []
 
 
+def test_commands() -> None:
+    page = pages("docs/reference/command-line.rst")
+    commands = part(".cli").group.commands
+    assert [name for name in commands if f"\n{name}\n{'-' * len(name)}\n" not in page] == []
+    assert [name for name in commands if f".. command-help:: {name}\n" not in page] == []
+
+
 def test_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = re.findall(r"^([\w-]+):.*##", makefile, re.MULTILINE)

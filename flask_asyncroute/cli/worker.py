@@ -69,15 +69,12 @@ def worker(
     # A socket, because the handler can interrupt code that holds any lock.
     received, ended = socket.socketpair()
     with received, ended:
-        try:
-            config = runtime.prepare()
-            _refuse_memory(config)
-            role = Role(_selected(runtime.routes, patterns), slots, is_worker=True)
-            _show_log()
-            _send_on_signal(ended)
-            runner = runtime.become_worker(role)
-        except ConfigurationError as error:
-            raise click.UsageError(str(error)) from error
+        config = runtime.prepare()
+        _refuse_memory(config)
+        role = Role(_selected(runtime.routes, patterns), slots, is_worker=True)
+        _show_log()
+        _send_on_signal(ended)
+        runner = runtime.become_worker(role)
         _log_start(runner)
         name = signal.Signals(received.recv(1)[0]).name
     logger.info(

@@ -173,8 +173,8 @@ def _method(app: Flask, endpoint: str, values: Mapping[str, Any], method: str | 
     if method is None:
         if len(allowed) != 1:
             raise ValueError(
-                f"submit({endpoint!r}): the route has several methods; pass method=… with one of: "
-                f"{', '.join(allowed)}."
+                f"submit({endpoint!r}): the route has several methods; pass one of them as the "
+                f"method: {', '.join(allowed)}."
             )
         return allowed[0]
     wanted = str(method).upper()

@@ -76,8 +76,9 @@ class Namespace:
             if not self._may_create:
                 raise ConfigurationError(
                     f"{database.label} (ASYNCROUTE_STORE) has no tables of flask_asyncroute, and "
-                    "ASYNCROUTE_CREATE_TABLES is False; create the tables with a migration from "
-                    "flask_asyncroute.metadata, or set ASYNCROUTE_CREATE_TABLES to True."
+                    "ASYNCROUTE_CREATE_TABLES is False; create the tables with 'flask asyncroute "
+                    "init-db' or with a migration from flask_asyncroute.metadata, or set "
+                    "ASYNCROUTE_CREATE_TABLES to True."
                 )
             for table in metadata.sorted_tables:
                 indexes = sorted(table.indexes, key=lambda index: str(index.name))
