@@ -14,6 +14,7 @@ from flask import Flask
 
 from flask_asyncroute import AsyncRoute
 from tests.support.flow import Flow, identity_of_header
+from tests.support.waiting import eventually_true
 
 EXECUTORS = ("executor", "later_executor")
 STORES = {"memory": "memory://", "sqlite": "sqlite:///asyncroute.db"}
@@ -39,7 +40,7 @@ def make_flow(
         config = {"ASYNCROUTE_STORE": "memory://", **config}
         callspec = getattr(request.node, "callspec", None)
         if callspec is not None and "celery" in map(callspec.params.get, EXECUTORS):
-            config["ASYNCROUTE_CELERY"] = request.getfixturevalue("celery_worker")
+            config["ASYNCROUTE_CELERY"] = request.getfixturevalue("celery")
             # Celery needs a store that processes can share.
             if config["ASYNCROUTE_STORE"] == "memory://":
                 config["ASYNCROUTE_STORE"] = STORES["sqlite"]
@@ -64,8 +65,25 @@ def own_pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
+@pytest.fixture
+def celery(shared_celery: Any) -> Iterator[Any]:
+    """Return the Celery app, and wait at the end until its worker has nothing left to do: it would
+    look for a late task in the app of the next test, which may still lack its routes.
+    """
+    from celery.worker import state
+
+    def is_idle() -> bool:
+        with shared_celery.connection_for_read() as connection:
+            queue = shared_celery.conf.task_default_queue
+            waiting = connection.default_channel.queue_declare(queue, passive=True).message_count
+        return not waiting and not state.reserved_requests
+
+    yield shared_celery
+    assert eventually_true(is_idle)
+
+
 @pytest.fixture(scope="session")
-def celery_worker() -> Iterator[Any]:
+def shared_celery() -> Iterator[Any]:
     """Run a Celery worker in threads of this process, so that it can call the views of tests;
     return its Celery app.
 
