@@ -31,19 +31,10 @@ SECONDS = 60.0
 def serve(folder: Path, *options: str, **config: Any) -> Server:
     """Return a gunicorn with two workers. The header ``X-User`` names the caller."""
     arguments = "".join(f", {name}={value!r}" for name, value in config.items())
-    (folder / "client_app.py").write_text(
-        "from flask import request\n"
-        "from tests.support.apps.served import create_app\n"
-        f"app = create_app({str(folder)!r}, max_streams=8, drain=0.5{arguments})\n"
-        "@app.extensions['async_routes'].identity_loader\n"
-        "def load():\n"
-        "    user = request.headers.get('X-User')\n"
-        "    return {'id': user} if user else None\n"
-    )
-    environ = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    app = f"create_app({str(folder)!r}, max_streams=8, drain=0.5{arguments})"
     return gunicorn(
-        folder / "log", "client_app:app", "--workers", "2", "--threads", "16",
-        "--access-logfile", str(folder / "access"), *options, environ=environ, conf=START,
+        folder / "log", f"tests.support.apps.known:{app}", "--workers", "2", "--threads", "16",
+        "--access-logfile", str(folder / "access"), *options, conf=START,
     )  # fmt: skip
 
 

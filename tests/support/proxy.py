@@ -65,7 +65,11 @@ class Proxy:
             if self.is_refusing:
                 _break_off(client)
                 continue
-            server = socket.create_connection(self._address)
+            try:
+                server = socket.create_connection(self._address)
+            except OSError:  # the server is being restarted
+                _break_off(client)
+                continue
             self._sockets.add(server)
             is_answer_lost = threading.Event()
             self._start(self._send, client, server, is_answer_lost)
