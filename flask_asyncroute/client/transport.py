@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -39,8 +40,9 @@ from .sse import ServerEvent, SseParser
 STREAM_SILENCE = 30.0
 """Seconds without data after which a stream is broken. Servers send a heartbeat every 10 s."""
 LEAST_PAUSE, FIRST_PAUSE, LONGEST_PAUSE = 0.1, 0.5, 10.0
-"""Seconds between attempts. Each pause is twice as long as the one before, unless the server names
-one.
+"""Seconds between attempts. The longest possible pause doubles, unless the server names one. The
+actual pause is a random part of it, at least half. Otherwise, clients that have lost the server
+together would all come back together.
 """
 MAX_TEXT = 2000
 """Characters of a problem's text in an exception."""
@@ -305,7 +307,7 @@ def pauses() -> Iterator[float]:
     """Yield the seconds to wait after each failed attempt."""
     pause = FIRST_PAUSE
     while True:
-        yield pause
+        yield random.uniform(pause / 2, pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,8 +26,9 @@ Events = Callable[..., list[str]]
 
 
 @pytest.fixture
-def pauses() -> list[float]:
-    """Return the list of the pauses in seconds. Each is skipped."""
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the list of the pauses in seconds. Each is as long as possible, and skipped."""
+    monkeypatch.setattr(random, "uniform", lambda least, most: most)
     return []
 
 
@@ -72,6 +74,15 @@ def test_a_stream_that_ends_is_opened_again_when_the_server_wants(
 def test_pauses_double_up_to_ten_seconds(events: Events, pauses: list[float]) -> None:
     assert events(*[BUSY] * 7) == ["task.completed"]
     assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
+
+
+def test_pauses_vary_by_up_to_half(
+    events: Events, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that have lost the server together must not all come back together."""
+    monkeypatch.setattr(random, "uniform", lambda least, most: least)
+    assert events(*[BUSY] * 3) == ["task.completed"]
+    assert pauses == [0.25, 0.5, 1.0]
 
 
 def test_data_ends_the_growth_of_the_pauses(events: Events, pauses: list[float]) -> None:
