@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.browser import running_browser
-from tests.support.server import ROOT, Server
+from tests.support.programs import ROOT
+from tests.support.server import Server
 from tests.test_docs import blocks
 
 if TYPE_CHECKING:
