@@ -494,8 +494,8 @@ class Writer:
         self.sent: dict[int, str] = {}  # Change numbers of view events, with their task.
         self.done = dict.fromkeys(KINDS, 0)  # The number of successful writes of each kind.
 
-    def run(self, until: float) -> None:
-        while time.monotonic() < until:
+    def run(self, goes_on: Callable[[], bool]) -> None:
+        while goes_on():
             name = self._random.choice(KINDS)
             self.done[name] += bool(getattr(self, name)())
 
@@ -663,15 +663,29 @@ def is_state(event: Event) -> bool:
     return event.name == STATE and event.data is None
 
 
+def done_by(writers: Sequence[Writer]) -> dict[str, int]:
+    """Return how many writes of each kind have succeeded."""
+    return {name: sum(writer.done[name] for writer in writers) for name in KINDS}
+
+
 def run_all(writers: Sequence[Writer], readers: Sequence[Reader], seconds: float) -> None:
-    """Run all writers and readers at the same time, until the readers have read all changes."""
+    """Run all writers and readers at the same time, until the readers have read all changes.
+
+    On a busy machine the writers run for longer, until each kind of write has succeeded.
+    """
     reads = [readers[0].read_news, readers[1].read_events, readers[2].read_newest]
     reading = [Thread(read) for read in reads]
-    until = time.monotonic() + seconds
-    writing = [Thread(lambda writer=writer: writer.run(until)) for writer in writers]
+    least = time.monotonic() + seconds
+    most = least + PATIENCE
+
+    def goes_on() -> bool:
+        now = time.monotonic()
+        return now < least or (now < most and not all(done_by(writers).values()))
+
+    writing = [Thread(lambda writer=writer: writer.run(goes_on)) for writer in writers]
     try:
         for thread in writing:
-            thread.result(seconds + 30)
+            thread.result(seconds + 2 * PATIENCE)
     finally:
         end = readers[0]._store.newest()
         for reader in readers:
@@ -699,7 +713,7 @@ def test_concurrent_writers_and_readers_lose_no_change_and_cause_no_deadlock(
         for key in (f"unique-{number}" for number in range(10)):
             found = one.started_with(key)
             assert held.get(key) == (None if found is None else found[0].id)
-    done = {name: sum(writer.done[name] for writer in writers) for name in KINDS}
+    done = done_by(writers)
     assert all(done.values()), f"each kind of write has succeeded: {done}"
     assert deadlocks(new_database) == 0
 
