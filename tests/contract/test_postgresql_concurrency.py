@@ -676,7 +676,7 @@ def run_all(writers: Sequence[Writer], readers: Sequence[Reader], seconds: float
     reads = [readers[0].read_news, readers[1].read_events, readers[2].read_newest]
     reading = [Thread(read) for read in reads]
     least = time.monotonic() + seconds
-    most = least + PATIENCE
+    most = least + 6 * PATIENCE
 
     def goes_on() -> bool:
         now = time.monotonic()
@@ -685,7 +685,7 @@ def run_all(writers: Sequence[Writer], readers: Sequence[Reader], seconds: float
     writing = [Thread(lambda writer=writer: writer.run(goes_on)) for writer in writers]
     try:
         for thread in writing:
-            thread.result(seconds + 2 * PATIENCE)
+            thread.result(seconds + 7 * PATIENCE)
     finally:
         end = readers[0]._store.newest()
         for reader in readers:
