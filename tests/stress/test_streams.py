@@ -116,14 +116,14 @@ def test_many_streams_while_events_flow(
     streams, seconds = scaled(STREAMS, 60), scaled(FLOW_SECONDS, 3)
     found = {}
     for name, config in (
-        ("changes_since", f", max_streams={FIRST + streams}"),
+        ("news", f", max_streams={FIRST + streams}"),
         ("plain_streams", ""),
     ):
         folder = tmp_path / name
         folder.mkdir()
         app = f"tests.support.apps.{name}:create_app({str(folder)!r}{config})"
         found[name] = measure_flow(folder, app, streams, seconds)
-    ours, plain = found["changes_since"], found["plain_streams"]
+    ours, plain = found["news"], found["plain_streams"]
     figures(
         f"{FIRST + streams} streams, {TASKS} tasks with an event and progress every "
         f"{FLOW_MILLISECONDS} ms, for {seconds} s: {ours}; plain generators: {plain}"
