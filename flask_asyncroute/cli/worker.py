@@ -24,6 +24,7 @@ from ..workers.runner import Runner
 logger = logging.getLogger("flask_asyncroute")
 
 CUT_OFF = 1  # the exit code if tasks did not end in the drain time
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LONGEST_DRAIN = 366 * 86400  # infinity would overflow the timeouts of waits
 
 
@@ -76,7 +77,7 @@ def worker(
         _send_on_signal(ended)
         runner = runtime.become_worker(role)
         _log_start(runner)
-        name = signal.Signals(received.recv(1)[0]).name
+        name = _wait_for_signal(received)
     logger.info(
         "The worker received %s and takes no more tasks. Send the signal again to end it at once.",
         name,
@@ -131,16 +132,30 @@ def _show_log() -> None:
 
 
 def _send_on_signal(receiver: socket.socket) -> None:
-    """Send the number of the first SIGTERM or SIGINT to a socket. The second ends this process."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    """Send the number of each signal to a socket. After the first SIGTERM or SIGINT, another one
+    ends this process.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
+        for each in END_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        receiver.send(bytes([number]))
 
-    for number in numbers:
+    # Another thread can receive the signal. Then only the socket wakes the main thread, and Python
+    # calls handlers in no other thread.
+    receiver.setblocking(False)
+    signal.set_wakeup_fd(receiver.fileno(), warn_on_full_buffer=False)
+    for number in END_SIGNALS:
         signal.signal(number, handle)
+
+
+def _wait_for_signal(received: socket.socket) -> str:
+    """Wait for SIGTERM or SIGINT; return its name."""
+    try:
+        while (number := received.recv(1)[0]) not in END_SIGNALS:
+            pass  # the app handles other signals
+    finally:
+        signal.set_wakeup_fd(-1)
+    return signal.Signals(number).name
 
 
 def _log_start(runner: Runner) -> None:

@@ -231,6 +231,41 @@ def test_a_worker_refuses_routes_that_it_cannot_run(tmp_path: Path) -> None:
         assert "Slots: work 2. Not run by workers: at_once (immediate)." in worker.output()
 
 
+SIGNALLED = """
+import pathlib, signal, threading, time
+
+from flask import Flask
+from flask_asyncroute import AsyncRoute
+
+app = Flask(__name__)
+
+
+@app.post("/work")
+@AsyncRoute(app).task
+def work():
+    return 1
+
+
+def end():
+    while not pathlib.Path(__file__).with_name("now").exists():
+        time.sleep(0.01)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+
+threading.Thread(target=end, daemon=True).start()
+"""
+
+
+def test_a_signal_that_another_thread_receives_ends_the_worker(tmp_path: Path) -> None:
+    """The system can deliver a signal to any thread."""
+    module = tmp_path / "signalled.py"
+    module.write_text(SIGNALLED)
+    with WorkerProcess(tmp_path / "log", str(module)) as worker:
+        (tmp_path / "now").touch()
+        assert worker.wait() == 0
+        assert "received SIGTERM" in worker.output()
+
+
 def usage_error(app: str, *options: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "flask", "--app", app, "asyncroute", "worker", *options],
