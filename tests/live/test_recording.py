@@ -59,7 +59,10 @@ def test_a_recording_shows_the_progress_bar(tmp_path: Path, eventually: Callable
                 frames.append(frame)
             return "is Completed" in frame
 
-        eventually(has_ended, 30, FRAME_SECONDS)
+        try:
+            eventually(has_ended, 30, FRAME_SECONDS)
+        except AssertionError:
+            pytest.fail(f"The command has not ended. The terminal shows:\n{terminal.frame()}")
     shown = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", frame) for frame in frames)
     assert "━" in shown and "step 40 of 40" in shown and "100 %" in shown
     picture = draw(frames, COLUMNS, LINES, FRAME_SECONDS)
