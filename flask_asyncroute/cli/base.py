@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,10 +59,14 @@ class Failure(click.ClickException):
 
 
 def is_loading() -> bool:
-    """Return whether ``flask`` is loading the app because the app defines the command to run.
+    """Return whether ``flask`` is loading the app because the app defines the command to run, or to
+    complete a command.
 
     ``flask run`` and ``flask shell`` are commands of Flask, which load the app later.
     """
+    # click can list the names of commands without a context. Its scripts set this for all shells.
+    if "COMP_WORDS" in os.environ:
+        return True
     context = click.get_current_context(silent=True)
     return context is not None and isinstance(context.command, FlaskGroup)
 

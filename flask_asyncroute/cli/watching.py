@@ -18,6 +18,7 @@ from .text import console, echo_json, escape, preview
 
 OUTAGE_SECONDS = 30.0  # how long an outage of the store may last while a task is watched
 RETRY_SECONDS = 0.5
+CHECK_SECONDS = 5.0  # how long a wait lasts until the store is read, which shows an outage
 
 
 @click.command()
@@ -88,7 +89,7 @@ def changes(runner: Runner, task: AsyncRouteTask) -> Iterator[AsyncRouteTask]:
     failed_at: float | None = None
     while not task.is_completed:
         try:
-            found = runner.notifier.wait(task.id, partial(_is_newer, task), None)
+            found = runner.notifier.wait(task.id, partial(_is_newer, task), CHECK_SECONDS)
         except StoreUnavailable:
             now = time.monotonic()
             failed_at = now if failed_at is None else failed_at
@@ -99,8 +100,9 @@ def changes(runner: Runner, task: AsyncRouteTask) -> Iterator[AsyncRouteTask]:
         failed_at = None
         if found is None:
             raise not_found(runner, task.id)
-        task = found
-        yield task
+        if _is_newer(task, found):
+            task = found
+            yield task
 
 
 @contextmanager

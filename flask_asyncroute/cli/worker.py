@@ -74,10 +74,13 @@ def worker(
         _refuse_memory(config)
         role = Role(_selected(runtime.routes, patterns), slots, is_worker=True)
         _show_log()
-        _send_on_signal(ended)
-        runner = runtime.become_worker(role)
-        _log_start(runner)
-        name = _wait_for_signal(received)
+        try:
+            _send_on_signal(ended)
+            runner = runtime.become_worker(role)
+            _log_start(runner)
+            name = _wait_for_signal(received)
+        finally:
+            signal.set_wakeup_fd(-1)
     logger.info(
         "The worker received %s and takes no more tasks. Send the signal again to end it at once.",
         name,
@@ -150,11 +153,8 @@ def _send_on_signal(receiver: socket.socket) -> None:
 
 def _wait_for_signal(received: socket.socket) -> str:
     """Wait for SIGTERM or SIGINT; return its name."""
-    try:
-        while (number := received.recv(1)[0]) not in END_SIGNALS:
-            pass  # the app handles other signals
-    finally:
-        signal.set_wakeup_fd(-1)
+    while (number := received.recv(1)[0]) not in END_SIGNALS:
+        pass  # the app handles other signals
     return signal.Signals(number).name
 
 

@@ -58,7 +58,8 @@ class LostMessages:
         self._sent = {task: at for task, at in self._sent.items() if now - at < OVERDUE_SECONDS}
         try:
             while self._restarted:
-                self._send(self._restarted.popleft())
+                self._send(self._restarted[0])  # keep it if the broker refuses it
+                self._restarted.popleft()
             if self.is_first():
                 self._send_due()
                 if now >= self._next_check:

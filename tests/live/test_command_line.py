@@ -269,6 +269,32 @@ def test_a_command_is_no_runner_even_if_the_app_calls_start(
         assert command.run("watch", task_id).returncode == 0
 
 
+RECORDS_RUNNER = """
+import pathlib
+
+from flask_asyncroute.runtime import runtime_of
+
+pathlib.Path({folder!r}, "is_runner").write_text(str(runtime_of(app).has_runner))
+"""
+
+
+@pytest.mark.parametrize("typed", ["asy", "asyncroute su"])
+def test_completion_is_no_runner_even_if_the_app_calls_start(tmp_path: Path, typed: str) -> None:
+    """click lists the names of commands without a context."""
+    module = tmp_path / "wsgi.py"
+    module.write_text((STARTS + RECORDS_RUNNER).format(folder=str(tmp_path)), "utf-8")
+    flask = Path(sys.executable).with_name("flask")
+    environ = {
+        **os.environ, "_FLASK_COMPLETE": "bash_complete", "FLASK_APP": str(module),
+        "COMP_WORDS": f"flask {typed}", "COMP_CWORD": str(len(typed.split())), "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    done = subprocess.run(
+        [flask], cwd=ROOT, env=environ, text=True, capture_output=True, timeout=SECONDS, check=True
+    )
+    assert f"plain,{'asyncroute' if typed == 'asy' else 'submit'}" in done.stdout
+    assert (tmp_path / "is_runner").read_text() == "False"
+
+
 def test_a_wrong_app_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     done = CommandLine(f"{tmp_path}/none.py").run("list")
     assert done.returncode != 0

@@ -18,7 +18,7 @@ from flask.cli import FlaskGroup, ScriptInfo
 from flask_asyncroute import AsyncRoute, Callback, State, StoreUnavailable, current_task
 from flask_asyncroute.cli import group, watching
 from flask_asyncroute.cli.text import _fitting, escape, preview
-from flask_asyncroute.engine.notifier import Notifier
+from flask_asyncroute.engine.notifier import Notifier, Waiter
 from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.stores.base import Expect
 
@@ -306,6 +306,23 @@ def test_watch_ends_if_the_store_stays_unavailable(
     task_id = submit(run, "report", "--value", "year=2026")
     monkeypatch.setattr(watching, "OUTAGE_SECONDS", 0.02)
     at_wait(*[be_unavailable] * 100)
+    refused(run("watch", task_id), 1, "asyncroute.db", "ASYNCROUTE_STORE")
+
+
+def test_watch_ends_if_the_store_becomes_unavailable_while_it_waits(
+    app: Flask, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = submit(run, "report", "--value", "year=2026")
+    monkeypatch.setattr(watching, "CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(watching, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(watching, "OUTAGE_SECONDS", 0.02)
+    wait = Waiter.wait
+
+    def break_store(self: Waiter, seconds: float) -> bool:
+        monkeypatch.setattr(runtime_of(app).runner.store, "get", lambda id: be_unavailable())
+        return wait(self, seconds)
+
+    monkeypatch.setattr(Waiter, "wait", break_store)
     refused(run("watch", task_id), 1, "asyncroute.db", "ASYNCROUTE_STORE")
 
 
