@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from click.shell_completion import ShellComplete
@@ -537,7 +539,9 @@ def completions(app: Flask, *words: str) -> list[str]:
     """Return the completions of the last word."""
     root = FlaskGroup(create_app=lambda: app)
     complete = ShellComplete(root, {"obj": ScriptInfo(create_app=lambda: app)}, "flask", "_X")
-    return [item.value for item in complete.get_completions(["asyncroute", *words[:-1]], words[-1])]
+    with mock.patch.dict(os.environ):  # Flask sets FLASK_RUN_FROM_CLI
+        found = complete.get_completions(["asyncroute", *words[:-1]], words[-1])
+    return [item.value for item in found]
 
 
 def test_the_shell_completes_commands_endpoints_and_states(app: Flask) -> None:
