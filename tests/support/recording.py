@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from html import escape
@@ -17,17 +18,20 @@ class Terminal:
     """A terminal of tmux in which a shell runs while the context lasts.
 
     :param folder: for the socket of tmux.
+    :param environ: variables of the shell, beside those of this process.
     """
 
     def __init__(self, folder: Path, columns: int, lines: int, environ: dict[str, str]) -> None:
         self._tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
-        self._start = ["new-session", "-d", "-x", str(columns), "-y", str(lines)]
-        for name, value in environ.items():
-            self._start += ["-e", f"{name}={value}"]
-        self._start += ["sh"]
+        self._start = ["new-session", "-d", "-x", str(columns), "-y", str(lines), "sh"]
+        # The first call starts the server of tmux, which passes on the variables of that call. An
+        # option for variables exists, but PATH always comes from the call.
+        self._environ = {**os.environ, **environ}
 
     def _call(self, *words: str) -> str:
-        done = subprocess.run([*self._tmux, *words], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            [*self._tmux, *words], env=self._environ, capture_output=True, text=True, timeout=30
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
