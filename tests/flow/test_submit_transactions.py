@@ -367,7 +367,7 @@ def test_a_unique_key_is_found_in_the_same_transaction(flow: Flow, engine: Engin
 
 
 def test_another_start_with_the_unique_key_waits_for_the_transaction(
-    flow: Flow, engine: Engine, gate: threading.Event
+    flow: Flow, engine: Engine, gate: threading.Event, eventually: Eventually
 ) -> None:
     @flow.route("/one", unique=True)
     def one() -> None:
@@ -378,11 +378,13 @@ def test_another_start_with_the_unique_key_waits_for_the_transaction(
         with engine.begin() as connection:
             task = submit(flow, connection, "one")
             other = pool.submit(lambda: submit(flow, None, "one"))
-            with engine.connect() as look:  # until the other start waits for the lock
-                waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-                deadline = time.monotonic() + WAIT
-                while not look.execution_options(isolation_level="AUTOCOMMIT").scalar(waits):
-                    assert time.monotonic() < deadline
+            waits = text(
+                "SELECT count(*) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            # In a transaction, the view would stay as it was at the first look.
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as look:
+                eventually(lambda: look.scalar(waits), WAIT)
         assert other.result(WAIT).id == task.id
 
 
