@@ -117,7 +117,7 @@ class Dispatcher:
         checking permissions. See `AsyncRoute.submit` for the other parameters.
 
         Only the process of a runner passes the task to its executor. If the store is shared, other
-        processes store the task for the runners.
+        processes, and a runner that shuts down, store the task for the runners.
         """
         if start_at_us is not None and kind_of(route.options.executor).runs_inline:
             raise errors.ConfigurationError(
@@ -136,7 +136,8 @@ class Dispatcher:
         elif start_at_us is None:
             executor = self.executor_of(route)
         elif self.is_closing:
-            raise _shutting_down()
+            if not self._can_run_elsewhere(route):
+                raise _shutting_down()
         elif self.is_runner or kind.is_bound or not self.store.is_shared:
             self.start_maintenance()
         config, option = self.config, route.options.permission
@@ -155,6 +156,9 @@ class Dispatcher:
         if executor is not None and executor.runs_inline:
             return self.store.get(task.id) or task  # it has ended
         return task
+
+    def _can_run_elsewhere(self, route: Route) -> bool:
+        return self.store.is_shared and not kind_of(route.options.executor).is_bound
 
     def _joined(self, route: Route, connection: Any) -> Joined:
         if route.options.is_bound:
@@ -352,9 +356,12 @@ class Dispatcher:
         """Store a task and pass it to the executor. Without an executor, only store it."""
         if executor is None:
             return self._create(incoming)
-        if self.is_closing:  # check again, because reading the request can take long
-            raise _shutting_down()
         route = incoming.route
+        if self.is_closing:  # check again, because reading the request can take long
+            if not (incoming.is_from_code and self._can_run_elsewhere(route)):
+                raise _shutting_down()
+            incoming.start_at_us = self.store.now_us()
+            return self._create(incoming)
         if route.options.start_timeout is not None:
             # Otherwise, maintenance starts with the first run. But a busy Executor of the app may
             # start no task at all.

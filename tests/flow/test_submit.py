@@ -533,6 +533,58 @@ def test_a_process_that_shuts_down_starts_nothing(flow: Flow) -> None:
             submit(flow, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"start_at": 0.01}], ids=["at-once", "later"])
+def test_a_task_submitted_during_a_shutdown_is_left_to_other_processes(
+    make_flow: MakeFlow, options: dict[str, float]
+) -> None:
+    flow = make_flow(ASYNCROUTE_STORE="sqlite:///asyncroute.db")
+
+    @flow.route()
+    def work() -> None: ...
+
+    @flow.route("/at-once", executor="immediate")
+    def immediate() -> None: ...
+
+    ended(flow, submit(flow))
+    dispatcher = runtime_of(flow.app).runner.dispatcher
+    dispatcher.is_closing = True
+    task = submit(flow, **options)
+    assert task.state == "NotStarted" and task.owner is None
+    assert not dispatcher.executor_of(dispatcher.routes["work"]).holds(task.id)
+    with pytest.raises(ShuttingDown):
+        submit(flow, "immediate")
+    dispatcher.is_closing = False  # as in another process
+    assert ended(flow, task).state == "Completed"
+
+
+def test_a_running_task_can_submit_another_during_a_shutdown(
+    make_flow: MakeFlow, gate: threading.Event
+) -> None:
+    flow = make_flow(ASYNCROUTE_STORE="sqlite:///asyncroute.db")
+
+    has_begun = threading.Event()
+
+    @flow.route()
+    def work() -> str:
+        has_begun.set()
+        gate.wait(20)
+        return flow.async_routes.submit("other").id
+
+    @flow.route("/other")
+    def other() -> None: ...
+
+    task = submit(flow)
+    assert has_begun.wait(20)
+    dispatcher = runtime_of(flow.app).runner.dispatcher
+    dispatcher.is_closing = True
+    gate.set()
+    first = ended(flow, task)
+    assert first.state == "Completed", first.error
+    dispatcher.is_closing = False
+    with flow.app.app_context():
+        assert flow.async_routes.wait(first.result, 20).state == "Completed"
+
+
 def test_the_signals_of_a_submitted_task(
     flow: Flow, hear: Callable[..., Any], eventually: Eventually
 ) -> None:
