@@ -68,6 +68,10 @@ class Runtime:
         self.routes: dict[str, Route] = {}  # the async routes by endpoint; empty before first use
         self._lock = threading.RLock()
         self._runner: Runner | None = None
+        self._takes_tasks = False
+        """Whether the last runner of this process took tasks from the store, so that the next one
+        must too.
+        """
         self.on_first_request: Callable[..., None] | None = None
         """Connected to `request_started` until the first request, and again after a fork."""
         self._early = self._built = EarlyStore()
@@ -81,7 +85,10 @@ class Runtime:
 
         :raises AsyncRouteError: if the app is misconfigured, or the store cannot be opened.
         """
-        runner = self._runner or self._make_runner()
+        runner = self._runner
+        if runner is None and self._takes_tasks:
+            self.become_runner()
+        runner = runner or self._make_runner()
         if self.is_child and not runner.store.is_shared:
             raise ConfigurationError(
                 'With memory://, a child process of executor="process" cannot access tasks or '
@@ -214,6 +221,7 @@ class Runtime:
             runner, self._runner = self._runner, None
             self._early.close()
         if runner is not None:
+            self._takes_tasks = runner.dispatcher.is_runner
             shutdown.runners.discard(runner)
             runner.close()
 
@@ -233,6 +241,7 @@ class Runtime:
             app_identity.leave(self._runner)
             left_behind.append(self._runner)
             self._runner = None
+        self._takes_tasks = False
         self._built.forget_process()
         app = self._app()
         if app is not None and self.on_first_request is not None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import requests
-from flask import Response, redirect, url_for
+from flask import Flask, Response, redirect, request, url_for
 
 from flask_asyncroute import Callback, ConfigurationError, Retry, current_task
+from flask_asyncroute.runtime import runtime_of
 from flask_asyncroute.task import skipped_us
 from flask_asyncroute.testing import CallbackReceiver, Clock, close, inline, wait_task
 from tests.support.flow import IN_MEMORY, Flow
@@ -114,6 +115,54 @@ def test_a_closed_app_can_be_used_again(make_flow: MakeFlow) -> None:
 
 
 # Clock
+
+
+def receive(app: Flask) -> None:
+    with CallbackReceiver(app):
+        pass
+
+
+def run_inline(app: Flask) -> None:
+    with inline(app):
+        pass
+
+
+@pytest.mark.parametrize("begin_anew", [close, receive, run_inline])
+def test_a_process_still_takes_tasks_after_its_store_was_closed(
+    make_flow: MakeFlow, begin_anew: Callable[[Flask], None]
+) -> None:
+    flow = make_flow(ASYNCROUTE_STORE="sqlite:///asyncroute.db")
+
+    @flow.route(retry=Retry(delay=0.01, jitter=0))
+    def work() -> str:
+        if current_task.attempt == 1 and request.args.get("fails"):
+            raise ValueError("once")
+        return "done"
+
+    flow.run()
+    begin_anew(flow.app)
+    with flow.app.app_context():
+        submit, wait = flow.async_routes.submit, flow.async_routes.wait
+        assert wait(submit("work").id, 20).result == "done"
+        begin_anew(flow.app)
+        assert wait(submit("work", start_at=0.01).id, 20).result == "done"
+        begin_anew(flow.app)
+        assert wait(submit("work", query={"fails": "1"}).id, 20).attempt == 2
+        waiting = submit("work", start_at=1)
+        begin_anew(flow.app)
+        assert wait(waiting.id, 20).result == "done"
+
+
+def test_a_process_that_only_reads_tasks_takes_none_after_its_store_was_closed(
+    make_flow: MakeFlow,
+) -> None:
+    flow = make_flow(ASYNCROUTE_STORE="sqlite:///asyncroute.db")
+    flow.route()(lambda: "done")
+    with flow.app.app_context():
+        flow.async_routes.query()
+        close(flow.app)
+        flow.async_routes.query()
+        assert not runtime_of(flow.app).runner.dispatcher.is_runner
 
 
 def test_advance_times_out_a_running_task(flow: Flow, begun: threading.Semaphore) -> None:
