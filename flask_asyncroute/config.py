@@ -60,9 +60,9 @@ def _secrets(label: str, value: Any) -> tuple[str, ...]:
     secrets = value if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(secret, str) and _is_secret(secret) for secret in secrets):
         raise ConfigurationError(
-            f"{label} must be at least {MIN_SECRET} random bytes in base64, optionally after "
-            "whsec_, or a list of these. Create one with: python -c 'import base64, os; "
-            "print(base64.b64encode(os.urandom(32)).decode())'"
+            f"{label} must be a key or a list of keys. A key is at least {MIN_SECRET} "
+            "random bytes in base64, and may begin with 'whsec_'. Create one with: python -c "
+            "'import base64, os; print(base64.b64encode(os.urandom(32)).decode())'"
         )
     return tuple(secrets)
 

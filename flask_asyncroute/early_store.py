@@ -28,9 +28,9 @@ class EarlyStore:
     """Holds the store of ``async_routes.state`` until the app's runner takes it over. Not
     thread-safe.
 
-    The runner holds the threads and connections of the app in this process. If the store is in
-    memory, a copy of its values stays here. The next runner takes over the copy, after a fork or in
-    `testing.inline`.
+    The runner holds the threads and connections of the app in this process. When it takes over a
+    store in memory, this object keeps a copy of the values. After a fork, and in `testing.inline`,
+    the next runner begins with this copy.
     """
 
     def __init__(self) -> None:

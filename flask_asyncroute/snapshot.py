@@ -190,8 +190,6 @@ def _part(boundary: str, headers: Mapping[str, str]) -> bytes:
 def _quoted(key: str, text: str | None) -> str:
     # Quote as browsers do (WHATWG HTML). Only text that quoting would change is encoded as in RFC
     # 2231, because several versions of Werkzeug strip outer quotation marks from RFC 2231 values.
-    # Only text that quoting would change is encoded as in RFC 2231, because several versions of
-    # Werkzeug strip outer quotation marks from RFC 2231 values.
     if text is None:
         return ""
     if "%22" in text or not text.isprintable():

@@ -146,7 +146,10 @@ class AsyncRouteClient:
                 return
             following = self._transport.resolve(target, answer.url)
             if not page or following == url:
-                raise InvalidResponseError(f"{answer.url}: the pages have no end.")
+                raise InvalidResponseError(
+                    f"{answer.url}: the server's list of tasks does not end, because a page is "
+                    "empty or links to itself."
+                )
             url, params = following, {}
 
     def _url(self, path: str) -> str:

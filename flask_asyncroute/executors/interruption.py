@@ -139,10 +139,6 @@ def _withdraw_exception(thread_id: int) -> None:
     # CPython searching for a pending exception at every instruction, in all threads, and a tracer
     # would hang. Raising another exception ends the search. So this function also sets an exception
     # for the calling thread, within the same C call, in which the interpreter does not search.
-    # A withdrawal alone would leave CPython searching for a pending exception at every instruction,
-    # in all threads, and a tracer would hang. Raising another exception ends the search. So this
-    # function also sets an exception for the calling thread, within the same C call, in which the
-    # interpreter does not search.
     try:
         list(map(_set_in, (threading.get_ident(), thread_id), (id(_Nothing), None)))
         for _ in range(100):

@@ -166,5 +166,6 @@ class _Held(Response):
 
 @lru_cache
 def _held_class(base: type[Response]) -> Any:
-    # Flask would convert any other response to `base`, and so remove the wait.
+    # A subclass, because Flask converts a response of another class to `base`: the wait would be
+    # lost.
     return type("HeldResponse", (_Held, base), {})

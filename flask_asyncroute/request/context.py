@@ -50,8 +50,9 @@ def again(app: Flask, environ: dict[str, Any]) -> Iterator[None]:
 def call_in_request(
     app: Flask, environ: dict[str, Any], function: Callable[[Request, dict[str, Any]], T]
 ) -> T:
-    """Call ``function`` in a request that the app's own code starts, without any hooks of the app
-    except `url_value_preprocessor` functions. Pass it the request and the arguments of the view.
+    """Call ``function`` in the context of a request that no client has sent: the app starts a task
+    from its own code. Pass it the request and the arguments of the view. Of the app's hooks, only
+    the `url_value_preprocessor` functions run.
 
     The context is not popped, because the app's teardown functions could end the caller's database
     transaction. It is dropped with the copied `contextvars.Context`.

@@ -59,8 +59,9 @@ def unique_name(
 ) -> str:
     """Return the hash under which a task's ``unique`` key is stored.
 
-    Known callers, and callers without credentials, share the keys of a route. Unknown callers with
-    credentials have their own keys, because they must not learn the ids of each other's tasks.
+    All callers that the app has identified share the keys of a route, and so do callers without
+    credentials. A caller whose credentials the app could not identify has its own keys, so that
+    such callers do not learn the ids of each other's tasks.
     """
     scope = [] if caller is not None else _credentials(current)
     return _digest(secret, ["unique", *scope, endpoint, key]).hexdigest()

@@ -358,9 +358,9 @@ class SharedTaskStore(TaskStore):
 
         :param since: -1 to read only the newest number. If it exceeds the newest number, as after a
             restore of the database, all tasks are returned.
-        :param worker: return only what the worker of this name needs while no client waits in its
-            process: stops of its tasks, and its tasks that other processes have ended or taken
-            over.
+        :param worker: return only two kinds of changes: stops of the tasks of the worker with this
+            name, and tasks that another process has taken from it or has ended. That is enough
+            while no client waits in its process.
         """
 
     def last_assigned(self) -> int:

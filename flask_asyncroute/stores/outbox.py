@@ -46,10 +46,7 @@ class Outbox(ABC):
     """
 
     # A transaction that changes `callback_state` or `callback_attempts` of a task also increments
-    # the task's revision and the change number. Methods raise the errors of `base.TaskStore`.
-
-    # A transaction that changes `callback_state` or `callback_attempts` of a task also increments
-    # the task's revision and the change number. Methods raise the errors of `base.TaskStore`.
+    # the task's revision and the change number.
 
     @abstractmethod
     def next_due(self, now_us: int) -> int | None:

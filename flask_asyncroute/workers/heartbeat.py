@@ -105,7 +105,8 @@ class Heartbeat(Loop):
             self._has_warned = True
             logger.warning(
                 "The lock file %s cannot be used (%s), so killed workers are detected after %.0f s "
-                "instead of 2 s. Make its folder writable, or remove a conflicting file.",
+                "instead of 2 s. Make its folder writable. If something else has this name, remove "
+                "it.",
                 path, error, LEASE_SECONDS,
             )  # fmt: skip
             return None

@@ -139,7 +139,8 @@ def _run(runner: Worker, executor: TaskExecutor, task_id: str) -> bool:
             claim = lifecycle.claim(task_id)
             if claim is None:
                 if executor.is_bound:
-                    # The check every second may belong to a later runner, with another name.
+                    # Maintenance aborts expired tasks too. But it can belong to a later runner,
+                    # which has another name and leaves this task alone.
                     lifecycle.abort_if_expired(task_id)
                 return False
             task = claim.task

@@ -290,7 +290,6 @@ class SQLiteDatabase(Database):
     def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         # A failed write changes nothing. It is not retried, because it has already waited for
         # locks.
-        # A failed write is not retried, because it has already waited for locks.
         self._check()
         if not self._write_lock.acquire(timeout=BUSY_SECONDS):
             raise self.unavailable(TimeoutError("the write connection stayed in use"))
