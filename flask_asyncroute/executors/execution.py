@@ -79,8 +79,8 @@ class Execution:
         self.attempt = attempt
         self.retries_left = retries_left
         self.user = user
-        self.epoch = epoch
         self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.epoch = epoch  # set last: then the other values are known, too
 
     def ask_to_stop(self, within: float = math.inf, ago: float = 0.0) -> bool:
         """Ask the view to stop.

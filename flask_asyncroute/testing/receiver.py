@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -55,39 +56,48 @@ class CallbackReceiver:
         """The status of each response. With 503, for example, the app sends the callback again."""
         self._app = app
         self._runtime = runtime_of(app)
-        self._before: dict[str, Any] = {}
         self._refusals: list[str] = []
         self._webhooks: list[Webhook] = []
         self._arrived = threading.Condition()
-        self._server: ThreadingHTTPServer | None = None
-        self._thread: threading.Thread | None = None
+        self._opened = ExitStack()
 
     def __enter__(self) -> CallbackReceiver:
-        config = self._app.config
-        self._before = {name: config[name] for name in (SECRET, ALLOWED_HOSTS) if name in config}
+        configuration.read(self._app)  # an invalid value is refused before anything is changed
+        with ExitStack() as opened:
+            opened.callback(self._set_config(self._app.config))
+            server = opened.enter_context(
+                _Server((HOST, 0), type("Handler", (_Handler,), {"receiver": self}))
+            )
+            self.url = f"http://{HOST}:{server.server_address[1]}/"
+            thread = threading.Thread(
+                target=server.serve_forever, args=(0.01,), name="asyncroute-callback-receiver",
+                daemon=True,
+            )  # fmt: skip
+            thread.start()
+            opened.callback(thread.join)
+            opened.callback(server.shutdown)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def _set_config(self, config: dict[str, Any]) -> Callable[[], None]:
+        """Allow this receiver in the app's configuration; return the function that undoes this."""
+        before = {name: config[name] for name in (SECRET, ALLOWED_HOSTS) if name in config}
         if not config.get(SECRET):
             config[SECRET] = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         config[ALLOWED_HOSTS] = [*(config.get(ALLOWED_HOSTS) or []), HOST]
         self._webhooks = [Webhook(each) for each in configuration.read(self._app).callback_secret]
         self._read_config_again()
-        self._server = _Server((HOST, 0), type("Handler", (_Handler,), {"receiver": self}))
-        self.url = f"http://{HOST}:{self._server.server_address[1]}/"
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.01,), name="asyncroute-callback-receiver",
-            daemon=True,
-        )  # fmt: skip
-        self._thread.start()
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        assert self._server is not None and self._thread is not None
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-        for name in (SECRET, ALLOWED_HOSTS):
-            self._app.config.pop(name, None)
-        self._app.config.update(self._before)
-        self._read_config_again()
+        def undo() -> None:
+            for name in (SECRET, ALLOWED_HOSTS):
+                config.pop(name, None)
+            config.update(before)
+            self._read_config_again()
+
+        return undo
 
     def wait(self, number: int = 1, timeout: float = 10.0) -> list[ReceivedCallback]:
         """Wait until ``number`` callbacks have arrived; return all that have arrived.

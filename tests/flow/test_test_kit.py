@@ -321,6 +321,26 @@ def test_the_receiver_verifies_a_callback(flow: Flow, is_prepared: bool) -> None
     assert flow.start(json={"callbackUrl": receiver.url}, status=400)["type"].endswith("refused")
 
 
+@IN_MEMORY
+def test_the_receiver_refuses_an_invalid_configuration_and_changes_nothing(flow: Flow) -> None:
+    flow.app.config["ASYNCROUTE_CALLBACK_ALLOWED_HOSTS"] = "example.com"
+    before = dict(flow.app.config)
+    with pytest.raises(ConfigurationError, match="^ASYNCROUTE_CALLBACK_ALLOWED_HOSTS must be"):
+        CallbackReceiver(flow.app).__enter__()
+    assert flow.app.config == before
+
+
+@IN_MEMORY
+def test_a_receiver_that_cannot_listen_changes_nothing(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_asyncroute.testing.receiver.HOST", "192.0.2.1")  # RFC 5737
+    before = dict(flow.app.config)
+    with pytest.raises(OSError):
+        CallbackReceiver(flow.app).__enter__()
+    assert flow.app.config == before
+
+
 def test_the_receiver_uses_the_secrets_of_the_app(make_flow: MakeFlow) -> None:
     secrets = ["whsec_" + letter * 32 for letter in "ab"]
     flow = make_flow(ASYNCROUTE_CALLBACK_SECRET=secrets)

@@ -344,3 +344,17 @@ def test_progress_is_recorded_without_a_wake_function(woken: list[Any]) -> None:
     execution = Execution("task")
     execution.advance(5, "x")
     assert execution.take_report() == (5.0, "x")
+
+
+def test_a_run_with_an_epoch_has_its_deadline() -> None:
+    """`testing.Clock` shortens the deadline of each run that has an epoch."""
+    deadlines: list[float | None] = []
+
+    class Watched(Execution):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "epoch" and value:
+                deadlines.append(self.deadline)
+
+    Watched("id").begin(None, 1, 60)
+    assert len(deadlines) == 1 and deadlines[0] is not None
